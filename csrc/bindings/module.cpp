@@ -1,0 +1,42 @@
+#include <pybind11/pybind11.h>
+
+#include "bindings/plan.h"
+#include "bindings/torch_api.h"
+#include "core/step.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// What was built and what this machine offers; fusedopt.show_config() puts it into words.
+py::dict build_info() {
+  using namespace fusedopt;
+  py::list isas;
+  for (const cpu::Isa isa : {cpu::Isa::kBaseline, cpu::Isa::kAvx2, cpu::Isa::kAvx512})
+    if (isa <= cpu::best_isa()) isas.append(cpu::isa_name(isa));
+  py::dict info;
+  info["compiler"] = __VERSION__;
+  info["isas"] = isas;  // rising; the last is the best
+  info["openmp"] = cpu::openmp_version();
+  const char* const reason = cuda::unavailable_reason();
+  info["cuda_unavailable"] = reason == nullptr ? py::object(py::none()) : py::str(reason);
+  return info;
+}
+
+void check_group(const std::string& optimizer, const py::dict& group, int64_t index) {
+  fusedopt::find_optimizer(optimizer).read(fusedopt::GroupReader(group.ptr(), index));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  fusedopt::connect_to_torch();
+  py::class_<fusedopt::Plan>(m, "Plan")
+      .def(py::init<const std::string&, const std::string&, int64_t>(), py::arg("optimizer"),
+           py::arg("isa"), py::arg("chunk_elements") = fusedopt::kChunkElements)
+      .def("step", &fusedopt::Plan::step, py::arg("param_groups"), py::arg("state"),
+           py::arg("grad_scale"), py::arg("create_state"), py::arg("num_threads"))
+      .def("bookkeeping_bytes", &fusedopt::Plan::bookkeeping_bytes);
+  m.def("check_group", &check_group, py::arg("optimizer"), py::arg("group"), py::arg("index"));
+  m.def("build_info", &build_info);
+}

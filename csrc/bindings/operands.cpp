@@ -1,0 +1,88 @@
+#include "bindings/operands.h"
+
+#include "bindings/dlpack_abi.h"
+#include "core/step.h"
+
+namespace py = pybind11;
+
+namespace fusedopt {
+namespace {
+
+// The sentence's subject: "grad of parameter 'fc.weight' (group 0, index 3) is torch.int64 ...".
+std::string subject(const Operands& operands, int k) {
+  const std::string name = k == kParam ? "" : std::string(operands.names[k]) + " of ";
+  return name + operands.place.text() + " is ";
+}
+
+[[noreturn]] void raise_unreadable(const Operands& operands, int k) {
+  const py::handle tensor(operands.tensors[k]);
+  const std::string what = subject(operands, k);
+  if (tensor.attr("is_meta").cast<bool>())
+    throw py::type_error(what + "on the meta device and has no values; materialize it first");
+  if (py::str(tensor.attr("layout")).cast<std::string>() != "torch.strided")
+    throw py::type_error(what + "sparse (" + std::string(py::str(tensor.attr("layout"))) +
+                         "), but only dense tensors can be stepped; use a dense grad "
+                         "(sparse=False in nn.Embedding) or torch.optim.SparseAdam");
+  throw py::type_error(what + "a " + std::string(py::repr(py::type::of(tensor))) +
+                       " whose memory torch does not export");
+}
+
+}  // namespace
+
+std::string Place::text() const {
+  const std::string where =
+      "group " + std::to_string(group_index) + ", index " + std::to_string(index);
+  const py::handle names = PyDict_GetItemString(group, "param_names");
+  if (names && py::isinstance<py::list>(names) && index < PyList_GET_SIZE(names.ptr()))
+    return "parameter " + std::string(py::repr(names[py::int_(index)])) + " (" + where + ")";
+  return "the parameter at " + where;
+}
+
+void read_operand(Operands& operands, int k) {
+  TensorView& view = operands.views[k];
+  if (!read_tensor(operands.tensors[k], view)) raise_unreadable(operands, k);
+  if (!view.is_supported)
+    throw py::type_error(subject(operands, k) + describe(operands.tensors[k]) +
+                         ", but dtypes that can be stepped are float32, float64, bfloat16, "
+                         "float16 and complex");
+}
+
+void check_against_param(const Operands& operands, int k) {
+  const TensorView& view = operands.views[k];
+  const TensorView& param = operands.views[kParam];
+  if (same_shape(view, param) && view.device_type == param.device_type &&
+      view.device_id == param.device_id && view.is_complex == param.is_complex)
+    return;
+  const std::string message = subject(operands, k) + describe(operands.tensors[k]) +
+                              ", which does not fit the parameter: " +
+                              describe(operands.tensors[kParam]);
+  if (view.is_complex != param.is_complex) throw py::type_error(message);
+  throw py::value_error(message);
+}
+
+void check_device(const Operands& operands) {
+  if (operands.views[kParam].device_type == kDlCpu) return;
+  const std::string message = subject(operands, kParam) + describe(operands.tensors[kParam]);
+  if (operands.views[kParam].device_type == kDlCuda && cuda::unavailable_reason() != nullptr)
+    throw std::runtime_error(message + ", but " + cuda::unavailable_reason());
+  throw std::runtime_error(message + ", a device that fusedopt does not step");
+}
+
+Dims make_dims(const Operands& operands) {
+  const TensorView& param = operands.views[kParam];
+  const int64_t parts = param.is_complex ? 2 : 1;
+  Dims dims;
+  for (int32_t d = 0; d < param.ndim; ++d) {
+    Dim dim = {param.shape[d], {}};
+    for (int k = 0; k < operands.count; ++k) dim.strides[k] = operands.views[k].strides[d] * parts;
+    dims.push_back(dim);
+  }
+  if (param.is_complex) {
+    Dim dim = {2, {}};
+    for (int k = 0; k < operands.count; ++k) dim.strides[k] = 1;
+    dims.push_back(dim);
+  }
+  return dims;
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,43 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "bindings/torch_api.h"
+#include "core/layout.h"
+
+// The tensors of one parameter's update, their checks, and the words for what is wrong with them.
+namespace fusedopt {
+
+// Where a parameter stands in its optimizer, for messages.
+struct Place {
+  PyObject* group;  // the param group's dict
+  int64_t group_index;
+  int64_t index;
+
+  std::string text() const;  // "parameter 'fc.weight' (group 0, index 3)"
+};
+
+struct Operands {
+  Place place;
+  PyObject* tensors[kMaxOperands] = {};  // borrowed: param, grad, states
+  const char* names[kMaxOperands] = {"param", "grad"};
+  TensorView views[kMaxOperands];
+  PyObject* step = nullptr;  // borrowed, null for optimizers that do not count
+  int count = kFirstState;
+};
+
+// Reads tensor number k into its view. Raises TypeError for what no step can work on.
+void read_operand(Operands& operands, int k);
+
+// Raises ValueError or TypeError unless operand k fits the param: shape, device, real or complex.
+void check_against_param(const Operands& operands, int k);
+
+// Raises if the device of the param is not one this build can step.
+void check_device(const Operands& operands);
+
+// Real dims with the strides of every operand; a complex element is a dim of two.
+Dims make_dims(const Operands& operands);
+
+}  // namespace fusedopt

@@ -1,0 +1,172 @@
+#include "bindings/torch_api.h"
+
+#include <algorithm>
+#include <unordered_map>
+
+#include "bindings/dlpack_abi.h"
+
+namespace py = pybind11;
+
+namespace fusedopt {
+namespace {
+
+// Filled by connect_to_torch() and read from then on. The references live as long as the process.
+struct Torch {
+  PyTypeObject* tensor_type = nullptr;
+  PyTypeObject* parameter_type = nullptr;
+  int (*describe)(void*, DLTensor*) = nullptr;
+  PyObject* increment_version = nullptr;
+  PyObject* local_attribute = nullptr;  // fusedopt._tensors.local_attribute
+  PyObject* grad_name = nullptr;
+  PyGetSetDef* grad = nullptr;  // TensorBase.grad, to be called without a lookup per tensor
+  PyCFunction is_neg = nullptr;
+  PyCFunction is_conj = nullptr;
+};
+
+Torch g_torch;
+
+// The C function behind a method without arguments of torch's tensor type.
+PyCFunction method_of(const py::object& type, const char* name) {
+  const py::object method = type.attr(name);
+  if (!PyObject_TypeCheck(method.ptr(), &PyMethodDescr_Type))
+    throw std::runtime_error(std::string("torch's Tensor.") + name + " is not a C method");
+  return reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method->ml_meth;
+}
+
+PyObject* keep(py::object object) { return object.release().ptr(); }
+
+bool call_flag(PyCFunction method, PyObject* tensor) {
+  const py::object result = py::reinterpret_steal<py::object>(method(tensor, nullptr));
+  if (!result) throw py::error_already_set();
+  return result.ptr() == Py_True;
+}
+
+bool is_plain(PyObject* tensor) {
+  return Py_TYPE(tensor) == g_torch.parameter_type || Py_TYPE(tensor) == g_torch.tensor_type;
+}
+
+// The tensor that holds the memory: itself, or the local part of a DTensor. Borrowed. Which it is
+// depends on the type alone and is asked once per type.
+PyObject* local_part(PyObject* tensor) {
+  static auto* const attributes = new std::unordered_map<PyTypeObject*, PyObject*>();
+  auto found = attributes->find(Py_TYPE(tensor));
+  if (found == attributes->end()) {
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+    py::object name = py::handle(g_torch.local_attribute)(py::handle(type));
+    Py_INCREF(type);
+    found = attributes->emplace(Py_TYPE(tensor), name.release().ptr()).first;
+  }
+  if (found->second == Py_None) return tensor;
+  const auto local = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, found->second));
+  if (!local) throw py::error_already_set();
+  return local.ptr();  // `tensor` holds it
+}
+
+bool read_dtype(DLDataType dtype, TensorView& view) {
+  view.is_complex = dtype.code == kDlComplex;
+  const int bits = view.is_complex ? dtype.bits / 2 : dtype.bits;
+  if (dtype.lanes != 1) return false;
+  if (dtype.code == kDlBfloat && bits == 16) {
+    view.dtype = DType::kBFloat16;
+    return true;
+  }
+  if (dtype.code != kDlFloat && dtype.code != kDlComplex) return false;
+  view.dtype = bits == 64 ? DType::kFloat64 : bits == 32 ? DType::kFloat32 : DType::kFloat16;
+  return bits == 64 || bits == 32 || bits == 16;
+}
+
+}  // namespace
+
+void connect_to_torch() {
+  const auto torch = py::module_::import("torch");
+  const py::object tensor = torch.attr("Tensor");
+  const py::object parameter = torch.attr("nn").attr("Parameter");
+  const py::object base = torch.attr("_C").attr("TensorBase");
+  const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
+  const auto* api = static_cast<const DLPackExchangeAPI*>(
+      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  if (api->header.version.major != kDlpackMajor || !api->dltensor_from_py_object_no_sync)
+    throw std::runtime_error("this torch exports tensors through an unknown version of DLPack");
+  g_torch.describe = api->dltensor_from_py_object_no_sync;
+  g_torch.tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
+  g_torch.parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
+  g_torch.increment_version = keep(torch.attr("autograd").attr("graph").attr("increment_version"));
+  g_torch.local_attribute = keep(py::module_::import("fusedopt._tensors").attr("local_attribute"));
+  g_torch.grad_name = PyUnicode_InternFromString("grad");
+  const py::object grad = base.attr("grad");
+  if (!PyObject_TypeCheck(grad.ptr(), &PyGetSetDescr_Type))
+    throw std::runtime_error("torch's Tensor.grad is not a C attribute");
+  g_torch.grad = reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset;
+  g_torch.is_neg = method_of(base, "is_neg");
+  g_torch.is_conj = method_of(base, "is_conj");
+}
+
+bool read_tensor(PyObject* tensor, TensorView& view) {
+  if (!is_plain(tensor)) tensor = local_part(tensor);
+  DLTensor dl;
+  if (g_torch.describe(tensor, &dl) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  view.data = static_cast<char*>(dl.data) + dl.byte_offset;
+  view.shape = dl.shape;
+  view.strides = dl.strides;
+  view.ndim = dl.ndim;
+  view.device_type = dl.device.device_type;
+  view.device_id = dl.device.device_id;
+  view.is_supported = read_dtype(dl.dtype, view);
+  return true;
+}
+
+bool is_tensor(PyObject* object) { return PyObject_TypeCheck(object, g_torch.tensor_type); }
+
+PyObject* get_grad(PyObject* tensor) {
+  PyObject* const grad = is_plain(tensor) ? g_torch.grad->get(tensor, g_torch.grad->closure)
+                                          : PyObject_GetAttr(tensor, g_torch.grad_name);
+  if (grad == nullptr) throw py::error_already_set();
+  return grad;
+}
+
+bool is_lazy(PyObject* tensor, const TensorView& view) {
+  if (!is_plain(tensor)) tensor = local_part(tensor);
+  return call_flag(g_torch.is_neg, tensor) ||
+         (view.is_complex && call_flag(g_torch.is_conj, tensor));
+}
+
+PyObject* materialize(PyObject* tensor) {
+  return py::handle(tensor).attr("resolve_conj")().attr("resolve_neg")().release().ptr();
+}
+
+bool same_shape(const TensorView& a, const TensorView& b) {
+  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+}
+
+bool is_contiguous(const TensorView& view) {
+  int64_t expected = 1;
+  bool contiguous = true;
+  for (int32_t d = view.ndim - 1; d >= 0; --d) {
+    if (view.shape[d] == 0) return true;
+    if (view.shape[d] != 1 && view.strides[d] != expected) contiguous = false;
+    expected *= view.shape[d];
+  }
+  return contiguous;
+}
+
+int64_t count_elements(const TensorView& view) {
+  int64_t count = 1;
+  for (int32_t d = 0; d < view.ndim; ++d) count *= view.shape[d];
+  return count;
+}
+
+void increment_versions(PyObject* list_of_tensors) {
+  py::handle(g_torch.increment_version)(py::handle(list_of_tensors));
+}
+
+std::string describe(PyObject* tensor) {
+  const py::handle t(tensor);
+  return py::str("{} of shape {} on {}")
+                           .format(t.attr("dtype"), py::tuple(t.attr("shape")), t.attr("device"));
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,53 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "core/dtypes.h"
+
+// What the bindings know of torch: tensors as seen through DLPack, and a few functions of torch that
+// a step calls for every parameter. No torch header and no torch library is involved.
+namespace fusedopt {
+
+struct TensorView {
+  void* data;
+  const int64_t* shape;
+  const int64_t* strides;  // in elements
+  int32_t ndim;
+  int32_t device_type;  // DLPack's number
+  int32_t device_id;
+  DType dtype;  // of the real numbers
+  bool is_complex;
+  bool is_supported;  // false: dtype is none of ours (integers, 8-bit floats ...)
+};
+
+// Looks torch's functions up; call once, when the module is imported. Raises if torch lacks them.
+void connect_to_torch();
+
+// Reads a tensor's description. Views into a DTensor's local part; false, without a Python error, if torch
+// cannot describe it (sparse and meta tensors). Valid until the tensor is changed.
+bool read_tensor(PyObject* tensor, TensorView& view);
+
+bool is_tensor(PyObject* object);
+
+// tensor.grad, a new reference.
+PyObject* get_grad(PyObject* tensor);
+
+// True if the tensor's memory does not hold its values: lazily negated or conjugated.
+bool is_lazy(PyObject* tensor, const TensorView& view);
+
+// The same values in memory of their own; a new reference.
+PyObject* materialize(PyObject* tensor);
+
+bool same_shape(const TensorView& a, const TensorView& b);
+bool is_contiguous(const TensorView& view);
+int64_t count_elements(const TensorView& view);  // a complex element counts once
+
+// Tells autograd that the tensors in the list have been written to.
+void increment_versions(PyObject* list_of_tensors);
+
+// "torch.float32 of shape (2, 3) on cpu", for messages.
+std::string describe(PyObject* tensor);
+
+}  // namespace fusedopt

@@ -1,0 +1,49 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+// Divides a step into chunks of about equal cost, whatever the sizes of its tensors: a chunk may be
+// a part of a large tensor or a run of many small ones. A pure function of the sizes.
+namespace fusedopt {
+
+// A chunk goes from its start to the start of the next one.
+struct ChunkStart {
+  int64_t work;
+  int64_t element;  // within that work
+};
+
+// Elements per chunk: large enough to hide the cost of handing it out, small enough to balance.
+inline constexpr int64_t kChunkElements = 16384;
+// What starting on a tensor costs, in elements.
+inline constexpr int64_t kTensorCost = 256;
+// Chunks start at multiples of this within a tensor, a cache line of the narrowest format.
+inline constexpr int64_t kChunkAlignment = 64;
+
+// Returns one more start than there are chunks; the last is the end, {sizes.size(), 0}.
+inline std::vector<ChunkStart> plan_chunks(const std::vector<int64_t>& sizes,
+                                           int64_t chunk_elements = kChunkElements) {
+  std::vector<ChunkStart> starts;
+  const auto num_works = static_cast<int64_t>(sizes.size());
+  int64_t room = 0;  // elements that the current chunk can still take
+  for (int64_t work = 0; work < num_works; ++work) {
+    const int64_t size = sizes[static_cast<size_t>(work)];
+    int64_t element = 0;
+    do {
+      if (room <= 0) {
+        starts.push_back({work, element});
+        room = chunk_elements;
+      }
+      const int64_t fits = std::max(room - kTensorCost, kChunkAlignment);
+      const int64_t aligned = (fits + kChunkAlignment - 1) / kChunkAlignment * kChunkAlignment;
+      const int64_t taken = std::min(size - element, aligned);
+      element += taken;
+      room -= taken + kTensorCost;
+    } while (element < size);
+  }
+  starts.push_back({num_works, 0});
+  return starts;
+}
+
+}  // namespace fusedopt

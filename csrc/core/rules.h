@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/rules/adam.h"
+#include "core/rules/sgd.h"
+
+// The list of all update rules; drivers walk it and name none of them.
+namespace fusedopt {
+
+enum class RuleId : uint8_t { kSgd, kAdam };
+
+// Per-step scalars of one (param group, step), in double; which member is set follows the RuleId.
+union Scalars {
+  SgdScalars<double> sgd;
+  AdamScalars<double> adam;
+};
+
+FUSEDOPT_HD const SgdScalars<double>& scalars_of(SgdFamily, const Scalars& all) { return all.sgd; }
+FUSEDOPT_HD const AdamScalars<double>& scalars_of(AdamFamily, const Scalars& all) {
+  return all.adam;
+}
+
+inline constexpr int kMaxStates = 3;
+inline constexpr int kMaxVariants = 6;
+
+// Calls `f` with the rule family that `id` names.
+template <class F>
+FUSEDOPT_HD decltype(auto) with_family(RuleId id, F&& f) {
+  switch (id) {
+    case RuleId::kSgd:
+      return f(SgdFamily{});
+    case RuleId::kAdam:
+      break;
+  }
+  return f(AdamFamily{});
+}
+
+}  // namespace fusedopt

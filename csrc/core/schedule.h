@@ -1,0 +1,81 @@
+#pragma once
+
+#include <cmath>
+
+#include "core/rules.h"
+
+// The per-step scalars of each rule, computed in double from hyper-parameters and step: once for
+// each distinct (param group, step), never for an element.
+namespace fusedopt {
+
+// Hyper-parameters of one param group, under torch's names; a rule reads those it has.
+struct Hyper {
+  double lr = 0;
+  double weight_decay = 0;
+  double momentum = 0;
+  double dampening = 0;
+  double beta1 = 0;
+  double beta2 = 0;
+  double eps = 0;
+  bool maximize = false;
+  bool nesterov = false;
+  bool amsgrad = false;
+  bool decoupled_weight_decay = false;
+};
+
+inline double grad_factor(const Hyper& hyper, double grad_scale) {
+  return (hyper.maximize ? -1.0 : 1.0) / grad_scale;
+}
+
+// `is_first`: the parameter has no momentum_buffer yet, which torch fills without dampening.
+inline SgdScalars<double> sgd_scalars(const Hyper& hyper, bool is_first, double grad_scale) {
+  return {grad_factor(hyper, grad_scale), hyper.lr, hyper.momentum,
+          is_first ? 1.0 : 1.0 - hyper.dampening, hyper.weight_decay};
+}
+
+struct Keep {
+  double keep, rest;
+};
+
+// Splits 1 - decay into a float of the same sign and a remainder that is not zero and has that sign
+// too: their sum is exact to far below a float's last bit.
+inline Keep split_keep(double decay) {
+  const double exact = 1.0 - decay;
+  float keep = static_cast<float>(exact);
+  if (std::fabs(keep) >= std::fabs(exact)) keep = std::nextafter(keep, 0.0f);
+  return {keep, (1.0 - keep) - decay};
+}
+
+// `step`: the number of this step, 1 for a parameter's first.
+inline AdamScalars<double> adam_scalars(const Hyper& hyper, double step, double grad_scale) {
+  const double correction1 = 1.0 - std::pow(hyper.beta1, step);
+  const double sqrt_correction2 = std::sqrt(1.0 - std::pow(hyper.beta2, step));
+  const bool to_grad = hyper.beta1 <= 0.5;
+  const Keep keep = split_keep(hyper.lr * hyper.weight_decay);
+  return {grad_factor(hyper, grad_scale),
+          to_grad ? -hyper.beta1 : 1.0 - hyper.beta1,
+          to_grad ? 1.0 : 0.0,
+          hyper.beta2,
+          1.0 - hyper.beta2,
+          hyper.lr * sqrt_correction2 / correction1,
+          hyper.eps * sqrt_correction2,
+          hyper.weight_decay,
+          keep.keep,
+          keep.rest};
+}
+
+inline int sgd_variant(const Hyper& hyper) {
+  const Momentum momentum = hyper.momentum == 0 ? Momentum::kNone
+                            : hyper.nesterov    ? Momentum::kNesterov
+                                                : Momentum::kHeavyBall;
+  return SgdFamily::variant(momentum, hyper.weight_decay != 0);
+}
+
+inline int adam_variant(const Hyper& hyper) {
+  const Decay decay = hyper.weight_decay == 0        ? Decay::kNone
+                      : hyper.decoupled_weight_decay ? Decay::kDecoupled
+                                                     : Decay::kL2;
+  return AdamFamily::variant(decay, hyper.amsgrad);
+}
+
+}  // namespace fusedopt

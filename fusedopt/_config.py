@@ -1,0 +1,49 @@
+"""Which code runs here, and how a user finds out."""
+
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+from . import _C
+
+
+def cpu_isa() -> str:
+    """Name of the instruction set to use: ``FUSEDOPT_ISA`` if set, else the best there is."""
+    return os.environ.get("FUSEDOPT_ISA") or _C.build_info()["isas"][-1]
+
+
+def _openmp_runtimes() -> list[str]:
+    """Paths of the OpenMP runtimes loaded into this process (Linux; empty elsewhere)."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    return sorted(set(re.findall(r"/\S*lib(?:gomp|omp|iomp5)\S*\.so\S*", maps)))
+
+
+def _threads() -> str:
+    if not _C.build_info()["openmp"]:
+        return "1 (built without OpenMP)"
+    runtimes = _openmp_runtimes()
+    pool = f"torch's pool, {runtimes[0]}" if len(runtimes) == 1 else f"pools: {runtimes}"
+    return f"{torch.get_num_threads()} ({pool})"
+
+
+def show_config() -> None:
+    """Print what was built and what is used here."""
+    from . import __version__
+
+    info = _C.build_info()
+    forced = ", forced by FUSEDOPT_ISA" if os.environ.get("FUSEDOPT_ISA") else ""
+    cuda = f"no: {info['cuda_unavailable']}" if info["cuda_unavailable"] else "yes"
+    print(
+        f"fusedopt {__version__} ({_C.__file__})\n"
+        f"  compiler: {info['compiler']}\n"
+        f"  torch:    {torch.__version__}, python {platform.python_version()}\n"
+        f"  CPU:      {cpu_isa()}{forced} (available: {', '.join(info['isas'])})\n"
+        f"  threads:  {_threads()}\n"
+        f"  CUDA:     {cuda}"
+    )

@@ -1,0 +1,84 @@
+"""Loading of state dicts: torch's behaviour, in linear time and without casts of the state."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def to_step(step: Any) -> Tensor:
+    """A step count as torch keeps it: a floating-point tensor of one element on the CPU.
+
+    Takes numbers and tensors of any dtype and device, as old checkpoints hold them. Raises
+    TypeError for anything else.
+    """
+    if isinstance(step, Tensor) and step.dtype in (torch.float32, torch.float64):
+        return step.cpu()
+    if isinstance(step, (Tensor, int, float)):
+        is_double = torch.get_default_dtype() == torch.float64
+        return torch.tensor(float(step), dtype=torch.float64 if is_double else torch.float32)
+    raise TypeError(f"step in the optimizer's state must be a number or a tensor, got {step!r}")
+
+
+def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """What ``FusedOptimizer.load_state_dict`` documents."""
+    state_dict = state_dict.copy()
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        result = pre_hook(optimizer, state_dict)
+        if result is not None:
+            state_dict = result
+
+    groups = optimizer.param_groups
+    saved_groups = deepcopy(state_dict["param_groups"])
+    _check_groups(groups, saved_groups)
+    params = dict(
+        zip(
+            chain.from_iterable(group["params"] for group in saved_groups),
+            chain.from_iterable(group["params"] for group in groups),
+            strict=True,
+        )
+    )
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    for key, entries in state_dict["state"].items():
+        if key in params:
+            state[params[key]] = _move(entries, params[key])
+        else:  # of no parameter: kept as it is, as torch does
+            state[key] = entries
+    for group, saved in zip(groups, saved_groups, strict=True):
+        saved["params"] = group["params"]
+        if "param_names" in group:
+            saved.setdefault("param_names", group["param_names"])
+    optimizer.__setstate__({"state": state, "param_groups": saved_groups})
+
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _check_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    if len(groups) != len(saved):
+        raise ValueError(
+            f"loaded state dict has a different number of parameter groups: {len(saved)}, "
+            f"but the optimizer has {len(groups)}"
+        )
+    for index, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
+        if len(group["params"]) != len(saved_group["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of "
+                f"optimizer's group: group {index} has {len(saved_group['params'])} parameters, "
+                f"but the optimizer's has {len(group['params'])}"
+            )
+
+
+def _move(value: Any, param: Tensor, key: Any = None) -> Any:
+    """Puts state on the param's device; ``step`` is dealt with by ``__setstate__``."""
+    if isinstance(value, Tensor):
+        return value if key == "step" else value.to(device=param.device)
+    if isinstance(value, dict):
+        return {name: _move(entry, param, name) for name, entry in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return type(value)(_move(entry, param) for entry in value)  # type: ignore[call-arg]
+    return value

@@ -1,0 +1,78 @@
+"""Momentum SGD."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ._optimizer import FusedOptimizer, ParamGroup, Params
+
+
+class SGD(FusedOptimizer):
+    r"""Stochastic gradient descent with momentum, as ``torch.optim.SGD``.
+
+    .. math::
+        g &\leftarrow g + \lambda p \\
+        v &\leftarrow \mu v + (1 - \tau) g \quad (v \leftarrow g \text{ on the first step}) \\
+        p &\leftarrow p - \gamma v \quad (\gamma (g + \mu v) \text{ with nesterov})
+
+    The form, in which lr scales the buffer when it is applied, is that of Sutskever et al., "On the
+    importance of initialization and momentum in deep learning" (2013), modified as in torch.
+
+    Args:
+        params: parameters, (name, parameter) pairs or param groups. Dense tensors of float32,
+            float64, bfloat16, float16 or complex dtype, of any shape and strides.
+        lr: learning rate :math:`\gamma`, a number or a tensor of one element.
+        momentum: momentum factor :math:`\mu`.
+        dampening: dampening :math:`\tau` of what the grad adds to the momentum.
+        weight_decay: L2 penalty :math:`\lambda`.
+        nesterov: use Nesterov momentum; needs a momentum and no dampening.
+        maximize: ascend instead of descend.
+        foreach, fused: accepted for torch's sake; every step is fused.
+        differentiable: must be False.
+
+    State of a parameter: ``momentum_buffer``, of its shape and dtype, if there is momentum.
+
+    Raises:
+        ValueError: a hyper-parameter is NaN, infinite or out of range, a parameter is given twice,
+            or ``differentiable`` is True.
+    """
+
+    _row = "SGD"
+    _counts_steps = False
+    _old_options: ClassVar[dict[str, Any]] = {
+        "nesterov": False,
+        "maximize": False,
+        "foreach": None,
+        "differentiable": False,
+        "fused": None,
+    }
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def _state_names(self, group: ParamGroup) -> list[str]:
+        return ["momentum_buffer"] if group["momentum"] != 0 else []

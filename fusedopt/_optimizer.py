@@ -11,9 +11,7 @@ from ._config import cpu_isa
 from ._state_dict import load_state_dict, to_step
 
 ParamGroup: TypeAlias = dict[str, Any]
-Params: TypeAlias = (
-    Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
-)
+Params: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
 State: TypeAlias = dict[str, Any]
 
 
@@ -56,7 +54,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a grad, or change nothing and raise.
 

@@ -11,7 +11,8 @@ class Adam(FusedOptimizer):
     r"""Adam, as ``torch.optim.Adam``.
 
     .. math::
-        m &\leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
+        v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
         p &\leftarrow p - \gamma \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     Kingma and Ba, "Adam: A Method for Stochastic Optimization" (arXiv 1412.6980). ``weight_decay``
@@ -92,8 +93,8 @@ class AdamW(Adam):
     r"""Adam with decoupled weight decay, as ``torch.optim.AdamW``.
 
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101):
-    :math:`p \leftarrow (1 - \gamma \lambda) p` before Adam's update. Arguments, state and errors are
-    those of :class:`Adam`, with a default ``weight_decay`` of 1e-2.
+    :math:`p \leftarrow (1 - \gamma \lambda) p` before Adam's update. Arguments, state and errors
+    are those of :class:`Adam`, with a default ``weight_decay`` of 1e-2.
     """
 
     def __init__(

@@ -53,9 +53,9 @@ void check_against_param(const Operands& operands, int k) {
   if (same_shape(view, param) && view.device_type == param.device_type &&
       view.device_id == param.device_id && view.is_complex == param.is_complex)
     return;
-  const std::string message = subject(operands, k) + describe(operands.tensors[k]) +
-                              ", which does not fit the parameter: " +
-                              describe(operands.tensors[kParam]);
+  const std::string message =
+      subject(operands, k) + describe(operands.tensors[k]) +
+      ", which does not fit the parameter: " + describe(operands.tensors[kParam]);
   if (view.is_complex != param.is_complex) throw py::type_error(message);
   throw py::value_error(message);
 }

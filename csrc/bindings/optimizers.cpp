@@ -102,8 +102,8 @@ double GroupReader::to_number(py::handle value, const char* name) const {
   if (is_text || PyErr_Occurred()) {
     PyErr_Clear();
     throw py::type_error(std::string(name) + " must be a number or a tensor of one element, got " +
-                         std::string(py::repr(value)) + " (param group " +
-                         std::to_string(index_) + ")");
+                         std::string(py::repr(value)) + " (param group " + std::to_string(index_) +
+                         ")");
   }
   return number;
 }

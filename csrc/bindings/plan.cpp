@@ -34,11 +34,10 @@ class AtExit {
 // The memory of one operand that a step writes. `owner` tells work and operand.
 Region region_of(const Work& work, const std::vector<Dims>& dims, size_t at, int operand) {
   const int64_t item = item_size(work.dtypes[operand]);
-  const Dims* strided =
-      work.layout == kDense ? nullptr : &dims[static_cast<size_t>(work.layout)];
+  const Dims* strided = work.layout == kDense ? nullptr : &dims[static_cast<size_t>(work.layout)];
   const int64_t elements = strided ? extent(*strided, operand) : work.numel;
-  return {reinterpret_cast<uintptr_t>(work.data[operand]),      item,    elements * item, strided,
-          operand, static_cast<int64_t>(at) * kMaxOperands + operand};
+  return {reinterpret_cast<uintptr_t>(work.data[operand]),  item, elements * item, strided, operand,
+          static_cast<int64_t>(at) * kMaxOperands + operand};
 }
 
 }  // namespace

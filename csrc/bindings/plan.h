@@ -58,14 +58,14 @@ class Plan {
     std::vector<Group> groups;
     PyObject* state;
     double grad_scale;
-    bool is_second;               // after the creation of missing state
-    Py_ssize_t state_at = 0;      // PyDict_Next's position in `state`, whose order is nearly always
+    bool is_second;           // after the creation of missing state
+    Py_ssize_t state_at = 0;  // PyDict_Next's position in `state`, whose order is nearly always
     PyObject* next_param = nullptr;  // that of the parameters: the entry there, borrowed
     PyObject* next_state = nullptr;
     std::vector<Dims> dims = {};
     std::vector<Scalars> scalars = {};
     pybind11::list missing = pybind11::list();  // (group, index)
-    pybind11::list written = pybind11::list();  // tensors
+    pybind11::list written = pybind11::list();  // params
   };
 
   void walk(Walk& walk);

@@ -129,6 +129,9 @@ PyObject* get_grad(PyObject* tensor) {
 }
 
 bool is_lazy(PyObject* tensor, const TensorView& view) {
+  // torch negates lazily in imag() of a conjugated tensor only: strides of two, or few elements.
+  // Asking costs as much as all else that is done for a tensor.
+  if (!view.is_complex && is_contiguous(view) && count_elements(view) > 1) return false;
   if (!is_plain(tensor)) tensor = local_part(tensor);
   return call_flag(g_torch.is_neg, tensor) ||
          (view.is_complex && call_flag(g_torch.is_conj, tensor));
@@ -166,7 +169,7 @@ void increment_versions(PyObject* list_of_tensors) {
 std::string describe(PyObject* tensor) {
   const py::handle t(tensor);
   return py::str("{} of shape {} on {}")
-                           .format(t.attr("dtype"), py::tuple(t.attr("shape")), t.attr("device"));
+      .format(t.attr("dtype"), py::tuple(t.attr("shape")), t.attr("device"));
 }
 
 }  // namespace fusedopt

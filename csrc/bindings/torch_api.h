@@ -6,8 +6,8 @@
 
 #include "core/dtypes.h"
 
-// What the bindings know of torch: tensors as seen through DLPack, and a few functions of torch that
-// a step calls for every parameter. No torch header and no torch library is involved.
+// What the bindings know of torch: tensors as seen through DLPack, and a few functions of torch
+// that a step calls for every parameter. No torch header and no torch library is involved.
 namespace fusedopt {
 
 struct TensorView {
@@ -25,8 +25,8 @@ struct TensorView {
 // Looks torch's functions up; call once, when the module is imported. Raises if torch lacks them.
 void connect_to_torch();
 
-// Reads a tensor's description. Views into a DTensor's local part; false, without a Python error, if torch
-// cannot describe it (sparse and meta tensors). Valid until the tensor is changed.
+// Reads a tensor's description. Views into a DTensor's local part; false, without a Python error,
+// if torch cannot describe it (sparse and meta tensors). Valid until the tensor is changed.
 bool read_tensor(PyObject* tensor, TensorView& view);
 
 bool is_tensor(PyObject* object);

@@ -9,10 +9,7 @@ namespace py = pybind11;
 namespace fusedopt {
 namespace {
 
-const Key kParams("params"), kStep("step");
-
-// Steps that read past here would cost a cache miss or two per object.
-bool is_single(const TensorView& view) { return count_elements(view) == 1; }
+const Key kStep("step");
 
 template <class T>
 void note(T& field, T value, bool& unchanged) {
@@ -80,29 +77,43 @@ void Plan::visit(Walk& walk, Group& group, Place place, PyObject* param, size_t 
   fill(walk, operands, work);
   work.variant = group.variant;
   work.scalars = schedule(walk, group, slot);
-  for (int k = 0; k < operands.count; ++k)
-    if (k != kGrad) PyList_Append(walk.written.ptr(), operands.tensors[k]);
+  PyList_Append(walk.written.ptr(), param);
 }
 
 // True if the state has all that the step needs. Fills in what is there.
 bool Plan::find_state(Walk& walk, const Group& group, Operands& operands) const {
   if (group.num_states == 0 && !row_.counts_steps) return true;
   operands.count = kFirstState + group.num_states;
+  for (int s = 0; s < group.num_states; ++s)
+    operands.names[kFirstState + s] = row_.state_names[static_cast<size_t>(s)].name();
   PyObject* const state = find_state_dict(walk, operands.tensors[kParam]);
-  const auto find = [state](const Key& key) -> PyObject* {
-    if (state == nullptr) return nullptr;
-    PyObject* const value = PyDict_GetItemWithError(state, key.object());
-    return value != nullptr && is_tensor(value) ? value : nullptr;
+  if (state == nullptr) return false;
+
+  // Keys are interned as a rule, so going through the few entries is cheaper than three lookups.
+  PyObject* const step_key = row_.counts_steps ? kStep.object() : nullptr;
+  int left = group.num_states + (row_.counts_steps ? 1 : 0);
+  const auto take = [&](PyObject* key, PyObject* value) {
+    if (!is_tensor(value)) return;
+    PyObject** place = key == step_key ? &operands.step : nullptr;
+    for (int s = 0; place == nullptr && s < group.num_states; ++s)
+      if (key == row_.state_names[static_cast<size_t>(s)].object())
+        place = &operands.tensors[kFirstState + s];
+    if (place == nullptr || *place != nullptr) return;
+    *place = value;
+    --left;
   };
-  bool complete = true;
-  for (int s = 0; s < group.num_states; ++s) {
-    const Key& key = row_.state_names[static_cast<size_t>(s)];
-    operands.names[kFirstState + s] = key.name();
-    operands.tensors[kFirstState + s] = find(key);
-    complete = complete && operands.tensors[kFirstState + s] != nullptr;
-  }
-  if (row_.counts_steps) operands.step = find(kStep);
-  return complete && (operands.step != nullptr || !row_.counts_steps);
+  Py_ssize_t at = 0;
+  PyObject *key, *value;
+  while (left > 0 && PyDict_Next(state, &at, &key, &value)) take(key, value);
+  if (left == 0) return true;
+
+  const auto look_up = [&](PyObject* name) {
+    if (PyObject* const found = PyDict_GetItemWithError(state, name)) take(name, found);
+  };
+  if (step_key != nullptr) look_up(step_key);
+  for (int s = 0; s < group.num_states; ++s)
+    look_up(row_.state_names[static_cast<size_t>(s)].object());
+  return left == 0;
 }
 
 // The dict of a parameter's state, borrowed, or nullptr. State was created in the order of the
@@ -125,7 +136,7 @@ void Plan::read_step(const Operands& operands, Slot& slot) const {
   TensorView view;
   const bool usable = read_tensor(operands.step, view) && view.device_type == kDlCpu &&
                       view.is_supported && !view.is_complex && item_size(view.dtype) >= 4 &&
-                      is_single(view);
+                      count_elements(view) == 1;
   if (!usable)
     throw py::value_error("step of " + operands.place.text() + " is " + describe(operands.step) +
                           ", but must be one float32 or float64 number on the CPU");

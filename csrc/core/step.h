@@ -40,7 +40,7 @@ namespace cpu {
 enum class Isa : uint8_t { kBaseline, kAvx2, kAvx512 };
 
 const char* isa_name(Isa isa);
-Isa best_isa();     // the highest that this build and this processor share
+Isa best_isa();        // the highest that this build and this processor share
 int openmp_version();  // date of the OpenMP standard built with, 0 if without
 
 // Runs the step with at most `num_threads` threads; returns when all of it is done.

@@ -10,21 +10,23 @@ namespace fusedopt {
 
 template <class T>
 struct AdamScalars {
-  T grad_factor;         // -1 under maximize, times 1 / grad_scale
-  T exp_avg_weight;      // 1 - beta1, or -beta1 when the interpolation starts from the grad
+  T grad_factor;      // -1 under maximize, times 1 / grad_scale
+  T exp_avg_weight;   // 1 - beta1, or -beta1 when the interpolation starts from the grad
   T exp_avg_to_grad;  // not 0 if beta1 <= 0.5: interpolate from the grad, the nearer end
   T beta2;
   T one_minus_beta2;
-  T step_size;  // lr sqrt(1 - beta2^t) / (1 - beta1^t)
-  T eps;        // eps sqrt(1 - beta2^t)
+  T step_size;     // lr sqrt(1 - beta2^t) / (1 - beta1^t)
+  T eps;           // eps sqrt(1 - beta2^t)
   T weight_decay;  // the L2 penalty; decoupled decay stands in the next two
   T keep;          // 1 - lr weight_decay, cut to float towards zero ...
   T keep_rest;     // ... and what that leaves
 
   template <class U>
   FUSEDOPT_HD AdamScalars<U> as() const {
-    return {U(grad_factor),  U(exp_avg_weight), U(exp_avg_to_grad), U(beta2), U(one_minus_beta2),
-            U(step_size),    U(eps),            U(weight_decay), U(keep),  U(keep_rest)};
+    return {U(grad_factor), U(exp_avg_weight),  U(exp_avg_to_grad),
+            U(beta2),       U(one_minus_beta2), U(step_size),
+            U(eps),         U(weight_decay),    U(keep),
+            U(keep_rest)};
   }
 };
 

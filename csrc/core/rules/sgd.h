@@ -36,8 +36,7 @@ struct Sgd {
     grad *= scalars.grad_factor;
     if constexpr (kDecay) grad = std::fma(scalars.weight_decay, param, grad);
     if constexpr (kMomentum != Momentum::kNone) {
-      momentum_buffer =
-          std::fma(scalars.momentum, momentum_buffer, scalars.grad_weight * grad);
+      momentum_buffer = std::fma(scalars.momentum, momentum_buffer, scalars.grad_weight * grad);
       grad = kMomentum == Momentum::kNesterov ? std::fma(scalars.momentum, momentum_buffer, grad)
                                               : momentum_buffer;
     }

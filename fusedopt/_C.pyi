@@ -4,6 +4,7 @@ from typing import Any, TypedDict
 class BuildInfo(TypedDict):
     compiler: str
     isas: list[str]
+    fingerprints: bool
     openmp: int
     cuda_unavailable: str | None
 

@@ -1,5 +1,6 @@
 #include <pybind11/pybind11.h>
 
+#include "bindings/fingerprint.h"
 #include "bindings/plan.h"
 #include "bindings/torch_api.h"
 #include "core/step.h"
@@ -18,6 +19,7 @@ py::dict build_info() {
   info["compiler"] = __VERSION__;
   info["isas"] = isas;  // rising; the last is the best
   info["openmp"] = cpu::openmp_version();
+  info["fingerprints"] = has_fingerprints();
   const char* const reason = cuda::unavailable_reason();
   info["cuda_unavailable"] = reason == nullptr ? py::object(py::none()) : py::str(reason);
   return info;
@@ -31,6 +33,7 @@ void check_group(const std::string& optimizer, const py::dict& group, int64_t in
 
 PYBIND11_MODULE(_C, m) {
   fusedopt::connect_to_torch();
+  fusedopt::learn_fingerprints();
   py::class_<fusedopt::Plan>(m, "Plan")
       .def(py::init<const std::string&, const std::string&, int64_t>(), py::arg("optimizer"),
            py::arg("isa"), py::arg("chunk_elements") = fusedopt::kChunkElements)

@@ -12,7 +12,8 @@
 #include "core/step.h"
 
 // One optimizer's step: walks its tensors, checks all of them, then hands the work to a driver.
-// Every pointer is read anew in each step; what is kept only tells whether memory has moved.
+// Every tensor is looked at in every step: what is kept of it is used only if a fingerprint shows
+// that it is what it was.
 namespace fusedopt {
 
 class Plan {
@@ -46,11 +47,13 @@ class Plan {
 
   // What a step keeps of a parameter beside its Work.
   struct Slot {
-    PyObject* grad = nullptr;  // a reference, held while the driver reads it
+    PyObject* grad = nullptr;                      // a reference, held while the driver reads it
+    uint64_t fingerprints[kMaxOperands + 1] = {};  // of the operands and of step
     void* step = nullptr;
     double next_step = 0;
     DType step_dtype = DType::kFloat32;
     bool is_first = false;
+    bool recognizable = false;  // equal fingerprints mean that the work stands
   };
 
   // One walk over all parameters.
@@ -72,6 +75,12 @@ class Plan {
   void visit(Walk& walk, Group& group, Place place, PyObject* param, size_t at);
   bool find_state(Walk& walk, const Group& group, Operands& operands) const;
   PyObject* find_state_dict(Walk& walk, PyObject* param) const;
+  enum class Unchanged { kNothing, kAllButGrad, kAll };
+  Unchanged compare(const Operands& operands, bool is_complete, Slot& slot) const;
+  void read_param_and_grad(Operands& operands, Slot& slot) const;
+  void read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slot& slot);
+  void prefetch(PyObject* params, Py_ssize_t index, size_t at) const;
+  void find_step(const Operands& operands, Slot& slot) const;
   void read_step(const Operands& operands, Slot& slot) const;
   void fill(Walk& walk, const Operands& operands, Work& work);
   void lay_out(Walk& walk, const Operands& operands, Work& work) const;

@@ -25,6 +25,14 @@ struct Torch {
 
 Torch g_torch;
 
+// The C functions behind an attribute of torch's tensor type.
+PyGetSetDef* attribute_of(const py::object& type, const char* name) {
+  const py::object attribute = type.attr(name);
+  if (!PyObject_TypeCheck(attribute.ptr(), &PyGetSetDescr_Type))
+    throw std::runtime_error(std::string("torch's Tensor.") + name + " is not a C attribute");
+  return reinterpret_cast<PyGetSetDescrObject*>(attribute.ptr())->d_getset;
+}
+
 // The C function behind a method without arguments of torch's tensor type.
 PyCFunction method_of(const py::object& type, const char* name) {
   const py::object method = type.attr(name);
@@ -39,10 +47,6 @@ bool call_flag(PyCFunction method, PyObject* tensor) {
   const py::object result = py::reinterpret_steal<py::object>(method(tensor, nullptr));
   if (!result) throw py::error_already_set();
   return result.ptr() == Py_True;
-}
-
-bool is_plain(PyObject* tensor) {
-  return Py_TYPE(tensor) == g_torch.parameter_type || Py_TYPE(tensor) == g_torch.tensor_type;
 }
 
 // The tensor that holds the memory: itself, or the local part of a DTensor. Borrowed. Which it is
@@ -94,10 +98,7 @@ void connect_to_torch() {
   g_torch.increment_version = keep(torch.attr("autograd").attr("graph").attr("increment_version"));
   g_torch.local_attribute = keep(py::module_::import("fusedopt._tensors").attr("local_attribute"));
   g_torch.grad_name = PyUnicode_InternFromString("grad");
-  const py::object grad = base.attr("grad");
-  if (!PyObject_TypeCheck(grad.ptr(), &PyGetSetDescr_Type))
-    throw std::runtime_error("torch's Tensor.grad is not a C attribute");
-  g_torch.grad = reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset;
+  g_torch.grad = attribute_of(base, "grad");
   g_torch.is_neg = method_of(base, "is_neg");
   g_torch.is_conj = method_of(base, "is_conj");
 }
@@ -120,6 +121,10 @@ bool read_tensor(PyObject* tensor, TensorView& view) {
 }
 
 bool is_tensor(PyObject* object) { return PyObject_TypeCheck(object, g_torch.tensor_type); }
+
+bool is_plain(PyObject* tensor) {
+  return Py_TYPE(tensor) == g_torch.parameter_type || Py_TYPE(tensor) == g_torch.tensor_type;
+}
 
 PyObject* get_grad(PyObject* tensor) {
   PyObject* const grad = is_plain(tensor) ? g_torch.grad->get(tensor, g_torch.grad->closure)

@@ -31,6 +31,8 @@ bool read_tensor(PyObject* tensor, TensorView& view);
 
 bool is_tensor(PyObject* object);
 
+bool is_plain(PyObject* tensor);  // torch.Tensor or Parameter itself, no subclass
+
 // tensor.grad, a new reference.
 PyObject* get_grad(PyObject* tensor);
 

@@ -4,8 +4,8 @@ from typing import Any, TypedDict
 class BuildInfo(TypedDict):
     compiler: str
     isas: list[str]
-    fingerprints: bool
     openmp: int
+    fingerprints: bool
     cuda_unavailable: str | None
 
 class Plan:

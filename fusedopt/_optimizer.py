@@ -101,7 +101,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: the groups differ in number or in length from this optimizer's, or a
                 hyper-parameter is out of range.
         """
-        load_state_dict(self, state_dict)
+        load_state_dict(self, state_dict, self._check_group)
+
+    def _check_group(self, saved: ParamGroup, index: int) -> None:
+        """Raise for hyper-parameters that a param group of a checkpoint must not have."""
+        _C.check_group(self._row, {**self._old_options, **saved}, index)
 
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)

@@ -1,7 +1,7 @@
 """Loading of state dicts: torch's behaviour, in linear time and without casts of the state."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -20,12 +20,16 @@ def to_step(step: Any) -> Tensor:
         return step.cpu()
     if isinstance(step, (Tensor, int, float)):
         is_double = torch.get_default_dtype() == torch.float64
-        return torch.tensor(float(step), dtype=torch.float64 if is_double else torch.float32)
+        return torch.tensor(float(step), dtype=torch.float64 if is_double else torch.float32, device="cpu")
     raise TypeError(f"step in the optimizer's state must be a number or a tensor, got {step!r}")
 
 
-def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """What ``FusedOptimizer.load_state_dict`` documents."""
+def load_state_dict(
+    optimizer: torch.optim.Optimizer,
+    state_dict: dict[str, Any],
+    check_group: Callable[[dict[str, Any], int], None],
+) -> None:
+    """What ``FusedOptimizer.load_state_dict`` documents; ``check_group`` raises for bad groups."""
     state_dict = state_dict.copy()
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         result = pre_hook(optimizer, state_dict)
@@ -48,10 +52,11 @@ def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
             state[params[key]] = _move(entries, params[key])
         else:  # of no parameter: kept as it is, as torch does
             state[key] = entries
-    for group, saved in zip(groups, saved_groups, strict=True):
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         saved["params"] = group["params"]
         if "param_names" in group:
             saved.setdefault("param_names", group["param_names"])
+        check_group(saved, index)
     optimizer.__setstate__({"state": state, "param_groups": saved_groups})
 
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():

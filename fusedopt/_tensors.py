@@ -1,4 +1,6 @@
-"""What the extension asks of tensor subclasses, once per type."""
+"""What the extension asks of tensor subclasses."""
+
+from typing import Any
 
 import torch
 
@@ -19,3 +21,22 @@ def local_attribute(tensor_type: type[torch.Tensor]) -> str | None:
             "__torch_dispatch__ of its own; fusedopt steps plain tensors and DTensors"
         )
     return None
+
+
+def align(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """The tensor with the placements of a DTensor param, so that the local parts fit.
+
+    A grad can be sharded or partial where its param is not (SequenceParallel leaves partial grads
+    on replicated weights). Raises TypeError if one of the two is a DTensor and the other is not.
+    """
+    attributes = local_attribute(type(tensor)), local_attribute(type(param))
+    if attributes == (None, None):
+        return tensor
+    if None in attributes:
+        raise TypeError("param and grad must both be DTensors, or neither of them")
+    sharded: Any = tensor
+    target: Any = param
+    if sharded.device_mesh == target.device_mesh and sharded.placements == target.placements:
+        return tensor
+    aligned: torch.Tensor = sharded.redistribute(target.device_mesh, target.placements)
+    return aligned

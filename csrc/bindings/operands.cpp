@@ -8,10 +8,8 @@ namespace py = pybind11;
 namespace fusedopt {
 namespace {
 
-// The sentence's subject: "grad of parameter 'fc.weight' (group 0, index 3) is torch.int64 ...".
 std::string subject(const Operands& operands, int k) {
-  const std::string name = k == kParam ? "" : std::string(operands.names[k]) + " of ";
-  return name + operands.place.text() + " is ";
+  return subject(operands.place, k == kParam ? "" : operands.names[k]);
 }
 
 [[noreturn]] void raise_unreadable(const Operands& operands, int k) {
@@ -38,13 +36,25 @@ std::string Place::text() const {
   return "the parameter at " + where;
 }
 
+std::string subject(const Place& place, const std::string& name) {
+  return (name.empty() ? "" : name + " of ") + place.text() + " is ";
+}
+
 void read_operand(Operands& operands, int k) {
   TensorView& view = operands.views[k];
-  if (!read_tensor(operands.tensors[k], view)) raise_unreadable(operands, k);
+  try {
+    if (!read_tensor(operands.tensors[k], view)) raise_unreadable(operands, k);
+  } catch (const UnknownTensorType& error) {
+    throw py::type_error(subject(operands, k) + error.what());
+  }
   if (!view.is_supported)
     throw py::type_error(subject(operands, k) + describe(operands.tensors[k]) +
                          ", but dtypes that can be stepped are float32, float64, bfloat16, "
                          "float16 and complex");
+  if (k != kGrad && is_lazy(operands.tensors[k], view))
+    throw py::value_error(subject(operands, k) +
+                          "lazily conjugated or negated, so that its memory does not hold its "
+                          "values; call resolve_conj() or resolve_neg() first");
 }
 
 void check_against_param(const Operands& operands, int k) {

@@ -28,7 +28,12 @@ struct Operands {
   int count = kFirstState;
 };
 
-// Reads tensor number k into its view. Raises TypeError for what no step can work on.
+// "grad of parameter 'fc.weight' (group 0, index 3) is ", to begin a message with; for the param
+// itself and for step, `name` is "" and "step".
+std::string subject(const Place& place, const std::string& name);
+
+// Reads tensor number k into its view. Raises TypeError for what no step can work on, ValueError
+// for a param or state whose memory does not hold its values (lazily conjugated or negated).
 void read_operand(Operands& operands, int k);
 
 // Raises ValueError or TypeError unless operand k fits the param: shape, device, real or complex.

@@ -98,7 +98,10 @@ double GroupReader::to_number(py::handle value, const char* name) const {
   const bool is_text = PyUnicode_Check(value.ptr()) || PyBytes_Check(value.ptr());
   if (!is_text && py::hasattr(value, "numel") && value.attr("numel")().cast<int64_t>() != 1)
     fail(std::string("Tensor ") + name + " must be 1-element");
-  const double number = is_text ? -1 : PyFloat_AsDouble(value.ptr());
+  // item() and not float(): a tensor that requires grad would warn.
+  const py::object item = py::hasattr(value, "item") ? py::object(value.attr("item")())
+                                                     : py::reinterpret_borrow<py::object>(value);
+  const double number = is_text ? -1 : PyFloat_AsDouble(item.ptr());
   if (is_text || PyErr_Occurred()) {
     PyErr_Clear();
     throw py::type_error(std::string(name) + " must be a number or a tensor of one element, got " +

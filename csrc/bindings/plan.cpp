@@ -118,7 +118,8 @@ void Plan::refuse_overlap(const Walk& walk) const {
   std::vector<Region> regions;
   for (size_t at = 0; at < works_.size(); ++at)
     for (int k = 0; works_[at].active && works_[at].numel > 0 && k < works_[at].num_operands; ++k)
-      if (k != kGrad) regions.push_back(region_of(works_[at], dims_, at, k));
+      if (k != kGrad && works_[at].data[k] != nullptr)
+        regions.push_back(region_of(works_[at], dims_, at, k));
   const auto found = find_overlap(regions);
   if (!found) return;
   const auto name = [&](int64_t owner) {

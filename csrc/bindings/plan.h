@@ -78,6 +78,7 @@ class Plan {
   enum class Unchanged { kNothing, kAllButGrad, kAll };
   Unchanged compare(const Operands& operands, bool is_complete, Slot& slot) const;
   void read_param_and_grad(Operands& operands, Slot& slot) const;
+  void align_grad(Operands& operands, Slot& slot) const;
   void read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slot& slot);
   void prefetch(PyObject* params, Py_ssize_t index, size_t at) const;
   void find_step(const Operands& operands, Slot& slot) const;

@@ -16,7 +16,8 @@ struct Torch {
   PyTypeObject* parameter_type = nullptr;
   int (*describe)(void*, DLTensor*) = nullptr;
   PyObject* increment_version = nullptr;
-  PyObject* local_attribute = nullptr;  // fusedopt._tensors.local_attribute
+  PyObject* local_attribute = nullptr;  // of fusedopt._tensors
+  PyObject* align = nullptr;            // of fusedopt._tensors
   PyObject* grad_name = nullptr;
   PyGetSetDef* grad = nullptr;  // TensorBase.grad, to be called without a lookup per tensor
   PyCFunction is_neg = nullptr;
@@ -56,7 +57,13 @@ PyObject* local_part(PyObject* tensor) {
   auto found = attributes->find(Py_TYPE(tensor));
   if (found == attributes->end()) {
     PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-    py::object name = py::handle(g_torch.local_attribute)(py::handle(type));
+    py::object name;
+    try {
+      name = py::handle(g_torch.local_attribute)(py::handle(type));
+    } catch (const py::error_already_set& error) {
+      if (!error.matches(PyExc_TypeError)) throw;
+      throw UnknownTensorType(py::str(error.value()));
+    }
     Py_INCREF(type);
     found = attributes->emplace(Py_TYPE(tensor), name.release().ptr()).first;
   }
@@ -97,6 +104,7 @@ void connect_to_torch() {
   g_torch.parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
   g_torch.increment_version = keep(torch.attr("autograd").attr("graph").attr("increment_version"));
   g_torch.local_attribute = keep(py::module_::import("fusedopt._tensors").attr("local_attribute"));
+  g_torch.align = keep(py::module_::import("fusedopt._tensors").attr("align"));
   g_torch.grad_name = PyUnicode_InternFromString("grad");
   g_torch.grad = attribute_of(base, "grad");
   g_torch.is_neg = method_of(base, "is_neg");
@@ -140,6 +148,10 @@ bool is_lazy(PyObject* tensor, const TensorView& view) {
   if (!is_plain(tensor)) tensor = local_part(tensor);
   return call_flag(g_torch.is_neg, tensor) ||
          (view.is_complex && call_flag(g_torch.is_conj, tensor));
+}
+
+PyObject* align(PyObject* tensor, PyObject* param) {
+  return py::handle(g_torch.align)(py::handle(tensor), py::handle(param)).release().ptr();
 }
 
 PyObject* materialize(PyObject* tensor) {

@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <string>
 
 #include "core/dtypes.h"
@@ -25,8 +26,14 @@ struct TensorView {
 // Looks torch's functions up; call once, when the module is imported. Raises if torch lacks them.
 void connect_to_torch();
 
-// Reads a tensor's description. Views into a DTensor's local part; false, without a Python error,
-// if torch cannot describe it (sparse and meta tensors). Valid until the tensor is changed.
+// A tensor subclass without memory of its own.
+struct UnknownTensorType : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Reads a tensor's description. Raises UnknownTensorType. Views into a DTensor's local part; false,
+// without a Python error, if torch cannot describe it (sparse and meta tensors). Valid until the
+// tensor is changed.
 bool read_tensor(PyObject* tensor, TensorView& view);
 
 bool is_tensor(PyObject* object);
@@ -38,6 +45,10 @@ PyObject* get_grad(PyObject* tensor);
 
 // True if the tensor's memory does not hold its values: lazily negated or conjugated.
 bool is_lazy(PyObject* tensor, const TensorView& view);
+
+// A grad (or state) as it fits the param's layout over devices: itself, or what a DTensor's
+// redistribute() returns. A new reference. Costs a call into Python; not for plain tensors.
+PyObject* align(PyObject* tensor, PyObject* param);
 
 // The same values in memory of their own; a new reference.
 PyObject* materialize(PyObject* tensor);

@@ -12,6 +12,23 @@ namespace {
 
 const Key kStep("step");
 
+// Raises TypeError for a value of the state that is no tensor and that torch never wrote: old
+// checkpoints have numbers for step, and None stands for what is not there yet.
+void refuse_entry(const Place& place, PyObject* key, PyObject* value, bool is_step) {
+  const bool is_number = PyFloat_Check(value) || PyLong_Check(value);
+  if (value == Py_None || (is_step && is_number)) return;
+  throw py::type_error(subject(place, py::str(py::handle(key))) +
+                       std::string(py::repr(py::handle(value))) + ", but must be a tensor");
+}
+
+void check_alignment(const Operands& operands, int k) {
+  const auto aligned =
+      py::reinterpret_steal<py::object>(align(operands.tensors[k], operands.tensors[kParam]));
+  if (aligned.ptr() != operands.tensors[k])
+    throw py::value_error(subject(operands.place, operands.names[k]) +
+                          "laid out over devices unlike its parameter");
+}
+
 template <class T>
 void note(T& field, T value, bool& unchanged) {
   unchanged = unchanged && field == value;
@@ -107,6 +124,7 @@ void Plan::read_param_and_grad(Operands& operands, Slot& slot) const {
   slot.recognizable = false;  // until all of its tensors have been read and checked
   read_operand(operands, kParam);
   check_device(operands);
+  if (!is_plain(operands.tensors[kParam]) || !is_plain(slot.grad)) align_grad(operands, slot);
   read_operand(operands, kGrad);
   if (is_lazy(slot.grad, operands.views[kGrad])) {
     const auto lazy = py::reinterpret_steal<py::object>(slot.grad);
@@ -117,18 +135,35 @@ void Plan::read_param_and_grad(Operands& operands, Slot& slot) const {
   check_against_param(operands, kGrad);
 }
 
+void Plan::align_grad(Operands& operands, Slot& slot) const {
+  read_operand(operands, kGrad);
+  const auto grad = py::reinterpret_borrow<py::object>(slot.grad);
+  PyObject* aligned = nullptr;
+  try {
+    aligned = align(grad.ptr(), operands.tensors[kParam]);
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) throw;
+    throw py::type_error(subject(operands.place, "grad") + describe(grad.ptr()) + ": " +
+                         std::string(py::str(error.value())));
+  }
+  Py_SETREF(slot.grad, aligned);
+  operands.tensors[kGrad] = slot.grad;
+}
+
 // Reads and checks the state and enters all operands into the work.
 void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slot& slot) {
   for (int k = kFirstState; k < operands.count; ++k) {
-    if (operands.tensors[k] == nullptr) continue;
+    if (operands.tensors[k] == nullptr) {
+      operands.views[k] = operands.views[kParam];  // as it will be
+      operands.views[k].data = nullptr;
+      continue;
+    }
     read_operand(operands, k);
     check_against_param(operands, k);
+    if (!is_plain(operands.tensors[k])) check_alignment(operands, k);
   }
   if (operands.step != nullptr) find_step(operands, slot);
-  if (!found) {
-    walk.missing.append(py::make_tuple(operands.place.group_index, operands.place.index));
-    operands.count = kFirstState;  // for the check of overlap; the second walk fills in the rest
-  }
+  if (!found) walk.missing.append(py::make_tuple(operands.place.group_index, operands.place.index));
   fill(walk, operands, work);
 }
 
@@ -145,12 +180,15 @@ bool Plan::find_state(Walk& walk, const Group& group, Operands& operands) const 
   PyObject* const step_key = row_.counts_steps ? kStep.object() : nullptr;
   int left = group.num_states + (row_.counts_steps ? 1 : 0);
   const auto take = [&](PyObject* key, PyObject* value) {
-    if (!is_tensor(value)) return;
     PyObject** place = key == step_key ? &operands.step : nullptr;
     for (int s = 0; place == nullptr && s < group.num_states; ++s)
       if (key == row_.state_names[static_cast<size_t>(s)].object())
         place = &operands.tensors[kFirstState + s];
     if (place == nullptr || *place != nullptr) return;
+    if (!is_tensor(value)) {
+      refuse_entry(operands.place, key, value, key == step_key);
+      return;
+    }
     *place = value;
     --left;
   };

@@ -88,10 +88,11 @@ struct Rounding {
 template <class T>
 struct Rounding<BFloat16, T> {
   static FUSEDOPT_HD BFloat16 apply(T value) {
-    const uint32_t bits = bit_cast<uint32_t>(static_cast<float>(value));
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t nan = (bits >> 16) | 0x40u;  // quiet, and never rounded up to infinity
-    return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded)};
+    const float narrow = static_cast<float>(value);
+    const uint32_t bits = bit_cast<uint32_t>(narrow);
+    const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const uint32_t nan = bits | 0x400000u;  // quiet, and never rounded up to infinity
+    return {static_cast<uint16_t>((narrow != narrow ? nan : rounded) >> 16)};
   }
 };
 

@@ -27,4 +27,9 @@ bool has_fingerprints();
 // Of a plain tensor (not of a subclass). Never to be used on objects that may be gone.
 uint64_t fingerprint(PyObject* tensor);
 
+// Ask for the memory that fingerprint() will read, in two steps: the second reads what the first
+// has asked for. Of any tensor.
+void prefetch_description(PyObject* tensor);
+void prefetch_storage(PyObject* tensor);
+
 }  // namespace fusedopt

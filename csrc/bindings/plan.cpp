@@ -1,6 +1,7 @@
 #include "bindings/plan.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "core/overlap.h"
 
@@ -95,13 +96,15 @@ void Plan::run(Walk& walk, int num_threads) {
   }
   std::vector<Layout> layouts;
   for (const Dims& dims : dims_) layouts.push_back({dims.data(), static_cast<int>(dims.size())});
-  increment_versions(walk.written.ptr());
 
   const Step step = {row_.rule,      works_.data(),  walk.scalars.data(),
                      layouts.data(), chunks_.data(), static_cast<int64_t>(chunks_.size()) - 1};
   {
-    const py::gil_scoped_release release;
-    cpu::run(step, isa_, num_threads);
+    std::optional<py::gil_scoped_release> release;
+    cpu::run(step, isa_, num_threads, [&] {
+      increment_versions(walk.written.ptr());
+      release.emplace();
+    });
   }
   if (!row_.counts_steps) return;
   for (size_t at = 0; at < works_.size(); ++at) {

@@ -71,18 +71,21 @@ class Plan {
     pybind11::list written = pybind11::list();  // params
   };
 
+  struct Found;
+
   void walk(Walk& walk);
-  void visit(Walk& walk, Group& group, Place place, PyObject* param, size_t at);
-  bool find_state(Walk& walk, const Group& group, Operands& operands) const;
-  PyObject* find_state_dict(Walk& walk, PyObject* param) const;
+  void walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t first, int n,
+                  size_t at);
+  void visit(Walk& walk, Group& group, const Place& place, const Found& found, size_t at);
+  PyObject* find_state_dict(Walk& walk, const Group& group, PyObject* param, bool active) const;
+  bool find_state(PyObject* state, const Group& group, const Place& place, Found& found) const;
   enum class Unchanged { kNothing, kAllButGrad, kAll };
-  Unchanged compare(const Operands& operands, bool is_complete, Slot& slot) const;
+  Unchanged compare(const Found& found, int count, bool is_complete, Slot& slot) const;
   void read_param_and_grad(Operands& operands, Slot& slot) const;
   void align_grad(Operands& operands, Slot& slot) const;
   void read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slot& slot);
-  void prefetch(PyObject* params, Py_ssize_t index, size_t at) const;
   void find_step(const Operands& operands, Slot& slot) const;
-  void read_step(const Operands& operands, Slot& slot) const;
+  void read_step(const Place& place, Slot& slot) const;
   void fill(Walk& walk, const Operands& operands, Work& work);
   void lay_out(Walk& walk, const Operands& operands, Work& work) const;
   int32_t schedule(Walk& walk, Group& group, const Slot& slot) const;

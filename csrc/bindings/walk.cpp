@@ -29,10 +29,31 @@ void check_alignment(const Operands& operands, int k) {
                           "laid out over devices unlike its parameter");
 }
 
+// Parameters that are walked together.
+constexpr int kBlock = 8;
+
 template <class T>
 void note(T& field, T value, bool& unchanged) {
   unchanged = unchanged && field == value;
   field = value;
+}
+
+}  // namespace
+
+// The tensors of one parameter, borrowed; null for state that is missing or not used.
+struct Plan::Found {
+  PyObject* tensors[kMaxOperands] = {};
+  PyObject* step = nullptr;
+  bool is_complete = false;
+};
+
+namespace {
+
+template <class Found, class F>
+void for_each_state(const Found& found, const F& f) {
+  for (int k = kFirstState; k < kMaxOperands; ++k)
+    if (found.tensors[k] != nullptr) f(found.tensors[k]);
+  if (found.step != nullptr) f(found.step);
 }
 
 }  // namespace
@@ -48,65 +69,89 @@ void Plan::walk(Walk& walk) {
   }
   size_t at = 0;
   for (size_t g = 0; g < walk.groups.size(); ++g) {
-    Group& group = walk.groups[g];
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(group.params); ++i, ++at) {
-      prefetch(group.params, i, at);
-      visit(walk, group, {group.dict, static_cast<int64_t>(g), i}, PyList_GET_ITEM(group.params, i),
-            at);
+    const Py_ssize_t size = PyList_GET_SIZE(walk.groups[g].params);
+    for (Py_ssize_t first = 0; first < size; first += kBlock) {
+      const int n = static_cast<int>(std::min<Py_ssize_t>(kBlock, size - first));
+      walk_block(walk, walk.groups[g], static_cast<int64_t>(g), first, n, at);
+      at += static_cast<size_t>(n);
     }
   }
   if (walk.dims != dims_) disjoint_ = false;
   dims_.swap(walk.dims);
 }
 
-// With thousands of tensors their objects are out of the caches by the next step: asks for those of
-// the parameters to come, if they are where they were.
-void Plan::prefetch(PyObject* params, Py_ssize_t index, size_t at) const {
-  constexpr int kAhead = 4;
-  if (index + kAhead >= PyList_GET_SIZE(params)) return;
-  __builtin_prefetch(PyList_GET_ITEM(params, index + kAhead));
-  __builtin_prefetch(slots_[at + kAhead].step);
+// With thousands of tensors their objects are out of the caches by the next step, and each hides
+// behind the one before: param, state, tensors, their descriptions, their storage. So a block of
+// parameters is taken one layer at a time, asking for the next layer of all of them.
+void Plan::walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t first, int n,
+                      size_t at) {
+  PyObject* const* const params = PySequence_Fast_ITEMS(group.params) + first;
+  for (int j = 0; j < n; ++j) prefetch_description(params[j]);
+  PyObject* states[kBlock];
+  for (int j = 0; j < n; ++j) {
+    Slot& slot = slots_[at + static_cast<size_t>(j)];
+    slot.grad = get_grad(params[j]);
+    states[j] = find_state_dict(walk, group, params[j], slot.grad != Py_None);
+    if (states[j] != nullptr) __builtin_prefetch(states[j]);
+    prefetch_description(slot.grad);
+  }
+  Found found[kBlock];
+  for (int j = 0; j < n; ++j) {
+    found[j].tensors[kParam] = params[j];
+    found[j].tensors[kGrad] = slots_[at + static_cast<size_t>(j)].grad;
+    found[j].is_complete =
+        find_state(states[j], group, {group.dict, group_index, first + j}, found[j]);
+    for_each_state(found[j], [](PyObject* tensor) { __builtin_prefetch(tensor); });
+  }
+  for (int j = 0; j < n; ++j) for_each_state(found[j], prefetch_description);
+  for (int j = 0; j < n; ++j) for_each_state(found[j], prefetch_storage);
+  for (int j = 0; j < n; ++j)
+    visit(walk, group, {group.dict, group_index, first + j}, found[j], at + static_cast<size_t>(j));
 }
 
-void Plan::visit(Walk& walk, Group& group, Place place, PyObject* param, size_t at) {
+void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& found, size_t at) {
   Work& work = works_[at];
   Slot& slot = slots_[at];
-  slot.grad = get_grad(param);
   const bool active = slot.grad != Py_None;
   if (active && !work.active) disjoint_ = false;
   work.active = active;
   if (!active) return;
 
-  Operands operands;
-  operands.place = place;
-  operands.tensors[kParam] = param;
-  operands.tensors[kGrad] = slot.grad;
-  const bool found = find_state(walk, group, operands);
-  const Unchanged unchanged = compare(operands, found && work.num_operands == operands.count, slot);
+  const int count = kFirstState + group.num_states;
+  const Unchanged unchanged =
+      compare(found, count, found.is_complete && work.num_operands == count, slot);
   if (unchanged != Unchanged::kAll) {
+    Operands operands;
+    operands.place = place;
+    operands.count = count;
+    operands.step = found.step;
+    std::copy(found.tensors, found.tensors + kMaxOperands, operands.tensors);
+    for (int s = 0; s < group.num_states; ++s)
+      operands.names[kFirstState + s] = row_.state_names[static_cast<size_t>(s)].name();
     read_param_and_grad(operands, slot);
     const TensorView& grad = operands.views[kGrad];
     if (unchanged == Unchanged::kAllButGrad && work.dtypes[kGrad] == grad.dtype &&
         is_contiguous(grad) && is_contiguous(operands.views[kParam]))
       work.data[kGrad] = grad.data;
     else
-      read_rest(walk, operands, found, work, slot);
+      read_rest(walk, operands, found.is_complete, work, slot);
     slot.recognizable = work.layout == kDense && operands.views[kParam].ndim <= kMaxFingerprintDims;
   }
-  if (!walk.is_second) slot.is_first = !found;
-  if (row_.counts_steps && found) read_step(operands, slot);
+  if (!walk.is_second) slot.is_first = !found.is_complete;
+  if (row_.counts_steps && found.is_complete) read_step(place, slot);
   work.variant = group.variant;
   work.scalars = schedule(walk, group, slot);
-  PyList_Append(walk.written.ptr(), param);
+  PyList_Append(walk.written.ptr(), found.tensors[kParam]);
 }
 
 // What of a parameter's tensors is as it was in the step before, so that its work stands.
-Plan::Unchanged Plan::compare(const Operands& operands, bool is_complete, Slot& slot) const {
+Plan::Unchanged Plan::compare(const Found& found, int count, bool is_complete, Slot& slot) const {
   if (!has_fingerprints()) return Unchanged::kNothing;
-  PyObject* const* const tensors = operands.tensors;
   bool same = is_complete && slot.recognizable, same_grad = false;
   for (int k = 0; k <= kMaxOperands; ++k) {
-    PyObject* const tensor = k < kMaxOperands ? tensors[k] : operands.step;
+    PyObject* const tensor = k == kMaxOperands ? found.step
+                             : k < count       ? found.tensors[k]
+                                               : nullptr;
     if (tensor == nullptr) continue;
     const uint64_t print = is_plain(tensor) ? fingerprint(tensor) : kNoFingerprint;
     const bool equal = print == slot.fingerprints[k] && print != kNoFingerprint;
@@ -167,29 +212,24 @@ void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slo
   fill(walk, operands, work);
 }
 
-// True if the state has all that the step needs. Fills in what is there.
-bool Plan::find_state(Walk& walk, const Group& group, Operands& operands) const {
-  if (group.num_states == 0 && !row_.counts_steps) return true;
-  operands.count = kFirstState + group.num_states;
-  for (int s = 0; s < group.num_states; ++s)
-    operands.names[kFirstState + s] = row_.state_names[static_cast<size_t>(s)].name();
-  PyObject* const state = find_state_dict(walk, operands.tensors[kParam]);
-  if (state == nullptr) return false;
+// Finds the tensors of a parameter's state in its dict; true if all that the step needs are there.
+bool Plan::find_state(PyObject* state, const Group& group, const Place& place, Found& found) const {
+  if (state == nullptr) return group.num_states == 0 && !row_.counts_steps;
 
   // Keys are interned as a rule, so going through the few entries is cheaper than three lookups.
   PyObject* const step_key = row_.counts_steps ? kStep.object() : nullptr;
   int left = group.num_states + (row_.counts_steps ? 1 : 0);
   const auto take = [&](PyObject* key, PyObject* value) {
-    PyObject** place = key == step_key ? &operands.step : nullptr;
-    for (int s = 0; place == nullptr && s < group.num_states; ++s)
+    PyObject** entry = key == step_key ? &found.step : nullptr;
+    for (int s = 0; entry == nullptr && s < group.num_states; ++s)
       if (key == row_.state_names[static_cast<size_t>(s)].object())
-        place = &operands.tensors[kFirstState + s];
-    if (place == nullptr || *place != nullptr) return;
+        entry = &found.tensors[kFirstState + s];
+    if (entry == nullptr || *entry != nullptr) return;
     if (!is_tensor(value)) {
-      refuse_entry(operands.place, key, value, key == step_key);
+      refuse_entry(place, key, value, key == step_key);
       return;
     }
-    *place = value;
+    *entry = value;
     --left;
   };
   Py_ssize_t at = 0;
@@ -198,7 +238,7 @@ bool Plan::find_state(Walk& walk, const Group& group, Operands& operands) const 
   if (left == 0) return true;
 
   const auto look_up = [&](PyObject* name) {
-    if (PyObject* const found = PyDict_GetItemWithError(state, name)) take(name, found);
+    if (PyObject* const value = PyDict_GetItemWithError(state, name)) take(name, value);
   };
   if (step_key != nullptr) look_up(step_key);
   for (int s = 0; s < group.num_states; ++s)
@@ -208,18 +248,20 @@ bool Plan::find_state(Walk& walk, const Group& group, Operands& operands) const 
 
 // The dict of a parameter's state, borrowed, or nullptr. State was created in the order of the
 // parameters, as a rule, so following the dict's order saves hashing (a Python call).
-PyObject* Plan::find_state_dict(Walk& walk, PyObject* param) const {
+PyObject* Plan::find_state_dict(Walk& walk, const Group& group, PyObject* param,
+                                bool active) const {
+  if (group.num_states == 0 && !row_.counts_steps) return nullptr;
   if (walk.next_param == nullptr)
     PyDict_Next(walk.state, &walk.state_at, &walk.next_param, &walk.next_state);
-  PyObject* found = nullptr;
+  PyObject* state = nullptr;
   if (walk.next_param == param) {
-    found = walk.next_state;
+    state = walk.next_state;
     walk.next_param = nullptr;
-  } else {
-    found = PyDict_GetItemWithError(walk.state, param);
-    if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  } else if (active) {
+    state = PyDict_GetItemWithError(walk.state, param);
+    if (state == nullptr && PyErr_Occurred()) throw py::error_already_set();
   }
-  return found != nullptr && PyDict_Check(found) ? found : nullptr;
+  return active && state != nullptr && PyDict_Check(state) ? state : nullptr;
 }
 
 // Finds the memory of a step count.
@@ -235,11 +277,11 @@ void Plan::find_step(const Operands& operands, Slot& slot) const {
   slot.step_dtype = view.dtype;
 }
 
-void Plan::read_step(const Operands& operands, Slot& slot) const {
+void Plan::read_step(const Place& place, Slot& slot) const {
   const double step = slot.step_dtype == DType::kFloat32 ? double{*static_cast<float*>(slot.step)}
                                                          : *static_cast<double*>(slot.step);
   if (!(step >= 0))
-    throw py::value_error("step of " + operands.place.text() + " is " + std::to_string(step) +
+    throw py::value_error("step of " + place.text() + " is " + std::to_string(step) +
                           ", but must not be negative");
   slot.next_step = step + 1;
 }

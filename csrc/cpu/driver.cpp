@@ -5,8 +5,17 @@
 #include "core/step.h"
 #include "cpu/isa.h"
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace fusedopt::cpu {
 namespace {
+
+// Below this a step is done before a second thread has woken up, and where other programs keep the
+// cores busy, waiting for that thread can cost a scheduler's time slice: milliseconds.
+constexpr int64_t kMinParallelChunks = 24;
+constexpr int64_t kMinChunksPerThread = 4;
 
 ChunkRunner chunk_runner(Isa isa) {
 #if defined(FUSEDOPT_X86_64)
@@ -53,31 +62,36 @@ int openmp_version() {
 
 // One parallel region for the whole step; threads take chunks as they come free, so a thread that
 // the system takes away for a while holds up nobody.
-void run(const Step& step, Isa isa, int num_threads) {
+void run(const Step& step, Isa isa, int num_threads, const std::function<void()>& first) {
   const ChunkRunner run_chunk = chunk_runner(isa);
   std::atomic<int64_t> next{0};
   const auto work_off = [&] {
     for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < step.num_chunks;)
       run_chunk(step, chunk);
   };
-  const auto wanted = std::min<int64_t>(num_threads, step.num_chunks);
-  if (wanted <= 1) return work_off();
 #if defined(_OPENMP)
-  // Workers compute under the caller's floating-point modes (torch.set_flush_denormal sets them for
-  // one thread only): which thread takes a chunk must not show in the result.
-  std::fenv_t callers;
-  std::fegetenv(&callers);
+  const auto wanted = std::min<int64_t>(num_threads, step.num_chunks / kMinChunksPerThread);
+  if (step.num_chunks >= kMinParallelChunks && wanted > 1) {
+    // Workers compute under the caller's floating-point modes (torch.set_flush_denormal sets them
+    // for one thread only): which thread takes a chunk must not show in the result.
+    std::fenv_t callers;
+    std::fegetenv(&callers);
 #pragma omp parallel num_threads(static_cast<int>(wanted))
-  {
-    std::fenv_t own;
-    std::fegetenv(&own);
-    std::fesetenv(&callers);
-    work_off();
-    std::fesetenv(&own);
+    {
+      if (omp_get_thread_num() == 0) first();
+      std::fenv_t own;
+      std::fegetenv(&own);
+      std::fesetenv(&callers);
+      work_off();
+      std::fesetenv(&own);
+    }
+    return;
   }
 #else
-  work_off();
+  static_cast<void>(num_threads);
 #endif
+  first();
+  work_off();
 }
 
 }  // namespace fusedopt::cpu

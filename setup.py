@@ -63,6 +63,7 @@ def ninja_file(target: Path, build_dir: Path) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
     lines = [
+        f"builddir = {quoted(build_dir)}",
         f"rule compile\n  command = {compiler} {' '.join(common)} $flags -MMD -MF $out.d "
         "-c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = {compiler} $in {' '.join(link)} -o $out",

@@ -135,14 +135,16 @@ bool has_fingerprints() { return g_offsets.trusted; }
 uint64_t fingerprint(PyObject* tensor) { return g_offsets.trusted ? mix(tensor) : kNoFingerprint; }
 
 void prefetch_description(PyObject* tensor) {
-  if (!g_offsets.trusted) return;
+  if (!g_offsets.trusted || tensor == Py_None) return;
   const auto* const words = static_cast<const char*>(pointer_at(tensor, g_offsets.description));
   for (size_t at = 0; at < kNumWords * kWord; at += 64) __builtin_prefetch(words + at);
 }
 
 void prefetch_storage(PyObject* tensor) {
-  if (!g_offsets.trusted) return;
-  __builtin_prefetch(pointer_at(pointer_at(tensor, g_offsets.description), g_offsets.storage));
+  if (!g_offsets.trusted || tensor == Py_None) return;
+  const void* const description = pointer_at(tensor, g_offsets.description);
+  __builtin_prefetch(pointer_at(description, g_offsets.storage));
+  __builtin_prefetch(pointer_at(description, g_offsets.storage + kWord));  // where the grad hangs
 }
 
 }  // namespace fusedopt

@@ -29,6 +29,12 @@ void check_alignment(const Operands& operands, int k) {
                           "laid out over devices unlike its parameter");
 }
 
+// Asks for the entries of a dict, which lie apart from it.
+void prefetch_entries(PyObject* dict) {
+  const char* const keys = reinterpret_cast<char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
+  for (int line = 0; line < 3; ++line) __builtin_prefetch(keys + 64 * line);
+}
+
 // Parameters that are walked together.
 constexpr int kBlock = 8;
 
@@ -86,7 +92,9 @@ void Plan::walk(Walk& walk) {
 void Plan::walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t first, int n,
                       size_t at) {
   PyObject* const* const params = PySequence_Fast_ITEMS(group.params) + first;
+  for (int j = 0; j < n; ++j) __builtin_prefetch(params[j]);
   for (int j = 0; j < n; ++j) prefetch_description(params[j]);
+  for (int j = 0; j < n; ++j) prefetch_storage(params[j]);
   PyObject* states[kBlock];
   for (int j = 0; j < n; ++j) {
     Slot& slot = slots_[at + static_cast<size_t>(j)];
@@ -95,8 +103,11 @@ void Plan::walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t 
     if (states[j] != nullptr) __builtin_prefetch(states[j]);
     prefetch_description(slot.grad);
   }
+  for (int j = 0; j < n; ++j)
+    if (states[j] != nullptr) prefetch_entries(states[j]);
   Found found[kBlock];
   for (int j = 0; j < n; ++j) {
+    prefetch_storage(slots_[at + static_cast<size_t>(j)].grad);
     found[j].tensors[kParam] = params[j];
     found[j].tensors[kGrad] = slots_[at + static_cast<size_t>(j)].grad;
     found[j].is_complete =

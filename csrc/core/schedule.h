@@ -33,35 +33,20 @@ inline SgdScalars<double> sgd_scalars(const Hyper& hyper, bool is_first, double 
           is_first ? 1.0 : 1.0 - hyper.dampening, hyper.weight_decay};
 }
 
-struct Keep {
-  double keep, rest;
-};
-
-// Splits 1 - decay into a float of the same sign and a remainder that is not zero and has that sign
-// too: their sum is exact to far below a float's last bit.
-inline Keep split_keep(double decay) {
-  const double exact = 1.0 - decay;
-  float keep = static_cast<float>(exact);
-  if (std::fabs(keep) >= std::fabs(exact)) keep = std::nextafter(keep, 0.0f);
-  return {keep, (1.0 - keep) - decay};
-}
-
 // `step`: the number of this step, 1 for a parameter's first.
 inline AdamScalars<double> adam_scalars(const Hyper& hyper, double step, double grad_scale) {
   const double correction1 = 1.0 - std::pow(hyper.beta1, step);
   const double sqrt_correction2 = std::sqrt(1.0 - std::pow(hyper.beta2, step));
   const bool to_grad = hyper.beta1 <= 0.5;
-  const Keep keep = split_keep(hyper.lr * hyper.weight_decay);
   return {grad_factor(hyper, grad_scale),
           to_grad ? -hyper.beta1 : 1.0 - hyper.beta1,
           to_grad ? 1.0 : 0.0,
-          hyper.beta2,
-          1.0 - hyper.beta2,
+          split(hyper.beta2),
+          split(1.0 - hyper.beta2),
           hyper.lr * sqrt_correction2 / correction1,
           hyper.eps * sqrt_correction2,
           hyper.weight_decay,
-          keep.keep,
-          keep.rest};
+          split(1.0 - hyper.lr * hyper.weight_decay)};
 }
 
 inline int sgd_variant(const Hyper& hyper) {

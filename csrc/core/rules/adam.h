@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "core/factor.h"
 #include "core/macros.h"
 
 // Adam (Kingma and Ba, arXiv 1412.6980), with AMSGrad (Reddi et al., "On the Convergence of Adam
@@ -13,20 +14,24 @@ struct AdamScalars {
   T grad_factor;      // -1 under maximize, times 1 / grad_scale
   T exp_avg_weight;   // 1 - beta1, or -beta1 when the interpolation starts from the grad
   T exp_avg_to_grad;  // not 0 if beta1 <= 0.5: interpolate from the grad, the nearer end
-  T beta2;
-  T one_minus_beta2;
+  Factor<T> beta2;
+  Factor<T> one_minus_beta2;
   T step_size;     // lr sqrt(1 - beta2^t) / (1 - beta1^t)
   T eps;           // eps sqrt(1 - beta2^t)
-  T weight_decay;  // the L2 penalty; decoupled decay stands in the next two
-  T keep;          // 1 - lr weight_decay, cut to float towards zero ...
-  T keep_rest;     // ... and what that leaves
+  T weight_decay;  // the L2 penalty
+  Factor<T> keep;  // 1 - lr weight_decay, of decoupled decay
 
   template <class U>
   FUSEDOPT_HD AdamScalars<U> as() const {
-    return {U(grad_factor), U(exp_avg_weight),  U(exp_avg_to_grad),
-            U(beta2),       U(one_minus_beta2), U(step_size),
-            U(eps),         U(weight_decay),    U(keep),
-            U(keep_rest)};
+    return {U(grad_factor),
+            U(exp_avg_weight),
+            U(exp_avg_to_grad),
+            beta2.template as<U>(),
+            one_minus_beta2.template as<U>(),
+            U(step_size),
+            U(eps),
+            U(weight_decay),
+            keep.template as<U>()};
   }
 };
 
@@ -49,7 +54,8 @@ struct Adam {
     // torch's form instead: once it has overflowed it stays inf, where a difference gives NaN.
     exp_avg = std::fma(scalars.exp_avg_weight, grad - exp_avg,
                        scalars.exp_avg_to_grad != 0 ? grad : exp_avg);
-    exp_avg_sq = std::fma(scalars.one_minus_beta2 * grad, grad, scalars.beta2 * exp_avg_sq);
+    exp_avg_sq =
+        std::fma(scalars.one_minus_beta2.times(grad), grad, scalars.beta2.times(exp_avg_sq));
 
     T second_moment = exp_avg_sq;
     if constexpr (kAmsgrad) {
@@ -59,10 +65,7 @@ struct Adam {
       second_moment = max_exp_avg_sq;
     }
     const T denominator = std::sqrt(second_moment) + scalars.eps;
-    // 1 - lr weight_decay alone, rounded to float, is off by up to some percent of a small decay.
-    // Both parts have its sign, so that an infinite param stays infinite.
-    if constexpr (kDecay == Decay::kDecoupled)
-      param = std::fma(scalars.keep, param, scalars.keep_rest * param);
+    if constexpr (kDecay == Decay::kDecoupled) param = scalars.keep.times(param);
     param = std::fma(-scalars.step_size, exp_avg / denominator, param);
   }
 };

@@ -34,20 +34,24 @@ ISA_FLAGS = {
 }
 
 
-def objects() -> list[tuple[str, list[str]]]:
+def objects(build_dir: Path) -> list[tuple[Path, list[str]]]:
     """Sources and the flags each is compiled with."""
     import pybind11
 
-    python = [
-        f"-isystem{pybind11.get_include()}",
-        f"-isystem{sysconfig.get_paths()['include']}",
-        "-O2",
-    ]
+    # The bindings as one source: reading pybind11's headers is most of what compiling them takes.
+    bindings = build_dir / "bindings.cpp"
+    parts = sorted(ROOT.glob("csrc/bindings/*.cpp"))
+    text = "".join(f'#include "bindings/{part.name}"\n' for part in parts)
+    if not bindings.exists() or bindings.read_text() != text:
+        bindings.write_text(text)
+    python = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     isas = ISA_FLAGS if X86_64 else {"baseline": []}
-    sources = [(str(f.relative_to(ROOT)), python) for f in sorted(ROOT.glob("csrc/bindings/*.cpp"))]
-    sources += [(f"csrc/cpu/isa_{isa}.cpp", EXACT + flags) for isa, flags in isas.items()]
-    sources += [("csrc/cpu/driver.cpp", EXACT), ("csrc/cuda/unavailable.cpp", EXACT)]
-    return sources
+    return [
+        (bindings, ["-O2", *(f"-isystem{path}" for path in python)]),
+        *((Path(f"csrc/cpu/isa_{isa}.cpp"), EXACT + flags) for isa, flags in isas.items()),
+        (Path("csrc/cpu/driver.cpp"), EXACT),
+        (Path("csrc/cuda/unavailable.cpp"), EXACT),
+    ]
 
 
 def ninja_file(target: Path, build_dir: Path) -> str:
@@ -69,10 +73,10 @@ def ninja_file(target: Path, build_dir: Path) -> str:
         f"rule link\n  command = {compiler} $in {' '.join(link)} -o $out",
     ]
     outputs = []
-    for source, flags in objects():
-        output = quoted(build_dir / Path(source).with_suffix(".o"))
+    for source, flags in objects(build_dir):
+        output = quoted(build_dir / source.with_suffix(".o").name)
         outputs.append(output)
-        lines.append(f"build {output}: compile {source}\n  flags = {' '.join(flags)}")
+        lines.append(f"build {output}: compile {quoted(source)}\n  flags = {' '.join(flags)}")
     lines.append(f"build {quoted(target)}: link {' '.join(outputs)}")
     return "\n".join(lines) + "\n"
 

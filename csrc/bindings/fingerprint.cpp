@@ -49,8 +49,9 @@ uint64_t mix(PyObject* tensor) {
   const void* const storage = pointer_at(description, g_offsets.storage);
   uint64_t sum = reinterpret_cast<uintptr_t>(tensor) * weight(0);
   sum += reinterpret_cast<uintptr_t>(description) * weight(1);
-  for (size_t i = kFirstWord; i < kNumWords; ++i)
-    sum += word_at(description, i * kWord) * weight(i);
+  for (size_t i = kFirstWord; i < kNumWords; i += 2)
+    sum += (word_at(description, i * kWord) + weight(i)) *
+           (word_at(description, (i + 1) * kWord) + weight(i + 1));
   if (storage != nullptr) sum += word_at(storage, g_offsets.data) * weight(kNumWords);
   return sum != kNoFingerprint ? sum : 1;
 }

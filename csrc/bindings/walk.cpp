@@ -101,6 +101,7 @@ void Plan::walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t 
     slot.grad = get_grad(params[j]);
     states[j] = find_state_dict(walk, group, params[j], slot.grad != Py_None);
     if (states[j] != nullptr) __builtin_prefetch(states[j]);
+    __builtin_prefetch(slot.step);
     prefetch_description(slot.grad);
   }
   for (int j = 0; j < n; ++j)

@@ -1,0 +1,179 @@
+"""A small GPT learns Python source, byte by byte: once with fusedopt, once with torch.optim.
+
+Both runs start from the same weights and see the same batches, and they take turns step by step,
+so that whatever else the machine does slows both. Their loss curves have to lie on each other
+(exit status 1 if not); what differs is the time that the optimizer takes.
+
+Examples:
+    python bench/train_gpt.py
+    python bench/train_gpt.py --optimizer SGD --steps 200 --text my_book.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    OPTIMIZERS,
+    describe,
+    load_fusedopt,
+    load_pyplot,
+    machine_info,
+    parse_device,
+    write_json,
+)
+from gpt import Batches, Config, load_text
+from twins import TORCH_KINDS, Run, start_runs, tail_mean
+
+BATCH = 12
+# The two runs differ by rounding alone, which training amplifies: at first the curves agree to
+# many digits, later one batch's loss may differ in the fourth, while both learn the same. The
+# yardstick is how far torch's own fused and unfused AdamW are apart in this program, given as in
+# the first 50 steps, anywhere, in the final loss. float32: 5e-7, 3e-4, 3e-6 (Adam: 5e-5, 4e-4,
+# 6e-6). bfloat16, where unfused torch rounds after every operation: 0.09, 0.11, 0.02.
+EARLY_STEPS = 50
+TOLERANCES = {"float32": (1e-3, 0.01), "bfloat16": (0.3, 0.1)}  # early, final
+
+
+def train(runs: list[Run], batches: Batches, args: argparse.Namespace) -> int:
+    """Turn by turn, and each in turn first; the number of steps made before time ran out."""
+    start = time.perf_counter()
+    for step in range(args.steps):
+        tokens, targets = batches.next(args.device)
+        for run in runs if step % 2 == 0 else runs[::-1]:
+            run.train(tokens, targets)
+        seconds = time.perf_counter() - start
+        show_progress(step + 1, args.steps, runs, seconds)
+        if seconds > args.max_seconds and step + 1 < args.steps:
+            print(f"\nstopped after {step + 1} of {args.steps} steps: {seconds:.0f} s have passed "
+                  "(--max-seconds); on a busy machine, try --threads 1")  # fmt: skip
+            return step + 1
+    return args.steps
+
+
+def show_progress(done: int, steps: int, runs: list[Run], seconds: float) -> None:
+    """A bar on a terminal; ten lines in a log."""
+    live = sys.stderr.isatty()
+    if not live and done * 10 // steps == (done - 1) * 10 // steps:
+        return
+    filled = 30 * done // steps
+    losses = "  ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs)
+    left = seconds / done * (steps - done)
+    line = (
+        f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{steps}  {left:3.0f} s left  loss {losses}"
+    )
+    end = "\n" if not live or done == steps else ""
+    print(f"\r{line}" if live else line, end=end, file=sys.stderr, flush=True)
+
+
+def agreement(ours: Run, twin: Run, dtype: str) -> dict[str, Any]:
+    """How far the two loss curves are apart, and whether rounding explains it."""
+    early_limit, final_limit = TOLERANCES[dtype]
+    apart = [abs(a - b) for a, b in zip(ours.losses, twin.losses, strict=True)]
+    early = max(apart[:EARLY_STEPS])
+    final = abs(tail_mean(ours.losses) - tail_mean(twin.losses))
+    return {
+        "max": max(apart),
+        "early": early,
+        "early_steps": EARLY_STEPS,
+        "early_limit": early_limit,
+        "final": final,
+        "final_limit": final_limit,
+        # Not "greater than": a loss that is NaN must fail too.
+        "good": early <= early_limit and final <= final_limit,
+    }
+
+
+def report(runs: list[Run], figures: list[dict[str, float]], apart: dict[str, Any]) -> None:
+    print(f"\n{'':24}{'loss':>8}{'tokens/s':>10}{'ms/step':>9}{'optimizer ms':>14}{'share':>8}")
+    for run, row in zip(runs, figures, strict=True):
+        print(
+            f"{run.name:24}{row['final_loss']:8.4f}{row['tokens_per_s']:10.0f}{row['step_ms']:9.1f}"
+            f"{row['optimizer_ms']:14.3f}{row['optimizer_share']:8.1%}"
+        )
+    median, total = (
+        figures[1][key] / figures[0][key] for key in ("optimizer_ms", "optimizer_total_s")
+    )
+    print(f"optimizer time, torch / fusedopt: {median:.2f} (medians), {total:.2f} (totals)")
+    print(
+        f"loss curves apart: at most {apart['early']:.1e} in the first {EARLY_STEPS} steps "
+        f"(allowed {apart['early_limit']:g}), {apart['max']:.1e} anywhere; final loss "
+        f"{apart['final']:.1e} (allowed {apart['final_limit']:g}): "
+        f"{'they lie on each other' if apart['good'] else 'THEY DIFFER'}"
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--optimizer", choices=OPTIMIZERS, default="AdamW", help="default: %(default)s")
+    add("--torch", choices=TORCH_KINDS, default="default",
+        help="implementation in torch.optim to run against (default: its own choice)")  # fmt: skip
+    add("--steps", type=int, default=500, metavar="N", help="default: %(default)s")
+    add("--max-seconds", type=float, default=150.0, metavar="S",
+        help="stop early on a slow or busy machine (default: %(default)s)")  # fmt: skip
+    add("--device", type=parse_device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    add("--dtype", choices=TOLERANCES, default="float32", help="of the model: %(default)s")
+    add("--threads", type=int, metavar="N", help="CPU threads; default: torch's choice")
+    add("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    add("--text", type=Path, metavar="FILE", help="default: Python's standard library")
+    add("--plot", type=Path, default=Path("train_gpt.png"), metavar="FILE",
+        help="picture to write (default: %(default)s)")  # fmt: skip
+    add("--no-plot", action="store_true", help="write no picture; matplotlib is not needed then")
+    add("--json", type=Path, metavar="FILE", help="write machine, figures and both curves")
+    args = parser.parse_args()
+    if min(args.steps, args.threads or 1) < 1:
+        parser.error("--steps and --threads must be at least 1")
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    load_fusedopt()
+    if not args.no_plot:
+        from train_plot import draw
+
+        load_pyplot()  # a missing matplotlib should show now, not after the training
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    machine = machine_info(args.device)
+    config = Config()
+    batches = Batches(load_text(args.text), BATCH, config.context, args.seed)
+    runs = start_runs(args)
+    params = list(runs[0].model.parameters())
+    title = (
+        f"{args.optimizer} {args.dtype}: GPT of {sum(p.numel() for p in params) / 1e6:.2f} M "
+        f"parameters in {len(params)} tensors, {BATCH} x {config.context} tokens a step"
+    )
+    print(describe(machine), f"{title}, {len(batches.text) / 1e6:.1f} MB of text", sep="\n")
+    steps = train(runs, batches, args)
+    figures = [run.figures(BATCH * config.context) for run in runs]
+    apart = agreement(runs[0], runs[1], args.dtype)
+    report(runs, figures, apart)
+    print("\nThe model trained with fusedopt writes:\n" + runs[0].model.generate(b"def ", 300))
+    result = {
+        "machine": machine,
+        "config": asdict(config) | {"batch": BATCH, "steps": steps, "seed": args.seed},
+        "apart": apart,
+        "runs": [
+            {"name": run.name, **row, "losses": run.losses}
+            for run, row in zip(runs, figures, strict=True)
+        ],
+    }
+    if args.json:
+        write_json(args.json, result)
+    if not args.no_plot:
+        draw(args.plot, f"{title}\n{describe(machine)}", result)
+    return 0 if apart["good"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+// Torch-free tests of csrc/core and of the CPU driver. Run as `test_core SUITE`; exits with 0 if
+// every CHECK of the suite held. Compiled and run by tests/test_cpp.py.
+#include "check.h"
+
+#include <cstring>
+
+void test_dtypes();
+void test_rules();
+void test_schedule();
+void test_chunks();
+void test_layout();
+void test_overlap();
+void test_driver();
+
+int main(int argc, char** argv) {
+  const struct {
+    const char* name;
+    void (*run)();
+  } suites[] = {{"dtypes", test_dtypes}, {"rules", test_rules},   {"schedule", test_schedule},
+                {"chunks", test_chunks}, {"layout", test_layout}, {"overlap", test_overlap},
+                {"driver", test_driver}};
+  for (const auto& suite : suites) {
+    if (argc != 2 || std::strcmp(argv[1], suite.name) != 0) continue;
+    suite.run();
+    std::printf("%s: %d failed\n", suite.name, g_failures);
+    return g_failures == 0 ? 0 : 1;
+  }
+  std::printf("usage: test_core SUITE\n");
+  return 2;
+}

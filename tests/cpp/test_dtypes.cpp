@@ -1,0 +1,144 @@
+// All 65536 patterns of the 16-bit formats, and the rounding between every two neighbours.
+#include "check.h"
+
+#include "core/dtypes.h"
+
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+
+using namespace fusedopt;
+
+namespace {
+
+// What the pattern means, from the format's definition alone. Infinity reads as the power of two
+// that would come after the largest number, which is where rounding sees it.
+double value_of(int pattern, int mantissa_bits, int exponent_bits) {
+  const int mantissa = pattern & ((1 << mantissa_bits) - 1);
+  const int exponent = (pattern >> mantissa_bits) & ((1 << exponent_bits) - 1);
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const double magnitude =
+      exponent == 0 ? std::ldexp(mantissa, 1 - bias - mantissa_bits)
+                    : std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+  return pattern & 0x8000 ? -magnitude : magnitude;
+}
+
+template <class Storage>
+struct Format;
+template <>
+struct Format<BFloat16> {
+  static constexpr int kMantissa = 7, kExponent = 8;
+};
+template <>
+struct Format<Float16> {
+  static constexpr int kMantissa = 10, kExponent = 5;
+};
+
+template <class Storage>
+constexpr int kInfinity = 0x7fff & ~((1 << Format<Storage>::kMantissa) - 1);
+
+template <class Storage>
+double reference(int pattern) {
+  return value_of(pattern, Format<Storage>::kMantissa, Format<Storage>::kExponent);
+}
+
+template <class Storage, class T>
+int encode(T value) {
+  Storage stored;
+  store(stored, value);
+  return stored.bits;
+}
+
+template <class Storage>
+void test_every_pattern() {
+  for (int pattern = 0; pattern < 65536; ++pattern) {
+    const Storage stored = {static_cast<uint16_t>(pattern)};
+    const float value = to_float(stored);
+    const int magnitude = pattern & 0x7fff;
+    if (magnitude > kInfinity<Storage>) {
+      CHECK(std::isnan(value));
+      CHECK((encode<Storage>(value) & 0x7fff) > kInfinity<Storage>);  // never inf, never -0.0
+    } else {
+      if (magnitude == kInfinity<Storage>)
+        CHECK(std::isinf(value));
+      else
+        CHECK(value == reference<Storage>(pattern));
+      CHECK(std::signbit(value) == (pattern >= 0x8000));
+      CHECK(encode<Storage>(value) == pattern);
+      CHECK(encode<Storage>(static_cast<double>(value)) == pattern);
+      CHECK(load<float>(stored) == value && load<double>(stored) == value);
+    }
+  }
+}
+
+// Between every two neighbours: the midpoint goes to the even one, its neighbours to the nearer.
+template <class Storage>
+void test_every_midpoint() {
+  for (int low = 0; low < kInfinity<Storage>; ++low) {
+    const int high = low + 1;
+    const auto middle =
+        static_cast<float>((reference<Storage>(low) + reference<Storage>(high)) / 2);
+    const int even = low % 2 == 0 ? low : high;
+    const float below = std::nextafterf(middle, 0.0f);
+    const float above = std::nextafterf(middle, std::numeric_limits<float>::infinity());
+    CHECK(encode<Storage>(middle) == even && encode<Storage>(-middle) == (even | 0x8000));
+    CHECK(encode<Storage>(below) == low && encode<Storage>(-below) == (low | 0x8000));
+    CHECK(encode<Storage>(above) == high && encode<Storage>(-above) == (high | 0x8000));
+  }
+}
+
+// Floats of every exponent: the result is the nearest of the result and its two neighbours.
+template <class Storage>
+void test_nearest() {
+  for (uint64_t bits = 0; bits < 0x7f800000u; bits += 1021) {
+    const double value = bit_cast<float>(static_cast<uint32_t>(bits));
+    const int found = encode<Storage>(static_cast<float>(value));
+    CHECK(found <= kInfinity<Storage>);
+    const double error = std::fabs(reference<Storage>(found) - value);
+    if (found > 0) CHECK(error <= std::fabs(reference<Storage>(found - 1) - value));
+    if (found < kInfinity<Storage>)
+      CHECK(error <= std::fabs(reference<Storage>(found + 1) - value));
+  }
+}
+
+void test_float_nans() {
+  for (uint32_t payload = 1; payload < 0x800000u; payload += 997) {
+    for (const uint32_t sign : {0u, 0x80000000u}) {
+      const float nan = bit_cast<float>(0x7f800000u | sign | payload);
+      CHECK((encode<BFloat16>(nan) & 0x7fff) > kInfinity<BFloat16>);
+      CHECK((encode<Float16>(nan) & 0x7fff) > kInfinity<Float16>);
+    }
+  }
+}
+
+void test_wide_formats() {
+  float narrow = 0;
+  store(narrow, 0.1);
+  CHECK(narrow == 0.1f);
+  double wide = 0;
+  store(wide, 0.1);
+  CHECK(wide == 0.1 && load<double>(wide) == 0.1);
+  CHECK(load<double>(0.1f) == static_cast<double>(0.1f));
+}
+
+void test_descriptions() {
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
+    int64_t size = 0;
+    with_storage(dtype, [&](auto storage) { size = sizeof(storage); });
+    CHECK(size == item_size(dtype));
+  }
+}
+
+}  // namespace
+
+void test_dtypes() {
+  test_every_pattern<BFloat16>();
+  test_every_pattern<Float16>();
+  test_every_midpoint<BFloat16>();
+  test_every_midpoint<Float16>();
+  test_nearest<BFloat16>();
+  test_nearest<Float16>();
+  test_float_nans();
+  test_wide_formats();
+  test_descriptions();
+}

@@ -1,0 +1,132 @@
+"""The optimizers in float64 numpy, straight from the textbooks' formulas.
+
+Nothing is rearranged for speed or accuracy, so that a slip in csrc/ cannot be repeated here.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+
+def exact(tensor: Tensor) -> Array:
+    """The tensor's numbers in float64; a complex number becomes a last dim of two."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.to(torch.float64).numpy(force=True).copy()
+
+
+class Oracle:
+    """One parameter and its states. `step` takes a grad; `results` names them as torch does."""
+
+    param: Array
+
+    def step(self, grad: Tensor) -> None:
+        raise NotImplementedError
+
+    def results(self) -> dict[str, Array]:
+        raise NotImplementedError
+
+
+class SgdOracle(Oracle):
+    """v <- momentum v + (1 - dampening) g; p <- p - lr v (Sutskever et al., 2013, as in torch)."""
+
+    def __init__(
+        self,
+        param: Tensor,
+        lr: float,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        maximize: bool = False,
+    ) -> None:
+        self.param = exact(param)
+        self.momentum_buffer: Array | None = None
+        self.lr, self.momentum, self.dampening = lr, momentum, dampening
+        self.weight_decay, self.nesterov, self.maximize = weight_decay, nesterov, maximize
+
+    def step(self, grad: Tensor) -> None:
+        g = -exact(grad) if self.maximize else exact(grad)
+        if self.weight_decay != 0:
+            g = g + self.weight_decay * self.param
+        if self.momentum != 0:
+            if self.momentum_buffer is None:
+                self.momentum_buffer = g
+            else:
+                self.momentum_buffer = (
+                    self.momentum * self.momentum_buffer + (1 - self.dampening) * g
+                )
+            g = g + self.momentum * self.momentum_buffer if self.nesterov else self.momentum_buffer
+        self.param = self.param - self.lr * g
+
+    def results(self) -> dict[str, Array]:
+        if self.momentum_buffer is None:
+            return {"param": self.param}
+        return {"param": self.param, "momentum_buffer": self.momentum_buffer}
+
+
+class AdamOracle(Oracle):
+    """Algorithm 1 of Kingma and Ba (2014); AMSGrad as torch has it; decay as L2 or decoupled."""
+
+    def __init__(
+        self,
+        param: Tensor,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        self.param = exact(param)
+        self.exp_avg = np.zeros_like(self.param)
+        self.exp_avg_sq = np.zeros_like(self.param)
+        self.max_exp_avg_sq = np.zeros_like(self.param)
+        self.steps = 0
+        self.lr, (self.beta1, self.beta2), self.eps = lr, betas, eps
+        self.weight_decay, self.decoupled = weight_decay, decoupled_weight_decay
+        self.amsgrad, self.maximize = amsgrad, maximize
+
+    def step(self, grad: Tensor) -> None:
+        g = -exact(grad) if self.maximize else exact(grad)
+        if self.weight_decay != 0 and self.decoupled:
+            self.param = (1 - self.lr * self.weight_decay) * self.param
+        elif self.weight_decay != 0:
+            g = g + self.weight_decay * self.param
+        self.steps += 1
+        self.exp_avg = self.beta1 * self.exp_avg + (1 - self.beta1) * g
+        self.exp_avg_sq = self.beta2 * self.exp_avg_sq + (1 - self.beta2) * g * g
+        self.max_exp_avg_sq = np.maximum(self.max_exp_avg_sq, self.exp_avg_sq)
+        second = self.max_exp_avg_sq if self.amsgrad else self.exp_avg_sq
+        m_hat = self.exp_avg / (1 - self.beta1**self.steps)
+        v_hat = second / (1 - self.beta2**self.steps)
+        self.param = self.param - self.lr * m_hat / (np.sqrt(v_hat) + self.eps)
+
+    def results(self) -> dict[str, Array]:
+        found = {"param": self.param, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {**found, "max_exp_avg_sq": self.max_exp_avg_sq} if self.amsgrad else found
+
+
+def adamw_oracle(param: Tensor, lr: float, weight_decay: float = 1e-2, **options: object) -> Oracle:
+    """Loshchilov and Hutter (2017): Adam with decoupled decay, 0.01 unless said."""
+    return AdamOracle(
+        param,
+        lr,
+        weight_decay=weight_decay,
+        decoupled_weight_decay=True,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+BY_NAME: dict[str, Callable[..., Oracle]] = {
+    "SGD": SgdOracle,
+    "Adam": AdamOracle,
+    "AdamW": adamw_oracle,
+}

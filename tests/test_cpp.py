@@ -1,0 +1,144 @@
+"""The torch-free C++ tests of csrc/core and csrc/cpu, and what the compiler makes of csrc/."""
+
+import ast
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEADERS = sorted(str(path.relative_to(ROOT / "csrc")) for path in ROOT.glob("csrc/**/*.h"))
+SUITES = ["dtypes", "rules", "schedule", "chunks", "layout", "overlap", "driver"]
+TESTS = sorted(ROOT.glob("tests/cpp/*.cpp"))
+SANITIZE = ["-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+
+
+def setup_constants() -> dict:
+    """The flags in setup.py, without running it."""
+    wanted = {"X86_64", "MACOS", "COMMON", "EXACT", "OPENMP", "ISA_FLAGS"}
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    tree.body = [n for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id in wanted]
+    found = {"platform": platform, "sys": sys}
+    exec(compile(tree, "setup.py", "exec"), found)
+    return found
+
+
+SETUP = setup_constants()
+COMMON = [*SETUP["COMMON"], *SETUP["OPENMP"], "-Itests/cpp"]
+ISAS = list(SETUP["ISA_FLAGS"]) if SETUP["X86_64"] else ["baseline"]
+each_isa = pytest.mark.parametrize("isa", ISAS)
+
+
+def run(*command: object, **options: object) -> subprocess.CompletedProcess:
+    command = [str(part) for part in command]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+def must_run(*command: object) -> str:
+    done = run(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    name = os.environ.get("CXX", "c++")
+    if not shutil.which(name):
+        pytest.skip(f"no C++ compiler: {name} is not there")
+    return name
+
+
+def build(compiler: str, sources: dict[Path, list[str]], target: Path) -> Path:
+    """Compiles each source with its flags beside `target` and links them."""
+    objects = {source: target.parent / f"{source.stem}.o" for source in sources}
+
+    def compile_one(source: Path) -> None:
+        must_run(compiler, *COMMON, *sources[source], "-c", source, "-o", objects[source])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources))
+    link = [*SETUP["OPENMP"], *(f for f in next(iter(sources.values())) if "sanitize" in f)]
+    must_run(compiler, *objects.values(), *link, "-o", target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def as_built(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tests with every instruction set, compiled as setup.py compiles it."""
+    defines = ["-DFUSEDOPT_X86_64"] if SETUP["X86_64"] else []
+    flags = [*SETUP["EXACT"], *defines]
+    sources = {ROOT / f"csrc/cpu/isa_{i}.cpp": flags + SETUP["ISA_FLAGS"][i] for i in ISAS}
+    sources[ROOT / "csrc/cpu/driver.cpp"] = flags
+    sources |= {test: [*flags, "-O1"] for test in TESTS}
+    return build(compiler, sources, tmp_path_factory.mktemp("as_built") / "test_core")
+
+
+@pytest.fixture(scope="session")
+def sanitized(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same under ASan and UBSan, for the instruction set that every machine has."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    (folder / "probe.cpp").write_text("int main() {}")
+    if run(compiler, *SANITIZE, folder / "probe.cpp", "-o", folder / "probe").returncode != 0:
+        pytest.skip(f"{compiler} has no address and undefined-behaviour sanitizers here")
+    flags = [*SETUP["EXACT"], *SANITIZE]
+    sources = {ROOT / "csrc/cpu/isa_baseline.cpp": flags, ROOT / "csrc/cpu/driver.cpp": flags}
+    return build(compiler, sources | dict.fromkeys(TESTS, flags), folder / "test_core")
+
+
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("program", ["as_built", "sanitized"])
+def test_core(program: str, suite: str, request: pytest.FixtureRequest) -> None:
+    must_run(request.getfixturevalue(program), suite)
+
+
+def test_no_suite_is_left_out() -> None:
+    main = (ROOT / "tests/cpp/test_core.cpp").read_text()
+    assert re.findall(r'\{"(\w+)", test_\1\}', main) == SUITES
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_header_compiles_alone(compiler: str, header: str) -> None:
+    includes = []
+    if header.startswith("bindings/"):
+        pybind11 = pytest.importorskip("pybind11", reason="pybind11 is a build requirement only")
+        includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    flags = [*SETUP["COMMON"], *includes, "-fsyntax-only", "-x", "c++", "-"]
+    done = run(compiler, *flags, input=f'#include "{header}"\n')
+    assert done.returncode == 0, done.stderr
+
+
+def require(tool: str) -> None:
+    if not shutil.which(tool):
+        pytest.skip(f"{tool} (binutils) is not there")
+
+
+@each_isa
+def test_object_exports_its_entry_alone(as_built: Path, isa: str) -> None:
+    # A weak symbol (an inline function or a template of a library) could be the copy that the
+    # linker keeps for all: AVX-512 code on a machine without it.
+    require("nm")
+    lines = must_run("nm", "--defined-only", "--extern-only", as_built.with_name(f"isa_{isa}.o"))
+    symbols = [line.split()[-2:] for line in lines.splitlines()]
+    assert len(symbols) == 1, symbols
+    kind, name = symbols[0]
+    assert kind == "T"
+    assert f"run_chunk_{isa}" in name
+
+
+@pytest.mark.parametrize(("isa", "register"), [("avx2", "ymm"), ("avx512", "zmm")])
+def test_loops_are_vectorised(as_built: Path, isa: str, register: str) -> None:
+    # A square root is in every loop of Adam and in nothing else: tails have scalar ones only.
+    require("objdump")
+    if isa not in ISAS:
+        pytest.skip(f"no {isa} in builds for {platform.machine()}")
+    code = must_run("objdump", "-d", as_built.with_name(f"isa_{isa}.o"))
+    functions = [text for text in re.split(r"\n\n", code) if "sqrts" in text]
+    assert len(functions) >= 24  # 6 variants in 4 formats
+    assert all(re.search(rf"vsqrtp[sd]\s.*%{register}", text) for text in functions)

@@ -20,7 +20,8 @@ def to_step(step: Any) -> Tensor:
         return step.cpu()
     if isinstance(step, (Tensor, int, float)):
         is_double = torch.get_default_dtype() == torch.float64
-        return torch.tensor(float(step), dtype=torch.float64 if is_double else torch.float32, device="cpu")
+        dtype = torch.float64 if is_double else torch.float32
+        return torch.tensor(float(step), dtype=dtype, device="cpu")
     raise TypeError(f"step in the optimizer's state must be a number or a tensor, got {step!r}")
 
 

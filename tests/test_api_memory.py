@@ -148,22 +148,6 @@ def test_versions(case: Case) -> None:
     assert [param.grad._version for param in params if param.grad is not None] == grads
 
 
-STATES = [(name, key) for name in MAIN_CASES for key in sorted(CASES[name].state_names - {"step"})]
-
-
-@pytest.mark.parametrize(("name", "key"), STATES, ids=lambda value: value)
-def test_backward_through_a_changed_state_raises(name: str, key: str) -> None:
-    """A loss may read the state (a penalty on the direction of the momentum); torch raises too."""
-    param = Parameter(torch.ones(3, dtype=torch.float64))
-    optimizer = CASES[name].ours([param])
-    train(optimizer, steps=1)
-    weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    loss = (weight * optimizer.state[param][key]).sum()
-    optimizer.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
 @MAIN_CASE
 def test_backward_through_a_changed_param_raises(case: Case) -> None:
     """Else autograd would silently use the new values for the old graph."""

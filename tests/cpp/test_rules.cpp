@@ -125,13 +125,13 @@ void test_rules() {
 void test_schedule() {
   // A decay is split into two parts of one sign, so that inf stays inf and nothing is lost.
   for (const double decay : {0.0, 1e-12, 1e-5, 1e-3, 0.01, 0.3, 0.999, 1.3, 5.0}) {
-    const Keep split = split_keep(decay);
-    const long double lost = static_cast<long double>(split.keep) + split.rest -
-                             (1.0L - static_cast<long double>(decay));
+    const Factor<double> keep = split(1 - decay);
+    const long double lost =
+        static_cast<long double>(keep.high) + keep.rest - (1.0L - static_cast<long double>(decay));
     CHECK(std::fabs(static_cast<double>(lost)) <= 1e-16);
-    CHECK(static_cast<double>(static_cast<float>(split.keep)) == split.keep);
-    CHECK(split.rest != 0 && std::signbit(split.rest) == std::signbit(1 - decay));
-    CHECK(std::signbit(split.keep) == std::signbit(1 - decay));
+    CHECK(static_cast<double>(static_cast<float>(keep.high)) == keep.high);
+    CHECK(keep.rest != 0 && std::signbit(keep.rest) == std::signbit(1 - decay));
+    CHECK(std::signbit(keep.high) == std::signbit(1 - decay));
   }
   // Terms that torch skips are variants without the term.
   Hyper hyper = sgd_hyper();

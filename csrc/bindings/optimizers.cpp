@@ -95,6 +95,7 @@ py::handle GroupReader::find(const Key& key) const {
 
 double GroupReader::to_number(py::handle value, const char* name) const {
   if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+  if (PyLong_CheckExact(value.ptr())) return PyLong_AsDouble(value.ptr());
   const bool is_text = PyUnicode_Check(value.ptr()) || PyBytes_Check(value.ptr());
   if (!is_text && py::hasattr(value, "numel") && value.attr("numel")().cast<int64_t>() != 1)
     fail(std::string("Tensor ") + name + " must be 1-element");
@@ -129,6 +130,11 @@ void GroupReader::betas(double& beta1, double& beta2) const {
   const py::handle pair = find(kBetas);
   if (!pair || !PySequence_Check(pair.ptr()) || py::len(pair) != 2)
     fail("betas must be a pair of numbers");
+  if (PyTuple_CheckExact(pair.ptr())) {
+    beta1 = to_number(PyTuple_GET_ITEM(pair.ptr(), 0), "betas[0]");
+    beta2 = to_number(PyTuple_GET_ITEM(pair.ptr(), 1), "betas[1]");
+    return;
+  }
   const py::sequence values = py::reinterpret_borrow<py::sequence>(pair);
   beta1 = to_number(values[0], "betas[0]");
   beta2 = to_number(values[1], "betas[1]");

@@ -61,6 +61,8 @@ void Plan::step(const py::list& param_groups, const py::dict& state, double grad
 
   const auto start_walk = [&](bool is_second) {
     Walk walk{{}, state.ptr(), grad_scale, is_second};
+    walk.groups.reserve(param_groups.size());
+    walk.scalars.reserve(param_groups.size());
     for (const py::handle group : param_groups) {
       const auto index = static_cast<int64_t>(walk.groups.size());
       const Hyper hyper = row_.read(GroupReader(group.ptr(), index));

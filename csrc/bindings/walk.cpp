@@ -331,12 +331,15 @@ void Plan::lay_out(Walk& walk, const Operands& operands, Work& work) const {
 int32_t Plan::schedule(Walk& walk, Group& group, const Slot& slot) const {
   const std::pair<double, bool> key(row_.counts_steps ? slot.next_step : 0, slot.is_first);
   if (group.last_scalars >= 0 && key == group.last_key) return group.last_scalars;
-  const auto [entry, is_new] =
-      group.scalars.emplace(key, static_cast<int32_t>(walk.scalars.size()));
-  if (is_new)
+  auto index = static_cast<int32_t>(walk.scalars.size());
+  if (group.last_scalars >= 0) {  // the group has parameters at different steps
+    group.scalars.emplace(group.last_key, group.last_scalars);
+    index = group.scalars.emplace(key, index).first->second;
+  }
+  if (index == static_cast<int32_t>(walk.scalars.size()))
     walk.scalars.push_back(row_.scalars(group.hyper, key.first, key.second, walk.grad_scale));
   group.last_key = key;
-  return group.last_scalars = entry->second;
+  return group.last_scalars = index;
 }
 
 }  // namespace fusedopt

@@ -9,7 +9,7 @@ class BuildInfo(TypedDict):
     cuda_unavailable: str | None
 
 class Plan:
-    def __init__(self, optimizer: str, isa: str, chunk_elements: int = ...) -> None: ...
+    def __init__(self, optimizer: str, isa: str, chunk_elements: int = 0) -> None: ...
     def step(
         self,
         param_groups: list[dict[str, Any]],

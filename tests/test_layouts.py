@@ -20,7 +20,7 @@ def constant(file: str, name: str) -> int:
     return int(re.search(rf"\b{name} = (\d+);", (CSRC / file).read_text())[1])
 
 
-CHUNK = constant("core/chunks.h", "kChunkElements")
+CHUNK = constant("core/chunks.h", "kMinChunkElements")
 BOUNDARIES = {
     "vector-of-4": 4,
     "vector-of-8": 8,

@@ -36,7 +36,7 @@ PYBIND11_MODULE(_C, m) {
   fusedopt::learn_fingerprints();
   py::class_<fusedopt::Plan>(m, "Plan")
       .def(py::init<const std::string&, const std::string&, int64_t>(), py::arg("optimizer"),
-           py::arg("isa"), py::arg("chunk_elements") = fusedopt::kChunkElements)
+           py::arg("isa"), py::arg("chunk_elements") = 0)
       .def("step", &fusedopt::Plan::step, py::arg("param_groups"), py::arg("state"),
            py::arg("grad_scale"), py::arg("create_state"), py::arg("num_threads"))
       .def("bookkeeping_bytes", &fusedopt::Plan::bookkeeping_bytes);

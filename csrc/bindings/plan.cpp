@@ -45,7 +45,7 @@ Region region_of(const Work& work, const std::vector<Dims>& dims, size_t at, int
 
 Plan::Plan(const std::string& optimizer, const std::string& isa, int64_t chunk_elements)
     : row_(find_optimizer(optimizer)), isa_(find_isa(isa)), chunk_elements_(chunk_elements) {
-  if (chunk_elements < 1) throw py::value_error("chunk_elements must be positive");
+  if (chunk_elements < 0) throw py::value_error("chunk_elements must not be negative");
 }
 
 void Plan::step(const py::list& param_groups, const py::dict& state, double grad_scale,
@@ -92,7 +92,7 @@ void Plan::run(Walk& walk, int num_threads) {
   if (!chunked_) {
     std::vector<int64_t> sizes;
     for (const Work& work : works_) sizes.push_back(work.numel);
-    chunks_ = plan_chunks(sizes, chunk_elements_);
+    chunks_ = plan_chunks(sizes, chunk_elements_ > 0 ? chunk_elements_ : chunk_elements_for(sizes));
     chunks_.shrink_to_fit();
     chunked_ = true;
   }

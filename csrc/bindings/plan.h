@@ -18,6 +18,7 @@ namespace fusedopt {
 
 class Plan {
  public:
+  // `chunk_elements`: how finely the work is divided; 0 chooses by its size.
   Plan(const std::string& optimizer, const std::string& isa, int64_t chunk_elements);
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;

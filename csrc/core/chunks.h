@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 // Divides a step into chunks of about equal cost, whatever the sizes of its tensors: a chunk may be
@@ -14,16 +15,24 @@ struct ChunkStart {
   int64_t element;  // within that work
 };
 
-// Elements per chunk: large enough to hide the cost of handing it out, small enough to balance.
-inline constexpr int64_t kChunkElements = 16384;
+// Elements per chunk: large enough to hide the cost of handing it out and to keep memory streaming,
+// small enough to balance. A work of this many chunks has no need for smaller ones.
+inline constexpr int64_t kMinChunkElements = 16384;
+inline constexpr int64_t kMaxChunkElements = 65536;
+inline constexpr int64_t kEnoughChunks = 64;
 // What starting on a tensor costs, in elements.
 inline constexpr int64_t kTensorCost = 256;
 // Chunks start at multiples of this within a tensor, a cache line of the narrowest format.
 inline constexpr int64_t kChunkAlignment = 64;
 
+inline int64_t chunk_elements_for(const std::vector<int64_t>& sizes) {
+  const int64_t total = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
+  return std::clamp(total / kEnoughChunks, kMinChunkElements, kMaxChunkElements);
+}
+
 // Returns one more start than there are chunks; the last is the end, {sizes.size(), 0}.
 inline std::vector<ChunkStart> plan_chunks(const std::vector<int64_t>& sizes,
-                                           int64_t chunk_elements = kChunkElements) {
+                                           int64_t chunk_elements) {
   std::vector<ChunkStart> starts;
   const auto num_works = static_cast<int64_t>(sizes.size());
   int64_t room = 0;  // elements that the current chunk can still take

@@ -43,16 +43,16 @@ void test_chunk_lists() {
       {0},
       {1},
       {0, 0, 0},
-      {kChunkElements},
-      {kChunkElements - kTensorCost},
-      {kChunkElements - kTensorCost + 1},
-      {3 * kChunkElements + 5, 0},
+      {kMinChunkElements},
+      {kMinChunkElements - kTensorCost},
+      {kMinChunkElements - kTensorCost + 1},
+      {3 * kMinChunkElements + 5, 0},
       {5, 0, 100000, 1, 0, 0, 64, 63, 65, 40000, 0},  // ends in an empty tensor
       std::vector<int64_t>(500, 64),
-      std::vector<int64_t>(100, kChunkElements),
+      std::vector<int64_t>(100, kMinChunkElements),
   };
   for (const auto& sizes : lists)
-    for (const int64_t chunk_elements : {int64_t{1}, int64_t{64}, int64_t{1000}, kChunkElements})
+    for (const int64_t chunk_elements : {int64_t{1}, int64_t{64}, int64_t{1000}, kMinChunkElements})
       check_covers_once(sizes, chunk_elements);
   std::mt19937 random(1);
   for (int run = 0; run < 100; ++run) {

@@ -72,7 +72,12 @@ class Plan {
     pybind11::list written = pybind11::list();  // params
   };
 
-  struct Found;
+  // The tensors of one parameter, borrowed; null for state that is missing or not used.
+  struct Found {
+    PyObject* tensors[kMaxOperands] = {};
+    PyObject* step = nullptr;
+    bool is_complete = false;
+  };
 
   void walk(Walk& walk);
   void walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t first, int n,

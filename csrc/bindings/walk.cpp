@@ -1,6 +1,5 @@
 #include <algorithm>
 
-#include "bindings/dlpack_abi.h"
 #include "bindings/fingerprint.h"
 #include "bindings/plan.h"
 
@@ -12,6 +11,9 @@ namespace {
 
 const Key kStep("step");
 
+// Parameters that are walked together.
+constexpr int kBlock = 8;
+
 // Raises TypeError for a value of the state that is no tensor and that torch never wrote: old
 // checkpoints have numbers for step, and None stands for what is not there yet.
 void refuse_entry(const Place& place, PyObject* key, PyObject* value, bool is_step) {
@@ -21,39 +23,11 @@ void refuse_entry(const Place& place, PyObject* key, PyObject* value, bool is_st
                        std::string(py::repr(py::handle(value))) + ", but must be a tensor");
 }
 
-void check_alignment(const Operands& operands, int k) {
-  const auto aligned =
-      py::reinterpret_steal<py::object>(align(operands.tensors[k], operands.tensors[kParam]));
-  if (aligned.ptr() != operands.tensors[k])
-    throw py::value_error(subject(operands.place, operands.names[k]) +
-                          "laid out over devices unlike its parameter");
-}
-
 // Asks for the entries of a dict, which lie apart from it.
 void prefetch_entries(PyObject* dict) {
   const char* const keys = reinterpret_cast<char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
   for (int line = 0; line < 3; ++line) __builtin_prefetch(keys + 64 * line);
 }
-
-// Parameters that are walked together.
-constexpr int kBlock = 8;
-
-template <class T>
-void note(T& field, T value, bool& unchanged) {
-  unchanged = unchanged && field == value;
-  field = value;
-}
-
-}  // namespace
-
-// The tensors of one parameter, borrowed; null for state that is missing or not used.
-struct Plan::Found {
-  PyObject* tensors[kMaxOperands] = {};
-  PyObject* step = nullptr;
-  bool is_complete = false;
-};
-
-namespace {
 
 template <class Found, class F>
 void for_each_state(const Found& found, const F& f) {
@@ -121,6 +95,58 @@ void Plan::walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t 
     visit(walk, group, {group.dict, group_index, first + j}, found[j], at + static_cast<size_t>(j));
 }
 
+// The dict of a parameter's state, borrowed, or nullptr. State was created in the order of the
+// parameters, as a rule, so following the dict's order saves hashing (a Python call).
+PyObject* Plan::find_state_dict(Walk& walk, const Group& group, PyObject* param,
+                                bool active) const {
+  if (group.num_states == 0 && !row_.counts_steps) return nullptr;
+  if (walk.next_param == nullptr)
+    PyDict_Next(walk.state, &walk.state_at, &walk.next_param, &walk.next_state);
+  PyObject* state = nullptr;
+  if (walk.next_param == param) {
+    state = walk.next_state;
+    walk.next_param = nullptr;
+  } else if (active) {
+    state = PyDict_GetItemWithError(walk.state, param);
+    if (state == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  }
+  return active && state != nullptr && PyDict_Check(state) ? state : nullptr;
+}
+
+// Finds the tensors of a parameter's state in its dict; true if all that the step needs are there.
+bool Plan::find_state(PyObject* state, const Group& group, const Place& place, Found& found) const {
+  if (state == nullptr) return group.num_states == 0 && !row_.counts_steps;
+
+  // Keys are interned as a rule, so going through the few entries is cheaper than three lookups.
+  PyObject* const step_key = row_.counts_steps ? kStep.object() : nullptr;
+  int left = group.num_states + (row_.counts_steps ? 1 : 0);
+  const auto take = [&](PyObject* key, PyObject* value) {
+    PyObject** entry = key == step_key ? &found.step : nullptr;
+    for (int s = 0; entry == nullptr && s < group.num_states; ++s)
+      if (key == row_.state_names[static_cast<size_t>(s)].object())
+        entry = &found.tensors[kFirstState + s];
+    if (entry == nullptr || *entry != nullptr) return;
+    if (!is_tensor(value)) {
+      refuse_entry(place, key, value, key == step_key);
+      return;
+    }
+    *entry = value;
+    --left;
+  };
+  Py_ssize_t at = 0;
+  PyObject *key, *value;
+  while (left > 0 && PyDict_Next(state, &at, &key, &value)) take(key, value);
+  if (left == 0) return true;
+
+  const auto look_up = [&](PyObject* name) {
+    if (PyObject* const value = PyDict_GetItemWithError(state, name)) take(name, value);
+  };
+  if (step_key != nullptr) look_up(step_key);
+  for (int s = 0; s < group.num_states; ++s)
+    look_up(row_.state_names[static_cast<size_t>(s)].object());
+  return left == 0;
+}
+
 void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& found, size_t at) {
   Work& work = works_[at];
   Slot& slot = slots_[at];
@@ -177,118 +203,6 @@ Plan::Unchanged Plan::compare(const Found& found, int count, bool is_complete, S
   return same_grad ? Unchanged::kAll : Unchanged::kAllButGrad;
 }
 
-void Plan::read_param_and_grad(Operands& operands, Slot& slot) const {
-  slot.recognizable = false;  // until all of its tensors have been read and checked
-  read_operand(operands, kParam);
-  check_device(operands);
-  if (!is_plain(operands.tensors[kParam]) || !is_plain(slot.grad)) align_grad(operands, slot);
-  read_operand(operands, kGrad);
-  if (is_lazy(slot.grad, operands.views[kGrad])) {
-    const auto lazy = py::reinterpret_steal<py::object>(slot.grad);
-    operands.tensors[kGrad] = slot.grad = materialize(lazy.ptr());
-    slot.fingerprints[kGrad] = kNoFingerprint;
-    read_operand(operands, kGrad);
-  }
-  check_against_param(operands, kGrad);
-}
-
-void Plan::align_grad(Operands& operands, Slot& slot) const {
-  read_operand(operands, kGrad);
-  const auto grad = py::reinterpret_borrow<py::object>(slot.grad);
-  PyObject* aligned = nullptr;
-  try {
-    aligned = align(grad.ptr(), operands.tensors[kParam]);
-  } catch (const py::error_already_set& error) {
-    if (!error.matches(PyExc_TypeError)) throw;
-    throw py::type_error(subject(operands.place, "grad") + describe(grad.ptr()) + ": " +
-                         std::string(py::str(error.value())));
-  }
-  Py_SETREF(slot.grad, aligned);
-  operands.tensors[kGrad] = slot.grad;
-}
-
-// Reads and checks the state and enters all operands into the work.
-void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slot& slot) {
-  for (int k = kFirstState; k < operands.count; ++k) {
-    if (operands.tensors[k] == nullptr) {
-      operands.views[k] = operands.views[kParam];  // as it will be
-      operands.views[k].data = nullptr;
-      continue;
-    }
-    read_operand(operands, k);
-    check_against_param(operands, k);
-    if (!is_plain(operands.tensors[k])) check_alignment(operands, k);
-  }
-  if (operands.step != nullptr) find_step(operands, slot);
-  if (!found) walk.missing.append(py::make_tuple(operands.place.group_index, operands.place.index));
-  fill(walk, operands, work);
-}
-
-// Finds the tensors of a parameter's state in its dict; true if all that the step needs are there.
-bool Plan::find_state(PyObject* state, const Group& group, const Place& place, Found& found) const {
-  if (state == nullptr) return group.num_states == 0 && !row_.counts_steps;
-
-  // Keys are interned as a rule, so going through the few entries is cheaper than three lookups.
-  PyObject* const step_key = row_.counts_steps ? kStep.object() : nullptr;
-  int left = group.num_states + (row_.counts_steps ? 1 : 0);
-  const auto take = [&](PyObject* key, PyObject* value) {
-    PyObject** entry = key == step_key ? &found.step : nullptr;
-    for (int s = 0; entry == nullptr && s < group.num_states; ++s)
-      if (key == row_.state_names[static_cast<size_t>(s)].object())
-        entry = &found.tensors[kFirstState + s];
-    if (entry == nullptr || *entry != nullptr) return;
-    if (!is_tensor(value)) {
-      refuse_entry(place, key, value, key == step_key);
-      return;
-    }
-    *entry = value;
-    --left;
-  };
-  Py_ssize_t at = 0;
-  PyObject *key, *value;
-  while (left > 0 && PyDict_Next(state, &at, &key, &value)) take(key, value);
-  if (left == 0) return true;
-
-  const auto look_up = [&](PyObject* name) {
-    if (PyObject* const value = PyDict_GetItemWithError(state, name)) take(name, value);
-  };
-  if (step_key != nullptr) look_up(step_key);
-  for (int s = 0; s < group.num_states; ++s)
-    look_up(row_.state_names[static_cast<size_t>(s)].object());
-  return left == 0;
-}
-
-// The dict of a parameter's state, borrowed, or nullptr. State was created in the order of the
-// parameters, as a rule, so following the dict's order saves hashing (a Python call).
-PyObject* Plan::find_state_dict(Walk& walk, const Group& group, PyObject* param,
-                                bool active) const {
-  if (group.num_states == 0 && !row_.counts_steps) return nullptr;
-  if (walk.next_param == nullptr)
-    PyDict_Next(walk.state, &walk.state_at, &walk.next_param, &walk.next_state);
-  PyObject* state = nullptr;
-  if (walk.next_param == param) {
-    state = walk.next_state;
-    walk.next_param = nullptr;
-  } else if (active) {
-    state = PyDict_GetItemWithError(walk.state, param);
-    if (state == nullptr && PyErr_Occurred()) throw py::error_already_set();
-  }
-  return active && state != nullptr && PyDict_Check(state) ? state : nullptr;
-}
-
-// Finds the memory of a step count.
-void Plan::find_step(const Operands& operands, Slot& slot) const {
-  TensorView view;
-  const bool usable = read_tensor(operands.step, view) && view.device_type == kDlCpu &&
-                      view.is_supported && !view.is_complex && item_size(view.dtype) >= 4 &&
-                      count_elements(view) == 1;
-  if (!usable)
-    throw py::value_error("step of " + operands.place.text() + " is " + describe(operands.step) +
-                          ", but must be one float32 or float64 number on the CPU");
-  slot.step = view.data;
-  slot.step_dtype = view.dtype;
-}
-
 void Plan::read_step(const Place& place, Slot& slot) const {
   const double step = slot.step_dtype == DType::kFloat32 ? double{*static_cast<float*>(slot.step)}
                                                          : *static_cast<double*>(slot.step);
@@ -296,35 +210,6 @@ void Plan::read_step(const Place& place, Slot& slot) const {
     throw py::value_error("step of " + place.text() + " is " + std::to_string(step) +
                           ", but must not be negative");
   slot.next_step = step + 1;
-}
-
-// Enters the operands into the work and notices what is not where it was.
-void Plan::fill(Walk& walk, const Operands& operands, Work& work) {
-  const TensorView& param = operands.views[kParam];
-  bool same_memory = disjoint_, same_size = chunked_;
-  note(work.numel, count_elements(param) * (param.is_complex ? 2 : 1), same_size);
-  note(work.num_operands, static_cast<uint8_t>(operands.count), same_memory);
-  for (int k = 0; k < operands.count; ++k) {
-    bool ignored = true;
-    note(work.data[k], operands.views[k].data, k == kGrad ? ignored : same_memory);
-    note(work.dtypes[k], operands.views[k].dtype, k == kGrad ? ignored : same_memory);
-  }
-  disjoint_ = same_memory && same_size;
-  chunked_ = same_size;
-  lay_out(walk, operands, work);
-}
-
-void Plan::lay_out(Walk& walk, const Operands& operands, Work& work) const {
-  bool contiguous = true;
-  for (int k = 0; k < operands.count; ++k)
-    contiguous = contiguous && is_contiguous(operands.views[k]);
-  work.layout = kDense;
-  if (contiguous) return;
-  Dims dims = make_dims(operands);
-  coalesce(dims);
-  if (is_dense(dims, operands.count)) return;
-  work.layout = static_cast<int32_t>(walk.dims.size());
-  walk.dims.push_back(std::move(dims));
 }
 
 // Index of the scalars for a parameter at its next step.

@@ -1,0 +1,119 @@
+#include <algorithm>
+
+#include "bindings/dlpack_abi.h"
+#include "bindings/fingerprint.h"
+#include "bindings/plan.h"
+
+// The part of Plan that reads and checks tensors which are not what they were in the step before,
+// and enters them into the work.
+namespace py = pybind11;
+
+namespace fusedopt {
+namespace {
+
+void check_alignment(const Operands& operands, int k) {
+  const auto aligned =
+      py::reinterpret_steal<py::object>(align(operands.tensors[k], operands.tensors[kParam]));
+  if (aligned.ptr() != operands.tensors[k])
+    throw py::value_error(subject(operands.place, operands.names[k]) +
+                          "laid out over devices unlike its parameter");
+}
+
+template <class T>
+void note(T& field, T value, bool& unchanged) {
+  unchanged = unchanged && field == value;
+  field = value;
+}
+
+}  // namespace
+
+void Plan::read_param_and_grad(Operands& operands, Slot& slot) const {
+  slot.recognizable = false;  // until all of its tensors have been read and checked
+  read_operand(operands, kParam);
+  check_device(operands);
+  if (!is_plain(operands.tensors[kParam]) || !is_plain(slot.grad)) align_grad(operands, slot);
+  read_operand(operands, kGrad);
+  if (is_lazy(slot.grad, operands.views[kGrad])) {
+    const auto lazy = py::reinterpret_steal<py::object>(slot.grad);
+    operands.tensors[kGrad] = slot.grad = materialize(lazy.ptr());
+    slot.fingerprints[kGrad] = kNoFingerprint;
+    read_operand(operands, kGrad);
+  }
+  check_against_param(operands, kGrad);
+}
+
+void Plan::align_grad(Operands& operands, Slot& slot) const {
+  read_operand(operands, kGrad);
+  const auto grad = py::reinterpret_borrow<py::object>(slot.grad);
+  PyObject* aligned = nullptr;
+  try {
+    aligned = align(grad.ptr(), operands.tensors[kParam]);
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) throw;
+    throw py::type_error(subject(operands.place, "grad") + describe(grad.ptr()) + ": " +
+                         std::string(py::str(error.value())));
+  }
+  Py_SETREF(slot.grad, aligned);
+  operands.tensors[kGrad] = slot.grad;
+}
+
+// Reads and checks the state and enters all operands into the work.
+void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slot& slot) {
+  for (int k = kFirstState; k < operands.count; ++k) {
+    if (operands.tensors[k] == nullptr) {
+      operands.views[k] = operands.views[kParam];  // as it will be
+      operands.views[k].data = nullptr;
+      continue;
+    }
+    read_operand(operands, k);
+    check_against_param(operands, k);
+    if (!is_plain(operands.tensors[k])) check_alignment(operands, k);
+  }
+  if (operands.step != nullptr) find_step(operands, slot);
+  if (!found) walk.missing.append(py::make_tuple(operands.place.group_index, operands.place.index));
+  fill(walk, operands, work);
+}
+
+// Finds the memory of a step count.
+void Plan::find_step(const Operands& operands, Slot& slot) const {
+  TensorView view;
+  const bool usable = read_tensor(operands.step, view) && view.device_type == kDlCpu &&
+                      view.is_supported && !view.is_complex && item_size(view.dtype) >= 4 &&
+                      count_elements(view) == 1;
+  if (!usable)
+    throw py::value_error("step of " + operands.place.text() + " is " + describe(operands.step) +
+                          ", but must be one float32 or float64 number on the CPU");
+  slot.step = view.data;
+  slot.step_dtype = view.dtype;
+}
+
+// Enters the operands into the work and notices what is not where it was.
+void Plan::fill(Walk& walk, const Operands& operands, Work& work) {
+  const TensorView& param = operands.views[kParam];
+  bool same_memory = disjoint_, same_size = chunked_;
+  note(work.numel, count_elements(param) * (param.is_complex ? 2 : 1), same_size);
+  note(work.num_operands, static_cast<uint8_t>(operands.count), same_memory);
+  for (int k = 0; k < operands.count; ++k) {
+    bool ignored = true;
+    note(work.data[k], operands.views[k].data, k == kGrad ? ignored : same_memory);
+    note(work.dtypes[k], operands.views[k].dtype, k == kGrad ? ignored : same_memory);
+  }
+  disjoint_ = same_memory && same_size;
+  chunked_ = same_size;
+  lay_out(walk, operands, work);
+}
+
+void Plan::lay_out(Walk& walk, const Operands& operands, Work& work) const {
+  bool contiguous = true;
+  for (int k = 0; k < operands.count; ++k)
+    contiguous = contiguous && is_contiguous(operands.views[k]);
+  work.layout = kDense;
+  if (contiguous) return;
+  Dims dims = make_dims(operands);
+  coalesce(dims);
+  if (is_dense(dims, operands.count)) return;
+  work.layout = static_cast<int32_t>(walk.dims.size());
+  walk.dims.push_back(std::move(dims));
+}
+
+}  // namespace fusedopt

@@ -15,7 +15,7 @@ class Plan:
         param_groups: list[dict[str, Any]],
         state: Mapping[Any, Any],
         grad_scale: float,
-        create_state: Callable[[list[tuple[int, int]]], None],
+        create_state: Callable[[list[tuple[int, int]]], Callable[[], None]],
         num_threads: int,
     ) -> None: ...
     def bookkeeping_bytes(self) -> int: ...

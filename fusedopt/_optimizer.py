@@ -122,15 +122,29 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan = self._plan_ = _C.Plan(self._row, cpu_isa())
         return plan
 
-    def _create_state(self, missing: list[tuple[int, int]]) -> None:
-        """Fill in what the state of the parameters at these (group, index) lacks."""
+    def _create_state(self, missing: list[tuple[int, int]]) -> Callable[[], None]:
+        """Fill in what the state of the parameters at these (group, index) lacks.
+
+        Returns a function that undoes it.
+        """
         created = []
         for group_index, index in missing:
             group = self.param_groups[group_index]
             param = group["params"][index]
-            created.append((param, self._missing_entries(param, group)))
-        for param, entries in created:
+            before = dict(self.state[param]) if param in self.state else None
+            created.append((param, before, self._missing_entries(param, group)))
+        for param, _, entries in created:
             self.state[param].update(entries)
+
+        def discard() -> None:
+            for param, before, _ in created:
+                if before is None:
+                    del self.state[param]
+                else:
+                    self.state[param].clear()
+                    self.state[param].update(before)
+
+        return discard
 
     def _missing_entries(self, param: Tensor, group: ParamGroup) -> State:
         present = self.state.get(param, {})

@@ -51,6 +51,8 @@ def load_state_dict(
     for key, entries in state_dict["state"].items():
         if key in params:
             state[params[key]] = _move(entries, params[key])
+            if isinstance(entries, dict) and "step" in entries:
+                state[params[key]]["step"] = to_step(entries["step"])
         else:  # of no parameter: kept as it is, as torch does
             state[key] = entries
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):

@@ -100,7 +100,9 @@ void Plan::fill(Walk& walk, const Operands& operands, Work& work) {
   }
   disjoint_ = same_memory && same_size;
   chunked_ = same_size;
+  const int32_t layout = work.layout;
   lay_out(walk, operands, work);
+  if (work.layout != layout) disjoint_ = false;
 }
 
 void Plan::lay_out(Walk& walk, const Operands& operands, Work& work) const {

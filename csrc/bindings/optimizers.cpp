@@ -95,7 +95,12 @@ py::handle GroupReader::find(const Key& key) const {
 
 double GroupReader::to_number(py::handle value, const char* name) const {
   if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
-  if (PyLong_CheckExact(value.ptr())) return PyLong_AsDouble(value.ptr());
+  if (PyLong_CheckExact(value.ptr())) {
+    const double number = PyLong_AsDouble(value.ptr());
+    if (number != -1 || !PyErr_Occurred()) return number;
+    PyErr_Clear();
+    fail(std::string(name) + " is too large");
+  }
   const bool is_text = PyUnicode_Check(value.ptr()) || PyBytes_Check(value.ptr());
   if (!is_text && py::hasattr(value, "numel") && value.attr("numel")().cast<int64_t>() != 1)
     fail(std::string("Tensor ") + name + " must be 1-element");

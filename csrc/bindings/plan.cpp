@@ -1,6 +1,7 @@
 #include "bindings/plan.h"
 
 #include <algorithm>
+#include <exception>
 #include <optional>
 
 #include "core/overlap.h"
@@ -80,10 +81,15 @@ void Plan::step(const py::list& param_groups, const py::dict& state, double grad
   if (!disjoint_) refuse_overlap(walk);
   disjoint_ = true;
   if (!walk.missing.empty()) {
-    create_state(walk.missing);
-    release_grads();
-    walk = start_walk(true);
-    if (!walk.missing.empty()) throw std::runtime_error("state that was created is not there");
+    const py::object discard = create_state(walk.missing);
+    try {
+      release_grads();
+      walk = start_walk(true);
+      if (!walk.missing.empty()) throw std::runtime_error("state that was created is not there");
+    } catch (...) {
+      discard();
+      throw;
+    }
   }
   run(walk, num_threads);
 }
@@ -101,14 +107,25 @@ void Plan::run(Walk& walk, int num_threads) {
 
   const Step step = {row_.rule,      works_.data(),  walk.scalars.data(),
                      layouts.data(), chunks_.data(), static_cast<int64_t>(chunks_.size()) - 1};
+  if (row_.counts_steps) write_steps();
+  std::exception_ptr error;  // Ctrl-C, say: the step is then done before it is raised
   {
     std::optional<py::gil_scoped_release> release;
     cpu::run(step, isa_, num_threads, [&] {
-      increment_versions(walk.written.ptr());
+      try {
+        increment_versions(walk.written.ptr());
+      } catch (...) {
+        error = std::current_exception();
+      }
       release.emplace();
     });
   }
-  if (!row_.counts_steps) return;
+  if (!error) return;
+  increment_versions(walk.written.ptr());
+  std::rethrow_exception(error);
+}
+
+void Plan::write_steps() const {
   for (size_t at = 0; at < works_.size(); ++at) {
     if (!works_[at].active) continue;
     const Slot& slot = slots_[at];

@@ -25,7 +25,7 @@ class Plan {
 
   // Steps every parameter that has a grad, or changes nothing and raises. Once all is checked,
   // `create_state` is called with a list of (group, index) of the parameters whose state lacks
-  // something. Grads are divided by `grad_scale`.
+  // something; what it returns undoes that. Grads are divided by `grad_scale`.
   void step(const pybind11::list& param_groups, const pybind11::dict& state, double grad_scale,
             const pybind11::function& create_state, int num_threads);
 
@@ -97,6 +97,7 @@ class Plan {
   int32_t schedule(Walk& walk, Group& group, const Slot& slot) const;
   void refuse_overlap(const Walk& walk) const;
   void run(Walk& walk, int num_threads);
+  void write_steps() const;
   void release_grads();
 
   const OptimizerRow& row_;

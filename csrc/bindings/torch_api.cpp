@@ -142,8 +142,8 @@ PyObject* get_grad(PyObject* tensor) {
 }
 
 bool is_lazy(PyObject* tensor, const TensorView& view) {
-  // torch negates lazily in imag() of a conjugated tensor only: strides of two, or few elements.
-  // Asking costs as much as all else that is done for a tensor.
+  // torch's public functions negate lazily in imag() of a conjugated tensor only: strides of two,
+  // or few elements. Asking of every tensor would cost as much as all else that is done for it.
   if (!view.is_complex && is_contiguous(view) && count_elements(view) > 1) return false;
   if (!is_plain(tensor)) tensor = local_part(tensor);
   return call_flag(g_torch.is_neg, tensor) ||

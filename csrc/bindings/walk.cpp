@@ -173,7 +173,8 @@ void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& foun
       work.data[kGrad] = grad.data;
     else
       read_rest(walk, operands, found.is_complete, work, slot);
-    slot.recognizable = work.layout == kDense && operands.views[kParam].ndim <= kMaxFingerprintDims;
+    slot.recognizable = found.is_complete && work.layout == kDense &&
+                        operands.views[kParam].ndim <= kMaxFingerprintDims;
   }
   if (!walk.is_second) slot.is_first = !found.is_complete;
   if (row_.counts_steps && found.is_complete) read_step(place, slot);
@@ -190,7 +191,10 @@ Plan::Unchanged Plan::compare(const Found& found, int count, bool is_complete, S
     PyObject* const tensor = k == kMaxOperands ? found.step
                              : k < count       ? found.tensors[k]
                                                : nullptr;
-    if (tensor == nullptr) continue;
+    if (tensor == nullptr) {
+      slot.fingerprints[k] = kNoFingerprint;
+      continue;
+    }
     const uint64_t print = is_plain(tensor) ? fingerprint(tensor) : kNoFingerprint;
     const bool equal = print == slot.fingerprints[k] && print != kNoFingerprint;
     slot.fingerprints[k] = print;

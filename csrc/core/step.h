@@ -45,7 +45,7 @@ Isa best_isa();        // the highest that this build and this processor share
 int openmp_version();  // date of the OpenMP standard built with, 0 if without
 
 // Runs the step with at most `num_threads` threads; returns when all of it is done. The calling
-// thread starts with `first`, while the others are at work already.
+// thread starts with `first`, which must not throw, while the others are at work already.
 void run(const Step& step, Isa isa, int num_threads, const std::function<void()>& first = [] {});
 
 }  // namespace cpu

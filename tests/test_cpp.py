@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.unsanitized  # it runs compilers, and brings sanitizers of its own
+
 ROOT = Path(__file__).parent.parent
 HEADERS = sorted(str(path.relative_to(ROOT / "csrc")) for path in ROOT.glob("csrc/**/*.h"))
 SUITES = ["dtypes", "rules", "schedule", "chunks", "layout", "overlap", "driver"]

@@ -112,3 +112,17 @@ def test_integer_that_no_float_holds(name: str) -> None:
     options = {"lr": 1.0, "momentum": 0.1, name: 10**400}
     with pytest.raises(ValueError, match=f"{name} is too large"):
         fusedopt.SGD([Parameter(torch.ones(2))], **options)
+
+
+@pytest.mark.parametrize(
+    "intruder", [None, 1.0, "weight", object()], ids=["none", "number", "text", "object"]
+)
+def test_param_that_is_no_tensor(intruder: object) -> None:
+    """The walk looks behind tensors' heads before it reads them."""
+    param = Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    optimizer = fusedopt.SGD([param], lr=1.0)
+    optimizer.param_groups[0]["params"].append(intruder)
+    with pytest.raises(TypeError, match=r"index 1.* must be a tensor"):
+        optimizer.step()
+    assert param.tolist() == [1.0, 1.0]

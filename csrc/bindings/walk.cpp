@@ -23,6 +23,12 @@ void refuse_entry(const Place& place, PyObject* key, PyObject* value, bool is_st
                        std::string(py::repr(py::handle(value))) + ", but must be a tensor");
 }
 
+void refuse_unless_tensor(PyObject* object, const Place& place, const char* name) {
+  if (!is_tensor(object))
+    throw py::type_error(subject(place, name) + std::string(py::repr(py::type::of(object))) +
+                         ", but must be a tensor");
+}
+
 // Asks for the entries of a dict, which lie apart from it.
 void prefetch_entries(PyObject* dict) {
   const char* const keys = reinterpret_cast<char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
@@ -67,12 +73,16 @@ void Plan::walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t 
                       size_t at) {
   PyObject* const* const params = PySequence_Fast_ITEMS(group.params) + first;
   for (int j = 0; j < n; ++j) __builtin_prefetch(params[j]);
+  for (int j = 0; j < n; ++j)
+    refuse_unless_tensor(params[j], {group.dict, group_index, first + j}, "");
   for (int j = 0; j < n; ++j) prefetch_description(params[j]);
   for (int j = 0; j < n; ++j) prefetch_storage(params[j]);
   PyObject* states[kBlock];
   for (int j = 0; j < n; ++j) {
     Slot& slot = slots_[at + static_cast<size_t>(j)];
     slot.grad = get_grad(params[j]);
+    if (slot.grad != Py_None)
+      refuse_unless_tensor(slot.grad, {group.dict, group_index, first + j}, "grad");
     states[j] = find_state_dict(walk, group, params[j], slot.grad != Py_None);
     if (states[j] != nullptr) __builtin_prefetch(states[j]);
     __builtin_prefetch(slot.step);

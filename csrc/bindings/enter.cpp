@@ -34,8 +34,9 @@ void Plan::read_param_and_grad(Operands& operands, Slot& slot) const {
   if (!is_plain(operands.tensors[kParam]) || !is_plain(slot.grad)) align_grad(operands, slot);
   read_operand(operands, kGrad);
   if (is_lazy(slot.grad, operands.views[kGrad])) {
-    const auto lazy = py::reinterpret_steal<py::object>(slot.grad);
-    operands.tensors[kGrad] = slot.grad = materialize(lazy.ptr());
+    PyObject* const grad = materialize(slot.grad);
+    Py_SETREF(slot.grad, grad);
+    operands.tensors[kGrad] = grad;
     slot.fingerprints[kGrad] = kNoFingerprint;
     read_operand(operands, kGrad);
   }

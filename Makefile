@@ -5,6 +5,9 @@
 #   make lint       ruff, mypy, clang-format
 #   make sanitize   the Python tests against a build with address and undefined-behaviour sanitizers
 #   make wheel      a wheel in dist/
+#   make gpu        all that needs a GPU, in under ten minutes, into GPU_OUT (GPU="--parts build step")
+# make gpu alone uses no .venv: it installs into the Python it finds (PYTHON), which must have torch
+# with CUDA, pytest, hypothesis, pybind11 and ninja, and needs no network.
 # TORCH=torch takes the newest torch instead of the version the project is developed with.
 
 PYTHON ?= python3
@@ -14,12 +17,14 @@ BIN := $(VENV)/bin
 BENCH ?= --shapes all
 TRAIN ?=
 PYTEST ?=
+GPU ?=
+GPU_OUT ?= build/gpu
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: train test bench lint format sanitize wheel clean
+.PHONY: train test bench gpu lint format sanitize wheel clean
 
 train: $(VENV)/built
 	$(BIN)/python bench/train_gpt.py $(TRAIN)
@@ -29,6 +34,9 @@ test: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python bench/step.py $(BENCH)
+
+gpu:
+	$(PYTHON) bench/gpu.py --out $(GPU_OUT) $(GPU)
 
 lint: $(VENV)/linters
 	$(BIN)/ruff check .

@@ -102,8 +102,25 @@ def _fusedopt_config(fusedopt: ModuleType) -> str | None:
         return None
     with contextlib.redirect_stdout(io.StringIO()) as text:
         show()
-    # Results are published: file names say what is loaded, folders only whose machine it was.
-    return re.sub(r"/(?:[^\s/]+/)+", "", text.getvalue()).strip()
+    return without_folders(text.getvalue()).strip()
+
+
+def without_folders(text: str) -> str:
+    """For results that are published: a file's name says what it is, its folder whose machine."""
+    return re.sub(r"(?<![\w.~-])/(?:[^\s/'\"]+/)+", "", text)
+
+
+def _cuda_info(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {}
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "cuda": torch.version.cuda,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "gpu_memory_mib": found.total_memory // MIB,
+        "l2_mib": found.L2_cache_size // MIB,
+    }
 
 
 def machine_info(device: torch.device) -> dict[str, Any]:
@@ -122,7 +139,10 @@ def machine_info(device: torch.device) -> dict[str, Any]:
         "fusedopt_config": _fusedopt_config(fusedopt),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": without_folders(
+            " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        ),
+        **_cuda_info(device),
     }
 
 
@@ -136,7 +156,8 @@ def describe(machine: dict[str, Any]) -> str:
     )
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any], *, quiet: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"wrote {path}")
+    if not quiet:
+        print(f"wrote {path}")

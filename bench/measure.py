@@ -8,22 +8,22 @@ within rounds.
 from __future__ import annotations
 
 import gc
-import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from clocks import CpuClock, CudaClock, Entrant
 from common import MIB, available_memory, spread
-from contenders import STATES, STREAMS, Contender, Groups, Step, qualify, reason
+from contenders import qualify
+from recipes import STATES, STREAMS, Contender, Groups, reason
 from workloads import Workload
 
-MIN_SAMPLE_S = 2e-3  # shorter samples repeat the step: timer and scheduler would show otherwise
 WARM_BYTES = 64 * MIB  # work that fits caches is measured on warm ones: a step before each sample
 LARGE_BYTES = 32 * MIB  # from here on memory is the limit, and the probes must not fit caches
 PROBE_BYTES = 256 * MIB
+CUDA_PROBE_BYTES = 1024 * MIB
 MIN_ROUNDS = 5
 WARM_UP_ROUNDS = 1
 
@@ -56,46 +56,17 @@ class Case:
 
     @property
     def probe_bytes(self) -> int:
-        """Of each of the two probe tensors: beyond caches, or as much as the work itself."""
+        """Of each of the two probe tensors: beyond caches, or as much as the work itself.
+
+        On a GPU always beyond caches: there a small copy shows what a launch costs.
+        """
+        if self.device.type == "cuda":
+            return CUDA_PROBE_BYTES
         large = self.footprint >= LARGE_BYTES
         return PROBE_BYTES if large else max(self.footprint // 2, 4)
 
 
-@dataclass
-class Entrant:
-    """Something timed once in every round: a contender or a bandwidth probe."""
-
-    name: str
-    step: Step
-    bytes_moved: int
-    note: str = ""
-    inner: int = 1
-    seconds: list[float] = field(default_factory=list)
-
-
-def timer(device: torch.device) -> Callable[[Step, int], float]:
-    """A function that gives the seconds of one call, averaged over ``inner`` calls."""
-
-    def on_cpu(step: Step, inner: int) -> float:
-        start = time.perf_counter()
-        for _ in range(inner):
-            step()
-        return (time.perf_counter() - start) / inner
-
-    def on_cuda(step: Step, inner: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        begin.record()
-        for _ in range(inner):
-            step()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e-3 / inner
-
-    return on_cuda if device.type == "cuda" else on_cpu
-
-
-def _template(case: Case) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+def values_for(case: Case) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     """(param, grad) values for all contenders; grads are of a size that float16 can square."""
     generator = torch.Generator(case.device).manual_seed(0)
 
@@ -106,22 +77,24 @@ def _template(case: Case) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     return [[(values(shape), values(shape)) for shape in group] for group in case.workload.groups]
 
 
-def _param_groups(template: list[list[tuple[torch.Tensor, torch.Tensor]]], share: bool) -> Groups:
+def param_groups(
+    case: Case, template: list[list[tuple[torch.Tensor, torch.Tensor]]], share: bool
+) -> Groups:
     groups = []
-    for pairs in template:
+    for pairs, options in zip(template, case.workload.group_options(), strict=True):
         params = []
         for value, grad in pairs:
             param = (value if share else value.clone()).requires_grad_()
             param.grad = grad if share else grad.clone()
             params.append(param)
-        groups.append({"params": params})
+        groups.append({"params": params, **options})
     return groups
 
 
 def _probes(case: Case) -> list[Entrant]:
     """Plain copy and in-place multiply: what this machine's memory, or cache, gives right now."""
-    source = torch.ones(case.probe_bytes // 4, device=case.device)
-    target = torch.ones_like(source)
+    source = torch.rand(case.probe_bytes // 4, device=case.device)
+    target = source.clone()
     moved = 2 * source.nbytes
     return [
         Entrant("copy", lambda: target.copy_(source), moved),
@@ -133,12 +106,12 @@ def _enter(
     case: Case, notes: dict[Contender, str], shared: bool
 ) -> tuple[list[Entrant], dict[str, str]]:
     """Give all who take part their tensors and make their first step."""
-    template = _template(case)
+    values = values_for(case)
     moved = case.bytes_per_element * case.workload.elements
     entrants, skipped = [], {}
     for contender, note in notes.items():
         try:
-            step = contender.make(_param_groups(template, shared), case.optimizer)
+            step = contender.make(param_groups(case, values, shared), case.optimizer)
             step()  # creates the states, builds caches, compiles
         except Exception as error:
             skipped[contender.name] = reason(error)
@@ -149,50 +122,73 @@ def _enter(
 
 def _race(case: Case, entrants: list[Entrant], rounds: int, budget_s: float) -> None:
     """Rounds of one sample each, the order rotated; fewer than asked if time runs out."""
-    timed = timer(case.device)
-    warm = case.footprint <= WARM_BYTES
+    on_cuda = case.device.type == "cuda"
+    clock = CudaClock(case.device) if on_cuda else CpuClock(case.footprint <= WARM_BYTES)
     for entrant in entrants:
-        entrant.step()
-        once = min(timed(entrant.step, 1) for _ in range(2 if warm else 1))
-        entrant.inner = max(1, math.ceil(MIN_SAMPLE_S / max(once, 1e-7)))
+        clock.prepare(entrant)
     start = time.perf_counter()
     for number in range(WARM_UP_ROUNDS + rounds):
         first = number % len(entrants)
         for entrant in entrants[first:] + entrants[:first]:
-            if warm:
-                entrant.step()
-            seconds = timed(entrant.step, entrant.inner)
-            if number >= WARM_UP_ROUNDS:
-                entrant.seconds.append(seconds)
+            times = clock.sample(entrant)
+            if number < WARM_UP_ROUNDS:
+                entrant.exposed = 0
+                continue
+            for kind, seconds in times.items():
+                entrant.samples[kind].append(seconds)
         measured = number + 1 - WARM_UP_ROUNDS
         if measured >= MIN_ROUNDS and time.perf_counter() - start > budget_s:
             return
 
 
-def _bandwidths(entrant: Entrant) -> list[float]:
-    return [entrant.bytes_moved / seconds * 1e-9 for seconds in entrant.seconds]
+def _bandwidths(entrant: Entrant, kind: str = "wall") -> list[float]:
+    return [entrant.bytes_moved / seconds * 1e-9 for seconds in entrant.samples[kind]]
+
+
+def _percent(mine: Entrant, theirs: Entrant, kind: str = "wall") -> float:
+    """Of their bandwidth; shares and ratios are medians of what each round gave."""
+    pairs = zip(_bandwidths(mine, kind), _bandwidths(theirs, kind), strict=True)
+    return 100 * statistics.median(one / other for one, other in pairs)
+
+
+def _ratio(mine: Entrant, base: Entrant, kind: str = "wall") -> dict[str, float]:
+    pairs = zip(mine.samples[kind], base.samples[kind], strict=True)
+    return spread([one / other for one, other in pairs])
 
 
 def _figures(case: Case, entrants: dict[str, Entrant], name: str, base: str) -> dict[str, Any]:
-    """All numbers of one contender; shares and ratios are medians of what each round gave."""
+    """All numbers of one contender."""
     entrant = entrants[name]
-    bandwidth = _bandwidths(entrant)
-
-    def percent_of(probe: str) -> float:
-        pairs = zip(bandwidth, _bandwidths(entrants[probe]), strict=True)
-        return 100 * statistics.median(mine / theirs for mine, theirs in pairs)
-
-    times = zip(entrant.seconds, entrants[base].seconds, strict=True)
-    return {
+    figures = {
         "ms": spread([1e3 * seconds for seconds in entrant.seconds]),
         "us_per_tensor": 1e6 * statistics.median(entrant.seconds) / case.workload.tensors,
-        "gb_per_s": statistics.median(bandwidth),
-        "percent_of_copy": percent_of("copy"),
-        "percent_of_multiply": percent_of("multiply"),
-        "ratio": spread([mine / theirs for mine, theirs in times]),
+        "gb_per_s": statistics.median(_bandwidths(entrant)),
+        "percent_of_copy": _percent(entrant, entrants["copy"]),
+        "percent_of_multiply": _percent(entrant, entrants["multiply"]),
+        "ratio": _ratio(entrant, entrants[base]),
         "inner": entrant.inner,
         "note": entrant.note,
     }
+    if entrant.queued:
+        host = 1e6 * statistics.median(entrant.samples["host"])
+        figures["host"] = {"us": host, "us_per_tensor": host / case.workload.tensors}
+        figures["gpu"] = {
+            "ms": spread([1e3 * seconds for seconds in entrant.samples["gpu"]]),
+            "gb_per_s": statistics.median(_bandwidths(entrant, "gpu")),
+            "percent_of_copy": _percent(entrant, entrants["copy"], "gpu"),
+            "ratio": _ratio(entrant, entrants[base], "gpu") if entrants[base].queued else None,
+            "steps": entrant.queued,
+            "waited_for_host": entrant.exposed,  # samples; in these the time is too long
+        }
+    return figures
+
+
+def _cache(case: Case) -> dict[str, Any]:
+    """Repeated steps on little data read it from the GPU's cache, where training would not."""
+    if case.device.type != "cuda":
+        return {}
+    size = torch.cuda.get_device_properties(case.device).L2_cache_size
+    return {"l2_mib": size // MIB, "may_sit_in_l2": case.footprint <= size}
 
 
 def run_case(
@@ -200,6 +196,8 @@ def run_case(
 ) -> dict[str, Any]:
     """Measure one case; the result is what goes into the JSON file."""
     gc.collect()  # what the last case left
+    if case.device.type == "cuda":
+        torch.cuda.empty_cache()
     notes, skipped = qualify(contenders, case.optimizer, case.dtype, case.device)
     free = available_memory(case.device) * 0.8
     shared = case.memory(len(notes), shared=False) > free
@@ -218,6 +216,7 @@ def run_case(
         "contenders": {},
         "probes": {},
         "skipped": skipped,
+        **_cache(case),
     }
     if needed > free:
         why = f"needs {needed // MIB} MiB, {int(free) // MIB} MiB may be used"
@@ -227,6 +226,8 @@ def run_case(
     gc.disable()
     try:
         _race(case, racing + probes, rounds, budget_s)
+    except torch.OutOfMemoryError as error:  # of a GPU: temporaries, which nobody can foresee
+        return result | {"skipped": skipped | {e.name: reason(error) for e in racing}}
     finally:
         gc.enable()
     entrants = {entrant.name: entrant for entrant in racing + probes}

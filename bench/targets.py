@@ -28,7 +28,7 @@ Key = tuple[str, str, str]
 Line = tuple[str, float, str, bool]  # what, value, bar, passed
 
 
-def _ratio(case: dict[str, Any], contender: str) -> float | None:
+def ratio_to_ours(case: dict[str, Any], contender: str) -> float | None:
     figures = case["contenders"].get(contender)
     return figures["ratio"]["median"] if figures and case.get("base") == "fusedopt" else None
 
@@ -42,7 +42,7 @@ def _adamw(case: dict[str, Any]) -> Iterator[Line]:
         return
     bars = ADAMW.get(case["workload"], ())
     for contender, bar in zip(("torch-fused", "torch-foreach"), bars, strict=False):
-        if (ratio := _ratio(case, contender)) is not None:
+        if (ratio := ratio_to_ours(case, contender)) is not None:
             yield f"{contender} / fusedopt", ratio, f">= {bar:g}", ratio >= bar
     if case["workload"] == "one-64Mi":
         share = ours["percent_of_multiply"]
@@ -52,23 +52,17 @@ def _adamw(case: dict[str, Any]) -> Iterator[Line]:
 
 def _ahead(case: dict[str, Any]) -> Iterator[Line]:
     """Everything else has to be ahead of torch's best."""
-    if case["workload"] in ADAMW and (ratio := _ratio(case, "torch-fused")) is not None:
+    if case["workload"] in ADAMW and (ratio := ratio_to_ours(case, "torch-fused")) is not None:
         yield "torch-fused / fusedopt", ratio, "> 1", ratio > 1.0
 
 
-def compare(cases: list[dict[str, Any]]) -> tuple[list[str], bool]:
+def report(
+    measured: dict[Key, list[Line]], promised: list[Key], width: int = 16
+) -> tuple[list[str], bool]:
     """Lines to print and whether all measured lines pass; a line not measured is said to be so."""
-    measured: dict[Key, list[Line]] = {}
-    for case in cases:
-        key = (case["optimizer"], case["dtype"], case["workload"])
-        if "fusedopt" in case["contenders"]:
-            lines = _adamw(case) if key[:2] == ("AdamW", "float32") else _ahead(case)
-            measured[key] = list(lines)
-    promised = [(o, d, w) for o in OPTIMIZERS for d in DTYPES for w in ADAMW]
-    promised.append(("AdamW", "float32", ALSO))
     text, missing = [], []
     for key in promised:
-        title = f"{key[0]:6} {key[1]:9} {key[2]:16}"
+        title = f"{key[0]:6} {key[1]:9} {key[2]:{width}}"
         if not measured.get(key):
             missing.append(key[:2])
         for what, value, bar, passed in measured.get(key, ()):
@@ -78,3 +72,19 @@ def compare(cases: list[dict[str, Any]]) -> tuple[list[str], bool]:
         text.append(f"  -     {optimizer:6} {dtype:9} {count} workloads not measured")
     good = all(line[-1] for key in promised for line in measured.get(key, ()))
     return text, good
+
+
+def key_of(case: dict[str, Any]) -> Key:
+    return case["optimizer"], case["dtype"], case["workload"]
+
+
+def compare(cases: list[dict[str, Any]]) -> tuple[list[str], bool]:
+    measured: dict[Key, list[Line]] = {}
+    for case in cases:
+        key = key_of(case)
+        if "fusedopt" in case["contenders"]:
+            lines = _adamw(case) if key[:2] == ("AdamW", "float32") else _ahead(case)
+            measured[key] = list(lines)
+    promised = [(o, d, w) for o in OPTIMIZERS for d in DTYPES for w in ADAMW]
+    promised.append(("AdamW", "float32", ALSO))
+    return report(measured, promised)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 Shape = tuple[int, ...]
 
@@ -15,6 +16,11 @@ class Workload:
 
     name: str
     groups: tuple[tuple[Shape, ...], ...]
+    options: tuple[Mapping[str, Any], ...] = ()  # for each group, what differs from the defaults
+    large: bool = False  # left out of "all" on a CPU, where it takes too much memory and time
+
+    def group_options(self) -> tuple[Mapping[str, Any], ...]:
+        return self.options or ({},) * len(self.groups)
 
     @property
     def tensors(self) -> int:
@@ -64,8 +70,26 @@ def _llama_8b_layer() -> Iterator[Shape]:
     yield from ((width,), (width,))
 
 
-def _one_group(name: str, shapes: Iterator[Shape] | list[Shape]) -> Workload:
-    return Workload(name, (tuple(shapes),))
+def _llama_8b_eighth() -> Workload:
+    """291 tensors, 1 003 782 656 elements: Llama-3-8B on one of 8 GPUs, as FSDP shards it.
+
+    Every tensor is cut along its first dimension. Matrices decay, norms do not.
+    """
+    shapes: list[Shape] = [(128256, 4096)]
+    for _ in range(32):
+        shapes += _llama_8b_layer()
+    shapes += [(4096,), (128256, 4096)]
+    shards = [(shape[0] // 8, *shape[1:]) for shape in shapes]
+    matrices = tuple(shape for shape in shards if len(shape) > 1)
+    norms = tuple(shape for shape in shards if len(shape) == 1)
+    decay = ({"weight_decay": 0.1}, {"weight_decay": 0.0})
+    return Workload("llama-8b-eighth", (matrices, norms), decay, large=True)
+
+
+def _one_group(
+    name: str, shapes: Iterator[Shape] | list[Shape], *, large: bool = False
+) -> Workload:
+    return Workload(name, (tuple(shapes),), large=large)
 
 
 WORKLOADS = {
@@ -81,5 +105,12 @@ WORKLOADS = {
         _one_group("one-64Mi", [(64 * 2**20,)]),
         # One element each: next to no memory, so the time is what a tensor costs on the host.
         _one_group("host-1000x1", [(1,)] * 1000),
+        _one_group("one-256Mi", [(256 * 2**20,)], large=True),
+        _llama_8b_eighth(),
     )
 }
+
+
+def all_workloads(device_type: str) -> list[str]:
+    """Names of what a run measures unless told otherwise."""
+    return [name for name, work in WORKLOADS.items() if device_type == "cuda" or not work.large]

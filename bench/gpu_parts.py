@@ -1,0 +1,174 @@
+"""The parts of gpu.py. Each runs its commands and returns its verdict and figures."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import targets_cuda
+from gpu_logs import METRICS, ncu_cases, pytest_counts, sanitizer_findings
+from gpu_run import Finished, Runner
+
+Result = dict[str, Any]
+OK, FAILED, TIMED_OUT, MISSED, NO_TOOL = "ok", "failed", "timed out", "target missed", "no tool"
+PYTEST = ("-m", "pytest", "--device", "cuda", "-q", "-p", "no:cacheprovider")
+CUDA_TESTS = "tests/test_cuda.py"
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else one allocation holds many tensors
+
+
+def _verdict(*runs: Finished, good: bool = True) -> str:
+    if any(run.timed_out for run in runs):
+        return TIMED_OUT
+    return OK if good and all(run.good for run in runs) else FAILED
+
+
+def _read(path: Path) -> Result:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def build(runner: Runner) -> Result:
+    options = ("--disable-pip-version-check", "--no-build-isolation", "--no-deps")
+    install = runner.python(
+        "-m", "pip", "install", *options, "--force-reinstall", ".", share=0.9,
+        env={"FUSEDOPT_CUDA": "1", "PIP_ROOT_USER_ACTION": "ignore"},
+    )  # fmt: skip
+    if not install.good:
+        return {"verdict": _verdict(install), "tail": install.tail(60)}
+    shown = runner.python("-c", "import fusedopt; fusedopt.show_config()", installed=True)
+    return {"verdict": _verdict(shown), "build_s": install.seconds, "config": shown.tail()}
+
+
+def tests(runner: Runner) -> Result:
+    """First those of the CUDA driver, then all."""
+    workers = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+    threads = {"OMP_NUM_THREADS": "2"} if workers else {}
+    result: Result = {"parallel": bool(workers)}
+    first = runner.python(*PYTEST, CUDA_TESTS, share=0.4, installed=True)
+    result["cuda"] = pytest_counts(first.text) | {"seconds": first.seconds}
+    every = runner.python(*PYTEST, *workers, installed=True, env=threads)
+    result["all"] = pytest_counts(every.text) | {"seconds": every.seconds}
+    for name, run in (("cuda", first), ("all", every)):
+        if not result[name]["finished"]:
+            result[name]["tail"] = run.tail()
+    return result | {"verdict": _verdict(first, every)}
+
+
+def sanitizer(runner: Runner) -> Result:
+    """Initcheck looks at all kernels: it has to see torch's writes to know what we may read."""
+    program = runner.tool("compute-sanitizer")
+    if program is None:
+        return {"verdict": NO_TOOL, "why": "compute-sanitizer is not installed here"}
+    known = runner.run([program, "--help"], 30.0).text
+    ours = ["--kernel-name" if "--kernel-name" in known else "--kernel-regex", "kns=fusedopt"]
+    result: Result = {}
+    verdicts = []
+    for tool, share, options in (
+        ("memcheck", 0.35, [*ours, "--report-api-errors", "no"]),
+        ("racecheck", 0.5, ours),
+        ("initcheck", 1.0, []),
+    ):
+        limits = ["--error-exitcode", "9", "--print-limit", "1000"]
+        under = [program, "--tool", tool, *limits, *options]
+        selected = (*PYTEST, CUDA_TESTS, "-k", "sanitizer")
+        run = runner.python(*selected, share=share, installed=True, under=under, env=UNCACHED)
+        found, counts = sanitizer_findings(run.text), pytest_counts(run.text)
+        clean = found["finished"] and not found["errors_in_ours"] and not found["unprinted"]
+        clean = clean and counts["passed"] > 0 and not counts["failed"]
+        verdict = TIMED_OUT if run.timed_out else OK if clean or runner.dry else FAILED
+        tail = {} if verdict == OK else {"tail": run.tail()}
+        tests_run = {key: counts[key] for key in ("passed", "failed", "skipped")}
+        result[tool] = {"verdict": verdict, "seconds": run.seconds, **tests_run, **found, **tail}
+        verdicts.append(verdict)
+    worst = next((verdict for verdict in verdicts if verdict != OK), OK)
+    return result | {"verdict": worst}
+
+
+def step(runner: Runner) -> Result:
+    path, picture = runner.out / "step-cuda.json", runner.out / "step-cuda.png"
+    limit = max(runner.left() - 45, 5)  # for the last case, the picture, the start
+    run = runner.python(
+        "bench/step.py", "--device", "cuda", "--targets", "--budget", "3",
+        "--max-seconds", f"{limit:.0f}", "--json", path, "--plot", picture,
+    )  # fmt: skip
+    cases = _read(path).get("cases", [])
+    lines, good = targets_cuda.compare(cases)
+    result = {"cases": len(cases), "targets": lines, "file": path.name}
+    finished = "Promised figures:" in run.text or runner.dry  # exit status 1 is also a traceback's
+    if run.timed_out or not finished:
+        return result | {"verdict": _verdict(run, good=False), "tail": run.tail()}
+    return result | {"verdict": OK if good else MISSED}
+
+
+def launches(runner: Runner) -> Result:
+    path = runner.scratch / "launches.json"
+    run = runner.python("bench/launches.py", "--device", "cuda", "--json", path)
+    content = _read(path)
+    result = {"launches": content.get("launches", [])}
+    if run.code == 1 and content.get("good") is False:
+        return result | {"verdict": MISSED}
+    tail = {} if run.good else {"tail": run.tail()}
+    return result | {"verdict": _verdict(run), **tail}
+
+
+def ncu(runner: Runner) -> Result:
+    program = runner.tool("ncu")
+    if program is None:
+        return {"verdict": NO_TOOL, "why": "ncu (Nsight Compute) is not installed here"}
+    table, cases = runner.scratch / "ncu.csv", runner.scratch / "ncu_cases.json"
+    under = [
+        program, "--csv", "--print-units", "base", "--clock-control", "none",
+        "--profile-from-start", "off", "--log-file", str(table), "--metrics", ",".join(METRICS),
+        "--kernel-name", "regex:update_kernel|schedule_kernel|spin_kernel",
+    ]  # fmt: skip
+    run = runner.python("bench/ncu_target.py", "--device", "cuda", "--json", cases, under=under)
+    text = table.read_text(errors="replace") if table.exists() else ""
+    asked = _read(cases).get("cases", [])
+    rows = ncu_cases(asked, text)
+    complete = len(rows) == len(asked) and all(row["launches"] for row in rows)
+    verdict = _verdict(run, good=bool(rows and complete) or runner.dry)
+    tail = {} if verdict == OK else {"tail": [*run.tail(10), *text.splitlines()[-10:]]}
+    return {"verdict": verdict, "cases": rows, **tail}
+
+
+def train(runner: Runner) -> Result:
+    path, picture = runner.out / "train-gpt-cuda.json", runner.out / "train-gpt-cuda.png"
+    limit = max(runner.left() - 25, 5)
+    run = runner.python(
+        "bench/train_gpt.py", "--device", "cuda", "--max-seconds", f"{limit:.0f}",
+        "--json", path, "--plot", picture,
+    )  # fmt: skip
+    content = _read(path)
+    runs = [{k: v for k, v in row.items() if k != "losses"} for row in content.get("runs", [])]
+    result = {"runs": runs, "apart": content.get("apart"), "file": path.name}
+    return result | {"verdict": _verdict(run)} | ({} if run.good else {"tail": run.tail()})
+
+
+def tune(runner: Runner) -> Result:
+    path = runner.scratch / "tune.json"
+    limit = max(runner.left() - 15, 5)
+    run = runner.python("bench/tune.py", "--max-seconds", f"{limit:.0f}", "--json", path)
+    tail = {} if run.good else {"tail": run.tail()}
+    return {"verdict": _verdict(run), "variants": _read(path).get("variants", []), **tail}
+
+
+@dataclass(frozen=True)
+class Part:
+    run: Callable[[Runner], Result]
+    share: float  # of the time that is left, beside the parts still to come
+    default: bool = True
+
+
+PARTS = {
+    "build": Part(build, 150),
+    "tests": Part(tests, 160),
+    "sanitizer": Part(sanitizer, 100),
+    "step": Part(step, 240),
+    "launches": Part(launches, 30),
+    "ncu": Part(ncu, 60),
+    "train": Part(train, 40),
+    "tune": Part(tune, 200, default=False),
+}

@@ -1,12 +1,21 @@
-"""Builds fusedopt._C with ninja: plain C++ and pybind11, neither torch's headers nor its libraries.
+"""Builds fusedopt._C with ninja: plain C++, CUDA and pybind11, none of torch's headers or libraries.
 
 Environment:
-    CXX                the C++ compiler (default: c++)
-    FUSEDOPT_SANITIZE  a value for -fsanitize=, e.g. "address,undefined" (for development)
+    CXX                   the C++ compiler (default: c++)
+    FUSEDOPT_CUDA         1: build for CUDA or fail; 0: for the CPU only (default: for CUDA if nvcc
+                          is found); emulated: CUDA's code on the host (for tests)
+    CUDA_HOME             the CUDA toolkit (default: that of nvcc on PATH, then the usual places)
+    FUSEDOPT_CUDA_ARCHS   compute capabilities, e.g. "80;90" or "90+PTX" (default: those of the GPUs
+                          of this machine; without one, all that this nvcc and ALL_ARCHS share)
+    FUSEDOPT_STRICT       1: warnings are errors, and so are spills and float64 arithmetic in the
+                          float32 kernels (for development)
+    FUSEDOPT_SANITIZE     a value for -fsanitize=, e.g. "address,undefined" (for development)
 """
 
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +27,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 X86_64 = platform.machine().lower() in ("x86_64", "amd64")
 MACOS = sys.platform == "darwin"
+STRICT = os.environ.get("FUSEDOPT_STRICT") == "1"
+SANITIZE = os.environ.get("FUSEDOPT_SANITIZE")
 
 # Results must not depend on the compiler's mood: no contraction, no fast-math. The two flags after
 # it change no value; they let square roots and selections be vectorised.
@@ -33,9 +44,86 @@ ISA_FLAGS = {
     ],
 }
 
+CUDA_COMMON = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+CUDA_EXACT = ["-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
+CUDA_STRICT = [
+    "-Werror=all-warnings",
+    "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,-Werror",
+]
+CUDA_NO_DOUBLE = ["-Xptxas=--warn-on-double-precision-use"]
+CUDA_IN_DOUBLE = ("update_float64.cu", "update_mixed_double.cu", "runtime.cu")
+ALL_ARCHS = ["80", "86", "89", "90", "100", "120"]
+# Where a compiler comes from if FUSEDOPT_CUDA=1 asks for one that the machine does not have.
+CUDA_WHEELS = ["nvidia-cuda-nvcc==13.0.*", "nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*",
+               "nvidia-nvvm==13.0.*"]  # fmt: skip
 
-def objects(build_dir: Path) -> list[tuple[Path, list[str]]]:
-    """Sources and the flags each is compiled with."""
+
+def cuda_mode() -> str:
+    mode = os.environ.get("FUSEDOPT_CUDA", "")
+    if mode not in ("", "0", "1", "emulated"):
+        raise SystemExit(f"FUSEDOPT_CUDA must be 0, 1 or emulated, not {mode!r}")
+    return mode
+
+
+def find_toolkit() -> Path | None:
+    """The folder with bin/nvcc and the libraries, or None."""
+    home = os.environ.get("CUDA_HOME")
+    if home and not Path(home, "bin/nvcc").exists():
+        raise SystemExit(f"CUDA_HOME is {home}, but there is no bin/nvcc in it")
+    if not home and (nvcc := shutil.which("nvcc")):
+        # What is on PATH may be a link or a wrapper; nvcc itself says where it is at home.
+        command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.*)$", said.stdout + said.stderr, re.MULTILINE)
+        home = top[1].strip() if top else None
+    wheels = Path(sysconfig.get_paths()["purelib"], "nvidia/cu13")
+    for folder in [home] if home else ["/usr/local/cuda", "/opt/cuda", wheels]:
+        if Path(folder, "bin/nvcc").exists():
+            return Path(folder).resolve()
+    return None
+
+
+def toolkit() -> Path | None:
+    """The toolkit to build with, or None for a build without CUDA."""
+    if cuda_mode() in ("0", "emulated") or MACOS:
+        return None
+    found = find_toolkit()
+    if found is None and cuda_mode() == "1":
+        raise SystemExit("FUSEDOPT_CUDA=1, but no nvcc was found: set CUDA_HOME or PATH")
+    if found is None:
+        print("fusedopt: no nvcc in CUDA_HOME, on PATH or in the usual places: building for the CPU"
+              " only", file=sys.stderr)  # fmt: skip
+    return found
+
+
+def cuda_archs(nvcc: Path) -> list[str]:
+    """Compute capabilities to build for, such as "90", the last perhaps with "+PTX"."""
+    if wanted := os.environ.get("FUSEDOPT_CUDA_ARCHS"):
+        archs = re.split(r"[;, ]+", wanted.strip())
+        if bad := [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch)]:
+            raise SystemExit(f"FUSEDOPT_CUDA_ARCHS: {bad[0]!r} is not of the form 90 or 90+PTX")
+        return archs
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        said = subprocess.run(query, capture_output=True, text=True)
+        if present := re.findall(r"^(\d+)\.(\d)$", said.stdout, re.MULTILINE):
+            return sorted({major + minor for major, minor in present}, key=int)
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    archs = [arch for arch in ALL_ARCHS if f"compute_{arch}\n" in known]
+    return [*archs[:-1], f"{archs[-1]}+PTX"]
+
+
+def arch_flags(archs: list[str]) -> list[str]:
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
+        codes = [f"sm_{number}", *([f"compute_{number}"] if arch.endswith("+PTX") else [])]
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    return flags
+
+
+def cpp_sources(build_dir: Path, with_cuda: bool) -> list[tuple[Path, list[str]]]:
+    """C++ sources and the flags each is compiled with."""
     import pybind11
 
     # The bindings as one source: reading pybind11's headers is most of what compiling them takes.
@@ -46,37 +134,62 @@ def objects(build_dir: Path) -> list[tuple[Path, list[str]]]:
         bindings.write_text(text)
     python = [pybind11.get_include(), sysconfig.get_paths()["include"]]
     isas = ISA_FLAGS if X86_64 else {"baseline": []}
+    cuda = ["table", "driver"] if with_cuda else ["unavailable"]
+    if cuda_mode() == "emulated":
+        cuda = ["table", "driver", "emulated"]
     return [
         (bindings, ["-O2", *(f"-isystem{path}" for path in python)]),
         *((Path(f"csrc/cpu/isa_{isa}.cpp"), EXACT + flags) for isa, flags in isas.items()),
         (Path("csrc/cpu/driver.cpp"), EXACT),
-        (Path("csrc/cuda/unavailable.cpp"), EXACT),
+        *((Path(f"csrc/cuda/{name}.cpp"), EXACT) for name in cuda),
     ]
+
+
+def cuda_sources(nvcc: Path) -> list[tuple[Path, list[str]]]:
+    """CUDA sources and the flags each is compiled with."""
+    archs = cuda_archs(nvcc)
+    common = [*CUDA_COMMON, *CUDA_EXACT, *arch_flags(archs), *(CUDA_STRICT if STRICT else [])]
+    common.append(f"-DFUSEDOPT_CUDA_ARCHS='\"{';'.join(archs)}\"'")
+    if "CXX" in os.environ:
+        common.append(f"-ccbin={os.environ['CXX']}")
+    sources = sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/cuda/*.cu"))
+    sources.sort(key=lambda path: "mixed" not in path.name)  # the longest first
+    no_double = CUDA_NO_DOUBLE if STRICT else []
+    return [(s, common + ([] if s.name in CUDA_IN_DOUBLE else no_double)) for s in sources]
 
 
 def ninja_file(target: Path, build_dir: Path) -> str:
     """The build as ninja reads it, to run from the project's root."""
     compiler = os.environ.get("CXX", "c++")
     defines = ["-DFUSEDOPT_X86_64"] if X86_64 else []
-    sanitize = os.environ.get("FUSEDOPT_SANITIZE")
-    extra = [f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer"] if sanitize else []
+    extra = [f"-fsanitize={SANITIZE}", "-g", "-fno-omit-frame-pointer"] if SANITIZE else []
     link = ["-shared", *OPENMP, *extra, *(["-undefined", "dynamic_lookup"] if MACOS else [])]
-    common = [*COMMON, *OPENMP, *defines, *extra]
+    common = [*COMMON, *OPENMP, *defines, *extra, *(["-Werror"] if STRICT else [])]
+    home = toolkit()
+    sources = [(path, "compile", flags) for path, flags in cpp_sources(build_dir, home is not None)]
+    if home is not None:
+        nvcc = home / "bin/nvcc"
+        sources += [(path, "compile_cuda", flags) for path, flags in cuda_sources(nvcc)]
+        libraries = home / ("lib64" if (home / "lib64").exists() else "lib")
+        link += [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        link.append("-Wl,--exclude-libs,ALL")
 
     def quoted(path: Path) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
+    depfile = "-MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
     lines = [
         f"builddir = {quoted(build_dir)}",
-        f"rule compile\n  command = {compiler} {' '.join(common)} $flags -MMD -MF $out.d "
-        "-c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"rule compile\n  command = {compiler} {' '.join(common)} $flags {depfile}",
         f"rule link\n  command = {compiler} $in {' '.join(link)} -o $out",
     ]
+    if home is not None:
+        lines.append(f"rule compile_cuda\n  command = {nvcc} $flags {depfile}")
     outputs = []
-    for source, flags in objects(build_dir):
-        output = quoted(build_dir / source.with_suffix(".o").name)
+    for source, rule, flags in sources:
+        output = quoted(build_dir / f"{source.parent.name}_{source.name}.o")
         outputs.append(output)
-        lines.append(f"build {output}: compile {quoted(source)}\n  flags = {' '.join(flags)}")
+        lines.append(f"build {output}: {rule} {quoted(source)}\n  flags = {' '.join(flags)}")
     lines.append(f"build {quoted(target)}: link {' '.join(outputs)}")
     return "\n".join(lines) + "\n"
 
@@ -97,4 +210,8 @@ class NinjaBuild(build_ext):
         subprocess.run(command, cwd=ROOT, check=True)
 
 
-setup(ext_modules=[Extension("fusedopt._C", sources=[])], cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=[Extension("fusedopt._C", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+    setup_requires=CUDA_WHEELS if cuda_mode() == "1" and find_toolkit() is None else [],
+)

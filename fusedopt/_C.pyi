@@ -1,12 +1,15 @@
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
+from torch import Tensor
+
 class BuildInfo(TypedDict):
     compiler: str
     isas: list[str]
     openmp: int
     fingerprints: bool
     cuda_unavailable: str | None
+    cuda_archs: str
 
 class Plan:
     def __init__(self, optimizer: str, isa: str, chunk_elements: int = 0) -> None: ...
@@ -14,11 +17,19 @@ class Plan:
         self,
         param_groups: list[dict[str, Any]],
         state: Mapping[Any, Any],
-        grad_scale: float,
-        create_state: Callable[[list[tuple[int, int]]], Callable[[], None]],
+        grad_scale: float | Tensor,
+        found_inf: Tensor | None,
+        create_state: Callable[[list[tuple[int, int]], bool], Callable[[], None]],
         num_threads: int,
     ) -> None: ...
     def bookkeeping_bytes(self) -> int: ...
 
 def check_group(optimizer: str, group: dict[str, Any], index: int) -> None: ...
 def build_info() -> BuildInfo: ...
+def is_emulated() -> bool: ...
+
+# RuntimeError except in builds with FUSEDOPT_CUDA=emulated.
+def emulate(emulate: bool) -> None: ...
+def begin_capture() -> None: ...
+def end_capture() -> None: ...
+def replay() -> None: ...

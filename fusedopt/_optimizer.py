@@ -8,7 +8,8 @@ from torch import Tensor
 
 from . import _C
 from ._config import cpu_isa
-from ._state_dict import load_state_dict, to_step
+from ._state_dict import load_state_dict
+from ._steps import is_on_gpu, place_steps, step_device, to_step
 
 ParamGroup: TypeAlias = dict[str, Any]
 Params: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
@@ -69,22 +70,30 @@ class FusedOptimizer(torch.optim.Optimizer):
                 or of a tensor subclass without memory of its own.
             ValueError: a grad or state does not fit its parameter in shape or device, parameters
                 share memory, or a hyper-parameter is NaN or out of range.
-            RuntimeError: a parameter is on a device that this build does not step, or ``step`` of
-                the same optimizer is running in another thread.
+            RuntimeError: a parameter is on a device that this build does not step, ``step`` of the
+                same optimizer is running in another thread, a CUDA graph is captured although
+                ``capturable`` is False or there is no state yet, or CUDA reports an error. Errors
+                of kernels come with a later call, as always with CUDA.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # Set by torch.amp.GradScaler: the grads are still scaled, and some may have overflowed.
+        # What is on a GPU stays there: the kernels look at it.
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) > 0:
-            return loss
+        if found_inf is not None and not is_on_gpu(found_inf):
+            if float(found_inf) > 0:
+                return loss
+            found_inf = None
         grad_scale = getattr(self, "grad_scale", None)
+        if not is_on_gpu(grad_scale):
+            grad_scale = 1.0 if grad_scale is None else float(grad_scale)
         self._plan().step(
             self.param_groups,
             self.state,
-            1.0 if grad_scale is None else float(grad_scale),
+            grad_scale,
+            found_inf,
             self._create_state,
             torch.get_num_threads(),
         )
@@ -112,9 +121,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self._old_options.items():
                 group.setdefault(name, value)
-        for entries in self.state.values():
-            if isinstance(entries, dict) and "step" in entries:
-                entries["step"] = to_step(entries["step"])
+        for group in self.param_groups:
+            for param in group["params"]:
+                entries = self.state.get(param)
+                if isinstance(entries, dict) and "step" in entries:
+                    entries["step"] = to_step(entries["step"], step_device(param, group))
 
     def _plan(self) -> _C.Plan:
         plan: _C.Plan | None = self.__dict__.get("_plan_")
@@ -122,17 +133,24 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan = self._plan_ = _C.Plan(self._row, cpu_isa())
         return plan
 
-    def _create_state(self, missing: list[tuple[int, int]]) -> Callable[[], None]:
+    def _create_state(
+        self, missing: list[tuple[int, int]], steps_on_gpu: bool
+    ) -> Callable[[], None]:
         """Fill in what the state of the parameters at these (group, index) lacks.
 
-        Returns a function that undoes it.
+        A ``step`` that is not where it belongs, on the GPU of its parameter or on the CPU, is moved
+        there. Returns a function that undoes it all.
         """
-        created = []
+        created: list[tuple[Tensor, State | None, State]] = []
         for group_index, index in missing:
             group = self.param_groups[group_index]
             param = group["params"][index]
             before = dict(self.state[param]) if param in self.state else None
-            created.append((param, before, self._missing_entries(param, group)))
+            created.append((param, before, {}))
+        if self._counts_steps:
+            place_steps([(p, before or {}, new) for p, before, new in created], steps_on_gpu)
+        for (group_index, _), (param, _, entries) in zip(missing, created, strict=True):
+            entries.update(self._missing_entries(param, self.param_groups[group_index]))
         for param, _, entries in created:
             self.state[param].update(entries)
 
@@ -148,13 +166,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _missing_entries(self, param: Tensor, group: ParamGroup) -> State:
         present = self.state.get(param, {})
-        entries: State = {}
-        if self._counts_steps and not isinstance(present.get("step"), Tensor):
-            entries["step"] = to_step(present.get("step", 0.0))
-        for name in self._state_names(group):
-            if present.get(name) is None:
-                entries[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        return entries
+        return {
+            name: torch.zeros_like(param, memory_format=torch.preserve_format)
+            for name in self._state_names(group)
+            if present.get(name) is None
+        }
 
 
 def _refuse_duplicates(params: list[Any], group_index: int) -> None:

@@ -9,20 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def to_step(step: Any) -> Tensor:
-    """A step count as torch keeps it: a floating-point tensor of one element on the CPU.
-
-    Takes numbers and tensors of any dtype and device, as old checkpoints hold them. Raises
-    TypeError for anything else.
-    """
-    if isinstance(step, Tensor) and step.dtype in (torch.float32, torch.float64):
-        return step.cpu()
-    if isinstance(step, (Tensor, int, float)):
-        is_double = torch.get_default_dtype() == torch.float64
-        dtype = torch.float64 if is_double else torch.float32
-        return torch.tensor(float(step), dtype=dtype, device="cpu")
-    raise TypeError(f"step in the optimizer's state must be a number or a tensor, got {step!r}")
+from ._steps import to_step
 
 
 def load_state_dict(
@@ -52,7 +39,7 @@ def load_state_dict(
         if key in params:
             state[params[key]] = _move(entries, params[key])
             if isinstance(entries, dict) and "step" in entries:
-                state[params[key]]["step"] = to_step(entries["step"])
+                state[params[key]]["step"] = to_step(entries["step"], torch.device("cpu"))
         else:  # of no parameter: kept as it is, as torch does
             state[key] = entries
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):

@@ -1,4 +1,4 @@
-"""What the extension asks of tensor subclasses."""
+"""What the extension asks of torch: tensor subclasses, memory, numbers on a GPU."""
 
 from typing import Any
 
@@ -40,3 +40,22 @@ def align(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
         return tensor
     aligned: torch.Tensor = sharded.redistribute(target.device_mesh, target.placements)
     return aligned
+
+
+def allocate(gpu: int, size: int, kind: str, emulated: bool) -> torch.Tensor:
+    """Memory of ``size`` bytes for the CUDA driver; ``kind`` as in ``Memory`` of core/gpu.h."""
+    if kind == "page-locked":
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=not emulated)
+    device = torch.device("cpu") if emulated else torch.device("cuda", gpu)
+    if kind == "lasting" and not emulated:
+        # What is allocated in the stream of a capture belongs to the graphs' pool; this does not.
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            return torch.empty(size, dtype=torch.uint8, device=device)
+    new = torch.zeros if kind == "zeros" else torch.empty
+    return new(size, dtype=torch.uint8, device=device)
+
+
+def float_on_gpu(tensor: torch.Tensor, gpu: int, emulated: bool) -> torch.Tensor:
+    """The tensor as float32 on that GPU, itself if it is that already; nothing waits."""
+    device = torch.device("cpu") if emulated else torch.device("cuda", gpu)
+    return tensor.detach().to(device, torch.float32, non_blocking=True)

@@ -22,7 +22,8 @@ class Adam(FusedOptimizer):
     Args:
         params: parameters, (name, parameter) pairs or param groups. Dense tensors of float32,
             float64, bfloat16, float16 or complex dtype, of any shape and strides.
-        lr: learning rate :math:`\gamma`, a number or a tensor of one element.
+        lr: learning rate :math:`\gamma`, a number or a tensor of one element. A tensor on the GPU of
+            the parameters is read there, and its value is not checked.
         betas: decay rates :math:`\beta_1, \beta_2` of the moments, each in [0, 1).
         eps: :math:`\epsilon`, added to the denominator.
         weight_decay: :math:`\lambda`.
@@ -30,7 +31,9 @@ class Adam(FusedOptimizer):
             Adam and Beyond", 2018).
         foreach, fused: accepted for torch's sake; every step is fused.
         maximize: ascend instead of descend.
-        capturable: accepted for torch's sake; it makes no difference on the CPU.
+        capturable: allow ``step()`` to be captured into a CUDA graph: ``step`` then lies on the
+            GPU. Options that are tensors on the GPU may change between replays. It makes no
+            difference on the CPU.
         differentiable: must be False.
         decoupled_weight_decay: decay the parameter instead of adding to the grad.
 

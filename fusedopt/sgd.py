@@ -21,7 +21,8 @@ class SGD(FusedOptimizer):
     Args:
         params: parameters, (name, parameter) pairs or param groups. Dense tensors of float32,
             float64, bfloat16, float16 or complex dtype, of any shape and strides.
-        lr: learning rate :math:`\gamma`, a number or a tensor of one element.
+        lr: learning rate :math:`\gamma`, a number or a tensor of one element. A tensor on the GPU of
+            the parameters is read there, and its value is not checked.
         momentum: momentum factor :math:`\mu`.
         dampening: dampening :math:`\tau` of what the grad adds to the momentum.
         weight_decay: L2 penalty :math:`\lambda`.
@@ -29,6 +30,8 @@ class SGD(FusedOptimizer):
         maximize: ascend instead of descend.
         foreach, fused: accepted for torch's sake; every step is fused.
         differentiable: must be False.
+        capturable: allow ``step()`` to be captured into a CUDA graph. Options that are tensors on
+            the GPU may then change between replays.
 
     State of a parameter: ``momentum_buffer``, of its shape and dtype, if there is momentum.
 
@@ -45,6 +48,7 @@ class SGD(FusedOptimizer):
         "foreach": None,
         "differentiable": False,
         "fused": None,
+        "capturable": False,
     }
 
     def __init__(
@@ -60,6 +64,7 @@ class SGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -71,6 +76,7 @@ class SGD(FusedOptimizer):
             "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
 

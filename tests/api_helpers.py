@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from device import DEVICE
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -56,20 +57,21 @@ def by_id(cases: dict[str, Any]) -> dict[str, Any]:
     return {"argvalues": list(cases.values()), "ids": list(cases)}
 
 
+def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Numbers on the CPU, so that they are the same on every device."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
 def make_params(dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
-        for shape in SHAPES
-    ]
+    return [Parameter(draw(shape, generator).to(dtype).to(DEVICE)) for shape in SHAPES]
 
 
 def set_grads(params: Iterable[Tensor], seed: int) -> None:
     """Gives each parameter a grad that depends on its place and the seed alone."""
     generator = torch.Generator().manual_seed(1000 + seed)
     for param in params:
-        grad = torch.randn(param.shape, generator=generator, dtype=torch.float64)
-        param.grad = grad.to(param.dtype)
+        param.grad = draw(param.shape, generator).to(param.dtype).to(param.device)
 
 
 def train(optimizer: Any, steps: int = 3, first: int = 0) -> None:
@@ -100,14 +102,19 @@ def assert_same_math(ours: Any, theirs: Any) -> None:
 
 def tensor_bytes(tensor: Tensor) -> bytes:
     """All of the storage: what lies around a slice counts too."""
-    storage = tensor.detach().untyped_storage()
-    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy().tobytes()
+    storage = tensor.detach().untyped_storage().cpu()
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy().tobytes()
 
 
-def photograph(value: Any) -> Any:
-    """Something that is equal later if and only if nothing was written to."""
+def photograph(value: Any, values_only: bool = False) -> Any:
+    """Something that is equal later if and only if nothing was written to.
+
+    With `values_only`, a tensor may have been moved, copied or written to with what it held.
+    """
     if not isinstance(value, Tensor):
         return repr(value)
+    if values_only:
+        return f"{value.dtype}: {value.tolist()}"
     value = getattr(value, "wrapped", value)  # a wrapper subclass of these tests
     what = (id(value), value._version, value.dtype, tuple(value.shape), value.device.type)
     if value.layout != torch.strided:
@@ -115,15 +122,19 @@ def photograph(value: Any) -> Any:
     return what if value.is_meta else (*what, tensor_bytes(value))
 
 
-def snapshot(optimizer: Any) -> dict[str, Any]:
+def snapshot(optimizer: Any, values_only: bool = False) -> dict[str, Any]:
     """Params, grads, state and groups of an optimizer, versions of its tensors included."""
+
+    def look(value: Any) -> Any:
+        return photograph(value, values_only)
+
     photo: dict[str, Any] = {"number of states": len(optimizer.state)}
     for g, group in enumerate(optimizer.param_groups):
-        photo[f"group {g}"] = {k: photograph(v) for k, v in group.items() if k != "params"}
+        photo[f"group {g}"] = {k: look(v) for k, v in group.items() if k != "params"}
         for i, param in enumerate(group["params"]):
-            photo[f"param {g}.{i}"] = photograph(param)
-            photo[f"grad {g}.{i}"] = photograph(param.grad)
+            photo[f"param {g}.{i}"] = look(param)
+            photo[f"grad {g}.{i}"] = look(param.grad)
             if param in optimizer.state:
                 entries = optimizer.state[param]
-                photo[f"state {g}.{i}"] = {k: photograph(v) for k, v in entries.items()}
+                photo[f"state {g}.{i}"] = {k: look(v) for k, v in entries.items()}
     return photo

@@ -8,6 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from device import DEVICE
 from torch import Tensor
 
 import fusedopt
@@ -103,10 +104,11 @@ def some_cases(*ids: str) -> pytest.MarkDecorator:
 
 
 def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Normally distributed numbers, the same for every dtype but for rounding."""
+    """Normally distributed numbers, the same on every device and, but for rounding, dtype."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
+    numbers = torch.randn(shape, generator=generator, dtype=wide, device="cpu")
+    return numbers.to(dtype).to(DEVICE)
 
 
 def step_with(optimizer: torch.optim.Optimizer, grads: Iterable[Tensor]) -> None:

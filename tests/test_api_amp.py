@@ -19,6 +19,7 @@ from api_helpers import (
     snapshot,
     train,
 )
+from device import DEVICE, STEPS_ON_DEVICE
 
 EVERY_CASE = pytest.mark.parametrize("case", **by_id(CASES))
 MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
@@ -26,7 +27,7 @@ OVERFLOWS = pytest.mark.parametrize("value", [float("inf"), -float("inf"), float
 
 
 def new_scaler(**options: Any) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2, **options)
+    return torch.amp.GradScaler(DEVICE, init_scale=2.0**10, growth_interval=2, **options)
 
 
 def scaled_step(
@@ -72,10 +73,12 @@ def test_scaled_training(case: Case, clip: float | None) -> None:
 def test_overflow_on_the_first_step(case: Case, value: float, clip: float | None) -> None:
     """A peer left its momentum uninitialised when the first step was skipped."""
     optimizer, scaler = case.ours(make_params()), new_scaler()
-    before = [photograph(param) for param in optimizer.param_groups[0]["params"]]
+    params = optimizer.param_groups[0]["params"]
+    before = [photograph(param, values_only=STEPS_ON_DEVICE) for param in params]
     scaled_step(scaler, optimizer, 0, overflow=value, clip=clip)
-    assert [photograph(param) for param in optimizer.param_groups[0]["params"]] == before
-    assert len(optimizer.state) == 0
+    assert [photograph(param, values_only=STEPS_ON_DEVICE) for param in params] == before
+    entries = [entry for state in optimizer.state.values() for entry in state.values()]
+    assert not any(entry.any() for entry in entries) if STEPS_ON_DEVICE else not optimizer.state
     for seed in range(1, 4):
         scaled_step(scaler, optimizer, seed)
     plain = case.ours(make_params())
@@ -100,7 +103,8 @@ def test_overflow_on_a_later_step(case: Case, value: float) -> None:
 
 
 def without_grads(optimizer: Any) -> dict[str, Any]:
-    return {k: v for k, v in snapshot(optimizer).items() if not k.startswith("grad")}
+    photo = snapshot(optimizer, values_only=STEPS_ON_DEVICE)
+    return {k: v for k, v in photo.items() if not k.startswith("grad")}
 
 
 @MAIN_CASE
@@ -113,9 +117,9 @@ def test_any_positive_found_inf_skips(case: Case, found_inf: float, shape: Any) 
     set_grads(optimizer.param_groups[0]["params"], 1)
     optimizer.found_inf = torch.full(shape, found_inf)
     optimizer.grad_scale = torch.full(shape, 4.0)
-    before = snapshot(optimizer)
+    before = snapshot(optimizer, values_only=STEPS_ON_DEVICE)
     assert optimizer.step() is None
-    assert snapshot(optimizer) == before
+    assert snapshot(optimizer, values_only=STEPS_ON_DEVICE) == before
 
 
 @MAIN_CASE
@@ -185,17 +189,19 @@ def test_disabled_scaler(case: Case) -> None:
 def test_amp_training_end_to_end(case: Case) -> None:
     """Autocast, backward, scaler; float16 grads overflow in the first step by the scale alone."""
     torch.manual_seed(0)
-    first = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
-    inputs, targets = torch.randn(16, 4), torch.randn(16, 1)
+    with torch.device("cpu"):  # the same numbers on every device
+        first = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        inputs, targets = torch.randn(16, 4), torch.randn(16, 1)
+    first, inputs, targets = first.to(DEVICE), inputs.to(DEVICE), targets.to(DEVICE)
     results = []
     for build in (case.ours, case.torchs):
         model = copy.deepcopy(first)
         optimizer = build(model.parameters())
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**24)
         scales = []
         for _ in range(12):
             optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.float16):
+            with torch.autocast(DEVICE, dtype=torch.float16):
                 loss = torch.nn.functional.mse_loss(model(inputs).float(), targets)
             scaler.scale(loss).backward()
             scaler.step(optimizer)

@@ -1,4 +1,4 @@
-"""DTensor parameters (FSDP2, tensor parallel), on gloo meshes of one and two processes."""
+"""DTensor parameters (FSDP2, tensor parallel), on meshes of one process and, with gloo, of two."""
 
 import copy
 import os
@@ -21,6 +21,7 @@ from api_helpers import (
     set_grads,
     train,
 )
+from device import DEVICE
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -42,9 +43,10 @@ MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    file = tmp_path_factory.mktemp("gloo") / "init"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
+    backend = {"cpu": "gloo", "cuda": "nccl"}[DEVICE]
+    file = tmp_path_factory.mktemp(backend) / "init"
+    dist.init_process_group(backend, init_method=f"file://{file}", rank=0, world_size=1)
+    yield init_device_mesh(DEVICE, (1,))
     dist.destroy_process_group()
 
 
@@ -251,6 +253,7 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return results
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("name", VERDICTS)
 def test_two_ranks(name: str, verdicts: list[dict[str, str]]) -> None:
     assert {rank[name] for rank in verdicts} <= VERDICTS[name]

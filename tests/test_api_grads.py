@@ -14,11 +14,13 @@ from api_helpers import (
     assert_equal,
     assert_same_math,
     by_id,
+    draw,
     make_params,
     params_of,
     set_grads,
     train,
 )
+from device import DEVICE
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -135,7 +137,8 @@ def test_lazy_grads(case: Case, dtype: torch.dtype, view: Callable[[Tensor], Ten
     )
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        grad = view(torch.randn(4, 4, dtype=torch.complex128, generator=generator))
+        real, imag = draw((2, 4, 4), generator).to(DEVICE)
+        grad = view(torch.complex(real, imag))
         assert grad.is_conj() or grad.is_neg()
         for optimizer, value in ((lazy, grad), (plain, grad.resolve_conj().resolve_neg().clone())):
             params = optimizer.param_groups[0]["params"]
@@ -198,7 +201,8 @@ def run_in_threads(work: Callable[[int], None], count: int = 2) -> list[BaseExce
 def test_two_optimizers_in_two_threads(case: Case, num_threads: int) -> None:
     def build() -> Any:
         generator = torch.Generator().manual_seed(3)
-        optimizer = case.ours([Parameter(torch.randn(100_000, generator=generator)) for _ in "abc"])
+        params = [draw((100_000,), generator).float().to(DEVICE) for _ in "abc"]
+        optimizer = case.ours([Parameter(param) for param in params])
         set_grads(optimizer.param_groups[0]["params"], 0)
         return optimizer
 
@@ -246,8 +250,8 @@ def test_step_from_inside_step_is_refused() -> None:
     set_grads(optimizer.param_groups[0]["params"], 0)
     create = optimizer._create_state
 
-    def nested(missing: Any) -> None:
-        create(missing)
+    def nested(missing: Any, steps_on_gpu: bool) -> None:
+        create(missing, steps_on_gpu)
         optimizer.step()
 
     optimizer._create_state = nested

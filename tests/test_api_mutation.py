@@ -21,6 +21,7 @@ from api_helpers import (
     params_of,
     train,
 )
+from device import on_host
 from torch.nn import Parameter
 
 EVERY_CASE = pytest.mark.parametrize("case", **by_id(CASES))
@@ -85,7 +86,7 @@ def swap_state_data(optimizer: Any, params: list[Parameter]) -> None:
 def set_step(optimizer: Any, params: list[Parameter]) -> None:
     if "step" in optimizer.state[params[0]]:
         optimizer.state[params[0]]["step"] += 10
-        optimizer.state[params[1]]["step"] = torch.tensor(3.0)
+        optimizer.state[params[1]]["step"] = on_host(3.0)
 
 
 def transpose_state(optimizer: Any, params: list[Parameter]) -> None:

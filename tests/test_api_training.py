@@ -18,6 +18,7 @@ from api_helpers import (
     set_grads,
     snapshot,
 )
+from device import on_host
 from torch import Tensor
 from torch.optim import lr_scheduler
 
@@ -118,12 +119,12 @@ def test_tensor_lr(case: Case, shape: tuple[int, ...], edit: str) -> None:
                 group["lr"] = group["lr"] * 0.5
         assert group["lr"].item() == 0.25 / 16
 
-    compare(case, loop, lr=torch.full(shape, 0.25, dtype=torch.float64))
+    compare(case, loop, lr=torch.full(shape, 0.25, dtype=torch.float64, device="cpu"))
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_tensor_betas(name: str) -> None:
-    tensors = tuple(torch.tensor(beta, dtype=torch.float64) for beta in (0.8, 0.9))
+    tensors = tuple(on_host(beta, dtype=torch.float64) for beta in (0.8, 0.9))
     results = []
     for betas in ((0.8, 0.9), tensors):
         optimizer = getattr(fusedopt, name)(make_params(), betas=betas)
@@ -141,7 +142,7 @@ def test_tensor_betas(name: str) -> None:
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 def test_tensor_lr_that_requires_grad(name: str) -> None:
     """torch.optim reads it with item(); so must we, without a warning."""
-    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    lr = on_host(0.1, dtype=torch.float64, requires_grad=True)
     torch.set_warn_always(True)  # else torch gives the warning once in a process
     try:
         compare(Case(name), set_grads_and_step, lr=lr)
@@ -202,6 +203,10 @@ def test_optimizer_in_backward(case: Case) -> None:
     assert_same_math(train_in_backward(case.ours), train_in_backward(case.torchs))
 
 
+# Where there is a GPU, torch._dynamo.reset() imports code of torch that warns.
+COMPILES = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+
+
 def compiled_loop(case: Case, ours: bool, compiled: bool) -> list[Tensor]:
     """Five steps of a regression, with step() inside the function that is compiled."""
     torch.manual_seed(0)
@@ -223,6 +228,7 @@ def compiled_loop(case: Case, ours: bool, compiled: bool) -> list[Tensor]:
     return [*losses, *(param.detach() for param in model.parameters())]
 
 
+@COMPILES
 @MAIN_CASE
 def test_step_inside_a_compiled_function(case: Case) -> None:
     """Clean means: no warning (they are errors here), no recompilation, the same numbers."""
@@ -232,6 +238,7 @@ def test_step_inside_a_compiled_function(case: Case) -> None:
     assert_same_math(compiled, compiled_loop(case, ours=False, compiled=False))
 
 
+@COMPILES
 @MAIN_CASE
 def test_compiled_function_is_not_compiled_again(case: Case) -> None:
     """lr, step counts and state change between calls; nothing of it may be guarded on."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from api_helpers import MAIN_CASES, by_id, set_grads, snapshot, train
+from device import on_host
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -47,16 +48,16 @@ VALUES |= {
     for value in (-0.1, 1.0, 1.5, NAN, INF)
 }
 VALUES |= {
-    "tensor lr=nan": ("Adam", {"lr": torch.tensor(NAN)}, "Invalid learning rate", "nan"),
-    "tensor lr=-1": ("SGD", {"lr": torch.tensor(-1.0)}, "Invalid learning rate", "-1"),
+    "tensor lr=nan": ("Adam", {"lr": on_host(NAN)}, "Invalid learning rate", "nan"),
+    "tensor lr=-1": ("SGD", {"lr": on_host(-1.0)}, "Invalid learning rate", "-1"),
     "tensor beta=nan": (
         "Adam",
-        {"betas": (torch.tensor(0.9), torch.tensor(NAN))},
+        {"betas": (on_host(0.9), on_host(NAN))},
         "Invalid beta parameter at index 1",
         "nan",
     ),
-    "vector lr": ("AdamW", {"lr": torch.ones(2)}, "Tensor lr must be 1-element", ""),
-    "empty lr": ("AdamW", {"lr": torch.ones(0)}, "Tensor lr must be 1-element", ""),
+    "vector lr": ("AdamW", {"lr": on_host([1.0, 1.0])}, "Tensor lr must be 1-element", ""),
+    "empty lr": ("AdamW", {"lr": on_host([])}, "Tensor lr must be 1-element", ""),
     "nesterov without momentum": (
         "SGD",
         {"nesterov": True},
@@ -256,7 +257,7 @@ def test_param_and_state_share_memory_when_a_state_is_missing() -> None:
     """A state that is only half there is checked like a whole one."""
     (param,) = params_with_grads(1)
     optimizer = fusedopt.AdamW([("a", param)])
-    optimizer.state[param] = {"step": torch.tensor(1.0), "exp_avg": param.detach()}
+    optimizer.state[param] = {"step": on_host(1.0), "exp_avg": param.detach()}
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match=r"'a'.*share memory"):
         optimizer.step()

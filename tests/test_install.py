@@ -14,6 +14,8 @@ import torch
 import fusedopt
 from fusedopt import _C, _config
 
+pytestmark = pytest.mark.cpu_only
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(fusedopt.__file__).parent
 

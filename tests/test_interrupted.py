@@ -33,6 +33,7 @@ assert seen > 0
 """
 
 
+@pytest.mark.cpu_only
 def test_interrupt() -> None:
     """Ctrl-C arrives between the walk and the work, where Python code runs; it must not abort."""
     done = subprocess.run(
@@ -65,8 +66,8 @@ def test_failed_first_step_stays_the_first(monkeypatch: pytest.MonkeyPatch) -> N
     optimizer = fusedopt.SGD([param], lr=1.0, momentum=0.9, dampening=0.5)
     create = optimizer._create_state
 
-    def create_too_little(missing: list[tuple[int, int]]) -> object:
-        discard = create(missing)
+    def create_too_little(missing: list[tuple[int, int]], on_gpu: bool) -> object:
+        discard = create(missing, on_gpu)
         del optimizer.state[param]["momentum_buffer"]
         return discard
 

@@ -120,6 +120,7 @@ def test_a_tensor_of_one_value_keeps_one_value(case: Case, dtype: torch.dtype) -
         assert torch.equal(bits(value), bits(value[0]).repeat(size)), name
 
 
+@pytest.mark.cpu_only
 @some_cases("sgd", "momentum-l2", "adam-low-betas", "adamw-amsgrad")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=dtype_id)
 @pytest.mark.parametrize("threads", [1, 2], ids=["1-thread", "2-threads"])
@@ -191,6 +192,7 @@ def run_isa(case: Case, dtype: torch.dtype, stride: int) -> dict[str, Tensor]:
     return results(optimizer, param)
 
 
+@pytest.mark.cpu_only
 @each_isa
 @each_dtype
 @each_case
@@ -217,6 +219,7 @@ def train_on_subnormals(case: Case, dtype: torch.dtype, threads: int) -> dict[st
     return {f"{i}.{k}": v for i, p in enumerate(params) for k, v in results(optimizer, p).items()}
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
 @some_cases("sgd-l2", "momentum", "adamw")
 def test_flushing_subnormals_is_the_same_in_every_thread(case: Case, dtype: torch.dtype) -> None:

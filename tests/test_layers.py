@@ -9,6 +9,8 @@ import pytest
 
 import fusedopt
 
+pytestmark = pytest.mark.cpu_only
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for path in ROOT.glob("csrc/**/*") if path.is_file())
 

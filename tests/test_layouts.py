@@ -66,14 +66,14 @@ def test_sizes(case: Case, size: int, stride: int, offset: int, dtype: torch.dty
 def test_layouts(case: Case, layout: Layout, grad_layout: str, dtype: torch.dtype) -> None:
     storage = layout.storage(dtype)
     before, param = storage.clone(), layout.view(storage)
-    twin = param.clone(memory_format=torch.contiguous_format)
+    twin = param.cpu().clone(memory_format=torch.contiguous_format)
     grads = [GRADS[grad_layout](layout.shape, dtype, seed) for seed in (1, 2, 3)]
     optimizer, unfused = case.fused([param]), case.unfused([twin])
     step_with(optimizer, grads)
-    step_with(unfused, [grad.contiguous() for grad in grads])
+    step_with(unfused, [grad.cpu().contiguous() for grad in grads])
     for name, expected in results(unfused, twin).items():
         found = results(optimizer, param)[name]
-        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-13, atol=1e-15)
     outside = torch.ones(storage.shape, dtype=torch.bool)
     layout.view(outside).fill_(False)
     assert torch.equal(storage[outside], before[outside])
@@ -84,18 +84,18 @@ def test_layouts(case: Case, layout: Layout, grad_layout: str, dtype: torch.dtyp
 def test_state_of_another_layout(case: Case, layout: Layout) -> None:
     # As after load_state_dict of a checkpoint that was saved in another memory format.
     param = layout.view(layout.storage(torch.float64))
-    twin = param.clone(memory_format=torch.contiguous_format)
+    twin = param.cpu().clone(memory_format=torch.contiguous_format)
     optimizer, unfused = case.fused([param]), case.unfused([twin])
     for step in range(3):
         grad = values(*layout.shape, dtype=torch.float64, seed=step)
         step_with(optimizer, [grad])
-        step_with(unfused, [grad])
+        step_with(unfused, [grad.cpu()])
         state = optimizer.state[param]
         for name in state.keys() - {"step"}:
             state[name] = torch.stack([state[name], state[name]], dim=-1)[..., 1]
     for name, expected in results(unfused, twin).items():
         found = results(optimizer, param)[name]
-        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-13, atol=1e-15)
 
 
 @some_cases("momentum", "adamw")

@@ -30,11 +30,11 @@ def errors(optimizer: torch.optim.Optimizer, param: Tensor, oracle: oracles.Orac
 
 
 def run_three(case: Case, start: Tensor, grads: list[Tensor]) -> tuple[dict, dict, oracles.Oracle]:
-    """Errors of fusedopt and of unfused torch after the same steps, and the oracle."""
-    ours, theirs, oracle = start.clone(), start.clone(), case.oracle(start)
+    """Errors of fusedopt and of unfused torch (on the CPU) after the same steps, and the oracle."""
+    ours, theirs, oracle = start.clone(), start.to("cpu", copy=True), case.oracle(start)
     fused, unfused = case.fused([ours]), case.unfused([theirs])
     step_with(fused, grads)
-    step_with(unfused, grads)
+    step_with(unfused, [grad.cpu() for grad in grads])
     for grad in grads:
         oracle.step(grad)
     return errors(fused, ours, oracle), errors(unfused, theirs, oracle), oracle

@@ -13,15 +13,16 @@ REAL_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 def kinds(tensor: Tensor) -> list[str]:
     """finite, inf, -inf or nan for each element."""
-    wide = tensor.detach().to(torch.float64)
+    wide = tensor.detach().to("cpu", torch.float64)
     return ["finite" if x.isfinite() else str(x.item()) for x in wide]
 
 
 def run_both(case: Case, start: Tensor, grads: list[Tensor]) -> tuple[dict, dict]:
-    ours, theirs = start.clone(), start.clone()
+    """What fusedopt makes of it, and unfused torch on the CPU."""
+    ours, theirs = start.clone(), start.to("cpu", copy=True)
     fused, unfused = case.fused([ours]), case.unfused([theirs])
     step_with(fused, grads)
-    step_with(unfused, grads)
+    step_with(unfused, [grad.cpu() for grad in grads])
     return results(fused, ours), results(unfused, theirs)
 
 

@@ -27,10 +27,12 @@ void note(T& field, T value, bool& unchanged) {
 
 }  // namespace
 
-void Plan::read_param_and_grad(Operands& operands, Slot& slot) const {
+void Plan::read_param_and_grad(Operands& operands, Slot& slot) {
   slot.recognizable = false;  // until all of its tensors have been read and checked
   read_operand(operands, kParam);
-  check_device(operands);
+  const uint8_t device = find_device(operands);
+  if (device != slot.device) chunked_ = disjoint_ = false;
+  slot.device = device;
   if (!is_plain(operands.tensors[kParam]) || !is_plain(slot.grad)) align_grad(operands, slot);
   read_operand(operands, kGrad);
   if (is_lazy(slot.grad, operands.views[kGrad])) {
@@ -62,12 +64,17 @@ void Plan::align_grad(Operands& operands, Slot& slot) const {
 void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slot& slot) {
   for (int k = kFirstState; k < operands.count; ++k) {
     if (operands.tensors[k] == nullptr) {
+      slot.step_on_gpu = false;
       operands.views[k] = operands.views[kParam];  // as it will be
       operands.views[k].data = nullptr;
       continue;
     }
     read_operand(operands, k);
     check_against_param(operands, k);
+    if (!row_.counts_steps && work.data[k] != operands.views[k].data) {
+      slot.step = nullptr;  // it belonged to another state
+      slot.step_on_gpu = false;
+    }
     if (!is_plain(operands.tensors[k])) check_alignment(operands, k);
   }
   if (operands.step != nullptr) find_step(operands, slot);
@@ -78,14 +85,20 @@ void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slo
 // Finds the memory of a step count.
 void Plan::find_step(const Operands& operands, Slot& slot) const {
   TensorView view;
-  const bool usable = read_tensor(operands.step, view) && view.device_type == kDlCpu &&
+  const TensorView& param = operands.views[kParam];
+  const bool readable = read_tensor(operands.step, view);
+  const bool is_beside_param = readable && view.device_type == param.device_type &&
+                               view.device_id == param.device_id;
+  const bool usable = readable && (view.device_type == kDlCpu || is_beside_param) &&
                       view.is_supported && !view.is_complex && item_size(view.dtype) >= 4 &&
                       count_elements(view) == 1;
   if (!usable)
     throw py::value_error("step of " + operands.place.text() + " is " + describe(operands.step) +
-                          ", but must be one float32 or float64 number on the CPU");
+                          ", but must be one float32 or float64 number on the CPU or on the "
+                          "parameter's device");
   slot.step = view.data;
   slot.step_dtype = view.dtype;
+  slot.step_on_gpu = view.device_type != kDlCpu;
 }
 
 // Enters the operands into the work and notices what is not where it was.

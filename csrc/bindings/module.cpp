@@ -3,7 +3,7 @@
 #include "bindings/fingerprint.h"
 #include "bindings/plan.h"
 #include "bindings/torch_api.h"
-#include "core/step.h"
+#include "core/gpu.h"
 
 namespace py = pybind11;
 
@@ -22,11 +22,20 @@ py::dict build_info() {
   info["fingerprints"] = has_fingerprints();
   const char* const reason = cuda::unavailable_reason();
   info["cuda_unavailable"] = reason == nullptr ? py::object(py::none()) : py::str(reason);
+  info["cuda_archs"] = cuda::architectures();
   return info;
 }
 
 void check_group(const std::string& optimizer, const py::dict& group, int64_t index) {
-  fusedopt::find_optimizer(optimizer).read(fusedopt::GroupReader(group.ptr(), index));
+  fusedopt::GroupReader reader(group.ptr(), index, /*leave_on_gpu=*/false);
+  fusedopt::find_optimizer(optimizer).read(reader);
+}
+
+// The controls of the emulated CUDA driver.
+const fusedopt::cuda::Emulation& emulation() {
+  if (fusedopt::cuda::emulation() == nullptr)
+    throw std::runtime_error("this is no build with FUSEDOPT_CUDA=emulated");
+  return *fusedopt::cuda::emulation();
 }
 
 }  // namespace
@@ -38,8 +47,14 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const std::string&, const std::string&, int64_t>(), py::arg("optimizer"),
            py::arg("isa"), py::arg("chunk_elements") = 0)
       .def("step", &fusedopt::Plan::step, py::arg("param_groups"), py::arg("state"),
-           py::arg("grad_scale"), py::arg("create_state"), py::arg("num_threads"))
+           py::arg("grad_scale"), py::arg("found_inf"), py::arg("create_state"),
+           py::arg("num_threads"))
       .def("bookkeeping_bytes", &fusedopt::Plan::bookkeeping_bytes);
   m.def("check_group", &check_group, py::arg("optimizer"), py::arg("group"), py::arg("index"));
   m.def("build_info", &build_info);
+  m.def("is_emulated", &fusedopt::cuda::is_emulated);
+  m.def("emulate", [](bool emulate) { emulation().use(emulate); }, py::arg("emulate"));
+  m.def("begin_capture", [] { emulation().begin_capture(); });
+  m.def("end_capture", [] { emulation().end_capture(); });
+  m.def("replay", [] { emulation().replay(); });
 }

@@ -70,10 +70,13 @@ void check_against_param(const Operands& operands, int k) {
   throw py::value_error(message);
 }
 
-void check_device(const Operands& operands) {
-  if (operands.views[kParam].device_type == kDlCpu) return;
+uint8_t find_device(const Operands& operands) {
+  const TensorView& view = operands.views[kParam];
+  if (is_on_gpu(view) && cuda::unavailable_reason() == nullptr && view.device_id < kMaxGpus)
+    return static_cast<uint8_t>(kFirstGpu + view.device_id);
+  if (view.device_type == kDlCpu) return kCpu;
   const std::string message = subject(operands, kParam) + describe(operands.tensors[kParam]);
-  if (operands.views[kParam].device_type == kDlCuda && cuda::unavailable_reason() != nullptr)
+  if (is_on_gpu(view) && cuda::unavailable_reason() != nullptr)
     throw std::runtime_error(message + ", but " + cuda::unavailable_reason());
   throw std::runtime_error(message + ", a device that fusedopt does not step");
 }

@@ -39,8 +39,9 @@ void read_operand(Operands& operands, int k);
 // Raises ValueError or TypeError unless operand k fits the param: shape, device, real or complex.
 void check_against_param(const Operands& operands, int k);
 
-// Raises if the device of the param is not one this build can step.
-void check_device(const Operands& operands);
+// Who steps the param, in Work::device's terms. Raises if it is on a device that this build cannot
+// step.
+uint8_t find_device(const Operands& operands);
 
 // Real dims with the strides of every operand; a complex element is a dim of two.
 Dims make_dims(const Operands& operands);

@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "bindings/torch_api.h"
+
 namespace py = pybind11;
 
 namespace fusedopt {
@@ -10,37 +12,40 @@ namespace {
 const Key kLr("lr"), kWeightDecay("weight_decay"), kMaximize("maximize");
 const Key kDifferentiable("differentiable");
 const Key kMomentum("momentum"), kDampening("dampening"), kNesterov("nesterov");
-const Key kBetas("betas"), kEps("eps"), kAmsgrad("amsgrad");
+const Key kBetas("betas"), kEps("eps"), kAmsgrad("amsgrad"), kCapturable("capturable");
 const Key kDecoupledWeightDecay("decoupled_weight_decay");
 
-Hyper read_common(const GroupReader& group) {
-  Hyper hyper;
-  hyper.lr = group.number(kLr);
-  hyper.weight_decay = group.number(kWeightDecay);
+void read_common(GroupReader& group, cuda::HyperSource& source) {
+  Hyper& hyper = source.values;
+  hyper.lr = group.number(kLr, source.lr);
+  hyper.weight_decay = group.number(kWeightDecay, source.weight_decay);
   hyper.maximize = group.flag(kMaximize);
   group.require(hyper.lr >= 0, "Invalid learning rate", hyper.lr);
   group.require(hyper.weight_decay >= 0, "Invalid weight_decay value", hyper.weight_decay);
   if (group.flag(kDifferentiable))
     group.fail("differentiable=True is not supported: the step is not recorded by autograd");
-  return hyper;
 }
 
-Hyper read_sgd(const GroupReader& group) {
-  Hyper hyper = read_common(group);
-  hyper.momentum = group.number(kMomentum);
-  hyper.dampening = group.number(kDampening);
+cuda::HyperSource read_sgd(GroupReader& group) {
+  cuda::HyperSource source = {};
+  read_common(group, source);
+  Hyper& hyper = source.values;
+  hyper.momentum = group.number(kMomentum, source.momentum);
+  hyper.dampening = group.number(kDampening, source.dampening);
   hyper.nesterov = group.flag(kNesterov);
   group.require(hyper.momentum >= 0, "Invalid momentum value", hyper.momentum);
   group.require(true, "Invalid dampening value", hyper.dampening);
   if (hyper.nesterov && (hyper.momentum == 0 || hyper.dampening != 0))
     group.fail("Nesterov momentum requires a momentum and zero dampening");
-  return hyper;
+  return source;
 }
 
-Hyper read_adam(const GroupReader& group) {
-  Hyper hyper = read_common(group);
-  hyper.eps = group.number(kEps);
-  group.betas(hyper.beta1, hyper.beta2);
+cuda::HyperSource read_adam(GroupReader& group) {
+  cuda::HyperSource source = {};
+  read_common(group, source);
+  Hyper& hyper = source.values;
+  hyper.eps = group.number(kEps, source.eps);
+  group.betas(source);
   hyper.amsgrad = group.flag(kAmsgrad);
   hyper.decoupled_weight_decay = group.flag(kDecoupledWeightDecay);
   group.require(hyper.eps >= 0, "Invalid epsilon value", hyper.eps);
@@ -48,7 +53,7 @@ Hyper read_adam(const GroupReader& group) {
                 hyper.beta1);
   group.require(hyper.beta2 >= 0 && hyper.beta2 < 1, "Invalid beta parameter at index 1",
                 hyper.beta2);
-  return hyper;
+  return source;
 }
 
 const OptimizerRow kOptimizers[] = {
@@ -57,25 +62,13 @@ const OptimizerRow kOptimizers[] = {
      {Key("momentum_buffer"), Key(""), Key("")},
      false,
      read_sgd,
-     [](const Hyper& hyper) { return hyper.momentum == 0 ? 0 : 1; },
-     sgd_variant,
-     [](const Hyper& hyper, double, bool is_first, double grad_scale) {
-       Scalars scalars;
-       scalars.sgd = sgd_scalars(hyper, is_first, grad_scale);
-       return scalars;
-     }},
+     [](const Hyper& hyper) { return hyper.momentum == 0 ? 0 : 1; }},
     {"Adam",
      RuleId::kAdam,
      {Key("exp_avg"), Key("exp_avg_sq"), Key("max_exp_avg_sq")},
      true,
      read_adam,
-     [](const Hyper& hyper) { return hyper.amsgrad ? 3 : 2; },
-     adam_variant,
-     [](const Hyper& hyper, double step, bool, double grad_scale) {
-       Scalars scalars;
-       scalars.adam = adam_scalars(hyper, step, grad_scale);
-       return scalars;
-     }},
+     [](const Hyper& hyper) { return hyper.amsgrad ? 3 : 2; }},
 };
 
 }  // namespace
@@ -93,7 +86,26 @@ py::handle GroupReader::find(const Key& key) const {
   return PyDict_GetItemWithError(group_, key.object());
 }
 
-double GroupReader::to_number(py::handle value, const char* name) const {
+// Stands in for a number that stays on a GPU: within the range of every option.
+constexpr double kUnknownNumber = 0.5;
+
+bool GroupReader::find_on_gpu(py::handle value, const char* name, cuda::DeviceNumber& on_gpu) {
+  TensorView view;
+  if (!is_tensor(value.ptr()) || !read_tensor(value.ptr(), view) || !is_on_gpu(view)) return false;
+  if (cuda::is_emulated() && !is_capturable()) return false;
+  if (!view.is_supported || view.is_complex || item_size(view.dtype) < 4 ||
+      count_elements(view) != 1)
+    fail(std::string(name) + " is " + describe(value.ptr()) +
+         ", but on a GPU it must be one float32 or float64 number");
+  if (numbers_gpu_ >= 0 && numbers_gpu_ != view.device_id)
+    fail(std::string(name) + " is on cuda:" + std::to_string(view.device_id) +
+         ", other options of the group are on cuda:" + std::to_string(numbers_gpu_));
+  numbers_gpu_ = view.device_id;
+  on_gpu = {view.data, view.dtype};
+  return true;
+}
+
+double GroupReader::to_number(py::handle value, const char* name, cuda::DeviceNumber& on_gpu) {
   if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
   if (PyLong_CheckExact(value.ptr())) {
     const double number = PyLong_AsDouble(value.ptr());
@@ -101,6 +113,7 @@ double GroupReader::to_number(py::handle value, const char* name) const {
     PyErr_Clear();
     fail(std::string(name) + " is too large");
   }
+  if (leave_on_gpu_ && find_on_gpu(value, name, on_gpu)) return kUnknownNumber;
   const bool is_text = PyUnicode_Check(value.ptr()) || PyBytes_Check(value.ptr());
   if (!is_text && py::hasattr(value, "numel") && value.attr("numel")().cast<int64_t>() != 1)
     fail(std::string("Tensor ") + name + " must be 1-element");
@@ -117,10 +130,10 @@ double GroupReader::to_number(py::handle value, const char* name) const {
   return number;
 }
 
-double GroupReader::number(const Key& key) const {
+double GroupReader::number(const Key& key, cuda::DeviceNumber& on_gpu) {
   const py::handle value = find(key);
   if (!value) fail(std::string("the group has no '") + key.name() + "'");
-  return to_number(value, key.name());
+  return to_number(value, key.name(), on_gpu);
 }
 
 bool GroupReader::flag(const Key& key) const {
@@ -131,18 +144,16 @@ bool GroupReader::flag(const Key& key) const {
   return truth != 0;
 }
 
-void GroupReader::betas(double& beta1, double& beta2) const {
+bool GroupReader::is_capturable() const { return flag(kCapturable); }
+
+void GroupReader::betas(cuda::HyperSource& source) {
   const py::handle pair = find(kBetas);
   if (!pair || !PySequence_Check(pair.ptr()) || py::len(pair) != 2)
     fail("betas must be a pair of numbers");
-  if (PyTuple_CheckExact(pair.ptr())) {
-    beta1 = to_number(PyTuple_GET_ITEM(pair.ptr(), 0), "betas[0]");
-    beta2 = to_number(PyTuple_GET_ITEM(pair.ptr(), 1), "betas[1]");
-    return;
-  }
-  const py::sequence values = py::reinterpret_borrow<py::sequence>(pair);
-  beta1 = to_number(values[0], "betas[0]");
-  beta2 = to_number(values[1], "betas[1]");
+  const auto values = py::reinterpret_steal<py::object>(PySequence_Fast(pair.ptr(), "betas"));
+  PyObject** const items = PySequence_Fast_ITEMS(values.ptr());
+  source.values.beta1 = to_number(items[0], "betas[0]", source.beta1);
+  source.values.beta2 = to_number(items[1], "betas[1]", source.beta2);
 }
 
 const OptimizerRow& find_optimizer(const std::string& name) {

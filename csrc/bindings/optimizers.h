@@ -5,7 +5,7 @@
 #include <array>
 #include <string>
 
-#include "core/schedule.h"
+#include "core/gpu.h"
 
 // The table of optimizers: for each, the names torch gives to its state and how a param group's
 // options become the rule's numbers. One row is what adding an optimizer takes here.
@@ -29,32 +29,37 @@ class Key {
 // Reads options of one param group; raises ValueError or TypeError naming option and group.
 class GroupReader {
  public:
-  GroupReader(PyObject* group, int64_t index) : group_(group), index_(index) {}
+  // Numbers on a GPU are left there if `leave_on_gpu`: a valid number then stands in for them.
+  GroupReader(PyObject* group, int64_t index, bool leave_on_gpu)
+      : group_(group), index_(index), leave_on_gpu_(leave_on_gpu) {}
 
-  double number(const Key& key) const;  // a Python number or a tensor of one element
-  bool flag(const Key& key) const;      // false if the group lacks it
-  void betas(double& beta1, double& beta2) const;
+  // A Python number or a tensor of one element; `on_gpu` tells where it is, if it was left there.
+  double number(const Key& key, cuda::DeviceNumber& on_gpu);
+  bool flag(const Key& key) const;  // false if the group lacks it
+  void betas(cuda::HyperSource& source);
+  bool is_capturable() const;
+  int numbers_gpu() const { return numbers_gpu_; }  // the GPU they were left on, or -1
   [[noreturn]] void fail(const std::string& what) const;
   void require(bool holds, const char* what, double value) const;
 
  private:
   pybind11::handle find(const Key& key) const;  // borrowed, null if it is not there
-  double to_number(pybind11::handle value, const char* name) const;
+  double to_number(pybind11::handle value, const char* name, cuda::DeviceNumber& on_gpu);
+  bool find_on_gpu(pybind11::handle value, const char* name, cuda::DeviceNumber& on_gpu);
 
   PyObject* group_;
   int64_t index_;
+  bool leave_on_gpu_;
+  int numbers_gpu_ = -1;
 };
 
 struct OptimizerRow {
   const char* name;
   RuleId rule;
   std::array<Key, kMaxStates> state_names;  // the first num_states(hyper) are in use
-  bool counts_steps;                        // the state has "step"
-  Hyper (*read)(const GroupReader& group);  // checks every value
+  bool counts_steps;                             // the state has "step"
+  cuda::HyperSource (*read)(GroupReader& group);  // checks every value
   int (*num_states)(const Hyper& hyper);
-  int (*variant)(const Hyper& hyper);
-  // `step` counts from 1; `is_first`: the state is new.
-  Scalars (*scalars)(const Hyper& hyper, double step, bool is_first, double grad_scale);
 };
 
 // Raises ValueError for an unknown name.

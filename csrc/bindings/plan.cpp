@@ -4,6 +4,7 @@
 #include <exception>
 #include <optional>
 
+#include "bindings/torch_api.h"
 #include "core/overlap.h"
 
 namespace py = pybind11;
@@ -49,8 +50,8 @@ Plan::Plan(const std::string& optimizer, const std::string& isa, int64_t chunk_e
   if (chunk_elements < 0) throw py::value_error("chunk_elements must not be negative");
 }
 
-void Plan::step(const py::list& param_groups, const py::dict& state, double grad_scale,
-                const py::function& create_state, int num_threads) {
+void Plan::step(const py::list& param_groups, const py::dict& state, const py::object& grad_scale,
+                const py::object& found_inf, const py::function& create_state, int num_threads) {
   if (running_)
     throw std::runtime_error("step() of this optimizer is already running in another thread");
   running_ = true;
@@ -58,56 +59,131 @@ void Plan::step(const py::list& param_groups, const py::dict& state, double grad
     release_grads();
     running_ = false;
   });
-  if (!(grad_scale > 0)) throw py::value_error("grad_scale must be positive");
+  Scaling scaling;
+  scaling.found_inf = found_inf;
+  if (is_tensor(grad_scale.ptr())) scaling.grad_scale = grad_scale;
+  double scale = scaling.grad_scale.is_none() ? grad_scale.cast<double>() : 1.0;
+  if (!(scale > 0)) throw py::value_error("grad_scale must be positive");
 
-  const auto start_walk = [&](bool is_second) {
-    Walk walk{{}, state.ptr(), grad_scale, is_second};
-    walk.groups.reserve(param_groups.size());
-    walk.scalars.reserve(param_groups.size());
-    for (const py::handle group : param_groups) {
-      const auto index = static_cast<int64_t>(walk.groups.size());
-      const Hyper hyper = row_.read(GroupReader(group.ptr(), index));
-      PyObject* const params = PyDict_GetItemWithError(group.ptr(), kParams.object());
-      if (params == nullptr || !PyList_Check(params))
-        throw py::type_error("params of param group " + std::to_string(index) + " must be a list");
-      walk.groups.push_back({group.ptr(), params, hyper, row_.num_states(hyper),
-                             static_cast<uint8_t>(row_.variant(hyper))});
-    }
-    this->walk(walk);
-    return walk;
-  };
-
-  Walk walk = start_walk(false);
+  gpu_counts_ = gpu_counts_ || scaling.is_on_gpu();
+  Walk walk = start_walk(param_groups, state, scale, false);
+  if (walk.has_cpu && scaling.is_on_gpu()) {  // only now does the host need to know
+    if (!found_inf.is_none() && py::float_(found_inf).cast<double>() > 0) return;
+    if (!scaling.grad_scale.is_none()) scale = py::float_(grad_scale).cast<double>();
+    walk = start_walk(param_groups, state, scale, false);
+  }
+  const bool gpu_counts =
+      walk.has_gpu_counts || scaling.is_on_gpu() ||
+      std::any_of(walk.groups.begin(), walk.groups.end(), [](const Group& group) {
+        return group.capturable || group.numbers_gpu >= 0;
+      });
+  if (gpu_counts != walk.gpu_counts) {
+    gpu_counts_ = gpu_counts;
+    walk = start_walk(param_groups, state, scale, false);
+  }
+  refuse_capture(walk);
   if (!disjoint_) refuse_overlap(walk);
   disjoint_ = true;
-  if (!walk.missing.empty()) {
-    const py::object discard = create_state(walk.missing);
+  Launches launches;
+  if (walk.missing.empty()) {
+    prepare(walk, scaling, launches);
+  } else {
+    const py::object discard = create_state(walk.missing, walk.gpu_counts);
     try {
-      release_grads();
-      walk = start_walk(true);
+      walk = start_walk(param_groups, state, scale, true);
       if (!walk.missing.empty()) throw std::runtime_error("state that was created is not there");
+      if (walk.gpu_counts && !found_inf.is_none()) count_first_steps(walk);
+      prepare(walk, scaling, launches);
     } catch (...) {
       discard();
       throw;
     }
   }
-  run(walk, num_threads);
+  run(walk, launches, num_threads);
 }
 
-void Plan::run(Walk& walk, int num_threads) {
+Plan::Walk Plan::start_walk(const py::list& param_groups, const py::dict& state, double grad_scale,
+                            bool is_second) {
+  release_grads();
+  Walk walk{{}, state.ptr(), grad_scale, gpu_counts_, is_second};
+  walk.groups.reserve(param_groups.size());
+  walk.scalars.reserve(param_groups.size());
+  for (const py::handle group : param_groups) {
+    const auto index = static_cast<int64_t>(walk.groups.size());
+    GroupReader reader(group.ptr(), index, /*leave_on_gpu=*/true);
+    const cuda::HyperSource source = row_.read(reader);
+    PyObject* const params = PyDict_GetItemWithError(group.ptr(), kParams.object());
+    if (params == nullptr || !PyList_Check(params))
+      throw py::type_error("params of param group " + std::to_string(index) + " must be a list");
+    const int variant_number =
+        with_family(row_.rule, [&](auto family) { return variant(family, source.values); });
+    walk.groups.push_back({group.ptr(), params, source, reader.numbers_gpu(),
+                           row_.num_states(source.values), static_cast<uint8_t>(variant_number),
+                           reader.is_capturable()});
+  }
+  this->walk(walk);
+  return walk;
+}
+
+// All that can fail of what the GPUs are to do.
+void Plan::prepare(const Walk& walk, const Scaling& scaling, Launches& launches) {
+  for (const Dims& dims : dims_)
+    launches.layouts.push_back({dims.data(), static_cast<int>(dims.size())});
+  if (walk.gpu_counts)
+    for (const Group& group : walk.groups) launches.groups.push_back(group.source);
+  for (int gpu = 0; gpu < static_cast<int>(walk.gpus.size()); ++gpu) {
+    if (!walk.gpus[static_cast<size_t>(gpu)]) continue;
+    cuda::Share share = {};
+    share.gpu = gpu;
+    share.stream = current_stream(gpu);
+    share.rule = row_.rule;
+    share.works = works_.data();
+    share.num_works = static_cast<int64_t>(works_.size());
+    share.layouts = launches.layouts.data();
+    share.num_layouts = static_cast<int64_t>(launches.layouts.size());
+    share.scalars = walk.scalars.data();
+    share.num_scalars = static_cast<int64_t>(walk.scalars.size());
+    share.clocks = walk.gpu_counts ? walk.clocks.data() : nullptr;
+    share.groups = launches.groups.data();
+    share.num_groups = static_cast<int64_t>(launches.groups.size());
+    const auto read = [&](const py::object& tensor) -> const float* {
+      if (tensor.is_none()) return nullptr;
+      launches.kept.push_back(tensor);
+      return float_on_gpu(launches.kept.back(), gpu);
+    };
+    share.grad_scale = read(scaling.grad_scale);
+    share.found_inf = read(scaling.found_inf);
+    launches.shares.push_back(share);
+  }
+  if (launches.shares.empty()) return;
+  if (driver_ == nullptr) driver_ = cuda::make_driver(allocate);
+  for (const cuda::Share& share : launches.shares) driver_->prepare(share);
+}
+
+void Plan::run(Walk& walk, const Launches& launches, int num_threads) {
+  for (const cuda::Share& share : launches.shares) driver_->launch(share);
+  if (row_.counts_steps) write_steps(walk);
+  if (walk.has_cpu) return run_on_cpu(walk, launches.layouts, num_threads);
+  try {
+    increment_versions(walk.written.ptr());
+  } catch (...) {  // Ctrl-C, say
+    increment_versions(walk.written.ptr());
+    throw;
+  }
+}
+
+void Plan::run_on_cpu(Walk& walk, const std::vector<Layout>& layouts, int num_threads) {
   if (!chunked_) {
     std::vector<int64_t> sizes;
-    for (const Work& work : works_) sizes.push_back(work.numel);
+    for (size_t at = 0; at < works_.size(); ++at)
+      sizes.push_back(slots_[at].device == kCpu || slots_[at].device == kIdle ? works_[at].numel
+                                                                              : 0);
     chunks_ = plan_chunks(sizes, chunk_elements_ > 0 ? chunk_elements_ : chunk_elements_for(sizes));
     chunks_.shrink_to_fit();
     chunked_ = true;
   }
-  std::vector<Layout> layouts;
-  for (const Dims& dims : dims_) layouts.push_back({dims.data(), static_cast<int>(dims.size())});
-
   const Step step = {row_.rule,      works_.data(),  walk.scalars.data(),
                      layouts.data(), chunks_.data(), static_cast<int64_t>(chunks_.size()) - 1};
-  if (row_.counts_steps) write_steps();
   std::exception_ptr error;  // Ctrl-C, say: the step is then done before it is raised
   {
     std::optional<py::gil_scoped_release> release;
@@ -125,10 +201,10 @@ void Plan::run(Walk& walk, int num_threads) {
   std::rethrow_exception(error);
 }
 
-void Plan::write_steps() const {
+void Plan::write_steps(const Walk& walk) const {
   for (size_t at = 0; at < works_.size(); ++at) {
-    if (!works_[at].active) continue;
     const Slot& slot = slots_[at];
+    if (works_[at].device == kIdle || (slot.device != kCpu && walk.gpu_counts)) continue;
     if (slot.step_dtype == DType::kFloat32)
       *static_cast<float*>(slot.step) = static_cast<float>(slot.next_step);
     else
@@ -136,10 +212,46 @@ void Plan::write_steps() const {
   }
 }
 
+// What a captured graph would repeat in every replay although it must happen once.
+void Plan::refuse_capture(const Walk& walk) const {
+  for (int gpu = 0; gpu < static_cast<int>(walk.gpus.size()); ++gpu) {
+    if (!walk.gpus[static_cast<size_t>(gpu)]) continue;
+    if (!cuda::is_capturing(gpu, current_stream(gpu))) continue;
+    for (size_t g = 0; g < walk.groups.size(); ++g)
+      if (!walk.groups[g].capturable)
+        throw std::runtime_error(
+            "step() is captured into a CUDA graph, but capturable is False in param group " +
+            std::to_string(g) + "; construct the optimizer with capturable=True");
+    if (walk.has_cpu)
+      throw std::runtime_error(
+          "step() is captured into a CUDA graph, but some parameters are on the CPU");
+    if (!walk.missing.empty())
+      throw std::runtime_error(
+          "step() is captured into a CUDA graph, but some parameters have no state yet, which "
+          "every replay would set to zero again; make a step before the capture");
+  }
+}
+
+// An optimizer that counts no steps treats a parameter's first one differently if it has dampening.
+// Whether that step takes place under a GradScaler only the GPU knows, so it counts it.
+void Plan::count_first_steps(Walk& walk) {
+  if (row_.counts_steps) return;
+  for (size_t at = 0; at < works_.size(); ++at) {
+    Slot& slot = slots_[at];
+    cuda::Clock& clock = walk.clocks[at];
+    if (!clock.active || !slot.is_first || slot.step != nullptr) continue;
+    if (walk.groups[static_cast<size_t>(clock.group)].source.values.dampening == 0) continue;
+    first_steps_.push_back(allocate(slot.device - kFirstGpu, sizeof(float), cuda::Memory::kZeros));
+    clock.step = slot.step = first_steps_.back().get();
+    slot.step_on_gpu = true;
+    slot.step_dtype = clock.dtype = DType::kFloat32;
+  }
+}
+
 void Plan::refuse_overlap(const Walk& walk) const {
   std::vector<Region> regions;
   for (size_t at = 0; at < works_.size(); ++at)
-    for (int k = 0; works_[at].active && works_[at].numel > 0 && k < works_[at].num_operands; ++k)
+    for (int k = 0; works_[at].device != kIdle && works_[at].numel > 0 && k < works_[at].num_operands; ++k)
       if (k != kGrad && works_[at].data[k] != nullptr)
         regions.push_back(region_of(works_[at], dims_, at, k));
   const auto found = find_overlap(regions);

@@ -15,9 +15,12 @@ struct Torch {
   PyTypeObject* tensor_type = nullptr;
   PyTypeObject* parameter_type = nullptr;
   int (*describe)(void*, DLTensor*) = nullptr;
+  int (*current_stream)(int32_t, int32_t, void**) = nullptr;
   PyObject* increment_version = nullptr;
   PyObject* local_attribute = nullptr;  // of fusedopt._tensors
   PyObject* align = nullptr;            // of fusedopt._tensors
+  PyObject* allocate = nullptr;         // of fusedopt._tensors
+  PyObject* float_on_gpu = nullptr;     // of fusedopt._tensors
   PyObject* grad_name = nullptr;
   PyGetSetDef* grad = nullptr;  // TensorBase.grad, to be called without a lookup per tensor
   PyCFunction is_neg = nullptr;
@@ -100,11 +103,14 @@ void connect_to_torch() {
   if (api->header.version.major != kDlpackMajor || !api->dltensor_from_py_object_no_sync)
     throw std::runtime_error("this torch exports tensors through an unknown version of DLPack");
   g_torch.describe = api->dltensor_from_py_object_no_sync;
+  g_torch.current_stream = api->current_work_stream;
   g_torch.tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
   g_torch.parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
   g_torch.increment_version = keep(torch.attr("autograd").attr("graph").attr("increment_version"));
   g_torch.local_attribute = keep(py::module_::import("fusedopt._tensors").attr("local_attribute"));
   g_torch.align = keep(py::module_::import("fusedopt._tensors").attr("align"));
+  g_torch.allocate = keep(py::module_::import("fusedopt._tensors").attr("allocate"));
+  g_torch.float_on_gpu = keep(py::module_::import("fusedopt._tensors").attr("float_on_gpu"));
   g_torch.grad_name = PyUnicode_InternFromString("grad");
   g_torch.grad = attribute_of(base, "grad");
   g_torch.is_neg = method_of(base, "is_neg");
@@ -129,6 +135,44 @@ bool read_tensor(PyObject* tensor, TensorView& view) {
 }
 
 bool is_tensor(PyObject* object) { return PyObject_TypeCheck(object, g_torch.tensor_type); }
+
+bool is_on_gpu(const TensorView& view) {
+  return view.device_type == kDlCuda || (view.device_type == kDlCpu && cuda::is_emulated());
+}
+
+void* current_stream(int gpu) {
+  void* stream = nullptr;
+  if (cuda::is_emulated()) return stream;
+  if (g_torch.current_stream == nullptr || g_torch.current_stream(kDlCuda, gpu, &stream) != 0) {
+    PyErr_Clear();
+    throw std::runtime_error("torch does not tell its current stream on cuda:" +
+                             std::to_string(gpu));
+  }
+  return stream;
+}
+
+std::shared_ptr<void> allocate(int gpu, int64_t bytes, cuda::Memory kind) {
+  const char* const name = kind == cuda::Memory::kDevice       ? "device"
+                           : kind == cuda::Memory::kPageLocked ? "page-locked"
+                           : kind == cuda::Memory::kLasting    ? "lasting"
+                                                               : "zeros";
+  py::object tensor = py::handle(g_torch.allocate)(gpu, bytes, name, cuda::is_emulated());
+  DLTensor dl;
+  if (g_torch.describe(tensor.ptr(), &dl) != 0) throw py::error_already_set();
+  void* const data = static_cast<char*>(dl.data) + dl.byte_offset;
+  return std::shared_ptr<void>(data, [owner = tensor.release().ptr()](void*) {
+    const py::gil_scoped_acquire gil;
+    Py_DECREF(owner);
+  });
+}
+
+const float* float_on_gpu(py::object& tensor, int gpu) {
+  tensor = py::handle(g_torch.float_on_gpu)(tensor, gpu, cuda::is_emulated());
+  TensorView view;
+  if (!read_tensor(tensor.ptr(), view) || count_elements(view) != 1)
+    throw py::value_error("found_inf and grad_scale must be tensors of one element");
+  return static_cast<const float*>(view.data);
+}
 
 bool is_plain(PyObject* tensor) {
   return Py_TYPE(tensor) == g_torch.parameter_type || Py_TYPE(tensor) == g_torch.tensor_type;

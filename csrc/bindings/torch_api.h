@@ -2,10 +2,12 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 
 #include "core/dtypes.h"
+#include "core/gpu.h"
 
 // What the bindings know of torch: tensors as seen through DLPack, and a few functions of torch
 // that a step calls for every parameter. No torch header and no torch library is involved.
@@ -37,6 +39,18 @@ struct UnknownTensorType : std::runtime_error {
 bool read_tensor(PyObject* tensor, TensorView& view);
 
 bool is_tensor(PyObject* object);
+
+bool is_on_gpu(const TensorView& view);
+
+// A cudaStream_t: torch's current stream of that GPU.
+void* current_stream(int gpu);
+
+// Memory that torch allocates and gets back when it is no longer used.
+std::shared_ptr<void> allocate(int gpu, int64_t bytes, cuda::Memory kind);
+
+// Pointer to the float32 value of a one-element tensor, as it is on the GPU; `tensor` is replaced
+// by a copy there if need be.
+const float* float_on_gpu(pybind11::object& tensor, int gpu);
 
 bool is_plain(PyObject* tensor);  // torch.Tensor or Parameter itself, no subclass
 

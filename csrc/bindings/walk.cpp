@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 
 #include "bindings/fingerprint.h"
 #include "bindings/plan.h"
@@ -35,6 +36,22 @@ void prefetch_entries(PyObject* dict) {
   for (int line = 0; line < 3; ++line) __builtin_prefetch(keys + 64 * line);
 }
 
+void note_gpu(std::vector<bool>& gpus, int gpu) {
+  if (gpus.size() <= static_cast<size_t>(gpu)) gpus.resize(static_cast<size_t>(gpu) + 1, false);
+  gpus[static_cast<size_t>(gpu)] = true;
+}
+
+// `key` holds the number of the step and whether the state is new.
+Scalars scalars_for(RuleId rule, const Hyper& hyper, std::pair<double, bool> key,
+                    double grad_scale) {
+  const Time time = {static_cast<uint64_t>(key.first), key.second};
+  Scalars scalars;
+  with_family(rule, [&](auto family) {
+    set_scalars(scalars, schedule(family, hyper, time, grad_scale));
+  });
+  return scalars;
+}
+
 template <class Found, class F>
 void for_each_state(const Found& found, const F& f) {
   for (int k = kFirstState; k < kMaxOperands; ++k)
@@ -53,6 +70,7 @@ void Plan::walk(Walk& walk) {
     slots_.resize(count);
     chunked_ = disjoint_ = false;
   }
+  if (walk.gpu_counts) walk.clocks.resize(count);
   size_t at = 0;
   for (size_t g = 0; g < walk.groups.size(); ++g) {
     const Py_ssize_t size = PyList_GET_SIZE(walk.groups[g].params);
@@ -161,8 +179,8 @@ void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& foun
   Work& work = works_[at];
   Slot& slot = slots_[at];
   const bool active = slot.grad != Py_None;
-  if (active && !work.active) disjoint_ = false;
-  work.active = active;
+  if (active && work.device == kIdle) disjoint_ = false;
+  work.device = kIdle;
   if (!active) return;
 
   const int count = kFirstState + group.num_states;
@@ -187,9 +205,19 @@ void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& foun
                         operands.views[kParam].ndim <= kMaxFingerprintDims;
   }
   if (!walk.is_second) slot.is_first = !found.is_complete;
-  if (row_.counts_steps && found.is_complete) read_step(place, slot);
+  work.device = slot.device;
   work.variant = group.variant;
-  work.scalars = schedule(walk, group, slot);
+  if (work.device == kCpu)
+    walk.has_cpu = true;
+  else
+    note_gpu(walk.gpus, work.device - kFirstGpu);
+  if (work.device != kCpu && walk.gpu_counts) {
+    set_clock(walk, group, place, slot, at);
+  } else {
+    if (row_.counts_steps && found.is_complete && !slot.step_on_gpu) read_step(place, slot);
+    work.scalars = schedule(walk, group, slot);
+  }
+  walk.has_gpu_counts = walk.has_gpu_counts || slot.step_on_gpu;
   PyList_Append(walk.written.ptr(), found.tensors[kParam]);
 }
 
@@ -217,12 +245,29 @@ Plan::Unchanged Plan::compare(const Found& found, int count, bool is_complete, S
   return same_grad ? Unchanged::kAll : Unchanged::kAllButGrad;
 }
 
+// What the GPU needs to know to count a parameter's step.
+void Plan::set_clock(Walk& walk, const Group& group, const Place& place, const Slot& slot,
+                     size_t at) {
+  const int gpu = slot.device - kFirstGpu;
+  if (group.numbers_gpu >= 0 && group.numbers_gpu != gpu)
+    throw py::value_error("options of param group " + std::to_string(place.group_index) +
+                          " are tensors on cuda:" + std::to_string(group.numbers_gpu) + ", but " +
+                          place.text() + " is on cuda:" + std::to_string(gpu));
+  // A count on the host is moved as one that is missing is created; where both are one there is
+  // nothing to move.
+  if (row_.counts_steps && !slot.step_on_gpu && !walk.is_second && !cuda::is_emulated() &&
+      !slot.is_first)
+    walk.missing.append(py::make_tuple(place.group_index, place.index));
+  walk.clocks[at] = {slot.step, static_cast<int32_t>(place.group_index), slot.step_dtype, true,
+                     slot.is_first};
+}
+
 void Plan::read_step(const Place& place, Slot& slot) const {
   const double step = slot.step_dtype == DType::kFloat32 ? double{*static_cast<float*>(slot.step)}
                                                          : *static_cast<double*>(slot.step);
-  if (!(step >= 0))
+  if (!(step >= 0) || step != std::floor(step))
     throw py::value_error("step of " + place.text() + " is " + std::to_string(step) +
-                          ", but must not be negative");
+                          ", but must be a whole number that is not negative");
   slot.next_step = step + 1;
 }
 
@@ -235,8 +280,13 @@ int32_t Plan::schedule(Walk& walk, Group& group, const Slot& slot) const {
     group.scalars.emplace(group.last_key, group.last_scalars);
     index = group.scalars.emplace(key, index).first->second;
   }
-  if (index == static_cast<int32_t>(walk.scalars.size()))
-    walk.scalars.push_back(row_.scalars(group.hyper, key.first, key.second, walk.grad_scale));
+  if (index == static_cast<int32_t>(walk.scalars.size())) {
+    if (group.numbers_gpu >= 0) {  // a parameter on the CPU needs to know what is on the GPU
+      GroupReader reader(group.dict, &group - walk.groups.data(), /*leave_on_gpu=*/false);
+      group.host_values = row_.read(reader).values;
+    }
+    walk.scalars.push_back(scalars_for(row_.rule, group.host_values, key, walk.grad_scale));
+  }
   group.last_key = key;
   return group.last_scalars = index;
 }

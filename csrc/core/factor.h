@@ -1,7 +1,9 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
+#include "core/bits.h"
 #include "core/macros.h"
 
 namespace fusedopt {
@@ -23,9 +25,11 @@ struct Factor {
   }
 };
 
-inline Factor<double> split(double factor) {
+FUSEDOPT_HD Factor<double> split(double factor) {
   float high = static_cast<float>(factor);
-  if (std::fabs(high) >= std::fabs(factor)) high = std::nextafter(high, 0.0f);
+  // The neighbour towards zero, as nextafter() gives it.
+  if (high != 0 && std::fabs(high) >= std::fabs(factor))
+    high = bit_cast<float>(bit_cast<uint32_t>(high) - 1);
   return {high, factor - high};
 }
 

@@ -21,12 +21,15 @@ FUSEDOPT_HD const AdamScalars<double>& scalars_of(AdamFamily, const Scalars& all
   return all.adam;
 }
 
+inline void set_scalars(Scalars& all, const SgdScalars<double>& scalars) { all.sgd = scalars; }
+inline void set_scalars(Scalars& all, const AdamScalars<double>& scalars) { all.adam = scalars; }
+
 inline constexpr int kMaxStates = 3;
 inline constexpr int kMaxVariants = 6;
 
-// Calls `f` with the rule family that `id` names.
+// Calls `f` with the rule family that `id` names. On the host: device code is compiled for each family.
 template <class F>
-FUSEDOPT_HD decltype(auto) with_family(RuleId id, F&& f) {
+inline __attribute__((always_inline)) decltype(auto) with_family(RuleId id, F&& f) {
   switch (id) {
     case RuleId::kSgd:
       return f(SgdFamily{});

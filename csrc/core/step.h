@@ -12,7 +12,7 @@
 namespace fusedopt {
 
 // One parameter's share of a step. A complex tensor counts as twice as many real elements.
-struct Work {
+struct alignas(64) Work {
   void* data[kMaxOperands];  // param, grad, states
   int64_t numel;
   int32_t scalars;  // index into Step::scalars
@@ -20,10 +20,30 @@ struct Work {
   DType dtypes[kMaxOperands];
   uint8_t num_operands;
   uint8_t variant;  // of the rule
-  bool active;      // false: no grad this time, nothing to do
+  uint8_t device;   // kIdle, kCpu or the number of a GPU above kFirstGpu
 };
 inline constexpr int32_t kDense = -1;
+inline constexpr uint8_t kIdle = 0;  // no grad this time, nothing to do
+inline constexpr uint8_t kCpu = 1;
+inline constexpr uint8_t kFirstGpu = 2;
+inline constexpr int kMaxGpus = 255 - kFirstGpu;
 static_assert(sizeof(Work) == 64, "one cache line for each parameter");
+
+// The ways a work can be computed: each format that all operands can share if they lie
+// consecutively, then anything else in float, or in double if one operand is float64.
+inline constexpr int kMixedFloat = kNumDTypes;
+inline constexpr int kMixedDouble = kNumDTypes + 1;
+inline constexpr int kNumColumns = kNumDTypes + 2;
+
+FUSEDOPT_HD int column_of(const Work& work) {
+  bool same = work.layout == kDense, is_double = false;
+  for (int k = 0; k < work.num_operands; ++k) {
+    same = same && work.dtypes[k] == work.dtypes[kParam];
+    is_double = is_double || work.dtypes[k] == DType::kFloat64;
+  }
+  if (same) return static_cast<int>(work.dtypes[kParam]);
+  return is_double ? kMixedDouble : kMixedFloat;
+}
 
 // Every pointer is borrowed for the call. `chunks` has `num_chunks + 1` entries.
 struct Step {
@@ -45,16 +65,9 @@ Isa best_isa();        // the highest that this build and this processor share
 int openmp_version();  // date of the OpenMP standard built with, 0 if without
 
 // Runs the step with at most `num_threads` threads; returns when all of it is done. The calling
-// thread starts with `first`, which must not throw, while the others are at work already.
+// thread starts with `first`, which must not throw, while the others are at work already. Works of
+// other devices are left alone.
 void run(const Step& step, Isa isa, int num_threads, const std::function<void()>& first = [] {});
 
 }  // namespace cpu
-
-namespace cuda {
-
-// Why CUDA tensors cannot be stepped by this build, or nullptr if they can.
-const char* unavailable_reason();
-
-}  // namespace cuda
-
 }  // namespace fusedopt

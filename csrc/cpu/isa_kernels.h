@@ -177,21 +177,6 @@ void run_general(const Step& step, const Work& work, int64_t begin, int64_t end)
 
 using Runner = void (*)(const Step&, const Work&, int64_t, int64_t);
 
-// Columns of the table: one for each format that all operands can share, then the general paths.
-constexpr int kGeneralFloat = kNumDTypes;
-constexpr int kGeneralDouble = kNumDTypes + 1;
-constexpr int kNumColumns = kNumDTypes + 2;
-
-int column(const Work& work) {
-  bool same = work.layout == kDense, is_double = false;
-  for (int k = 0; k < work.num_operands; ++k) {
-    same = same && work.dtypes[k] == work.dtypes[kParam];
-    is_double = is_double || work.dtypes[k] == DType::kFloat64;
-  }
-  if (same) return static_cast<int>(work.dtypes[kParam]);
-  return is_double ? kGeneralDouble : kGeneralFloat;
-}
-
 template <class Family, int kVariant = 0>
 Runner find_runner(int variant, int column) {
   if constexpr (kVariant < Family::kNumVariants) {
@@ -212,9 +197,9 @@ void run_chunk_here(const Step& step, int64_t chunk) {
     if (w == to.work && begin >= to.element) break;  // the end may lie behind the last work
     const Work& work = step.works[w];
     const int64_t end = w == to.work ? to.element : work.numel;
-    if (!work.active || begin >= end) continue;
+    if (work.device != kCpu || begin >= end) continue;
     const Runner run = with_family(step.rule, [&](auto family) {
-      return find_runner<decltype(family)>(work.variant, column(work));
+      return find_runner<decltype(family)>(work.variant, column_of(work));
     });
     run(step, work, begin, end);
   }

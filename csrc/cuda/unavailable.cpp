@@ -1,8 +1,22 @@
-#include "core/step.h"
+#include "core/gpu.h"
 
 // Stands in for the CUDA driver in builds without it; the build chooses between the two.
 namespace fusedopt::cuda {
 
-const char* unavailable_reason() { return "fusedopt was built without CUDA"; }
+const char* unavailable_reason() {
+  return "this fusedopt was built without CUDA; with a CUDA toolkit (nvcc) on the machine, rebuild "
+         "it: FUSEDOPT_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir "
+         "--no-binary fusedopt fusedopt";
+}
+
+std::unique_ptr<Driver> make_driver(Allocate) { return nullptr; }
+
+bool is_capturing(int, void*) { return false; }
+
+std::string architectures() { return ""; }
+
+bool is_emulated() { return false; }
+
+const Emulation* emulation() { return nullptr; }
 
 }  // namespace fusedopt::cuda

@@ -1,0 +1,109 @@
+#include <functional>
+#include <stdexcept>
+#include <vector>
+
+#include "cuda/runtime.h"
+
+// Runs the code of the kernels on the host, one thread after the other, in the driver's place of
+// CUDA. Host memory is device memory.
+namespace fusedopt::cuda {
+namespace {
+
+bool g_emulates = false;
+bool g_captures = false;
+std::vector<std::function<void()>> g_recorded;
+
+void enqueue(std::function<void()> work) {
+  if (g_captures)
+    g_recorded.push_back(std::move(work));
+  else
+    work();
+}
+
+template <class Format>
+void update_all(const UpdateCall& call) {
+  with_family(call.rule, [&](auto family) {
+    using Family = decltype(family);
+    const auto arguments = arguments_for<Family, typename Format::T>(call);
+    enqueue([arguments, num_chunks = static_cast<uint32_t>(call.num_chunks)] {
+      for (uint32_t block = 0; block < num_chunks; ++block)
+        for (uint32_t thread = 0; thread < kBlockThreads; ++thread)
+          update_thread<Family, Format>(arguments, block, thread);
+    });
+  });
+}
+
+}  // namespace
+
+const char* unavailable_reason() { return nullptr; }
+
+std::string architectures() { return "emulated"; }
+
+bool is_emulated() { return g_emulates; }
+
+bool is_capturing(int, void*) { return g_captures; }
+
+const Emulation* emulation() {
+  static constexpr Emulation kEmulation = {
+      [](bool emulate) { g_emulates = emulate; },
+      [] {
+        g_recorded.clear();
+        g_captures = true;
+      },
+      [] { g_captures = false; },
+      [] {
+        for (const auto& work : g_recorded) work();
+      }};
+  return &kEmulation;
+}
+
+namespace runtime {
+
+OnGpu::OnGpu(int gpu) : before_(gpu) {}
+OnGpu::~OnGpu() = default;
+
+void check_kernels(int, RuleId, int) {}
+
+void copy_to_device(void* to, const void* from, int64_t bytes, void*) {
+  if (g_captures) throw std::runtime_error("a copy from memory that will be used again");
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+void copy_to_device_now(void* to, const void* from, int64_t bytes) {
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+Point::Point() : event_(nullptr) {}
+Point::~Point() = default;
+void Point::record(void*) {}
+bool Point::is_passed() const { return true; }
+void Point::wait() const {}
+
+void update(const UpdateCall& call) {
+  switch (call.column) {
+    case static_cast<int>(DType::kFloat32):
+      return update_all<Uniform<float>>(call);
+    case static_cast<int>(DType::kFloat64):
+      return update_all<Uniform<double>>(call);
+    case static_cast<int>(DType::kBFloat16):
+      return update_all<Uniform<BFloat16>>(call);
+    case static_cast<int>(DType::kFloat16):
+      return update_all<Uniform<Float16>>(call);
+    case kMixedFloat:
+      return update_all<Mixed<float>>(call);
+    default:
+      return update_all<Mixed<double>>(call);
+  }
+}
+
+void schedule(RuleId rule, const ScheduleArguments& arguments, void*) {
+  with_family(rule, [&](auto family) {
+    enqueue([arguments] {
+      for (int64_t row = 0; row < arguments.num_rows; ++row)
+        schedule_thread<decltype(family)>(arguments, row);
+    });
+  });
+}
+
+}  // namespace runtime
+}  // namespace fusedopt::cuda

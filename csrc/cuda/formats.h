@@ -1,0 +1,180 @@
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/bits.h"
+#include "core/dtypes.h"
+#include "core/step.h"
+#include "cuda/tuning.h"
+
+// How a thread brings elements into registers and back: several consecutive ones in one access, or
+// single ones. A format knows the operands of one work from some element on. What a vector's load
+// gives is unpacked later, when all operands have been asked for.
+namespace fusedopt::cuda {
+
+template <class Storage, int kSize>
+struct alignas(sizeof(Storage) * kSize) Vector {
+  Storage values[kSize];
+};
+
+// The same pointer; the compiler of device code learns that it is into global memory, not into
+// shared or local memory, which other instructions access.
+template <class T>
+FUSEDOPT_HD T* in_global(T* data) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(data));
+#endif
+  return data;
+}
+
+FUSEDOPT_HD bool is_aligned(const void* data, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0;
+}
+
+// All operands in one storage format.
+template <class Storage>
+class Uniform {
+ public:
+  using T = typename Compute<Storage>::Type;
+  static constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(Storage));
+  static constexpr bool kStrided = false;
+
+  FUSEDOPT_HD Uniform(const Work& work, int64_t first) {
+    for (int k = 0; k < kMaxOperands; ++k)
+      data_[k] = in_global(static_cast<Storage*>(work.data[k])) +
+                 (k < work.num_operands ? first : 0);
+  }
+
+  FUSEDOPT_HD bool is_vectorizable(int operand) const {
+    return is_aligned(data_[operand], kVectorBytes);
+  }
+
+  using Values = Vector<Storage, kVector>;
+  using Raw = Values;
+
+  FUSEDOPT_HD Raw load_vector(int operand, uint32_t at) const {
+    return *reinterpret_cast<const Raw*>(data_[operand] + at);
+  }
+
+  FUSEDOPT_HD Values unpack(int, const Raw& raw) const { return raw; }
+
+  FUSEDOPT_HD void store_vector(int operand, uint32_t at, const Values& values) const {
+    *reinterpret_cast<Values*>(data_[operand] + at) = values;
+  }
+
+  FUSEDOPT_HD T load_one(int operand, int64_t at) const { return load<T>(data_[operand][at]); }
+
+  FUSEDOPT_HD void store_one(int operand, int64_t at, T value) const {
+    store(data_[operand][at], value);
+  }
+
+ private:
+  Storage* data_[kMaxOperands];
+};
+
+// Each operand in a format of its own, computed in T. Branches on formats are the same for all
+// threads of a warp.
+template <class Computed>
+class Mixed {
+ public:
+  using T = Computed;
+  static constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(T));
+  static constexpr bool kStrided = true;
+
+  FUSEDOPT_HD Mixed(const Work& work, int64_t first) {
+    for (int k = 0; k < kMaxOperands; ++k) {
+      dtypes_[k] = work.dtypes[k];
+      data_[k] = in_global(static_cast<char*>(work.data[k])) +
+                 (k < work.num_operands ? first * item_size(work.dtypes[k]) : 0);
+    }
+  }
+
+  FUSEDOPT_HD bool is_vectorizable(int operand) const {
+    return is_aligned(data_[operand], kVector * item_size(dtypes_[operand]));
+  }
+
+  using Values = Vector<T, kVector>;
+  struct Raw {
+    uint32_t words[kVectorBytes / 4];
+  };
+
+  // Branches on the number of bytes alone, so that no thread waits for one operand before it has
+  // asked for the next.
+  FUSEDOPT_HD Raw load_vector(int operand, uint32_t at) const {
+    const int64_t item = item_size(dtypes_[operand]);
+    const char* const from = static_cast<const char*>(data_[operand]) + at * item;
+    Raw raw = {};
+    if (item * kVector == 16) load_words<4>(from, raw);
+    if (item * kVector == 8) load_words<2>(from, raw);
+    if (item * kVector == 4) load_words<1>(from, raw);
+    return raw;
+  }
+
+  FUSEDOPT_HD Values unpack(int operand, const Raw& raw) const {
+    Values values = {};
+    with_storage_of(operand, [&](auto format) {
+      Vector<decltype(format), kVector> stored;
+      memcpy(&stored, &raw, sizeof(stored));
+      for (int j = 0; j < kVector; ++j) values.values[j] = load<T>(stored.values[j]);
+    });
+    return values;
+  }
+
+  FUSEDOPT_HD void store_vector(int operand, uint32_t at, const Values& values) const {
+    Raw raw = {};
+    with_storage_of(operand, [&](auto format) {
+      Vector<decltype(format), kVector> stored;
+      for (int j = 0; j < kVector; ++j) store(stored.values[j], values.values[j]);
+      memcpy(&raw, &stored, sizeof(stored));
+    });
+    const int64_t item = item_size(dtypes_[operand]);
+    char* const to = static_cast<char*>(data_[operand]) + at * item;
+    if (item * kVector == 16) store_words<4>(raw, to);
+    if (item * kVector == 8) store_words<2>(raw, to);
+    if (item * kVector == 4) store_words<1>(raw, to);
+  }
+
+  FUSEDOPT_HD T load_one(int operand, int64_t at) const {
+    T value = 0;
+    with_storage_of(operand, [&](auto format) {
+      value = load<T>(static_cast<const decltype(format)*>(data_[operand])[at]);
+    });
+    return value;
+  }
+
+  FUSEDOPT_HD void store_one(int operand, int64_t at, T value) const {
+    with_storage_of(operand, [&](auto format) {
+      store(static_cast<decltype(format)*>(data_[operand])[at], value);
+    });
+  }
+
+ private:
+  template <int kWords>
+  static FUSEDOPT_HD void load_words(const char* from, Raw& raw) {
+    const auto words = *reinterpret_cast<const Vector<uint32_t, kWords>*>(from);
+    for (int j = 0; j < kWords; ++j) raw.words[j] = words.values[j];
+  }
+
+  template <int kWords>
+  static FUSEDOPT_HD void store_words(const Raw& raw, char* to) {
+    Vector<uint32_t, kWords> words;
+    for (int j = 0; j < kWords; ++j) words.values[j] = raw.words[j];
+    *reinterpret_cast<Vector<uint32_t, kWords>*>(to) = words;
+  }
+
+  // float64 does not take part where float is computed with, nor does code for it.
+  template <class F>
+  FUSEDOPT_HD void with_storage_of(int operand, const F& f) const {
+    const DType dtype = dtypes_[operand];
+    if (dtype == DType::kFloat32) return f(float{});
+    if (dtype == DType::kBFloat16) return f(BFloat16{});
+    if (dtype == DType::kFloat16) return f(Float16{});
+    if constexpr (sizeof(T) == sizeof(double)) f(double{});
+  }
+
+  void* data_[kMaxOperands];
+  DType dtypes_[kMaxOperands];
+};
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,187 @@
+#include "cuda/table.h"
+
+#include <algorithm>
+#include <cstddef>
+
+#include "cuda/grid.h"
+#include "cuda/launch.h"
+
+namespace fusedopt::cuda {
+namespace {
+
+constexpr int64_t kPartAlignment = 256;
+
+int64_t with_room(int64_t count) {
+  int64_t room = 16;
+  while (room < count) room *= 2;
+  return room;
+}
+
+int64_t count_dims(const Share& share) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < share.num_layouts; ++i) count += share.layouts[i].num_dims;
+  return count;
+}
+
+template <class F>
+auto with_scalars_type(RuleId rule, bool in_double, const F& f) {
+  return with_family(rule, [&](auto family) {
+    using Family = decltype(family);
+    return in_double ? f(family, double{}, UpdateArguments<Family, double>::kFew)
+                     : f(family, float{}, UpdateArguments<Family, float>::kFew);
+  });
+}
+
+int64_t scalars_size(RuleId rule, bool in_double) {
+  return with_scalars_type(rule, in_double, [](auto family, auto number, int) {
+    return static_cast<int64_t>(sizeof(ScalarsOf<decltype(family), decltype(number)>));
+  });
+}
+
+// Scalars in the type that computes, as bytes.
+std::vector<uint8_t> converted(const Share& share, bool in_double) {
+  const auto count = static_cast<size_t>(share.num_scalars);
+  std::vector<uint8_t> bytes(count * static_cast<size_t>(scalars_size(share.rule, in_double)));
+  with_scalars_type(share.rule, in_double, [&](auto family, auto number, int) {
+    for (size_t i = 0; i < count; ++i) {
+      const auto scalars =
+          scalars_of(family, share.scalars[i]).template as<decltype(number)>();
+      std::memcpy(bytes.data() + i * sizeof(scalars), &scalars, sizeof(scalars));
+    }
+  });
+  return bytes;
+}
+
+}  // namespace
+
+bool Arrangement::update(const Share& share) {
+  const auto own_device = static_cast<uint8_t>(kFirstGpu + share.gpu);
+  bool changed = members_.size() != static_cast<size_t>(share.num_works);
+  if (changed) members_.assign(static_cast<size_t>(share.num_works), Member());
+  for (size_t w = 0; w < members_.size(); ++w) {
+    const Work& work = share.works[w];
+    if (work.device == kIdle) continue;  // what is known of it still holds
+    const bool is_own = work.device == own_device;
+    const Member found = {is_own ? column_of(work) : -1, is_own ? work.numel : 0};
+    Member& member = members_[w];
+    changed = changed || found.column != member.column || found.numel != member.numel;
+    member = found;
+  }
+  if (!changed) return false;
+
+  rows_.clear();
+  columns_.clear();
+  chunks_.clear();
+  for (int column = 0; column < kNumColumns; ++column) {
+    std::vector<int64_t> sizes;
+    const auto first_row = static_cast<int64_t>(rows_.size());
+    for (size_t w = 0; w < members_.size(); ++w) {
+      if (members_[w].column != column) continue;
+      rows_.push_back(static_cast<int64_t>(w));
+      sizes.push_back(members_[w].numel);
+    }
+    if (sizes.empty()) continue;
+    const std::vector<ChunkStart> chunks = plan_grid(sizes);
+    columns_.push_back({column, first_row, static_cast<int64_t>(sizes.size()),
+                        static_cast<int64_t>(chunks_.size()),
+                        static_cast<int64_t>(chunks.size()) - 1});
+    chunks_.insert(chunks_.end(), chunks.begin(), chunks.end());
+  }
+  return true;
+}
+
+bool has_few_scalars(const Share& share) {
+  return share.clocks == nullptr &&
+         share.num_scalars <= with_scalars_type(share.rule, true, [](auto, auto, int few) {
+           return few;  // in double there is room for fewest
+         });
+}
+
+Parts plan_parts(const Share& share, const Arrangement& arrangement) {
+  Parts parts = {};
+  parts.has_clocks = share.clocks != nullptr;
+  parts.max_layouts = share.num_layouts > 0 ? with_room(share.num_layouts) : 0;
+  parts.max_dims = share.num_layouts > 0 ? with_room(count_dims(share)) : 0;
+  parts.max_groups = parts.has_clocks ? with_room(share.num_groups) : 0;
+  const bool few = parts.has_clocks || has_few_scalars(share);
+  parts.max_scalars = few ? 0 : with_room(share.num_scalars);
+
+  int64_t end = 0;
+  const auto reserve = [&](int64_t count, int64_t size) {
+    const int64_t start = end;
+    end = (end + count * size + kPartAlignment - 1) / kPartAlignment * kPartAlignment;
+    return start;
+  };
+  const auto num_rows = static_cast<int64_t>(arrangement.rows().size());
+  parts.chunks =
+      reserve(static_cast<int64_t>(arrangement.chunks().size()), sizeof(ChunkStart));
+  parts.dims = reserve(parts.max_dims, sizeof(Dim));
+  parts.layouts = reserve(parts.max_layouts, sizeof(Layout));
+  parts.groups = reserve(parts.max_groups, sizeof(HyperSource));
+  parts.clocks = reserve(parts.has_clocks ? num_rows : 0, sizeof(Clock));
+  parts.works = reserve(num_rows, sizeof(Work));
+  for (const bool in_double : {false, true})
+    parts.scalars[in_double] = reserve(parts.max_scalars, scalars_size(share.rule, in_double));
+  parts.image_bytes = end;
+  parts.computed = reserve(parts.has_clocks ? num_rows : 0, sizeof(Scalars));
+  parts.bytes = end;
+  return parts;
+}
+
+bool Table::fits(const Share& share) const {
+  const bool few = share.clocks != nullptr || has_few_scalars(share);
+  return share.stream == stream_ && parts_.has_clocks == (share.clocks != nullptr) &&
+         share.num_layouts <= parts_.max_layouts && count_dims(share) <= parts_.max_dims &&
+         (share.clocks == nullptr || share.num_groups <= parts_.max_groups) &&
+         (few || share.num_scalars <= parts_.max_scalars);
+}
+
+void Table::fill(const Share& share, const Arrangement& arrangement) {
+  const auto& chunks = arrangement.chunks();
+  if (image_.bytes_changed() == image_.size())  // new: these stay
+    image_.put(parts_.chunks, chunks.data(),
+               static_cast<int64_t>(chunks.size() * sizeof(ChunkStart)));
+  fill_layouts(share);
+  fill_works(share, arrangement);
+  if (share.clocks != nullptr)
+    for (int64_t g = 0; g < share.num_groups; ++g)
+      image_.put(parts_.groups + g * static_cast<int64_t>(sizeof(HyperSource)), &share.groups[g],
+                 sizeof(HyperSource));
+  else if (!has_few_scalars(share))
+    for (const bool in_double : {false, true}) {
+      const std::vector<uint8_t> bytes = converted(share, in_double);
+      image_.put(parts_.scalars[in_double], bytes.data(), static_cast<int64_t>(bytes.size()));
+    }
+}
+
+void Table::fill_layouts(const Share& share) {
+  int64_t dim = parts_.dims;
+  for (int64_t i = 0; i < share.num_layouts; ++i) {
+    const Layout& layout = share.layouts[i];
+    const Layout entry = {reinterpret_cast<const Dim*>(at(dim)), layout.num_dims};
+    const int64_t bytes = layout.num_dims * static_cast<int64_t>(sizeof(Dim));
+    image_.put(dim, layout.dims, bytes);
+    // Member by member: what lies between them is not the same from one step to the next.
+    const int64_t to = parts_.layouts + i * static_cast<int64_t>(sizeof(Layout));
+    image_.put(to + static_cast<int64_t>(offsetof(Layout, dims)), &entry.dims, sizeof(entry.dims));
+    image_.put(to + static_cast<int64_t>(offsetof(Layout, num_dims)), &entry.num_dims,
+               sizeof(entry.num_dims));
+    dim += bytes;
+  }
+}
+
+void Table::fill_works(const Share& share, const Arrangement& arrangement) {
+  for (const Column& column : arrangement.columns())
+    for (int64_t row = column.first_row; row < column.first_row + column.num_rows; ++row) {
+      const int64_t w = arrangement.rows()[static_cast<size_t>(row)];
+      Work work = share.works[w];
+      if (share.clocks != nullptr) {
+        work.scalars = static_cast<int32_t>(row - column.first_row);
+        image_.put(parts_.clocks + row * static_cast<int64_t>(sizeof(Clock)), &share.clocks[w],
+                   sizeof(Clock));
+      }
+      image_.put(parts_.works + row * static_cast<int64_t>(sizeof(Work)), &work, sizeof(Work));
+    }
+}
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,83 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "core/gpu.h"
+#include "cuda/image.h"
+
+// The device's side of a step: what its kernels read, in one block of device memory.
+namespace fusedopt::cuda {
+
+// Works of one column, neighbours in the table, and the launch that does them.
+struct Column {
+  int column;
+  int64_t first_row, num_rows;
+  int64_t first_chunk, num_chunks;  // and one more start, the end
+};
+
+// The works of one device, sorted by column. Follows from sizes and formats alone.
+class Arrangement {
+ public:
+  // Takes in what a step brings; true if something is not as it was.
+  bool update(const Share& share);
+
+  const std::vector<int64_t>& rows() const { return rows_; }  // numbers of works
+  const std::vector<Column>& columns() const { return columns_; }
+  const std::vector<ChunkStart>& chunks() const { return chunks_; }  // rows count from first_row
+
+ private:
+  struct Member {
+    int column = -1;  // not on this device
+    int64_t numel = 0;
+  };
+  std::vector<Member> members_;  // one for each work of the optimizer
+  std::vector<int64_t> rows_;
+  std::vector<Column> columns_;
+  std::vector<ChunkStart> chunks_;
+};
+
+// The block's parts, by their offsets: those that change most often come last.
+struct Parts {
+  int64_t chunks, dims, layouts, groups, clocks, works, scalars[2] /* in float, in double */;
+  int64_t image_bytes;  // of all these
+  int64_t computed;     // scalars that the device computes, sizeof(Scalars) for each row
+  int64_t bytes;
+  // What there is room for.
+  int64_t max_dims, max_layouts, max_groups, max_scalars;
+  bool has_clocks;
+};
+
+class Table {
+ public:
+  Table(const Parts& parts, std::shared_ptr<void> memory, void* stream)
+      : parts_(parts), memory_(std::move(memory)), stream_(stream), image_(parts.image_bytes) {}
+
+  // Whether a step's share has room here.
+  bool fits(const Share& share) const;
+  void* stream() const { return stream_; }
+  Image& image() { return image_; }
+  uint8_t* at(int64_t offset) const { return static_cast<uint8_t*>(memory_.get()) + offset; }
+  const Parts& parts() const { return parts_; }
+
+  // Brings the image up to date.
+  void fill(const Share& share, const Arrangement& arrangement);
+
+ private:
+  void fill_layouts(const Share& share);
+  void fill_works(const Share& share, const Arrangement& arrangement);
+
+  Parts parts_;
+  std::shared_ptr<void> memory_;
+  void* stream_;
+  Image image_;
+};
+
+// Room for a share, and some more.
+Parts plan_parts(const Share& share, const Arrangement& arrangement);
+
+// True if the scalars of all columns travel with the kernel's arguments.
+bool has_few_scalars(const Share& share);
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,7 @@
+#include "cuda/update.cuh"
+
+namespace fusedopt::cuda {
+
+template const void* update_kernel_of<Mixed<float>>(RuleId rule);
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,60 @@
+"""Step counts and where they are kept: on the CPU, or where only the GPU can tell, on the GPU."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+State = dict[str, Any]
+
+
+def is_on_gpu(value: Any) -> bool:
+    """Whether this is a tensor whose value only a GPU knows."""
+    return isinstance(value, Tensor) and (value.is_cuda or _C.is_emulated())
+
+
+def step_device(param: Tensor, group: State) -> torch.device:
+    """Where a param's step count belongs when nothing but its group is known."""
+    on_gpu = group.get("capturable", False) and is_on_gpu(param)
+    return param.device if on_gpu else torch.device("cpu")
+
+
+def to_step(step: Any, device: torch.device) -> Tensor:
+    """A step count as torch keeps it: a floating-point tensor of one element.
+
+    Takes numbers and tensors of any dtype and device, as old checkpoints hold them. Raises
+    TypeError for anything else.
+    """
+    if isinstance(step, Tensor) and step.dtype in (torch.float32, torch.float64):
+        return step.to(device)
+    if isinstance(step, (Tensor, int, float)):
+        is_double = torch.get_default_dtype() == torch.float64
+        dtype = torch.float64 if is_double else torch.float32
+        return torch.tensor(float(step), dtype=dtype, device=device)
+    raise TypeError(f"step in the optimizer's state must be a number or a tensor, got {step!r}")
+
+
+def place_steps(states: list[tuple[Tensor, State, State]], on_gpu: bool) -> None:
+    """Enter into the new state of each (param, state, new state) a ``step`` where it belongs.
+
+    That is the CPU, or the GPU of the param if ``on_gpu``. One that is there stays. Those of a GPU
+    become views of one tensor, so that it takes one copy that does not wait, however many they are.
+    """
+    by_gpu = defaultdict(list)
+    for param, state, new in states:
+        step = state.get("step")
+        wanted = param.device if on_gpu else torch.device("cpu")
+        if isinstance(step, Tensor) and step.device == wanted:
+            continue
+        if wanted.type == "cpu":
+            new["step"] = to_step(0.0 if step is None else step, wanted)
+        else:
+            by_gpu[wanted].append((0.0 if step is None else step, new))
+    for gpu, entries in by_gpu.items():
+        counts = torch.stack([to_step(step, torch.device("cpu")) for step, _ in entries])
+        moved = counts.pin_memory().to(gpu, non_blocking=True)
+        for (_, new), step in zip(entries, moved.unbind(), strict=True):
+            new["step"] = step

@@ -1,0 +1,48 @@
+"""Where tests run: `--device cuda` needs a GPU; `--device emulated`, a build with
+FUSEDOPT_CUDA=emulated, steps tensors on the CPU with the code of the CUDA driver. Tests marked
+cpu_only are skipped in both."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fusedopt import _C
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=["cpu", "cuda", "emulated"], default="cpu", help="who steps the tensors"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before collection: tables of cases hold tensors, too."""
+    if config.getoption("device") == "emulated":
+        _C.emulate(True)
+    if config.getoption("device") != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda, but torch sees no GPU here")
+    torch.set_default_device("cuda")
+    torch.optim.Adam.step = with_default_device("cpu", torch.optim.Adam.step)
+
+
+def with_default_device(device: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """For torch's Adam, which puts its step counts on the default device."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with torch.device(device):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("device") != "cpu":
+        for item in items:
+            if item.get_closest_marker("cpu_only"):
+                item.add_marker(pytest.mark.skip(reason="about the CPU, not about CUDA"))

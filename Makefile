@@ -1,9 +1,11 @@
 # Everything runs in .venv, which these targets set up themselves.
 #   make train      train a small GPT with fusedopt and with its torch.optim twin
-#   make test       all tests
+#   make test       all tests, then those of the CUDA driver with its kernels emulated on the CPU
 #   make bench      the step benchmark (BENCH="--optimizer SGD --shapes resnet50" to choose)
 #   make lint       ruff, mypy, clang-format
-#   make sanitize   the Python tests against a build with address and undefined-behaviour sanitizers
+#   make sanitize   both under the address and undefined-behaviour sanitizers
+#   make cuda       all tests with a build for CUDA under a CUDA build of torch (in .venv-cuda), and
+#                   a look at the kernels' machine code; needs no GPU
 #   make wheel      a wheel in dist/
 #   make gpu        all that needs a GPU, in under ten minutes, into GPU_OUT (GPU="--parts build step")
 # make gpu alone uses no .venv: it installs into the Python it finds (PYTHON), which must have torch
@@ -12,6 +14,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TORCH_CUDA ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH ?= --shapes all
@@ -21,16 +24,17 @@ GPU ?=
 GPU_OUT ?= build/gpu
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp')
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
-.PHONY: train test bench gpu lint format sanitize wheel clean
+.PHONY: train test bench gpu lint format sanitize cuda wheel clean
 
 train: $(VENV)/built
 	$(BIN)/python bench/train_gpt.py $(TRAIN)
 
-test: $(VENV)/built
+test: $(VENV)/built build/emulated/built
 	$(BIN)/python -m pytest $(PYTEST)
+	PYTHONPATH=build/emulated/lib $(BIN)/pytest --device emulated $(PYTEST)
 
 bench: $(VENV)/built
 	$(BIN)/python bench/step.py $(BENCH)
@@ -51,12 +55,24 @@ format: $(VENV)/linters
 
 # The sanitizers' runtime comes first into the process. Leaks are not looked for: Python and torch
 # keep memory until the process ends.
+SANITIZED = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+    PYTHONPATH=build/sanitize/lib $(BIN)/pytest -m "not unsanitized"
+
 sanitize: $(VENV)/built
-	FUSEDOPT_SANITIZE=address,undefined $(BIN)/python setup.py -q build \
+	FUSEDOPT_SANITIZE=address,undefined FUSEDOPT_CUDA=emulated $(BIN)/python setup.py -q build \
 	    --build-base build/sanitize --build-lib build/sanitize/lib
-	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	    PYTHONPATH=build/sanitize/lib $(BIN)/pytest -m "not unsanitized" $(PYTEST)
+	$(SANITIZED) $(PYTEST)
+	$(SANITIZED) --device emulated $(PYTEST)
+
+# An installed wheel, and not the sources.
+cuda:
+	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip --disable-pip-version-check install -q "$(TORCH_CUDA)"
+	FUSEDOPT_CUDA=1 FUSEDOPT_STRICT=1 .venv-cuda/bin/python -m pip --disable-pip-version-check \
+	    install -q ".[test,bench]" pybind11
+	.venv-cuda/bin/pytest $(PYTEST)
+	.venv-cuda/bin/python tests/sass.py
 
 wheel: $(VENV)/built
 	$(PIP) build
@@ -72,10 +88,15 @@ $(VENV)/built: $(VENV)/torch $(SOURCES)
 	$(PIP) -e ".[test,bench]"
 	touch $@
 
+build/emulated/built: $(VENV)/torch $(SOURCES) $(wildcard fusedopt/*.py)
+	FUSEDOPT_CUDA=emulated $(BIN)/python setup.py -q build \
+	    --build-base build/emulated --build-lib build/emulated/lib
+	touch $@
+
 $(VENV)/linters: $(VENV)/torch
 	$(PIP) $$($(BIN)/python -c "import re; \
 	    print(*re.findall(r'[\w-]+==[\d.]+', re.search(r'lint = (.*)', open('pyproject.toml').read())[1]))")
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist fusedopt/*.so *.egg-info
+	rm -rf $(VENV) .venv-cuda build dist fusedopt/*.so *.egg-info

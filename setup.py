@@ -1,4 +1,4 @@
-"""Builds fusedopt._C with ninja: plain C++, CUDA and pybind11, none of torch's headers or libraries.
+"""Builds fusedopt._C with ninja: plain C++, CUDA and pybind11, no headers or libraries of torch.
 
 Environment:
     CXX                   the C++ compiler (default: c++)

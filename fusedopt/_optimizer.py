@@ -87,12 +87,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 return loss
             found_inf = None
         grad_scale = getattr(self, "grad_scale", None)
-        if not is_on_gpu(grad_scale):
-            grad_scale = 1.0 if grad_scale is None else float(grad_scale)
+        if grad_scale is None:
+            grad_scale = 1.0
         self._plan().step(
             self.param_groups,
             self.state,
-            grad_scale,
+            grad_scale if is_on_gpu(grad_scale) else float(grad_scale),
             found_inf,
             self._create_state,
             torch.get_num_threads(),

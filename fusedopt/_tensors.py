@@ -49,7 +49,8 @@ def allocate(gpu: int, size: int, kind: str, emulated: bool) -> torch.Tensor:
     device = torch.device("cpu") if emulated else torch.device("cuda", gpu)
     if kind == "lasting" and not emulated:
         # What is allocated in the stream of a capture belongs to the graphs' pool; this does not.
-        with torch.cuda.stream(torch.cuda.Stream(device)):
+        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
+        with torch.cuda.stream(aside):
             return torch.empty(size, dtype=torch.uint8, device=device)
     new = torch.zeros if kind == "zeros" else torch.empty
     return new(size, dtype=torch.uint8, device=device)

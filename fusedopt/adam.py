@@ -22,8 +22,8 @@ class Adam(FusedOptimizer):
     Args:
         params: parameters, (name, parameter) pairs or param groups. Dense tensors of float32,
             float64, bfloat16, float16 or complex dtype, of any shape and strides.
-        lr: learning rate :math:`\gamma`, a number or a tensor of one element. A tensor on the GPU of
-            the parameters is read there, and its value is not checked.
+        lr: learning rate :math:`\gamma`, a number or a tensor of one element. A tensor on the
+            parameters' GPU is read there, in the step; its value is then not checked.
         betas: decay rates :math:`\beta_1, \beta_2` of the moments, each in [0, 1).
         eps: :math:`\epsilon`, added to the denominator.
         weight_decay: :math:`\lambda`.

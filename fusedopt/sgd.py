@@ -21,8 +21,8 @@ class SGD(FusedOptimizer):
     Args:
         params: parameters, (name, parameter) pairs or param groups. Dense tensors of float32,
             float64, bfloat16, float16 or complex dtype, of any shape and strides.
-        lr: learning rate :math:`\gamma`, a number or a tensor of one element. A tensor on the GPU of
-            the parameters is read there, and its value is not checked.
+        lr: learning rate :math:`\gamma`, a number or a tensor of one element. A tensor on the
+            parameters' GPU is read there, in the step; its value is then not checked.
         momentum: momentum factor :math:`\mu`.
         dampening: dampening :math:`\tau` of what the grad adds to the momentum.
         weight_decay: L2 penalty :math:`\lambda`.

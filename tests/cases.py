@@ -1,7 +1,9 @@
 """The optimizer cases, one row each, the tolerances, and what tests need to run a case."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from device import DEVICE
 from torch import Tensor
 
 import fusedopt
+
+CSRC = Path(__file__).parent.parent / "csrc"
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,26 @@ def results(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor
     return {"param": param.detach(), **state}
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """The memory of the elements in order, every NaN as the same NaN."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    plain = torch.where(real.isnan(), torch.full_like(real, torch.nan), real)
+    return plain.contiguous().reshape(-1).view(torch.uint8)
+
+
+def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(bits(first[name]), bits(second[name])) for name in first)
+
+
 def assert_rounded_once(value: Tensor, expected: oracles.Array) -> None:
     """Half a unit in the last place of the storage format, and what computing cost before that."""
     finfo = torch.finfo(value.dtype)
     compute = 2 * min(finfo.eps, torch.finfo(torch.float32).eps) * np.abs(expected).max(initial=0)
     rounding = finfo.eps / 2 * np.maximum(np.abs(expected), finfo.smallest_normal)
     assert (np.abs(oracles.exact(value) - expected) <= rounding + compute).all()
+
+
+def constant(file: str, name: str) -> int:
+    """A constant of the C++ code, so that the sizes below stay at its boundaries."""
+    return int(re.search(rf"\b{name} = (\d+);", (CSRC / file).read_text())[1])

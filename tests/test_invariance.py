@@ -9,10 +9,12 @@ import torch
 from cases import (
     DTYPES,
     Case,
+    bits,
     dtype_id,
     each_case,
     each_dtype,
     results,
+    same_bits,
     some_cases,
     step_with,
     values,
@@ -44,18 +46,6 @@ def _restore_modes() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The memory of the elements in order, every NaN as the same NaN."""
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    plain = torch.where(real.isnan(), torch.full_like(real, torch.nan), real)
-    return plain.contiguous().reshape(-1).view(torch.uint8)
-
-
-def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    assert first.keys() == second.keys()
-    return all(torch.equal(bits(first[name]), bits(second[name])) for name in first)
 
 
 def use_plan(optimizer: torch.optim.Optimizer, isa: str, chunk_elements: int) -> None:

@@ -4,21 +4,19 @@ torch's fused CPU step updates 16-bit params in part, transposed and sliced ones
 packages write outside a slice or update a contiguous copy. Each would fail here.
 """
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
-from cases import Case, assert_rounded_once, dtype_id, results, some_cases, step_with, values
+from cases import (
+    Case,
+    assert_rounded_once,
+    constant,
+    dtype_id,
+    results,
+    some_cases,
+    step_with,
+    values,
+)
 from layouts import GRADS, Layout, each_grad, each_layout
-
-CSRC = Path(__file__).parent.parent / "csrc"
-
-
-def constant(file: str, name: str) -> int:
-    """A constant of the C++ code, so that the sizes below stay at its boundaries."""
-    return int(re.search(rf"\b{name} = (\d+);", (CSRC / file).read_text())[1])
-
 
 CHUNK = constant("core/chunks.h", "kMinChunkElements")
 BOUNDARIES = {

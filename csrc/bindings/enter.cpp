@@ -87,8 +87,8 @@ void Plan::find_step(const Operands& operands, Slot& slot) const {
   TensorView view;
   const TensorView& param = operands.views[kParam];
   const bool readable = read_tensor(operands.step, view);
-  const bool is_beside_param = readable && view.device_type == param.device_type &&
-                               view.device_id == param.device_id;
+  const bool is_beside_param =
+      readable && view.device_type == param.device_type && view.device_id == param.device_id;
   const bool usable = readable && (view.device_type == kDlCpu || is_beside_param) &&
                       view.is_supported && !view.is_complex && item_size(view.dtype) >= 4 &&
                       count_elements(view) == 1;

@@ -56,8 +56,8 @@ class GroupReader {
 struct OptimizerRow {
   const char* name;
   RuleId rule;
-  std::array<Key, kMaxStates> state_names;  // the first num_states(hyper) are in use
-  bool counts_steps;                             // the state has "step"
+  std::array<Key, kMaxStates> state_names;        // the first num_states(hyper) are in use
+  bool counts_steps;                              // the state has "step"
   cuda::HyperSource (*read)(GroupReader& group);  // checks every value
   int (*num_states)(const Hyper& hyper);
 };

@@ -74,9 +74,8 @@ void Plan::step(const py::list& param_groups, const py::dict& state, const py::o
   }
   const bool gpu_counts =
       walk.has_gpu_counts || scaling.is_on_gpu() ||
-      std::any_of(walk.groups.begin(), walk.groups.end(), [](const Group& group) {
-        return group.capturable || group.numbers_gpu >= 0;
-      });
+      std::any_of(walk.groups.begin(), walk.groups.end(),
+                  [](const Group& group) { return group.capturable || group.numbers_gpu >= 0; });
   if (gpu_counts != walk.gpu_counts) {
     gpu_counts_ = gpu_counts;
     walk = start_walk(param_groups, state, scale, false);
@@ -251,7 +250,8 @@ void Plan::count_first_steps(Walk& walk) {
 void Plan::refuse_overlap(const Walk& walk) const {
   std::vector<Region> regions;
   for (size_t at = 0; at < works_.size(); ++at)
-    for (int k = 0; works_[at].device != kIdle && works_[at].numel > 0 && k < works_[at].num_operands; ++k)
+    for (int k = 0;
+         works_[at].device != kIdle && works_[at].numel > 0 && k < works_[at].num_operands; ++k)
       if (k != kGrad && works_[at].data[k] != nullptr)
         regions.push_back(region_of(works_[at], dims_, at, k));
   const auto found = find_overlap(regions);

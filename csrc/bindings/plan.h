@@ -94,10 +94,10 @@ class Plan {
     PyObject* next_state = nullptr;
     std::vector<Dims> dims = {};
     std::vector<Scalars> scalars = {};
-    bool has_cpu = false;             // parameters to step there
-    bool has_gpu_counts = false;      // step counts that only a GPU knows
-    std::vector<bool> gpus = {};      // with parameters to step, by number
-    std::vector<cuda::Clock> clocks = {};  // if gpu_counts, one for each work
+    bool has_cpu = false;                       // parameters to step there
+    bool has_gpu_counts = false;                // step counts that only a GPU knows
+    std::vector<bool> gpus = {};                // with parameters to step, by number
+    std::vector<cuda::Clock> clocks = {};       // if gpu_counts, one for each work
     pybind11::list missing = pybind11::list();  // (group, index)
     pybind11::list written = pybind11::list();  // params
   };

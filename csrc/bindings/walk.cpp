@@ -46,9 +46,8 @@ Scalars scalars_for(RuleId rule, const Hyper& hyper, std::pair<double, bool> key
                     double grad_scale) {
   const Time time = {static_cast<uint64_t>(key.first), key.second};
   Scalars scalars;
-  with_family(rule, [&](auto family) {
-    set_scalars(scalars, schedule(family, hyper, time, grad_scale));
-  });
+  with_family(
+      rule, [&](auto family) { set_scalars(scalars, schedule(family, hyper, time, grad_scale)); });
   return scalars;
 }
 

@@ -7,9 +7,9 @@
 
 namespace fusedopt {
 
-// base^exponent for a base in [0, 1] and a whole exponent, by repeated squaring in pairs of doubles.
-// Rounded as well as pow() of the libraries, but the same to the bit on host and device, whose
-// libraries differ.
+// base^exponent for a base in [0, 1] and a whole exponent, by repeated squaring in pairs of
+// doubles. Rounded as well as pow() of the libraries, but the same to the bit on host and device,
+// whose libraries differ.
 FUSEDOPT_HD double power(double base, uint64_t exponent) {
   struct Pair {
     double high, low;

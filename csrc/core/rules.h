@@ -27,7 +27,8 @@ inline void set_scalars(Scalars& all, const AdamScalars<double>& scalars) { all.
 inline constexpr int kMaxStates = 3;
 inline constexpr int kMaxVariants = 6;
 
-// Calls `f` with the rule family that `id` names. On the host: device code is compiled for each family.
+// Calls `f` with the rule family that `id` names. On the host: device code is compiled for each
+// family.
 template <class F>
 inline __attribute__((always_inline)) decltype(auto) with_family(RuleId id, F&& f) {
   switch (id) {

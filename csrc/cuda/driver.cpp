@@ -92,8 +92,8 @@ class Device {
     for (const auto& staging : stagings_)
       if (staging->bytes >= image.bytes_changed() && staging->done.is_passed()) return *staging;
     const int64_t bytes = image.size();
-    stagings_.push_back(
-        std::unique_ptr<Staging>(new Staging{allocate_(gpu_, bytes, Memory::kPageLocked), bytes, {}}));
+    stagings_.push_back(std::unique_ptr<Staging>(
+        new Staging{allocate_(gpu_, bytes, Memory::kPageLocked), bytes, {}}));
     return *stagings_.back();
   }
 

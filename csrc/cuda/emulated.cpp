@@ -44,16 +44,15 @@ bool is_emulated() { return g_emulates; }
 bool is_capturing(int, void*) { return g_captures; }
 
 const Emulation* emulation() {
-  static constexpr Emulation kEmulation = {
-      [](bool emulate) { g_emulates = emulate; },
-      [] {
-        g_recorded.clear();
-        g_captures = true;
-      },
-      [] { g_captures = false; },
-      [] {
-        for (const auto& work : g_recorded) work();
-      }};
+  static constexpr Emulation kEmulation = {[](bool emulate) { g_emulates = emulate; },
+                                           [] {
+                                             g_recorded.clear();
+                                             g_captures = true;
+                                           },
+                                           [] { g_captures = false; },
+                                           [] {
+                                             for (const auto& work : g_recorded) work();
+                                           }};
   return &kEmulation;
 }
 

@@ -6,6 +6,7 @@
 #include "core/bits.h"
 #include "core/dtypes.h"
 #include "core/step.h"
+#include "cuda/access.h"
 #include "cuda/tuning.h"
 
 // How a thread brings elements into registers and back: several consecutive ones in one access, or
@@ -13,9 +14,11 @@
 // gives is unpacked later, when all operands have been asked for.
 namespace fusedopt::cuda {
 
-template <class Storage, int kSize>
-struct alignas(sizeof(Storage) * kSize) Vector {
-  Storage values[kSize];
+using Vector = Words<kVectorBytes / 4>;
+
+template <class Value, int kSize>
+struct Values {
+  Value values[kSize];
 };
 
 // The same pointer; the compiler of device code learns that it is into global memory, not into
@@ -42,25 +45,26 @@ class Uniform {
 
   FUSEDOPT_HD Uniform(const Work& work, int64_t first) {
     for (int k = 0; k < kMaxOperands; ++k)
-      data_[k] = in_global(static_cast<Storage*>(work.data[k])) +
-                 (k < work.num_operands ? first : 0);
+      data_[k] =
+          in_global(static_cast<Storage*>(work.data[k])) + (k < work.num_operands ? first : 0);
   }
 
   FUSEDOPT_HD bool is_vectorizable(int operand) const {
     return is_aligned(data_[operand], kVectorBytes);
   }
 
-  using Values = Vector<Storage, kVector>;
-  using Raw = Values;
+  using Unpacked = Values<Storage, kVector>;
 
-  FUSEDOPT_HD Raw load_vector(int operand, uint32_t at) const {
-    return *reinterpret_cast<const Raw*>(data_[operand] + at);
+  FUSEDOPT_HD Vector load_vector(int operand, uint32_t at) const {
+    return load_words<kVectorBytes / 4>(data_[operand] + at);
   }
 
-  FUSEDOPT_HD Values unpack(int, const Raw& raw) const { return raw; }
+  FUSEDOPT_HD Unpacked unpack(int, const Vector& vector) const {
+    return bit_cast<Unpacked>(vector);
+  }
 
-  FUSEDOPT_HD void store_vector(int operand, uint32_t at, const Values& values) const {
-    *reinterpret_cast<Values*>(data_[operand] + at) = values;
+  FUSEDOPT_HD void store_vector(int operand, uint32_t at, const Unpacked& values) const {
+    store_words(data_[operand] + at, bit_cast<Vector>(values));
   }
 
   FUSEDOPT_HD T load_one(int operand, int64_t at) const { return load<T>(data_[operand][at]); }
@@ -94,45 +98,42 @@ class Mixed {
     return is_aligned(data_[operand], kVector * item_size(dtypes_[operand]));
   }
 
-  using Values = Vector<T, kVector>;
-  struct Raw {
-    uint32_t words[kVectorBytes / 4];
-  };
+  using Unpacked = Values<T, kVector>;
 
   // Branches on the number of bytes alone, so that no thread waits for one operand before it has
   // asked for the next.
-  FUSEDOPT_HD Raw load_vector(int operand, uint32_t at) const {
+  FUSEDOPT_HD Vector load_vector(int operand, uint32_t at) const {
     const int64_t item = item_size(dtypes_[operand]);
     const char* const from = static_cast<const char*>(data_[operand]) + at * item;
-    Raw raw = {};
-    if (item * kVector == 16) load_words<4>(from, raw);
-    if (item * kVector == 8) load_words<2>(from, raw);
-    if (item * kVector == 4) load_words<1>(from, raw);
-    return raw;
+    Vector vector = {};
+    if (item * kVector == 16) load_part<4>(from, vector);
+    if (item * kVector == 8) load_part<2>(from, vector);
+    if (item * kVector == 4) load_part<1>(from, vector);
+    return vector;
   }
 
-  FUSEDOPT_HD Values unpack(int operand, const Raw& raw) const {
-    Values values = {};
+  FUSEDOPT_HD Unpacked unpack(int operand, const Vector& vector) const {
+    Unpacked values = {};
     with_storage_of(operand, [&](auto format) {
-      Vector<decltype(format), kVector> stored;
-      memcpy(&stored, &raw, sizeof(stored));
+      Values<decltype(format), kVector> stored;
+      memcpy(&stored, &vector, sizeof(stored));
       for (int j = 0; j < kVector; ++j) values.values[j] = load<T>(stored.values[j]);
     });
     return values;
   }
 
-  FUSEDOPT_HD void store_vector(int operand, uint32_t at, const Values& values) const {
-    Raw raw = {};
+  FUSEDOPT_HD void store_vector(int operand, uint32_t at, const Unpacked& values) const {
+    Vector vector = {};
     with_storage_of(operand, [&](auto format) {
-      Vector<decltype(format), kVector> stored;
+      Values<decltype(format), kVector> stored;
       for (int j = 0; j < kVector; ++j) store(stored.values[j], values.values[j]);
-      memcpy(&raw, &stored, sizeof(stored));
+      memcpy(&vector, &stored, sizeof(stored));
     });
     const int64_t item = item_size(dtypes_[operand]);
     char* const to = static_cast<char*>(data_[operand]) + at * item;
-    if (item * kVector == 16) store_words<4>(raw, to);
-    if (item * kVector == 8) store_words<2>(raw, to);
-    if (item * kVector == 4) store_words<1>(raw, to);
+    if (item * kVector == 16) store_part<4>(vector, to);
+    if (item * kVector == 8) store_part<2>(vector, to);
+    if (item * kVector == 4) store_part<1>(vector, to);
   }
 
   FUSEDOPT_HD T load_one(int operand, int64_t at) const {
@@ -151,16 +152,16 @@ class Mixed {
 
  private:
   template <int kWords>
-  static FUSEDOPT_HD void load_words(const char* from, Raw& raw) {
-    const auto words = *reinterpret_cast<const Vector<uint32_t, kWords>*>(from);
-    for (int j = 0; j < kWords; ++j) raw.words[j] = words.values[j];
+  static FUSEDOPT_HD void load_part(const char* from, Vector& vector) {
+    const Words<kWords> part = load_words<kWords>(from);
+    for (int j = 0; j < kWords; ++j) vector.words[j] = part.words[j];
   }
 
   template <int kWords>
-  static FUSEDOPT_HD void store_words(const Raw& raw, char* to) {
-    Vector<uint32_t, kWords> words;
-    for (int j = 0; j < kWords; ++j) words.values[j] = raw.words[j];
-    *reinterpret_cast<Vector<uint32_t, kWords>*>(to) = words;
+  static FUSEDOPT_HD void store_part(const Vector& vector, char* to) {
+    Words<kWords> part;
+    for (int j = 0; j < kWords; ++j) part.words[j] = vector.words[j];
+    store_words(to, part);
   }
 
   // float64 does not take part where float is computed with, nor does code for it.

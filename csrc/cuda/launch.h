@@ -29,12 +29,10 @@ struct UpdateCall {
 template <class Family, class T>
 UpdateArguments<Family, T> arguments_for(const UpdateCall& call) {
   using Arguments = UpdateArguments<Family, T>;
-  Arguments arguments = {call.works,
-                         call.chunks,
-                         call.layouts,
-                         static_cast<const typename Arguments::RuleScalars*>(call.scalars),
-                         call.found_inf,
-                         {}};
+  Arguments arguments = {
+      call.works,     call.chunks,
+      call.layouts,   static_cast<const typename Arguments::RuleScalars*>(call.scalars),
+      call.found_inf, {}};
   static_assert(sizeof(arguments) <= 4096, "more than a kernel's arguments may take");
   for (int64_t i = 0; i < call.num_few_scalars; ++i)
     arguments.few[i] = scalars_of(Family{}, call.few_scalars[i]).template as<T>();

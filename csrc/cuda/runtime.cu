@@ -84,8 +84,7 @@ const Emulation* emulation() { return nullptr; }
 bool is_capturing(int gpu, void* stream) {
   const runtime::OnGpu on_gpu(gpu);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status),
-        "cudaStreamIsCapturing");
+  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "cudaStreamIsCapturing");
   return status != cudaStreamCaptureStatusNone;
 }
 
@@ -128,8 +127,8 @@ void copy_to_device_now(void* to, const void* from, int64_t bytes) {
   const Relaxed relaxed;
   cudaStream_t stream;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
-  const cudaError_t copied = cudaMemcpyAsync(to, from, static_cast<size_t>(bytes),
-                                             cudaMemcpyHostToDevice, stream);
+  const cudaError_t copied =
+      cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream);
   const cudaError_t done = cudaStreamSynchronize(stream);
   cudaStreamDestroy(stream);
   check(copied, "cudaMemcpyAsync");

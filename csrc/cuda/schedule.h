@@ -62,8 +62,8 @@ FUSEDOPT_HD void schedule_thread(const ScheduleArguments& arguments, int64_t row
   if (!clock.active) return;
   const double grad_scale =
       arguments.grad_scale != nullptr ? static_cast<double>(*arguments.grad_scale) : 1.0;
-  const auto scalars = schedule(Family{}, hyper_of(arguments.groups[clock.group]), advance(clock),
-                                grad_scale);
+  const auto scalars =
+      schedule(Family{}, hyper_of(arguments.groups[clock.group]), advance(clock), grad_scale);
   if (arguments.in_double)
     static_cast<ScalarsOf<Family, double>*>(arguments.scalars)[row] = scalars;
   else

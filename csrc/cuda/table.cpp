@@ -44,8 +44,7 @@ std::vector<uint8_t> converted(const Share& share, bool in_double) {
   std::vector<uint8_t> bytes(count * static_cast<size_t>(scalars_size(share.rule, in_double)));
   with_scalars_type(share.rule, in_double, [&](auto family, auto number, int) {
     for (size_t i = 0; i < count; ++i) {
-      const auto scalars =
-          scalars_of(family, share.scalars[i]).template as<decltype(number)>();
+      const auto scalars = scalars_of(family, share.scalars[i]).template as<decltype(number)>();
       std::memcpy(bytes.data() + i * sizeof(scalars), &scalars, sizeof(scalars));
     }
   });
@@ -113,8 +112,7 @@ Parts plan_parts(const Share& share, const Arrangement& arrangement) {
     return start;
   };
   const auto num_rows = static_cast<int64_t>(arrangement.rows().size());
-  parts.chunks =
-      reserve(static_cast<int64_t>(arrangement.chunks().size()), sizeof(ChunkStart));
+  parts.chunks = reserve(static_cast<int64_t>(arrangement.chunks().size()), sizeof(ChunkStart));
   parts.dims = reserve(parts.max_dims, sizeof(Dim));
   parts.layouts = reserve(parts.max_layouts, sizeof(Layout));
   parts.groups = reserve(parts.max_groups, sizeof(HyperSource));

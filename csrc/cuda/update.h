@@ -59,10 +59,10 @@ FUSEDOPT_HD uint32_t update_vectors(const Rule& rule, const Format& format, uint
   constexpr int kOperands = kFirstState + Rule::kNumStates, kVector = Format::kVector;
   const uint32_t end = n - n % kVector;
   for (uint32_t at = lane.index * kVector; at < end; at += lane.count * kVector) {
-    typename Format::Raw raw[kOperands];
-    typename Format::Values values[kOperands];
-    for (int k = 0; k < kOperands; ++k) raw[k] = format.load_vector(k, at);
-    for (int k = 0; k < kOperands; ++k) values[k] = format.unpack(k, raw[k]);
+    Vector vectors[kOperands];
+    typename Format::Unpacked values[kOperands];
+    for (int k = 0; k < kOperands; ++k) vectors[k] = format.load_vector(k, at);
+    for (int k = 0; k < kOperands; ++k) values[k] = format.unpack(k, vectors[k]);
     for (int j = 0; j < kVector; ++j) {
       T element[kOperands], unused[kMaxOperands];
       for (int k = 0; k < kOperands; ++k) element[k] = load<T>(values[k].values[j]);
@@ -88,8 +88,7 @@ FUSEDOPT_HD void update_singles(const Rule& rule, const Format& format, uint32_t
     T values[kAtATime][kOperands], unused[kMaxOperands];
     for (int j = 0; j < kAtATime; ++j)
       for (int k = 0; k < kOperands; ++k)
-        values[j][k] =
-            at + j * lane.count < end ? format.load_one(k, at + j * lane.count) : T(0);
+        values[j][k] = at + j * lane.count < end ? format.load_one(k, at + j * lane.count) : T(0);
     for (int j = 0; j < kAtATime; ++j) apply(rule, values[j], unused);
     const uint32_t to = as_if_new(at);
     for (int j = 0; j < kAtATime; ++j)

@@ -45,7 +45,8 @@ void test_sgd(double sign) {
   T param = T(1.5), buffer = 0, unused1 = T(7), unused2 = T(8);
   double p = param, v = 0;
   for (int step = 0; step < kSteps; ++step) {
-    const Sgd<T, kMomentum, kDecay> rule = {sgd_scalars(hyper, step == 0, 4.0).template as<T>()};
+    const Time time = {static_cast<uint64_t>(step) + 1, step == 0};
+    const Sgd<T, kMomentum, kDecay> rule = {schedule(SgdFamily{}, hyper, time, 4.0).template as<T>()};
     rule(param, static_cast<T>(4 * kGrads[step]), buffer, unused1, unused2);
 
     double g = sign * static_cast<T>(4 * kGrads[step]) / 4;
@@ -69,7 +70,8 @@ void test_adam(double sign, double beta1) {
   T param = T(1.5), exp_avg = 0, exp_avg_sq = 0, max_exp_avg_sq = kAmsgrad ? T(0) : T(7);
   double p = param, m = 0, v = 0, largest = 0;
   for (int step = 1; step <= kSteps; ++step) {
-    const Adam<T, kDecay, kAmsgrad> rule = {adam_scalars(hyper, step, 4.0).template as<T>()};
+    const Time time = {static_cast<uint64_t>(step), step == 1};
+    const Adam<T, kDecay, kAmsgrad> rule = {schedule(AdamFamily{}, hyper, time, 4.0).template as<T>()};
     rule(param, static_cast<T>(4 * kGrads[step - 1]), exp_avg, exp_avg_sq, max_exp_avg_sq);
 
     double g = sign * static_cast<T>(4 * kGrads[step - 1]) / 4;
@@ -135,15 +137,15 @@ void test_schedule() {
   }
   // Terms that torch skips are variants without the term.
   Hyper hyper = sgd_hyper();
-  CHECK(sgd_variant(hyper) == SgdFamily::variant(Momentum::kHeavyBall, true));
+  CHECK(variant(SgdFamily{}, hyper) == SgdFamily::variant(Momentum::kHeavyBall, true));
   hyper.nesterov = true;
-  CHECK(sgd_variant(hyper) == SgdFamily::variant(Momentum::kNesterov, true));
+  CHECK(variant(SgdFamily{}, hyper) == SgdFamily::variant(Momentum::kNesterov, true));
   hyper.momentum = hyper.weight_decay = 0;
-  CHECK(sgd_variant(hyper) == SgdFamily::variant(Momentum::kNone, false));
+  CHECK(variant(SgdFamily{}, hyper) == SgdFamily::variant(Momentum::kNone, false));
   hyper = adam_hyper();
-  CHECK(adam_variant(hyper) == AdamFamily::variant(Decay::kL2, false));
+  CHECK(variant(AdamFamily{}, hyper) == AdamFamily::variant(Decay::kL2, false));
   hyper.decoupled_weight_decay = hyper.amsgrad = true;
-  CHECK(adam_variant(hyper) == AdamFamily::variant(Decay::kDecoupled, true));
+  CHECK(variant(AdamFamily{}, hyper) == AdamFamily::variant(Decay::kDecoupled, true));
   hyper.weight_decay = 0;
-  CHECK(adam_variant(hyper) == AdamFamily::variant(Decay::kNone, true));
+  CHECK(variant(AdamFamily{}, hyper) == AdamFamily::variant(Decay::kNone, true));
 }

@@ -76,8 +76,8 @@ def find_toolkit() -> Path | None:
         said = subprocess.run(command, capture_output=True, text=True)
         top = re.search(r"^#\$ TOP=(.*)$", said.stdout + said.stderr, re.MULTILINE)
         home = top[1].strip() if top else None
-    wheels = Path(sysconfig.get_paths()["purelib"], "nvidia/cu13")
-    for folder in [home] if home else ["/usr/local/cuda", "/opt/cuda", wheels]:
+    wheels = [Path(folder, "nvidia/cu13") for folder in sys.path]
+    for folder in [home] if home else ["/usr/local/cuda", "/opt/cuda", *wheels]:
         if Path(folder, "bin/nvcc").exists():
             return Path(folder).resolve()
     return None
@@ -99,7 +99,7 @@ def toolkit() -> Path | None:
 def cuda_archs(nvcc: Path) -> list[str]:
     """Compute capabilities to build for, such as "90", the last perhaps with "+PTX"."""
     if wanted := os.environ.get("FUSEDOPT_CUDA_ARCHS"):
-        archs = re.split(r"[;, ]+", wanted.strip())
+        archs = re.split(r"[;, ]+", wanted.replace(".", "").strip())
         if bad := [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch)]:
             raise SystemExit(f"FUSEDOPT_CUDA_ARCHS: {bad[0]!r} is not of the form 90 or 90+PTX")
         return archs

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "core/macros.h"
+#include "cuda/tuning.h"
 
 // Accesses to device memory of 4, 8 or 16 bytes at once. Written out for the device: a compiler
 // that is left to itself splits some of them into single words.
@@ -20,7 +21,11 @@ FUSEDOPT_HD Words<kWords> load_words(const void* from) {
   Words<kWords> to;
   uint32_t* const w = to.words;
   const size_t address = __cvta_generic_to_global(from);
-  if constexpr (kWords == 4)
+  if constexpr (kWords == 4 && kStreamLoads)
+    asm("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+        : "l"(address));
+  else if constexpr (kWords == 4)
     asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
         : "l"(address));
@@ -40,7 +45,11 @@ FUSEDOPT_HD void store_words(void* to, const Words<kWords>& from) {
 #if defined(__CUDA_ARCH__)
   const uint32_t* const w = from.words;
   const size_t address = __cvta_generic_to_global(to);
-  if constexpr (kWords == 4)
+  if constexpr (kWords == 4 && kStreamStores)
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(w[0]),
+                 "r"(w[1]), "r"(w[2]), "r"(w[3])
+                 : "memory");
+  else if constexpr (kWords == 4)
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(w[0]), "r"(w[1]),
                  "r"(w[2]), "r"(w[3])
                  : "memory");

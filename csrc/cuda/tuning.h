@@ -12,6 +12,10 @@ inline constexpr int kBlockWarps = kBlockThreads / kWarp;
 // 128 bits for each thread and access.
 inline constexpr int kVectorBytes = 16;
 
+// Whether to tell the caches that vectors are read, or written, just once.
+inline constexpr bool kStreamLoads = false;
+inline constexpr bool kStreamStores = false;
+
 // A tensor up to this size is left to one warp; larger ones are cut into chunks for a block each.
 inline constexpr int64_t kWarpElements = 256;
 

@@ -32,8 +32,9 @@ SANITIZE = os.environ.get("FUSEDOPT_SANITIZE")
 
 # Results must not depend on the compiler's mood: no contraction, no fast-math. The two flags after
 # it change no value; they let square roots and selections be vectorised.
-COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Icsrc"]
-EXACT = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+COMMON = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
+          "-Icsrc"]  # fmt: skip
+EXACT = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 OPENMP = [] if MACOS else ["-fopenmp"]  # Apple's clang has none; the driver then uses one thread
 ISA_FLAGS = {
     "baseline": [],

@@ -44,8 +44,9 @@ def load_state_dict(
             state[key] = entries
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         saved["params"] = group["params"]
-        if "param_names" in group:
-            saved.setdefault("param_names", group["param_names"])
+        for key in ("param_names", "capturable"):  # an SGD of torch saves no capturable
+            if key in group:
+                saved.setdefault(key, group[key])
         check_group(saved, index)
     optimizer.__setstate__({"state": state, "param_groups": saved_groups})
 

@@ -47,11 +47,6 @@ def allocate(gpu: int, size: int, kind: str, emulated: bool) -> torch.Tensor:
     if kind == "page-locked":
         return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=not emulated)
     device = torch.device("cpu") if emulated else torch.device("cuda", gpu)
-    if kind == "lasting" and not emulated:
-        # What is allocated in the stream of a capture belongs to the graphs' pool; this does not.
-        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]
-        with torch.cuda.stream(aside):
-            return torch.empty(size, dtype=torch.uint8, device=device)
     new = torch.zeros if kind == "zeros" else torch.empty
     return new(size, dtype=torch.uint8, device=device)
 

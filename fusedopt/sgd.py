@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ._optimizer import FusedOptimizer, ParamGroup, Params
+from ._steps import is_on_gpu
 
 
 class SGD(FusedOptimizer):
@@ -81,4 +82,5 @@ class SGD(FusedOptimizer):
         super().__init__(params, defaults)
 
     def _state_names(self, group: ParamGroup) -> list[str]:
-        return ["momentum_buffer"] if group["momentum"] != 0 else []
+        momentum = group["momentum"]
+        return ["momentum_buffer"] if is_on_gpu(momentum) or momentum != 0 else []

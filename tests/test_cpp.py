@@ -1,4 +1,4 @@
-"""The torch-free C++ tests of csrc/core and csrc/cpu, and what the compiler makes of csrc/."""
+"""The torch-free C++ tests of the core and the drivers, and what the compiler makes of csrc/."""
 
 import ast
 import os
@@ -13,12 +13,19 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.unsanitized  # it runs compilers, and brings sanitizers of its own
+# It runs compilers, and brings sanitizers of its own.
+pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
 ROOT = Path(__file__).parent.parent
 HEADERS = sorted(str(path.relative_to(ROOT / "csrc")) for path in ROOT.glob("csrc/**/*.h"))
-SUITES = ["dtypes", "rules", "schedule", "chunks", "layout", "overlap", "driver"]
+SUITES = [
+    *("dtypes", "rules", "schedule", "power", "chunks", "layout", "overlap", "driver"),
+    *("grid", "image", "table", "gpu", "clocks", "huge"),
+]
 TESTS = sorted(ROOT.glob("tests/cpp/*.cpp"))
+CUDA = [ROOT / f"csrc/cuda/{name}.cpp" for name in ("emulated", "table", "driver")]
+# All kernels are in one file, which takes long to compile: a minute with sanitizers and -O1.
+FAST = {CUDA[0]: ["-O0"]}
 SANITIZE = ["-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
 
 
@@ -57,9 +64,17 @@ def compiler() -> str:
     return name
 
 
+def object_of(program: Path, source: Path) -> Path:
+    return program.with_name(f"{source.parent.name}_{source.stem}.o")
+
+
+def isa_source(isa: str) -> Path:
+    return ROOT / f"csrc/cpu/isa_{isa}.cpp"
+
+
 def build(compiler: str, sources: dict[Path, list[str]], target: Path) -> Path:
     """Compiles each source with its flags beside `target` and links them."""
-    objects = {source: target.parent / f"{source.stem}.o" for source in sources}
+    objects = {source: object_of(target, source) for source in sources}
 
     def compile_one(source: Path) -> None:
         must_run(compiler, *COMMON, *sources[source], "-c", source, "-o", objects[source])
@@ -76,9 +91,9 @@ def as_built(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tests with every instruction set, compiled as setup.py compiles it."""
     defines = ["-DFUSEDOPT_X86_64"] if SETUP["X86_64"] else []
     flags = [*SETUP["EXACT"], *defines]
-    sources = {ROOT / f"csrc/cpu/isa_{i}.cpp": flags + SETUP["ISA_FLAGS"][i] for i in ISAS}
+    sources = {isa_source(isa): flags + SETUP["ISA_FLAGS"][isa] for isa in ISAS}
     sources[ROOT / "csrc/cpu/driver.cpp"] = flags
-    sources |= {test: [*flags, "-O1"] for test in TESTS}
+    sources |= {source: [*flags, *FAST.get(source, ["-O1"])] for source in [*CUDA, *TESTS]}
     return build(compiler, sources, tmp_path_factory.mktemp("as_built") / "test_core")
 
 
@@ -90,8 +105,9 @@ def sanitized(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if run(compiler, *SANITIZE, folder / "probe.cpp", "-o", folder / "probe").returncode != 0:
         pytest.skip(f"{compiler} has no address and undefined-behaviour sanitizers here")
     flags = [*SETUP["EXACT"], *SANITIZE]
-    sources = {ROOT / "csrc/cpu/isa_baseline.cpp": flags, ROOT / "csrc/cpu/driver.cpp": flags}
-    return build(compiler, sources | dict.fromkeys(TESTS, flags), folder / "test_core")
+    cpu = [isa_source("baseline"), ROOT / "csrc/cpu/driver.cpp"]
+    sources = {source: [*flags, *FAST.get(source, [])] for source in [*CUDA, *cpu, *TESTS]}
+    return build(compiler, sources, folder / "test_core")
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -126,7 +142,8 @@ def test_object_exports_its_entry_alone(as_built: Path, isa: str) -> None:
     # A weak symbol (an inline function or a template of a library) could be the copy that the
     # linker keeps for all: AVX-512 code on a machine without it.
     require("nm")
-    lines = must_run("nm", "--defined-only", "--extern-only", as_built.with_name(f"isa_{isa}.o"))
+    built = object_of(as_built, isa_source(isa))
+    lines = must_run("nm", "--defined-only", "--extern-only", built)
     symbols = [line.split()[-2:] for line in lines.splitlines()]
     assert len(symbols) == 1, symbols
     kind, name = symbols[0]
@@ -140,7 +157,7 @@ def test_loops_are_vectorised(as_built: Path, isa: str, register: str) -> None:
     require("objdump")
     if isa not in ISAS:
         pytest.skip(f"no {isa} in builds for {platform.machine()}")
-    code = must_run("objdump", "-d", as_built.with_name(f"isa_{isa}.o"))
+    code = must_run("objdump", "-d", object_of(as_built, isa_source(isa)))
     functions = [text for text in re.split(r"\n\n", code) if "sqrts" in text]
     assert len(functions) >= 24  # 6 variants in 4 formats
     assert all(re.search(rf"vsqrtp[sd]\s.*%{register}", text) for text in functions)

@@ -24,7 +24,10 @@ def code_of(path: Path) -> str:
 
 PYTHON = r"pybind11|\bPy[A-Z]\w*|\bpy::|Python\.h|DLPack|DLTensor|dlpack"
 OPENMP = r"#\s*pragma\s+omp|\bomp_|<omp\.h>|_OPENMP"
-CUDA_RUNTIME = r"\bcuda[A-Z]\w*|cuda_runtime|<<<|\b(?:blockIdx|threadIdx|blockDim|gridDim)\b"
+CUDA_RUNTIME = (
+    r"\bcuda[A-Z]\w*|cuda_runtime|<<<|\b(?:blockIdx|threadIdx|blockDim|gridDim)\b"
+    r"|__(?:global|grid_constant|launch_bounds|shared)__"
+)
 FORMULAS = r"\b(?:sqrt|fma|pow|exp|log|rsqrt)[fl]?\s*\("
 
 # clang-format sets pointers apart from products: `T* x` and `a * b`.
@@ -43,6 +46,7 @@ RULES = {
     "core-no-cuda-runtime": ("core", CUDA_RUNTIME),
     "cpu-no-formulas": ("cpu", FORMULAS),
     "cpu-no-python": ("cpu", PYTHON),
+    "cpu-no-cuda-runtime": ("cpu", CUDA_RUNTIME),
     "cuda-no-formulas": ("cuda", FORMULAS),
     "cuda-no-python": ("cuda", PYTHON),
     "bindings-no-formulas": ("bindings", FORMULAS),
@@ -83,6 +87,22 @@ def test_rules_include_no_more_than_arithmetic() -> None:
 def test_one_macro() -> None:
     macros = {m for path in SOURCES for m in re.findall(r"#\s*define\s+(\w+)", code_of(path))}
     assert macros == {"FUSEDOPT_HD"}
+
+
+def test_the_cuda_runtime_is_for_device_sources() -> None:
+    # All else of the driver is plain C++, which runs under sanitizers without a GPU.
+    for path in ROOT.glob("csrc/cuda/*"):
+        found = re.findall(CUDA_RUNTIME, code_of(path))
+        if path.suffix in (".cpp", ".h"):
+            assert not found, f"{path.name}: {found}"
+    assert re.search(CUDA_RUNTIME, code_of(ROOT / "csrc/cuda/runtime.cu"))
+
+
+def test_where_host_and_device_differ() -> None:
+    # Instructions of the device stand in conversions and accesses; formulas are the same text.
+    differing = {path for path in SOURCES if "__CUDA_ARCH__" in code_of(path)}
+    names = {str(path.relative_to(ROOT / "csrc")) for path in differing}
+    assert names == {"core/narrow.h", "cuda/access.h", "cuda/formats.h"}
 
 
 def needed_libraries() -> list[str]:

@@ -67,6 +67,7 @@ void Plan::step(const py::list& param_groups, const py::dict& state, const py::o
 
   gpu_counts_ = gpu_counts_ || scaling.is_on_gpu();
   Walk walk = start_walk(param_groups, state, scale, false);
+  const bool capturing = refuse_capture(walk);
   if (walk.has_cpu && scaling.is_on_gpu()) {  // only now does the host need to know
     if (!found_inf.is_none() && py::float_(found_inf).cast<double>() > 0) return;
     if (!scaling.grad_scale.is_none()) scale = py::float_(grad_scale).cast<double>();
@@ -80,7 +81,11 @@ void Plan::step(const py::list& param_groups, const py::dict& state, const py::o
     gpu_counts_ = gpu_counts;
     walk = start_walk(param_groups, state, scale, false);
   }
-  refuse_capture(walk);
+  if (capturing && !walk.missing.empty())
+    throw std::runtime_error(
+        "step() is captured into a CUDA graph, but the state of some parameters is not there or "
+        "their step is on the CPU, and every replay would set them up again; make a step before "
+        "the capture");
   if (!disjoint_) refuse_overlap(walk);
   disjoint_ = true;
   Launches launches;
@@ -160,13 +165,23 @@ void Plan::prepare(const Walk& walk, const Scaling& scaling, Launches& launches)
 }
 
 void Plan::run(Walk& walk, const Launches& launches, int num_threads) {
-  for (const cuda::Share& share : launches.shares) driver_->launch(share);
+  if (!launches.shares.empty()) launch(walk, launches);
   if (row_.counts_steps) write_steps(walk);
   if (walk.has_cpu) return run_on_cpu(walk, launches.layouts, num_threads);
   try {
     increment_versions(walk.written.ptr());
   } catch (...) {  // Ctrl-C, say
     increment_versions(walk.written.ptr());
+    throw;
+  }
+}
+
+void Plan::launch(const Walk& walk, const Launches& launches) {
+  try {
+    const py::gil_scoped_release release;  // a full queue makes a launch wait
+    for (const cuda::Share& share : launches.shares) driver_->launch(share);
+  } catch (...) {
+    increment_versions(walk.written.ptr());  // some may have been written to
     throw;
   }
 }
@@ -211,24 +226,23 @@ void Plan::write_steps(const Walk& walk) const {
   }
 }
 
-// What a captured graph would repeat in every replay although it must happen once.
-void Plan::refuse_capture(const Walk& walk) const {
+// True if the step is being captured into a CUDA graph; raises if it cannot be.
+bool Plan::refuse_capture(const Walk& walk) const {
+  bool capturing = false;
   for (int gpu = 0; gpu < static_cast<int>(walk.gpus.size()); ++gpu) {
     if (!walk.gpus[static_cast<size_t>(gpu)]) continue;
     if (!cuda::is_capturing(gpu, current_stream(gpu))) continue;
+    capturing = true;
     for (size_t g = 0; g < walk.groups.size(); ++g)
       if (!walk.groups[g].capturable)
         throw std::runtime_error(
             "step() is captured into a CUDA graph, but capturable is False in param group " +
-            std::to_string(g) + "; construct the optimizer with capturable=True");
+            std::to_string(g) + "; construct the optimizer with capturable=True or set it there");
     if (walk.has_cpu)
       throw std::runtime_error(
           "step() is captured into a CUDA graph, but some parameters are on the CPU");
-    if (!walk.missing.empty())
-      throw std::runtime_error(
-          "step() is captured into a CUDA graph, but some parameters have no state yet, which "
-          "every replay would set to zero again; make a step before the capture");
   }
+  return capturing;
 }
 
 // An optimizer that counts no steps treats a parameter's first one differently if it has dampening.

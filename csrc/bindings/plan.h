@@ -129,10 +129,11 @@ class Plan {
   void lay_out(Walk& walk, const Operands& operands, Work& work) const;
   int32_t schedule(Walk& walk, Group& group, const Slot& slot) const;
   void refuse_overlap(const Walk& walk) const;
-  void refuse_capture(const Walk& walk) const;
+  bool refuse_capture(const Walk& walk) const;
   void count_first_steps(Walk& walk);
   void prepare(const Walk& walk, const Scaling& scaling, Launches& launches);
   void run(Walk& walk, const Launches& launches, int num_threads);
+  void launch(const Walk& walk, const Launches& launches);
   void run_on_cpu(Walk& walk, const std::vector<Layout>& layouts, int num_threads);
   void write_steps(const Walk& walk) const;
   void release_grads();

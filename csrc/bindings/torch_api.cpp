@@ -154,7 +154,6 @@ void* current_stream(int gpu) {
 std::shared_ptr<void> allocate(int gpu, int64_t bytes, cuda::Memory kind) {
   const char* const name = kind == cuda::Memory::kDevice       ? "device"
                            : kind == cuda::Memory::kPageLocked ? "page-locked"
-                           : kind == cuda::Memory::kLasting    ? "lasting"
                                                                : "zeros";
   py::object tensor = py::handle(g_torch.allocate)(gpu, bytes, name, cuda::is_emulated());
   DLTensor dl;

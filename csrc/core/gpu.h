@@ -16,6 +16,7 @@ namespace fusedopt::cuda {
 struct DeviceNumber {
   const void* data;
   DType dtype;
+  uint8_t unused[7] = {};  // nothing uncertain: what did not change is recognised by its bytes
 };
 
 // The hyper-parameters of a param group; a number that the device knows better is read there.
@@ -31,6 +32,7 @@ struct Clock {
   DType dtype;
   bool active;
   bool is_first;
+  uint8_t unused = 0;
 };
 
 // One device's share of a step. Pointers into host memory are borrowed for the call.
@@ -55,7 +57,6 @@ struct Share {
 enum class Memory {
   kDevice,      // in the order of the device's current stream
   kPageLocked,  // on the host, for copies that do not wait
-  kLasting,     // on the device, never shared with the memory of captured graphs
   kZeros,       // as kDevice, filled with zeros
 };
 using Allocate = std::function<std::shared_ptr<void>(int gpu, int64_t bytes, Memory kind)>;
@@ -68,7 +69,8 @@ class Driver {
   // Gets ready all that can fail, writing to no parameter or state. Raises std::runtime_error.
   virtual void prepare(const Share& share) = 0;
 
-  // Enqueues what was prepared, without waiting for the device. Raises if CUDA refuses.
+  // Enqueues what was prepared, without waiting for the device. Calls no function of Python or
+  // torch. Raises if CUDA refuses.
   virtual void launch(const Share& share) = 0;
 };
 

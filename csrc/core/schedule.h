@@ -24,6 +24,7 @@ struct Hyper {
   bool nesterov = false;
   bool amsgrad = false;
   bool decoupled_weight_decay = false;
+  uint8_t unused[4] = {};  // see DeviceNumber in core/gpu.h
 };
 
 // When a parameter is in its training.

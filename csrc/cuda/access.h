@@ -46,8 +46,8 @@ FUSEDOPT_HD void store_words(void* to, const Words<kWords>& from) {
   const uint32_t* const w = from.words;
   const size_t address = __cvta_generic_to_global(to);
   if constexpr (kWords == 4 && kStreamStores)
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(w[0]),
-                 "r"(w[1]), "r"(w[2]), "r"(w[3])
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(w[0]), "r"(w[1]),
+                 "r"(w[2]), "r"(w[3])
                  : "memory");
   else if constexpr (kWords == 4)
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(w[0]), "r"(w[1]),

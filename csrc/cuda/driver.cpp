@@ -1,4 +1,7 @@
 #include <algorithm>
+#include <cstring>
+#include <deque>
+#include <exception>
 #include <map>
 #include <set>
 #include <utility>
@@ -18,11 +21,23 @@ struct Staging {
 
   ~Staging() { done.wait(); }
 };
+constexpr int kMaxStagings = 64;
+constexpr int64_t kMinStagingBytes = 4096;
 
 // What is kept of one device.
 class Device {
  public:
   Device(int gpu, const Allocate& allocate) : gpu_(gpu), allocate_(allocate) {}
+
+  ~Device() {
+    try {
+      const runtime::OnGpu on_gpu(gpu_);
+      stagings_.clear();
+    } catch (const std::exception&) {  // the process ends and CUDA with it
+    }
+  }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
 
   void prepare(const Share& share) {
     const bool capturing = is_capturing(gpu_, share.stream);
@@ -65,35 +80,44 @@ class Device {
     }
   }
 
-  std::unique_ptr<Table> make_table(const Share& share, Memory kind) {
-    const Parts parts = plan_parts(share, arrangement_);
-    return std::make_unique<Table>(parts, allocate_(gpu_, parts.bytes, kind), share.stream);
-  }
-
   void prepare_table(const Share& share) {
-    if (table_ == nullptr || !table_->fits(share)) table_ = make_table(share, Memory::kDevice);
+    if (table_ == nullptr || !table_->fits(share)) {
+      const Parts parts = plan_parts(share, arrangement_);
+      table_ = std::make_unique<Table>(parts, allocate_(gpu_, parts.bytes, Memory::kDevice),
+                                       share.stream);
+    }
     table_->fill(share, arrangement_);
     current_ = table_.get();
-    if (table_->image().bytes_changed() > 0) staging_ = &find_staging(table_->image());
+    const int64_t bytes = table_->image().bytes_changed();
+    if (bytes > 0) staging_ = &find_staging(bytes);
   }
 
   // A captured graph reads its table in every replay, so the table is the graph's own, in memory
   // that no other graph uses. It is sent now and not by the graph: it stays as it is.
   void prepare_capture(const Share& share) {
-    auto table = make_table(share, Memory::kLasting);
-    table->fill(share, arrangement_);
-    runtime::copy_to_device_now(table->at(0), table->image().changes(), table->image().size());
-    table->image().is_sent();
-    captured_.push_back(std::move(table));
-    current_ = captured_.back().get();
+    const Parts parts = plan_parts(share, arrangement_);
+    capture_ = std::make_unique<Table>(parts, runtime::allocate_lasting(parts.bytes), share.stream);
+    capture_->fill(share, arrangement_);
+    Image& image = capture_->image();
+    runtime::copy_to_device_now(capture_->at(0), image.changes(), image.size());
+    image.is_sent();
+    captured_.push_back(capture_->memory());
+    current_ = capture_.get();
   }
 
-  Staging& find_staging(const Image& image) {
-    for (const auto& staging : stagings_)
-      if (staging->bytes >= image.bytes_changed() && staging->done.is_passed()) return *staging;
-    const int64_t bytes = image.size();
+  // The step that used a staging first has long been done, unless the host is far ahead.
+  Staging& find_staging(int64_t bytes) {
+    const auto fits = [&](const auto& staging) { return staging->bytes >= bytes; };
+    const auto end = stagings_.end();
+    const auto free = std::find_if(stagings_.begin(), end, [&](const auto& staging) {
+      return fits(staging) && staging->done.is_passed();
+    });
+    if (free != end) return **free;
+    if (static_cast<int>(stagings_.size()) >= kMaxStagings) stagings_.pop_front();
+    int64_t room = kMinStagingBytes;
+    while (room < bytes) room *= 2;
     stagings_.push_back(std::unique_ptr<Staging>(
-        new Staging{allocate_(gpu_, bytes, Memory::kPageLocked), bytes, {}}));
+        new Staging{allocate_(gpu_, room, Memory::kPageLocked), room, {}}));
     return *stagings_.back();
   }
 
@@ -145,8 +169,9 @@ class Device {
   Arrangement arrangement_;
   std::set<int> checked_;
   std::unique_ptr<Table> table_;
-  std::vector<std::unique_ptr<Table>> captured_;
-  std::vector<std::unique_ptr<Staging>> stagings_;
+  std::unique_ptr<Table> capture_;               // of the latest capture
+  std::vector<std::shared_ptr<void>> captured_;  // memory of all captures
+  std::deque<std::unique_ptr<Staging>> stagings_;
   // Of the step that is prepared.
   Table* current_ = nullptr;
   Staging* staging_ = nullptr;

@@ -1,3 +1,4 @@
+#include <cstdlib>
 #include <functional>
 #include <stdexcept>
 #include <vector>
@@ -58,7 +59,7 @@ const Emulation* emulation() {
 
 namespace runtime {
 
-OnGpu::OnGpu(int gpu) : before_(gpu) {}
+OnGpu::OnGpu(int) : before_(nullptr) {}
 OnGpu::~OnGpu() = default;
 
 void check_kernels(int, RuleId, int) {}
@@ -66,6 +67,11 @@ void check_kernels(int, RuleId, int) {}
 void copy_to_device(void* to, const void* from, int64_t bytes, void*) {
   if (g_captures) throw std::runtime_error("a copy from memory that will be used again");
   std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+std::shared_ptr<void> allocate_lasting(int64_t bytes) {
+  void* const data = std::aligned_alloc(256, static_cast<size_t>(bytes));  // as CUDA aligns it
+  return std::shared_ptr<void>(data, std::free);
 }
 
 void copy_to_device_now(void* to, const void* from, int64_t bytes) {

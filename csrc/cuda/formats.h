@@ -59,6 +59,13 @@ class Uniform {
     return load_words<kVectorBytes / 4>(data_[operand] + at);
   }
 
+  // As load_vector() at any alignment, element by element.
+  FUSEDOPT_HD Vector gather_vector(int operand, uint32_t at) const {
+    Unpacked values;
+    for (int j = 0; j < kVector; ++j) values.values[j] = data_[operand][at + j];
+    return bit_cast<Vector>(values);
+  }
+
   FUSEDOPT_HD Unpacked unpack(int, const Vector& vector) const {
     return bit_cast<Unpacked>(vector);
   }
@@ -109,6 +116,18 @@ class Mixed {
     if (item * kVector == 16) load_part<4>(from, vector);
     if (item * kVector == 8) load_part<2>(from, vector);
     if (item * kVector == 4) load_part<1>(from, vector);
+    return vector;
+  }
+
+  FUSEDOPT_HD Vector gather_vector(int operand, uint32_t at) const {
+    Vector vector = {};
+    with_storage_of(operand, [&](auto format) {
+      using Storage = decltype(format);
+      Values<Storage, kVector> stored;
+      for (int j = 0; j < kVector; ++j)
+        stored.values[j] = static_cast<const Storage*>(data_[operand])[at + j];
+      memcpy(&vector, &stored, sizeof(stored));
+    });
     return vector;
   }
 

@@ -65,10 +65,57 @@ class Relaxed {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
+// The driver's functions for the context of a thread; the runtime has none.
+struct Contexts {
+  int (*get)(void** context);
+  int (*set)(void* context);
+};
+
+template <class F>
+void find_in_driver(const char* name, F& function) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  check(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result),
+        "cudaGetDriverEntryPointByVersion");
+#else
+  check(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result),
+        "cudaGetDriverEntryPoint");
+#endif
+  if (found == nullptr) throw std::runtime_error(std::string("the CUDA driver has no ") + name);
+  function = reinterpret_cast<F>(found);
+}
+
+const Contexts& contexts() {
+  static const Contexts found = [] {
+    Contexts contexts;
+    find_in_driver("cuCtxGetCurrent", contexts.get);
+    find_in_driver("cuCtxSetCurrent", contexts.set);
+    return contexts;
+  }();
+  return found;
+}
+
 template <class Family>
 __global__ void __launch_bounds__(kScheduleThreads)
     schedule_kernel(const __grid_constant__ ScheduleArguments arguments) {
   schedule_thread<Family>(arguments, int64_t{blockIdx.x} * blockDim.x + threadIdx.x);
+}
+
+const void* schedule_kernel_of(RuleId rule) {
+  return with_family(rule, [](auto family) {
+    return reinterpret_cast<const void*>(&schedule_kernel<decltype(family)>);
+  });
+}
+
+template <class Arguments>
+void launch(const void* kernel, int64_t blocks, int threads, const Arguments& arguments,
+            void* stream) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))};
+  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
+                         dim3(static_cast<unsigned>(threads)), pointers, 0,
+                         static_cast<cudaStream_t>(stream)),
+        "cudaLaunchKernel");
 }
 
 }  // namespace
@@ -90,21 +137,20 @@ bool is_capturing(int gpu, void* stream) {
 
 namespace runtime {
 
-OnGpu::OnGpu(int gpu) : before_(gpu) {
-  check(cudaGetDevice(&before_), "cudaGetDevice");
-  if (before_ != gpu) check(cudaSetDevice(gpu), "cudaSetDevice");
-  const int current = before_;
-  before_ = current == gpu ? -1 : current;
+// The context is what is put back, and not the device: to make a device current creates a context
+// there, which takes half a gigabyte of it.
+OnGpu::OnGpu(int gpu) : before_(nullptr) {
+  contexts().get(&before_);
+  check(cudaSetDevice(gpu), "cudaSetDevice");
 }
 
-OnGpu::~OnGpu() {
-  if (before_ >= 0) cudaSetDevice(before_);
-}
+OnGpu::~OnGpu() { contexts().set(before_); }
 
 void check_kernels(int gpu, RuleId rule, int column) {
   const Relaxed relaxed;
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel_of(rule, column));
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel_of(rule, column));
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, schedule_kernel_of(rule));
   if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction)
     return check(error, "cudaFuncGetAttributes");
   cudaGetLastError();
@@ -121,6 +167,16 @@ void copy_to_device(void* to, const void* from, int64_t bytes, void* stream) {
   check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
                         static_cast<cudaStream_t>(stream)),
         "cudaMemcpyAsync");
+}
+
+std::shared_ptr<void> allocate_lasting(int64_t bytes) {
+  const Relaxed relaxed;
+  void* data = nullptr;
+  check(cudaMalloc(&data, static_cast<size_t>(bytes)), "cudaMalloc");
+  return std::shared_ptr<void>(data, [](void* lasting) {
+    const Relaxed relaxed_again;
+    cudaFree(lasting);
+  });
 }
 
 void copy_to_device_now(void* to, const void* from, int64_t bytes) {
@@ -149,37 +205,34 @@ void Point::record(void* stream) {
 }
 
 bool Point::is_passed() const {
+  const Relaxed relaxed;  // another thread may be capturing
   const cudaError_t status = cudaEventQuery(static_cast<cudaEvent_t>(event_));
   if (status != cudaErrorNotReady) check(status, "cudaEventQuery");
+  cudaGetLastError();
   return status == cudaSuccess;
 }
 
-void Point::wait() const { cudaEventSynchronize(static_cast<cudaEvent_t>(event_)); }
+void Point::wait() const {
+  const Relaxed relaxed;
+  cudaEventSynchronize(static_cast<cudaEvent_t>(event_));
+}
 
 void update(const UpdateCall& call) {
   with_family(call.rule, [&](auto family) {
     using Family = decltype(family);
-    const auto launch = [&](const auto& arguments) {
-      void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))};
-      check(cudaLaunchKernel(kernel_of(call.rule, call.column),
-                             dim3(static_cast<unsigned>(call.num_chunks)), dim3(kBlockThreads),
-                             pointers, 0, static_cast<cudaStream_t>(call.stream)),
-            "cudaLaunchKernel");
-    };
+    const void* const kernel = kernel_of(call.rule, call.column);
     if (in_double(call.column))
-      launch(arguments_for<Family, double>(call));
+      launch(kernel, call.num_chunks, kBlockThreads, arguments_for<Family, double>(call),
+             call.stream);
     else
-      launch(arguments_for<Family, float>(call));
+      launch(kernel, call.num_chunks, kBlockThreads, arguments_for<Family, float>(call),
+             call.stream);
   });
 }
 
 void schedule(RuleId rule, const ScheduleArguments& arguments, void* stream) {
-  with_family(rule, [&](auto family) {
-    const auto blocks = (arguments.num_rows + kScheduleThreads - 1) / kScheduleThreads;
-    schedule_kernel<decltype(family)><<<dim3(static_cast<unsigned>(blocks)), kScheduleThreads, 0,
-                                        static_cast<cudaStream_t>(stream)>>>(arguments);
-    check(cudaGetLastError(), "cudaLaunchKernel");
-  });
+  const int64_t blocks = (arguments.num_rows + kScheduleThreads - 1) / kScheduleThreads;
+  launch(schedule_kernel_of(rule), blocks, kScheduleThreads, arguments, stream);
 }
 
 }  // namespace runtime

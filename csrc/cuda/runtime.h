@@ -18,16 +18,21 @@ class OnGpu {
   OnGpu& operator=(const OnGpu&) = delete;
 
  private:
-  int before_;
+  void* before_;  // the context
 };
 
-// Raises unless the current device can run the kernels of this column.
+// Raises unless the current device can run the kernels of this column. Loads them, so that a
+// capture does not.
 void check_kernels(int gpu, RuleId rule, int column);
 
 // From page-locked memory, in the order of the stream, without waiting.
 void copy_to_device(void* to, const void* from, int64_t bytes, void* stream);
 
-// At once and from any memory, whatever is being captured.
+// Device memory for captured graphs, which may run as long as it lives. From CUDA itself: what
+// torch allocates during a capture is shared by graphs and written to when they run.
+std::shared_ptr<void> allocate_lasting(int64_t bytes);
+
+// At once and from any memory, into memory that nothing has used yet, whatever is being captured.
 void copy_to_device_now(void* to, const void* from, int64_t bytes);
 
 // A point in a stream. Points are used again and again, by one stream at a time.

@@ -56,7 +56,7 @@ class Table {
 
   // Whether a step's share has room here.
   bool fits(const Share& share) const;
-  void* stream() const { return stream_; }
+  const std::shared_ptr<void>& memory() const { return memory_; }
   Image& image() { return image_; }
   uint8_t* at(int64_t offset) const { return static_cast<uint8_t*>(memory_.get()) + offset; }
   const Parts& parts() const { return parts_; }

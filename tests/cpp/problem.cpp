@@ -76,6 +76,14 @@ std::vector<Problem> all_problems() {
   return problems;
 }
 
+std::vector<Problem> problems_of(RuleId rule) {
+  std::vector<Problem> problems = all_problems();
+  problems.erase(std::remove_if(problems.begin(), problems.end(),
+                                [=](const Problem& problem) { return problem.rule != rule; }),
+                 problems.end());
+  return problems;
+}
+
 Problem in_format(Problem problem, DType dtype) {
   problem.dtypes.assign(problem.dtypes.size(), dtype);
   return problem;
@@ -130,8 +138,8 @@ int64_t offset_of(const Problem& problem, int64_t i, size_t k) {
 }
 
 void update_one_by_one(const Problem& problem, std::vector<Buffer>& buffers) {
-  const bool is_double = std::count(problem.dtypes.begin(), problem.dtypes.end(),
-                                    DType::kFloat64) > 0;
+  const bool is_double =
+      std::count(problem.dtypes.begin(), problem.dtypes.end(), DType::kFloat64) > 0;
   with_family(problem.rule, [&](auto family) {
     if (is_double)
       find_and_update<double>(problem, family, buffers);

@@ -29,6 +29,7 @@ class Buffer {
   }
 
   void* data() { return place(0); }
+  std::vector<uint8_t>& bytes() { return bytes_; }  // guards included
   fusedopt::DType dtype() const { return dtype_; }
   bool operator==(const Buffer& other) const { return bytes_ == other.bytes_; }
 
@@ -76,6 +77,9 @@ inline constexpr fusedopt::DType kAllDTypes[] = {
 
 // One for every variant of every rule.
 std::vector<Problem> all_problems();
+// One for every variant of this rule; the last one's scalars have every term.
+std::vector<Problem> problems_of(fusedopt::RuleId rule);
+inline constexpr fusedopt::RuleId kRules[] = {fusedopt::RuleId::kSgd, fusedopt::RuleId::kAdam};
 
 // The same with all operands in one format.
 Problem in_format(Problem problem, fusedopt::DType dtype);

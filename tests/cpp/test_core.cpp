@@ -1,5 +1,5 @@
-// Torch-free tests of csrc/core and of the CPU driver. Run as `test_core SUITE`; exits with 0 if
-// every CHECK of the suite held. Compiled and run by tests/test_cpp.py.
+// Torch-free tests of csrc/core and of the drivers, CUDA's over an emulated grid. Run as `test_core
+// SUITE`; exits with 0 if every CHECK of the suite held. Compiled and run by tests/test_cpp.py.
 #include "check.h"
 
 #include <cstring>
@@ -7,18 +7,27 @@
 void test_dtypes();
 void test_rules();
 void test_schedule();
+void test_power();
 void test_chunks();
 void test_layout();
 void test_overlap();
 void test_driver();
+void test_grid();
+void test_image();
+void test_table();
+void test_gpu();
+void test_clocks();
+void test_huge();
 
 int main(int argc, char** argv) {
   const struct {
     const char* name;
     void (*run)();
-  } suites[] = {{"dtypes", test_dtypes}, {"rules", test_rules},   {"schedule", test_schedule},
-                {"chunks", test_chunks}, {"layout", test_layout}, {"overlap", test_overlap},
-                {"driver", test_driver}};
+  } suites[] = {{"dtypes", test_dtypes},   {"rules", test_rules},   {"schedule", test_schedule},
+                {"power", test_power},     {"chunks", test_chunks}, {"layout", test_layout},
+                {"overlap", test_overlap}, {"driver", test_driver}, {"grid", test_grid},
+                {"image", test_image},     {"table", test_table},   {"gpu", test_gpu},
+                {"clocks", test_clocks},   {"huge", test_huge}};
   for (const auto& suite : suites) {
     if (argc != 2 || std::strcmp(argv[1], suite.name) != 0) continue;
     suite.run();

@@ -12,8 +12,7 @@ void drive(const Problem& problem, std::vector<Buffer>& buffers, cpu::Isa isa, i
   for (int i = 1; i < 4; ++i) works[i] = make_work(problem, buffers);
   works[2].device = kIdle;  // would update a second time
   works[3].device = kFirstGpu;
-  const auto chunks =
-      plan_chunks({0, problem.numel, problem.numel, problem.numel}, 1000);
+  const auto chunks = plan_chunks({0, problem.numel, problem.numel, problem.numel}, 1000);
   const Layout layout = {problem.dims.data(), static_cast<int>(problem.dims.size())};
   const Step step = {problem.rule, works,         &problem.scalars,
                      &layout,      chunks.data(), static_cast<int64_t>(chunks.size()) - 1};

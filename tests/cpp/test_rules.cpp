@@ -46,7 +46,8 @@ void test_sgd(double sign) {
   double p = param, v = 0;
   for (int step = 0; step < kSteps; ++step) {
     const Time time = {static_cast<uint64_t>(step) + 1, step == 0};
-    const Sgd<T, kMomentum, kDecay> rule = {schedule(SgdFamily{}, hyper, time, 4.0).template as<T>()};
+    const Sgd<T, kMomentum, kDecay> rule = {
+        schedule(SgdFamily{}, hyper, time, 4.0).template as<T>()};
     rule(param, static_cast<T>(4 * kGrads[step]), buffer, unused1, unused2);
 
     double g = sign * static_cast<T>(4 * kGrads[step]) / 4;
@@ -71,7 +72,8 @@ void test_adam(double sign, double beta1) {
   double p = param, m = 0, v = 0, largest = 0;
   for (int step = 1; step <= kSteps; ++step) {
     const Time time = {static_cast<uint64_t>(step), step == 1};
-    const Adam<T, kDecay, kAmsgrad> rule = {schedule(AdamFamily{}, hyper, time, 4.0).template as<T>()};
+    const Adam<T, kDecay, kAmsgrad> rule = {
+        schedule(AdamFamily{}, hyper, time, 4.0).template as<T>()};
     rule(param, static_cast<T>(4 * kGrads[step - 1]), exp_avg, exp_avg_sq, max_exp_avg_sq);
 
     double g = sign * static_cast<T>(4 * kGrads[step - 1]) / 4;

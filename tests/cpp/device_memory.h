@@ -1,0 +1,15 @@
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+// Memory in the place of a device's: aligned as an allocator of CUDA aligns it, of exactly this
+// size so that ASan sees every overrun, and full of what no test expects.
+inline std::shared_ptr<void> device_memory(int64_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 256, static_cast<size_t>(bytes)) != 0) std::abort();
+  std::memset(memory, 0xcd, static_cast<size_t>(bytes));
+  return {memory, std::free};
+}

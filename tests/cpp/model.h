@@ -1,0 +1,47 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/gpu.h"
+#include "problem.h"
+
+// The tensors of an optimizer made by hand, to be stepped by either driver.
+
+struct Tensor {
+  Problem problem;
+  std::vector<Buffer> buffers;
+  int gpu;
+  int scalars;  // which of the model's
+  bool idle = false;
+};
+
+struct Model {
+  fusedopt::RuleId rule;
+  std::vector<fusedopt::Scalars> scalars;
+  std::vector<Tensor> tensors;
+
+  // Adds a tensor; tensors of the same problem differ in their values.
+  void add(const Problem& problem, int gpu = 0, int scalars = 0);
+
+  bool has_values_of(const Model& other) const;  // guards included
+};
+
+// A model of this rule without tensors and with one set of scalars.
+Model empty_model(fusedopt::RuleId rule);
+
+// What a share of a step points to.
+class Borrowed {
+ public:
+  explicit Borrowed(Model& model);
+  const std::vector<fusedopt::Work>& works() const { return works_; }
+  fusedopt::cuda::Share share(const Model& model, int gpu) const;
+  void step_on_cpu(const Model& model);
+
+ private:
+  std::vector<fusedopt::Work> works_;
+  std::vector<fusedopt::Layout> layouts_;
+};
+
+// One step with the CPU driver's baseline.
+void step_on_cpu(Model& model);

@@ -1,0 +1,285 @@
+// The CUDA driver through its facade, its kernels' code over an emulated grid: bit for bit what the
+// CPU driver gives, whose own tests compare it with the rule.
+#include "check.h"
+#include "gpus.h"
+
+#include <cmath>
+
+using namespace fusedopt;
+using namespace fusedopt::cuda;
+
+namespace {
+
+// Sizes at which warps, blocks and vectors end.
+std::vector<int64_t> sizes() {
+  return {0, 1, 3, 31, 32, 33, 64, 127, 255, 256, 257, 511, 512, 513, 1024, 2345};
+}
+
+// Steps a copy of the model on the CPU and the model on the GPU.
+void check_steps(Gpus& gpus, Model& model, int steps = 1) {
+  Model expected = model;
+  for (int step = 0; step < steps; ++step) {
+    step_on_cpu(expected);
+    gpus.step(model);
+    CHECK(model.has_values_of(expected));
+  }
+}
+
+void check_steps(Model model) {
+  Gpus gpus;
+  const Model before = model;
+  check_steps(gpus, model, 2);
+  CHECK(!model.has_values_of(before));
+}
+
+void test_formats_and_sizes() {
+  for (const RuleId rule : kRules) {
+    Model model = empty_model(rule);
+    for (Problem problem : problems_of(rule))
+      for (const DType dtype : kAllDTypes)
+        for (const int64_t numel : sizes())
+          for (const int64_t guard : {int64_t{0}, kGuard}) {
+            problem.numel = numel;
+            problem.guard = guard;
+            model.add(in_format(problem, dtype));
+          }
+    check_steps(model);
+  }
+}
+
+void test_mixtures() {
+  std::mt19937 random(5);
+  for (const RuleId rule : kRules) {
+    Model model = empty_model(rule);
+    for (Problem problem : problems_of(rule))
+      for (int run = 0; run < 60; ++run) {
+        for (DType& dtype : problem.dtypes) dtype = kAllDTypes[random() % 4];
+        problem.numel = sizes()[random() % sizes().size()];
+        problem.guard = run % 2 == 0 ? 0 : kGuard;
+        model.add(problem);
+      }
+    check_steps(model);
+  }
+}
+
+// Each operand alone, then all, off the alignment that vectors need.
+void test_misaligned() {
+  std::mt19937 random(6);
+  for (const RuleId rule : kRules) {
+    Model model = empty_model(rule);
+    for (Problem problem : problems_of(rule))
+      for (int mixture = 0; mixture < 6; ++mixture)
+        for (size_t moved = 0; moved <= problem.dtypes.size(); ++moved)
+          for (const int64_t by : {1, 2, 4}) {
+            for (DType& dtype : problem.dtypes)
+              dtype = kAllDTypes[mixture < 4 ? mixture : static_cast<int>(random() % 4)];
+            problem.shifts.assign(problem.dtypes.size(), moved == problem.dtypes.size() ? by : 0);
+            if (moved < problem.dtypes.size()) problem.shifts[moved] = by;
+            problem.numel = by == 1 ? 777 : 130;  // a block's and a warp's
+            model.add(problem);
+          }
+    check_steps(model);
+  }
+}
+
+void test_strided() {
+  std::mt19937 random(7);
+  for (const RuleId rule : kRules) {
+    Model model = empty_model(rule);
+    for (const Problem& problem : problems_of(rule))
+      for (const Dims& dims : strided_layouts())
+        for (int mixture = 0; mixture < 5; ++mixture) {
+          Problem strided = in_format(with_dims(problem, dims), kAllDTypes[mixture % 4]);
+          if (mixture == 4)
+            for (DType& dtype : strided.dtypes) dtype = kAllDTypes[random() % 4];
+          strided.guard = mixture % 2 == 0 ? 0 : kGuard;
+          model.add(strided);
+        }
+    model.add(with_dims(problems_of(rule)[0], {{0, {2, 1, 1, 1, 1}}}));
+    check_steps(model);
+  }
+}
+
+void test_many_small_tensors() {
+  Model model = empty_model(RuleId::kAdam);
+  Problem problem = problems_of(RuleId::kAdam)[0];
+  for (int i = 0; i < 10000; ++i) {
+    problem.numel = i % 7 == 0 ? 64 : i % 5;
+    model.add(problem);
+  }
+  check_steps(model);
+}
+
+void test_one_large_tensor() {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    Problem problem = in_format(problems_of(RuleId::kAdam)[0], dtype);
+    problem.numel = 65536 + 77;
+    problem.guard = 0;
+    Model model = empty_model(RuleId::kAdam);
+    model.add(problem);
+    check_steps(model);
+  }
+}
+
+// Numbers of scalars that fit into a kernel's arguments and that do not, in float and in double.
+void test_many_scalars() {
+  for (const RuleId rule : kRules)
+    for (const int count : {31, 32, 33, 64, 65, 76, 77, 153, 154, 400}) {
+      Model model = empty_model(rule);
+      model.scalars.clear();
+      Problem problem = problems_of(rule).back();
+      problem.numel = 5;
+      for (int i = 0; i < count; ++i) {
+        problem.hyper.lr = 0.001 * i;
+        model.scalars.push_back(scalars_at(problem, {3, false}, 1.0));
+        for (const DType dtype : kAllDTypes) model.add(in_format(problem, dtype), 0, i);
+      }
+      check_steps(model);
+    }
+}
+
+// A tensor of any kind.
+Problem any_problem(RuleId rule, std::mt19937& random) {
+  const auto problems = problems_of(rule);
+  Problem problem = problems[random() % problems.size()];
+  const bool is_uniform = random() % 3 > 0;
+  const DType dtype = kAllDTypes[random() % 4];
+  for (DType& found : problem.dtypes) found = is_uniform ? dtype : kAllDTypes[random() % 4];
+  if (random() % 4 == 0)
+    return with_dims(problem, strided_layouts()[random() % strided_layouts().size()]);
+  problem.numel = sizes()[random() % sizes().size()];
+  problem.shifts.assign(problem.dtypes.size(), 0);
+  for (int64_t& shift : problem.shifts) shift = random() % 8 == 0 ? 1 : 0;
+  return problem;
+}
+
+// What users do between two steps.
+void disturb(Model& model, std::mt19937& random) {
+  for (Tensor& tensor : model.tensors) {
+    tensor.idle = random() % 5 == 0;
+    if (random() % 5 == 0) tensor.buffers = std::vector<Buffer>(tensor.buffers);  // moves
+    if (random() % 30 == 0) tensor.gpu = 3 - tensor.gpu;
+    if (random() % 30 == 0) {
+      tensor.problem = any_problem(model.rule, random);
+      tensor.buffers = make_buffers(tensor.problem, static_cast<uint32_t>(random()));
+    }
+    tensor.scalars = static_cast<int>(random() % model.scalars.size());
+  }
+  if (random() % 4 == 0) model.scalars.resize(1 + random() % 100, model.scalars[0]);
+  for (Scalars& scalars : model.scalars) {
+    Problem problem = problems_of(model.rule).back();
+    problem.hyper.lr = static_cast<double>(random() % 1000) / 1000;
+    scalars = scalars_at(problem, {1 + random() % 10, false}, 1.0);
+  }
+  for (Tensor& tensor : model.tensors)
+    tensor.scalars = tensor.scalars % static_cast<int>(model.scalars.size());
+}
+
+// Anything may change from one step to the next, on two GPUs.
+void test_everything_changes() {
+  std::mt19937 random(8);
+  for (const RuleId rule : kRules)
+    for (int run = 0; run < 3; ++run) {
+      Gpus gpus;
+      Model model = empty_model(rule);
+      for (int i = 0; i < 30; ++i) model.add(any_problem(rule, random), i % 2 == 0 ? 0 : 3);
+      for (int step = 0; step < 15; ++step) {
+        check_steps(gpus, model);
+        if (step % 3 != 0) disturb(model, random);
+      }
+    }
+}
+
+// Pointers that change, as grads do that are made anew, cost no memory of the device.
+void test_memory_is_kept() {
+  Gpus gpus;
+  Model model = empty_model(RuleId::kAdam);
+  for (const int64_t numel : sizes()) {
+    Problem problem = problems_of(RuleId::kAdam)[0];
+    problem.numel = numel;
+    for (const int gpu : {0, 3}) model.add(problem, gpu);
+  }
+  for (int step = 0; step < 4; ++step) {
+    check_steps(gpus, model);
+    for (Tensor& tensor : model.tensors) tensor.buffers = std::vector<Buffer>(tensor.buffers);
+  }
+  CHECK(gpus.allocations(Memory::kDevice) == 2);
+  CHECK(gpus.allocations(Memory::kPageLocked) == 2);
+  Gpus::Options options;
+  options.stream = &model;  // the other stream does not wait for what this one does
+  gpus.step(model, options);
+  CHECK(gpus.allocations(Memory::kDevice) == 4);
+}
+
+// found_inf is read on the device; above 0 nothing changes.
+void test_found_inf() {
+  for (const RuleId rule : kRules)
+    for (const float found_inf : {0.0f, 1.0f, 2.0f}) {
+      Gpus gpus;
+      Model model = empty_model(rule);
+      for (const Problem& problem : problems_of(rule))
+        for (const DType dtype : kAllDTypes) {
+          model.add(in_format(problem, dtype));
+          model.add(in_format(with_dims(problem, strided_layouts()[0]), dtype));
+        }
+      Model expected = model;
+      if (found_inf == 0) step_on_cpu(expected);
+      Gpus::Options options;
+      options.found_inf = &found_inf;
+      gpus.step(model, options);
+      CHECK(model.has_values_of(expected));
+    }
+}
+
+// A step that finds no memory changes nothing, and the next one is right.
+void test_no_memory() {
+  std::mt19937 random(9);
+  for (int allocations = 0; allocations < 4; ++allocations) {
+    Gpus gpus;
+    Model model = empty_model(RuleId::kSgd);
+    for (int i = 0; i < 20; ++i) model.add(any_problem(RuleId::kSgd, random), i % 2 == 0 ? 0 : 3);
+    const Model before = model;
+    gpus.fail_in(allocations);
+    bool failed = false;
+    try {
+      gpus.step(model);
+    } catch (const std::runtime_error&) {
+      failed = true;
+    }
+    CHECK(failed && model.has_values_of(before));
+    model.tensors[0].buffers = std::vector<Buffer>(model.tensors[0].buffers);
+    check_steps(gpus, model, 2);
+  }
+}
+
+void test_nothing_to_do() {
+  Gpus gpus;
+  Model model = empty_model(RuleId::kSgd);
+  gpus.step(model);  // no tensors
+  model.add(problems_of(RuleId::kSgd)[0]);
+  model.tensors[0].idle = true;
+  check_steps(gpus, model, 2);
+  Problem problem = problems_of(RuleId::kSgd)[0];
+  problem.numel = 0;
+  for (int i = 0; i < 9; ++i) model.add(problem);
+  check_steps(gpus, model, 2);
+  for (Tensor& tensor : model.tensors) tensor.idle = true;
+  check_steps(gpus, model, 2);
+}
+
+}  // namespace
+
+void test_gpu() {
+  test_formats_and_sizes();
+  test_mixtures();
+  test_misaligned();
+  test_strided();
+  test_many_small_tensors();
+  test_one_large_tensor();
+  test_many_scalars();
+  test_everything_changes();
+  test_memory_is_kept();
+  test_found_inf();
+  test_no_memory();
+  test_nothing_to_do();
+}

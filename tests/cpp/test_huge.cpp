@@ -1,0 +1,188 @@
+// Tensors of more than 2^31 elements: chosen blocks of the update kernel, in memory that is
+// reserved and for the most part never touched.
+#include "check.h"
+#include "problem.h"
+
+#include "cuda/grid.h"
+#include "cuda/runtime.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <initializer_list>
+#include <memory>
+#include <vector>
+
+using namespace fusedopt;
+using namespace fusedopt::cuda;
+
+namespace {
+
+constexpr int64_t kTwo30 = int64_t{1} << 30;
+
+// Reserved memory for an operand, zero where it was not written.
+class Reserved {
+ public:
+  Reserved(DType dtype, int64_t elements) : dtype_(dtype), bytes_(elements * item_size(dtype)) {
+    data_ = mmap(nullptr, static_cast<size_t>(bytes_), PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (data_ != MAP_FAILED) return;
+    std::perror("mmap without reserving memory");
+    std::exit(1);
+  }
+  ~Reserved() { munmap(data_, static_cast<size_t>(bytes_)); }
+  Reserved(const Reserved&) = delete;
+  Reserved& operator=(const Reserved&) = delete;
+
+  void* place(int64_t at) const { return static_cast<char*>(data_) + at * item_size(dtype_); }
+
+ private:
+  DType dtype_;
+  int64_t bytes_;
+  void* data_;
+};
+
+// A tensor of which single chunks are updated.
+class Huge {
+ public:
+  explicit Huge(const Problem& problem) : problem_(problem), starts_(plan_grid({problem.numel})) {
+    for (size_t k = 0; k < problem.dtypes.size(); ++k) {
+      const int64_t elements =
+          problem.dims.empty() ? problem.numel : extent(problem.dims, static_cast<int>(k));
+      memory_.push_back(std::make_unique<Reserved>(problem.dtypes[k], elements + shift(k)));
+      work_.data[k] = place(k, 0);
+      work_.dtypes[k] = problem.dtypes[k];
+    }
+    work_.numel = problem.numel;
+    work_.layout = problem.dims.empty() ? kDense : 0;
+    work_.num_operands = static_cast<uint8_t>(memory_.size());
+    work_.variant = static_cast<uint8_t>(problem.variant);
+    work_.device = kFirstGpu;
+  }
+
+  // Runs the block that has this element and compares all its elements with what the rule gives;
+  // those beside the chunk must stay.
+  void check_chunk_of(int64_t element) {
+    const auto after = std::upper_bound(
+        starts_.begin(), starts_.end() - 1, element,
+        [](int64_t wanted, const ChunkStart& start) { return wanted < start.element; });
+    const ChunkStart* const chunk = &*after - 1;
+    const int64_t begin = chunk[0].element;
+    const int64_t end = chunk[1].work > 0 ? problem_.numel : chunk[1].element;
+    CHECK(begin <= element && element < end);
+
+    const int64_t first = std::max<int64_t>(begin - kGuard, 0);
+    const int64_t last = std::min(end + kGuard, problem_.numel);
+    write(first, make_buffers(part(last - first)));
+    const auto before = read(first, begin), behind = read(end, last);
+    auto expected = read(begin, end);
+    update_one_by_one(part(end - begin), expected);
+    run(chunk);
+    CHECK(read(begin, end) == expected);
+    CHECK(read(first, begin) == before && read(end, last) == behind);
+  }
+
+ private:
+  int64_t shift(size_t k) const { return problem_.shifts.empty() ? 0 : problem_.shifts[k]; }
+
+  void* place(size_t k, int64_t element) const {
+    return memory_[k]->place(shift(k) + offset_of(problem_, element, k));
+  }
+
+  // As many elements of the same kind, without anything between or around them.
+  Problem part(int64_t numel) const {
+    Problem part = problem_;
+    part.dims.clear();
+    part.shifts.clear();
+    part.guard = 0;
+    part.numel = numel;
+    return part;
+  }
+
+  void write(int64_t first, std::vector<Buffer> buffers) {
+    for (size_t k = 0; k < buffers.size(); ++k) {
+      const auto item = static_cast<size_t>(item_size(problem_.dtypes[k]));
+      for (size_t i = 0; i * item < buffers[k].bytes().size(); ++i)
+        std::memcpy(place(k, first + static_cast<int64_t>(i)), &buffers[k].bytes()[i * item], item);
+    }
+  }
+
+  std::vector<Buffer> read(int64_t begin, int64_t end) const {
+    std::vector<Buffer> buffers = make_buffers(part(end - begin));
+    for (size_t k = 0; k < buffers.size(); ++k) {
+      const auto item = static_cast<size_t>(item_size(problem_.dtypes[k]));
+      for (size_t i = 0; i * item < buffers[k].bytes().size(); ++i)
+        std::memcpy(&buffers[k].bytes()[i * item], place(k, begin + static_cast<int64_t>(i)), item);
+    }
+    return buffers;
+  }
+
+  void run(const ChunkStart* chunk) {
+    const Layout layout = {problem_.dims.data(), static_cast<int>(problem_.dims.size())};
+    UpdateCall call = {};
+    call.rule = problem_.rule;
+    call.column = column_of(work_);
+    call.works = &work_;
+    call.chunks = chunk;
+    call.num_chunks = 1;
+    call.layouts = &layout;
+    call.few_scalars = &problem_.scalars;
+    call.num_few_scalars = 1;
+    runtime::update(call);
+  }
+
+  Problem problem_;
+  std::vector<ChunkStart> starts_;
+  std::vector<std::unique_ptr<Reserved>> memory_;
+  Work work_ = {};
+};
+
+void check_chunks(const Problem& problem, std::initializer_list<int64_t> elements) {
+  Huge huge(problem);
+  for (const int64_t element : elements) huge.check_chunk_of(element);
+}
+
+Problem dense(RuleId rule, DType dtype, int64_t numel) {
+  Problem problem = in_format(problems_of(rule).back(), dtype);
+  problem.numel = numel;
+  return problem;
+}
+
+void test_dense() {
+  const int64_t numel = 2 * kTwo30 + 4096 + 3;
+  const auto chunks = {int64_t{0}, 2 * kTwo30 - 1, 2 * kTwo30, numel - 1};
+  check_chunks(dense(RuleId::kSgd, DType::kBFloat16, numel), chunks);
+  check_chunks(dense(RuleId::kAdam, DType::kFloat32, numel), chunks);
+
+  Problem mixture = dense(RuleId::kSgd, DType::kFloat32, numel);
+  mixture.dtypes[kGrad] = DType::kBFloat16;
+  check_chunks(mixture, chunks);
+
+  Problem misaligned = dense(RuleId::kSgd, DType::kFloat32, numel);
+  misaligned.shifts = {0, 1, 0};
+  check_chunks(misaligned, chunks);
+
+  check_chunks(dense(RuleId::kSgd, DType::kFloat16, 5 * kTwo30),
+               {0, 4 * kTwo30 - 1, 4 * kTwo30, 5 * kTwo30 - 1});
+}
+
+// The widest of the operands' strides goes beyond 2^31, or the numbers of elements do.
+void test_strided() {
+  const Problem problem = in_format(problems_of(RuleId::kSgd).back(), DType::kBFloat16);
+  const Dims transposed = {{3, {kTwo30, 1, kTwo30, 0, 0}}, {kTwo30, {1, 3, 1, 0, 0}}};
+  check_chunks(with_dims(problem, transposed), {0, 2 * kTwo30 - 1, 2 * kTwo30, 3 * kTwo30 - 1});
+  const Dims apart = {{5, {kTwo30, 3, 700, 0, 0}}, {3, {1, 1, 200, 0, 0}}};
+  check_chunks(with_dims(problem, apart), {0});
+  // No dim may be taken for its last 32 bits, in the first chunk either.
+  const Dims expanded = {{4 * kTwo30 + 5, {1, 0, 1, 0, 0}}};
+  check_chunks(with_dims(problem, expanded), {0, 2 * kTwo30, 4 * kTwo30, 4 * kTwo30 + 4});
+}
+
+}  // namespace
+
+void test_huge() {
+  test_dense();
+  test_strided();
+}

@@ -11,12 +11,12 @@ from typing import Any
 
 import targets_cuda
 from gpu_logs import METRICS, ncu_cases, pytest_counts, sanitizer_findings
-from gpu_run import Finished, Runner
+from gpu_run import ROOT, Finished, Runner
 
 Result = dict[str, Any]
 OK, FAILED, TIMED_OUT, MISSED, NO_TOOL = "ok", "failed", "timed out", "target missed", "no tool"
 PYTEST = ("-m", "pytest", "--device", "cuda", "-q", "-p", "no:cacheprovider")
-CUDA_TESTS = "tests/test_cuda.py"
+CUDA_TESTS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_cuda*.py"))
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else one allocation holds many tensors
 
 
@@ -47,7 +47,7 @@ def tests(runner: Runner) -> Result:
     workers = ("-n", "8") if importlib.util.find_spec("xdist") else ()
     threads = {"OMP_NUM_THREADS": "2"} if workers else {}
     result: Result = {"parallel": bool(workers)}
-    first = runner.python(*PYTEST, CUDA_TESTS, share=0.4, installed=True)
+    first = runner.python(*PYTEST, *CUDA_TESTS, share=0.4, installed=True)
     result["cuda"] = pytest_counts(first.text) | {"seconds": first.seconds}
     every = runner.python(*PYTEST, *workers, installed=True, env=threads)
     result["all"] = pytest_counts(every.text) | {"seconds": every.seconds}
@@ -73,7 +73,7 @@ def sanitizer(runner: Runner) -> Result:
     ):
         limits = ["--error-exitcode", "9", "--print-limit", "1000"]
         under = [program, "--tool", tool, *limits, *options]
-        selected = (*PYTEST, CUDA_TESTS, "-k", "sanitizer")
+        selected = (*PYTEST, *CUDA_TESTS, "-k", "sanitizer")
         run = runner.python(*selected, share=share, installed=True, under=under, env=UNCACHED)
         found, counts = sanitizer_findings(run.text), pytest_counts(run.text)
         clean = found["finished"] and not found["errors_in_ours"] and not found["unprinted"]

@@ -54,9 +54,7 @@ def place_steps(states: list[tuple[Tensor, State, State]], on_gpu: bool) -> None
         else:
             by_gpu[wanted].append((0.0 if step is None else step, new))
     for gpu, entries in by_gpu.items():
-        counts = torch.stack(
-            [to_step(step, torch.device("cpu")).reshape(()) for step, _ in entries]
-        )
-        moved = counts.pin_memory().to(gpu, non_blocking=True)
+        steps = [to_step(step, torch.device("cpu")).reshape(()) for step, _ in entries]
+        moved = torch.stack(steps).pin_memory().to(gpu, non_blocking=True)
         for (_, new), step in zip(entries, moved.unbind(), strict=True):
             new["step"] = step

@@ -1,4 +1,4 @@
-"""How setup.py finds a CUDA toolkit and chooses architectures, tried on toolkits of shell scripts."""
+"""How setup.py finds a CUDA toolkit and chooses architectures; toolkits are shell scripts here."""
 
 import runpy
 import sys

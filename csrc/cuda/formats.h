@@ -42,6 +42,7 @@ class Uniform {
   using T = typename Compute<Storage>::Type;
   static constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(Storage));
   static constexpr bool kStrided = false;
+  static constexpr int kMinBlocks = 1;  // no bound: the compiler finds the right registers itself
 
   FUSEDOPT_HD Uniform(const Work& work, int64_t first) {
     for (int k = 0; k < kMaxOperands; ++k)
@@ -92,6 +93,7 @@ class Mixed {
   using T = Computed;
   static constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(T));
   static constexpr bool kStrided = true;
+  static constexpr int kMinBlocks = 4;  // blocks for an SM: without it, nvcc spills for some GPUs
 
   FUSEDOPT_HD Mixed(const Work& work, int64_t first) {
     for (int k = 0; k < kMaxOperands; ++k) {

@@ -6,7 +6,7 @@
 namespace fusedopt::cuda {
 
 template <class Family, class Format>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, Format::kMinBlocks)
     update_kernel(const __grid_constant__ UpdateArguments<Family, typename Format::T> arguments) {
   update_thread<Family, Format>(arguments, blockIdx.x, threadIdx.x);
 }

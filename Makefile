@@ -3,7 +3,7 @@
 #   make test       all tests, then those of the CUDA driver with its kernels emulated on the CPU
 #   make bench      the step benchmark (BENCH="--optimizer SGD --shapes resnet50" to choose)
 #   make lint       ruff, mypy, clang-format
-#   make sanitize   both under the address and undefined-behaviour sanitizers
+#   make sanitize   the same under the address and undefined-behaviour sanitizers
 #   make cuda       all tests with a build for CUDA under a CUDA build of torch (in .venv-cuda), and
 #                   a look at the kernels' machine code; needs no GPU
 #   make wheel      a wheel in dist/
@@ -63,7 +63,7 @@ sanitize: $(VENV)/built
 	FUSEDOPT_SANITIZE=address,undefined FUSEDOPT_CUDA=emulated $(BIN)/python setup.py -q build \
 	    --build-base build/sanitize --build-lib build/sanitize/lib
 	$(SANITIZED) $(PYTEST)
-	$(SANITIZED) --device emulated $(PYTEST)
+	$(SANITIZED) --device emulated tests/test_cuda*.py $(PYTEST)
 
 # An installed wheel, and not the sources.
 cuda:

@@ -38,7 +38,8 @@ def show_config() -> None:
 
     info = _C.build_info()
     forced = ", forced by FUSEDOPT_ISA" if os.environ.get("FUSEDOPT_ISA") else ""
-    cuda = f"no: {info['cuda_unavailable']}" if info["cuda_unavailable"] else info["cuda_archs"]
+    missing = info["cuda_unavailable"]
+    cuda = f"no: {missing}" if missing else f"built for {info['cuda_archs']}"
     print(
         f"fusedopt {__version__} ({_C.__file__})\n"
         f"  compiler: {info['compiler']}\n"

@@ -73,7 +73,8 @@ def test_show_config(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     isas = _C.build_info()["isas"]
     assert facts["CPU"].strip() == f"{isas[-1]} (available: {', '.join(isas)})"
     assert facts["threads"].split()[0] == str(torch.get_num_threads())
-    assert facts["CUDA"].strip() == "yes" or facts["CUDA"].strip().startswith("no: ")
+    archs = _C.build_info()["cuda_archs"]
+    assert facts["CUDA"].strip().startswith(f"built for {archs}" if archs else "no: ")
 
 
 @pytest.mark.parametrize("isa", _C.build_info()["isas"])

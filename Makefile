@@ -71,7 +71,7 @@ cuda:
 	.venv-cuda/bin/python -m pip --disable-pip-version-check install -q "$(TORCH_CUDA)"
 	FUSEDOPT_CUDA=1 FUSEDOPT_STRICT=1 .venv-cuda/bin/python -m pip --disable-pip-version-check \
 	    install -q ".[test,bench]" pybind11
-	.venv-cuda/bin/pytest $(PYTEST)
+	PYTHONSAFEPATH=1 .venv-cuda/bin/pytest $(PYTEST)
 	.venv-cuda/bin/python tests/sass.py
 
 wheel: $(VENV)/built

@@ -102,7 +102,7 @@ def test_where_host_and_device_differ() -> None:
     # Instructions of the device stand in conversions and accesses; formulas are the same text.
     differing = {path for path in SOURCES if "__CUDA_ARCH__" in code_of(path)}
     names = {str(path.relative_to(ROOT / "csrc")) for path in differing}
-    assert names == {"core/narrow.h", "cuda/access.h", "cuda/formats.h"}
+    assert names == {"core/narrow.h", "cuda/access.h"}
 
 
 def needed_libraries() -> list[str]:

@@ -21,16 +21,6 @@ struct Values {
   Value values[kSize];
 };
 
-// The same pointer; the compiler of device code learns that it is into global memory, not into
-// shared or local memory, which other instructions access.
-template <class T>
-FUSEDOPT_HD T* in_global(T* data) {
-#if defined(__CUDA_ARCH__)
-  __builtin_assume(__isGlobal(data));
-#endif
-  return data;
-}
-
 FUSEDOPT_HD bool is_aligned(const void* data, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes) == 0;
 }
@@ -46,8 +36,7 @@ class Uniform {
 
   FUSEDOPT_HD Uniform(const Work& work, int64_t first) {
     for (int k = 0; k < kMaxOperands; ++k)
-      data_[k] =
-          in_global(static_cast<Storage*>(work.data[k])) + (k < work.num_operands ? first : 0);
+      data_[k] = static_cast<Storage*>(work.data[k]) + (k < work.num_operands ? first : 0);
   }
 
   FUSEDOPT_HD bool is_vectorizable(int operand) const {
@@ -63,7 +52,7 @@ class Uniform {
   // As load_vector() at any alignment, element by element.
   FUSEDOPT_HD Vector gather_vector(int operand, uint32_t at) const {
     Unpacked values;
-    for (int j = 0; j < kVector; ++j) values.values[j] = data_[operand][at + j];
+    for (int j = 0; j < kVector; ++j) values.values[j] = load_item(data_[operand] + at + j);
     return bit_cast<Vector>(values);
   }
 
@@ -75,10 +64,14 @@ class Uniform {
     store_words(data_[operand] + at, bit_cast<Vector>(values));
   }
 
-  FUSEDOPT_HD T load_one(int operand, int64_t at) const { return load<T>(data_[operand][at]); }
+  FUSEDOPT_HD T load_one(int operand, int64_t at) const {
+    return load<T>(load_item(data_[operand] + at));
+  }
 
   FUSEDOPT_HD void store_one(int operand, int64_t at, T value) const {
-    store(data_[operand][at], value);
+    Storage stored;
+    store(stored, value);
+    store_item(data_[operand] + at, stored);
   }
 
  private:
@@ -98,7 +91,7 @@ class Mixed {
   FUSEDOPT_HD Mixed(const Work& work, int64_t first) {
     for (int k = 0; k < kMaxOperands; ++k) {
       dtypes_[k] = work.dtypes[k];
-      data_[k] = in_global(static_cast<char*>(work.data[k])) +
+      data_[k] = static_cast<char*>(work.data[k]) +
                  (k < work.num_operands ? first * item_size(work.dtypes[k]) : 0);
     }
   }
@@ -127,7 +120,7 @@ class Mixed {
       using Storage = decltype(format);
       Values<Storage, kVector> stored;
       for (int j = 0; j < kVector; ++j)
-        stored.values[j] = static_cast<const Storage*>(data_[operand])[at + j];
+        stored.values[j] = load_item(static_cast<const Storage*>(data_[operand]) + at + j);
       memcpy(&vector, &stored, sizeof(stored));
     });
     return vector;
@@ -160,14 +153,16 @@ class Mixed {
   FUSEDOPT_HD T load_one(int operand, int64_t at) const {
     T value = 0;
     with_storage_of(operand, [&](auto format) {
-      value = load<T>(static_cast<const decltype(format)*>(data_[operand])[at]);
+      value = load<T>(load_item(static_cast<const decltype(format)*>(data_[operand]) + at));
     });
     return value;
   }
 
   FUSEDOPT_HD void store_one(int operand, int64_t at, T value) const {
     with_storage_of(operand, [&](auto format) {
-      store(static_cast<decltype(format)*>(data_[operand])[at], value);
+      decltype(format) stored;
+      store(stored, value);
+      store_item(static_cast<decltype(format)*>(data_[operand]) + at, stored);
     });
   }
 

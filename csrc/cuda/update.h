@@ -110,10 +110,11 @@ FUSEDOPT_HD void find_offsets(const Layout& layout, Index element,
                               int64_t (&offsets)[kMaxOperands]) {
   for (int64_t& offset : offsets) offset = 0;
   for (int d = layout.num_dims - 1; d >= 0; --d) {
-    const Dim& dim = in_global(layout.dims)[d];
-    const Index outer = element / static_cast<Index>(dim.size);
-    const auto index = static_cast<int64_t>(element - outer * static_cast<Index>(dim.size));
-    for (int k = 0; k < kMaxOperands; ++k) offsets[k] += index * dim.strides[k];
+    const Dim* const dim = layout.dims + d;
+    const auto size = static_cast<Index>(load_item(&dim->size));
+    const Index outer = element / size;
+    const auto index = static_cast<int64_t>(element - outer * size);
+    for (int k = 0; k < kMaxOperands; ++k) offsets[k] += index * load_item(dim->strides + k);
     element = outer;
   }
 }

@@ -111,6 +111,9 @@ def cuda_archs(nvcc: Path) -> list[str]:
             return sorted({major + minor for major, minor in present}, key=int)
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
     archs = [arch for arch in ALL_ARCHS if f"compute_{arch}\n" in known]
+    if not archs:
+        raise SystemExit(f"{nvcc} knows none of the architectures {', '.join(ALL_ARCHS)}: it is "
+                         "too old; use another, or FUSEDOPT_CUDA=0")  # fmt: skip
     return [*archs[:-1], f"{archs[-1]}+PTX"]
 
 

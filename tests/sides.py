@@ -181,6 +181,7 @@ def without_waiting() -> Iterator[None]:
 
 
 SIZES = [0, 1, 33, 257, 3000]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]  # of each kind of work
 
 
 def capturable(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import BY_ID, Case, dtype_id, each_case, some_cases
 from sides import (
+    DTYPES,
     SIZES,
     Results,
     Side,
@@ -22,8 +23,6 @@ from sides import (
 )
 
 pytestmark = needs_driver
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)

@@ -11,6 +11,7 @@ import torch
 from api_helpers import snapshot
 from cases import Case, dtype_id, each_case, some_cases, values
 from sides import (
+    DTYPES,
     GPU,
     IS_CUDA,
     SIZES,
@@ -32,7 +33,6 @@ from torch import Tensor
 
 pytestmark = needs_driver
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
 

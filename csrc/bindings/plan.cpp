@@ -74,9 +74,10 @@ void Plan::step(const py::list& param_groups, const py::dict& state, const py::o
     walk = start_walk(param_groups, state, scale, false);
   }
   const bool gpu_counts =
-      walk.has_gpu_counts || scaling.is_on_gpu() ||
-      std::any_of(walk.groups.begin(), walk.groups.end(),
-                  [](const Group& group) { return group.capturable || group.numbers_gpu >= 0; });
+      !walk.gpus.empty() &&
+      (walk.has_gpu_counts || scaling.is_on_gpu() ||
+       std::any_of(walk.groups.begin(), walk.groups.end(),
+                   [](const Group& group) { return group.capturable || group.numbers_gpu >= 0; }));
   if (gpu_counts != walk.gpu_counts) {
     gpu_counts_ = gpu_counts;
     walk = start_walk(param_groups, state, scale, false);
@@ -147,7 +148,7 @@ void Plan::prepare(const Walk& walk, const Scaling& scaling, Launches& launches)
     share.num_layouts = static_cast<int64_t>(launches.layouts.size());
     share.scalars = walk.scalars.data();
     share.num_scalars = static_cast<int64_t>(walk.scalars.size());
-    share.clocks = walk.gpu_counts ? walk.clocks.data() : nullptr;
+    share.clocks = walk.gpu_counts ? clocks_.data() : nullptr;
     share.groups = launches.groups.data();
     share.num_groups = static_cast<int64_t>(launches.groups.size());
     const auto read = [&](const py::object& tensor) -> const float* {
@@ -190,8 +191,7 @@ void Plan::run_on_cpu(Walk& walk, const std::vector<Layout>& layouts, int num_th
   if (!chunked_) {
     std::vector<int64_t> sizes;
     for (size_t at = 0; at < works_.size(); ++at)
-      sizes.push_back(slots_[at].device == kCpu || slots_[at].device == kIdle ? works_[at].numel
-                                                                              : 0);
+      sizes.push_back(slots_[at].device < kFirstGpu ? works_[at].numel : 0);
     chunks_ = plan_chunks(sizes, chunk_elements_ > 0 ? chunk_elements_ : chunk_elements_for(sizes));
     chunks_.shrink_to_fit();
     chunked_ = true;
@@ -251,7 +251,7 @@ void Plan::count_first_steps(Walk& walk) {
   if (row_.counts_steps) return;
   for (size_t at = 0; at < works_.size(); ++at) {
     Slot& slot = slots_[at];
-    cuda::Clock& clock = walk.clocks[at];
+    cuda::Clock& clock = clocks_[at];
     if (!clock.active || !slot.is_first || slot.step != nullptr) continue;
     if (walk.groups[static_cast<size_t>(clock.group)].source.values.dampening == 0) continue;
     first_steps_.push_back(allocate(slot.device - kFirstGpu, sizeof(float), cuda::Memory::kZeros));

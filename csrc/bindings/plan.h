@@ -97,7 +97,6 @@ class Plan {
     bool has_cpu = false;                       // parameters to step there
     bool has_gpu_counts = false;                // step counts that only a GPU knows
     std::vector<bool> gpus = {};                // with parameters to step, by number
-    std::vector<cuda::Clock> clocks = {};       // if gpu_counts, one for each work
     pybind11::list missing = pybind11::list();  // (group, index)
     pybind11::list written = pybind11::list();  // params
   };
@@ -148,8 +147,9 @@ class Plan {
   std::vector<Slot> slots_;
   std::vector<Dims> dims_;  // of works that are not dense
   std::vector<ChunkStart> chunks_;
-  bool disjoint_ = false;  // the memory that works_ write has been checked for overlap
-  bool chunked_ = false;   // chunks_ fit works_
+  bool disjoint_ = false;            // the memory that works_ write has been checked for overlap
+  bool chunked_ = false;             // chunks_ fit works_
+  std::vector<cuda::Clock> clocks_;  // of this step, if GPUs count
 
   std::unique_ptr<cuda::Driver> driver_;  // made when it is needed
   bool gpu_counts_ = false;               // some step counts were on a GPU in the step before

@@ -69,7 +69,7 @@ void Plan::walk(Walk& walk) {
     slots_.resize(count);
     chunked_ = disjoint_ = false;
   }
-  if (walk.gpu_counts) walk.clocks.resize(count);
+  if (walk.gpu_counts) clocks_.assign(count, {});
   size_t at = 0;
   for (size_t g = 0; g < walk.groups.size(); ++g) {
     const Py_ssize_t size = PyList_GET_SIZE(walk.groups[g].params);
@@ -257,8 +257,8 @@ void Plan::set_clock(Walk& walk, const Group& group, const Place& place, const S
   if (row_.counts_steps && !slot.step_on_gpu && !walk.is_second && !cuda::is_emulated() &&
       !slot.is_first)
     walk.missing.append(py::make_tuple(place.group_index, place.index));
-  walk.clocks[at] = {slot.step, static_cast<int32_t>(place.group_index), slot.step_dtype, true,
-                     slot.is_first};
+  clocks_[at] = {slot.step, static_cast<int32_t>(place.group_index), slot.step_dtype, true,
+                 slot.is_first};
 }
 
 void Plan::read_step(const Place& place, Slot& slot) const {

@@ -25,7 +25,6 @@ inline void set_scalars(Scalars& all, const SgdScalars<double>& scalars) { all.s
 inline void set_scalars(Scalars& all, const AdamScalars<double>& scalars) { all.adam = scalars; }
 
 inline constexpr int kMaxStates = 3;
-inline constexpr int kMaxVariants = 6;
 
 // Calls `f` with the rule family that `id` names. On the host: device code is compiled for each
 // family.

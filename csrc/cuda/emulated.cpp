@@ -85,20 +85,7 @@ bool Point::is_passed() const { return true; }
 void Point::wait() const {}
 
 void update(const UpdateCall& call) {
-  switch (call.column) {
-    case static_cast<int>(DType::kFloat32):
-      return update_all<Uniform<float>>(call);
-    case static_cast<int>(DType::kFloat64):
-      return update_all<Uniform<double>>(call);
-    case static_cast<int>(DType::kBFloat16):
-      return update_all<Uniform<BFloat16>>(call);
-    case static_cast<int>(DType::kFloat16):
-      return update_all<Uniform<Float16>>(call);
-    case kMixedFloat:
-      return update_all<Mixed<float>>(call);
-    default:
-      return update_all<Mixed<double>>(call);
-  }
+  with_format(call.column, [&](auto format) { update_all<typename decltype(format)::Name>(call); });
 }
 
 void schedule(RuleId rule, const ScheduleArguments& arguments, void*) {

@@ -10,6 +10,29 @@ inline bool in_double(int column) {
   return column == static_cast<int>(DType::kFloat64) || column == kMixedDouble;
 }
 
+// Calls `f` with the format of a column, as a Type.
+template <class T>
+struct Type {
+  using Name = T;
+};
+template <class F>
+decltype(auto) with_format(int column, F&& f) {
+  switch (column) {
+    case static_cast<int>(DType::kFloat32):
+      return f(Type<Uniform<float>>{});
+    case static_cast<int>(DType::kFloat64):
+      return f(Type<Uniform<double>>{});
+    case static_cast<int>(DType::kBFloat16):
+      return f(Type<Uniform<BFloat16>>{});
+    case static_cast<int>(DType::kFloat16):
+      return f(Type<Uniform<Float16>>{});
+    case kMixedFloat:
+      return f(Type<Mixed<float>>{});
+    default:
+      return f(Type<Mixed<double>>{});
+  }
+}
+
 struct UpdateCall {
   RuleId rule;
   int column;

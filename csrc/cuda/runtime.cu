@@ -36,20 +36,8 @@ void check(cudaError_t error, const char* call) {
 }
 
 const void* kernel_of(RuleId rule, int column) {
-  switch (column) {
-    case static_cast<int>(DType::kFloat32):
-      return update_kernel_of<Uniform<float>>(rule);
-    case static_cast<int>(DType::kFloat64):
-      return update_kernel_of<Uniform<double>>(rule);
-    case static_cast<int>(DType::kBFloat16):
-      return update_kernel_of<Uniform<BFloat16>>(rule);
-    case static_cast<int>(DType::kFloat16):
-      return update_kernel_of<Uniform<Float16>>(rule);
-    case kMixedFloat:
-      return update_kernel_of<Mixed<float>>(rule);
-    default:
-      return update_kernel_of<Mixed<double>>(rule);
-  }
+  return with_format(
+      column, [&](auto format) { return update_kernel_of<typename decltype(format)::Name>(rule); });
 }
 
 // While it lives, calls of this thread that a capture forbids are allowed; none of them goes into

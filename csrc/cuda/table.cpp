@@ -89,6 +89,12 @@ bool Arrangement::update(const Share& share) {
   return true;
 }
 
+std::set<bool> Arrangement::number_types() const {
+  std::set<bool> found;
+  for (const Column& column : columns_) found.insert(in_double(column.column));
+  return found;
+}
+
 bool has_few_scalars(const Share& share) {
   return share.clocks == nullptr &&
          share.num_scalars <= with_scalars_type(share.rule, true, [](auto, auto, int few) {
@@ -146,7 +152,7 @@ void Table::fill(const Share& share, const Arrangement& arrangement) {
       image_.put(parts_.groups + g * static_cast<int64_t>(sizeof(HyperSource)), &share.groups[g],
                  sizeof(HyperSource));
   else if (!has_few_scalars(share))
-    for (const bool in_double : {false, true}) {
+    for (const bool in_double : arrangement.number_types()) {
       const std::vector<uint8_t> bytes = converted(share, in_double);
       image_.put(parts_.scalars[in_double], bytes.data(), static_cast<int64_t>(bytes.size()));
     }

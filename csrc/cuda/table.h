@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <vector>
 
 #include "core/gpu.h"
@@ -26,6 +27,7 @@ class Arrangement {
   const std::vector<int64_t>& rows() const { return rows_; }  // numbers of works
   const std::vector<Column>& columns() const { return columns_; }
   const std::vector<ChunkStart>& chunks() const { return chunks_; }  // rows count from first_row
+  std::set<bool> number_types() const;  // whether columns compute in double
 
  private:
   struct Member {

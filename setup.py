@@ -31,9 +31,9 @@ STRICT = os.environ.get("FUSEDOPT_STRICT") == "1"
 SANITIZE = os.environ.get("FUSEDOPT_SANITIZE")
 
 # Results must not depend on the compiler's mood: no contraction, no fast-math. The two flags after
-# it change no value; they let square roots and selections be vectorised.
+# it change no value; they let square roots and selections be vectorised. Unknown are nvcc's pragmas.
 COMMON = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
-          "-Icsrc"]  # fmt: skip
+          "-Wno-unknown-pragmas", "-Icsrc"]  # fmt: skip
 EXACT = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 OPENMP = [] if MACOS else ["-fopenmp"]  # Apple's clang has none; the driver then uses one thread
 ISA_FLAGS = {

@@ -10,8 +10,10 @@ from ._version import check_torch
 check_torch()
 
 from ._config import show_config  # noqa: E402
+from ._grad_scaler import GradScaler  # noqa: E402
+from ._options import Additions  # noqa: E402
 from .adam import Adam, AdamW  # noqa: E402
 from .sgd import SGD  # noqa: E402
 
-__all__ = ["SGD", "Adam", "AdamW", "show_config"]
+__all__ = ["SGD", "Adam", "AdamW", "Additions", "GradScaler", "show_config"]
 __version__ = "0.1.0"

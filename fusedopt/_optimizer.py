@@ -1,6 +1,7 @@
 """What the optimizers share: one call into the extension per step, state, checkpoints."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias, cast, overload
 
 import torch
@@ -10,6 +11,7 @@ from . import _C
 from ._config import cpu_isa
 from ._state_dict import load_state_dict
 from ._steps import is_on_gpu, place_steps, step_device, to_step
+from ._weights import master_name, new_entry, read_weight, swapped, unused_entries, write_weight
 
 ParamGroup: TypeAlias = dict[str, Any]
 Params: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
@@ -22,6 +24,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     _row: ClassVar[str]  # name in the extension's table of optimizers
     _old_options: ClassVar[dict[str, Any]]  # for groups saved before torch had these options
 
+    # What the latest step found out: tensors, on a GPU if the params are there.
+    _verdict: Tensor | None = None
+    _found_inf: Tensor | None = None
+    _checks_grads = False  # set by fusedopt.GradScaler for its steps
+    _is_swapped = False
+
     # torch.amp.GradScaler then leaves unscaling and skipping to step().
     _step_supports_amp_scaling = True
 
@@ -33,7 +41,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Names of the tensors of a parameter's state, without ``step``."""
         raise NotImplementedError
 
-    _counts_steps: ClassVar[bool]
+    def _counts_steps(self, group: ParamGroup) -> bool:
+        """Whether the state of its parameters has ``step``."""
+        raise NotImplementedError
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group`` does.
@@ -71,10 +81,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: a grad or state does not fit its parameter in shape or device, parameters
                 share memory, or a hyper-parameter is NaN or out of range.
             RuntimeError: a parameter is on a device that this build does not step, ``step`` of the
-                same optimizer is running in another thread, a CUDA graph is captured although
-                ``capturable`` is False or there is no state yet, or CUDA reports an error. Errors
-                of kernels come with a later call, as always with CUDA.
+                same optimizer is running in another thread or inside ``swap_ema()``, grads are
+                infinite or NaN and ``error_if_nonfinite`` is True, a CUDA graph is captured
+                although ``capturable`` is False or there is no state yet, or CUDA reports an
+                error. Errors of kernels come with a later call, as always with CUDA.
         """
+        self._refuse_swapped("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -82,6 +94,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Set by torch.amp.GradScaler: the grads are still scaled, and some may have overflowed.
         # What is on a GPU stays there: the kernels look at it.
         found_inf = getattr(self, "found_inf", None)
+        self._found_inf, self._verdict = found_inf, None
         if found_inf is not None and not is_on_gpu(found_inf):
             if float(found_inf) > 0:
                 return loss
@@ -89,28 +102,154 @@ class FusedOptimizer(torch.optim.Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         if grad_scale is None:
             grad_scale = 1.0
-        self._plan().step(
-            self.param_groups,
-            self.state,
-            grad_scale if is_on_gpu(grad_scale) else float(grad_scale),
-            found_inf,
-            self._create_state,
-            torch.get_num_threads(),
-        )
+        plan = self._plan()
+        try:
+            changed = plan.step(
+                self.param_groups,
+                self.state,
+                grad_scale if is_on_gpu(grad_scale) else float(grad_scale),
+                found_inf,
+                self._create_state,
+                torch.get_num_threads(),
+                self._checks_grads,
+            )
+        finally:
+            self._verdict = plan.verdict
+        for group_index, index in changed or ():
+            self._drop_unused(self.param_groups[group_index], index)
         return loss
+
+    def _drop_unused(self, group: ParamGroup, index: int) -> None:
+        """Of a parameter whose settings have changed: what is no longer kept up to date."""
+        state = self.state[group["params"][index]]
+        for name in unused_entries(group["params"][index], state, group):
+            del state[name]
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """L2 norm of all grads of the latest step, before clipping and without ``grad_scale``.
+
+        A float64 tensor of one element on the parameters' device, so that reading it is what waits
+        for a GPU; None if the step had no ``max_grad_norm`` to measure it for.
+        """
+        return None if self._verdict is None else self._verdict[0]
+
+    @property
+    def nonfinite_grads(self) -> Tensor | None:
+        """How many elements of the latest step's grads were infinite or NaN.
+
+        An int64 tensor of one element on the parameters' device; None if the step did not look:
+        without ``max_grad_norm`` and ``fusedopt.GradScaler``.
+        """
+        return None if self._verdict is None else self._verdict[1:2].view(torch.int64)[0]
+
+    @property
+    def skipped(self) -> Tensor:
+        """Whether the latest step changed nothing, because grads were infinite or NaN.
+
+        A bool tensor of one element on the parameters' device.
+        """
+        if self._verdict is not None:
+            return self._skip_flag() > 0
+        found_inf = self._found_inf
+        return found_inf.sum() > 0 if isinstance(found_inf, Tensor) else torch.tensor(False)
+
+    def _skip_flag(self) -> Tensor:
+        assert self._verdict is not None
+        return self._verdict[2:3].view(torch.float32)[0]
+
+    def fp32_params(self) -> list[Tensor]:
+        """Copies of all weights, in the order of the param groups.
+
+        In float32 where parameters are narrower: from the master weights if there are any.
+        """
+        self._refuse_swapped("fp32_params()")
+        return [
+            read_weight(param, self.state.get(param, {}), group)
+            for group in self.param_groups
+            for param in group["params"]
+        ]
+
+    @torch.no_grad()
+    def load_fp32_params(self, weights: Iterable[Tensor]) -> None:
+        """Set all weights, as ``fp32_params()`` gives them: parameters and their master weights.
+
+        Raises ValueError if number or shapes do not fit; nothing is changed then.
+        """
+        self._refuse_swapped("load_fp32_params()")
+        entries = [(param, group) for group in self.param_groups for param in group["params"]]
+        weights = list(weights)
+        if len(weights) != len(entries):
+            raise ValueError(f"{len(weights)} tensors for {len(entries)} parameters")
+        for index, ((param, _), weight) in enumerate(zip(entries, weights, strict=True)):
+            if weight.shape != param.shape:
+                raise ValueError(
+                    f"tensor {index} is of shape {tuple(weight.shape)}, but its parameter of shape "
+                    f"{tuple(param.shape)}"
+                )
+        names = [master_name(param, group) for param, group in entries]
+        for (param, group), weight, name in zip(entries, weights, names, strict=True):
+            if name is not None and name not in self.state.get(param, {}):
+                self.state[param][name] = new_entry(name, param, {}, group)
+            write_weight(param, weight, self.state.get(param, {}), group)
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Inside, the parameters of groups with ``ema_decay`` hold the average of their weights.
+
+        For evaluation. Rounded to the parameters' dtype; afterwards they hold exactly what they
+        held before. Parameters that were never stepped stay as they are. Raises RuntimeError if
+        there is no average yet, or inside another ``swap_ema()``.
+        """
+        self._refuse_swapped("swap_ema()")
+        pairs = [
+            (param, self.state[param]["ema_param"])
+            for group in self.param_groups
+            for param in group["params"]
+            if group.get("ema_decay") is not None and "ema_param" in self.state.get(param, {})
+        ]
+        if not pairs:
+            raise RuntimeError("there is no average yet: set ema_decay and make a step")
+        self._is_swapped = True
+        try:
+            with swapped(pairs):
+                yield
+        finally:
+            self._is_swapped = False
+
+    def _refuse_swapped(self, what: str) -> None:
+        if self._is_swapped:
+            raise RuntimeError(
+                f"{what} inside swap_ema(), where the parameters hold averages and not their values"
+            )
+
+    @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
+    def state_dict(self) -> State:
+        """As ``torch.optim.Optimizer.state_dict``; RuntimeError inside ``swap_ema()``."""
+        self._refuse_swapped("state_dict()")
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: State) -> None:
         """Load a state dict of this class or of its twin in ``torch.optim``.
 
-        As ``torch.optim.Optimizer.load_state_dict`` (hooks included), but state tensors keep the
-        dtype they were saved with, where torch casts them to the parameter's, and the time is
-        linear in the number of parameters.
+        As ``torch.optim.Optimizer.load_state_dict`` (hooks included), but
+
+        - state tensors get the group's ``state_dtype``, or keep the dtype they were saved with if
+          that is None, where torch casts them to the parameter's;
+        - of the options, those of torch are loaded, those that torch lacks stay as they are set
+          here. Master weights of the other kind are converted, which sets the parameters to
+          the nearest values of their dtype (load the model first); without any, the next step
+          makes them from the parameters, as it does averages. What the options have no use for is
+          dropped;
+        - the time is linear in the number of parameters.
 
         Raises:
             ValueError: the groups differ in number or in length from this optimizer's, or a
                 hyper-parameter is out of range.
+            RuntimeError: inside ``swap_ema()``.
         """
-        load_state_dict(self, state_dict, self._check_group)
+        self._refuse_swapped("load_state_dict()")
+        load_state_dict(self, state_dict, self._check_group, self._counts_steps)
 
     def _check_group(self, saved: ParamGroup, index: int) -> None:
         """Raise for hyper-parameters that a param group of a checkpoint must not have."""
@@ -147,8 +286,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             param = group["params"][index]
             before = dict(self.state[param]) if param in self.state else None
             created.append((param, before, {}))
-        if self._counts_steps:
-            place_steps([(p, before or {}, new) for p, before, new in created], steps_on_gpu)
+        place_steps(
+            [
+                (param, before or {}, new)
+                for (group_index, _), (param, before, new) in zip(missing, created, strict=True)
+                if self._counts_steps(self.param_groups[group_index])
+            ],
+            steps_on_gpu,
+        )
         for (group_index, _), (param, _, entries) in zip(missing, created, strict=True):
             entries.update(self._missing_entries(param, self.param_groups[group_index]))
         for param, _, entries in created:
@@ -166,11 +311,16 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _missing_entries(self, param: Tensor, group: ParamGroup) -> State:
         present = self.state.get(param, {})
-        return {
-            name: torch.zeros_like(param, memory_format=torch.preserve_format)
-            for name in self._state_names(group)
-            if present.get(name) is None
-        }
+        master = master_name(param, group)
+        names = [*self._state_names(group), *([master] if master else [])]
+        if group.get("ema_decay") is not None:
+            names.append("ema_param")
+        with torch.no_grad():
+            return {
+                name: new_entry(name, param, present, group)
+                for name in names
+                if present.get(name) is None
+            }
 
 
 def _refuse_duplicates(params: list[Any], group_index: int) -> None:

@@ -9,15 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._options import ADDITIONS
 from ._steps import to_step
+from ._weights import convert
 
 
 def load_state_dict(
     optimizer: torch.optim.Optimizer,
     state_dict: dict[str, Any],
     check_group: Callable[[dict[str, Any], int], None],
+    counts_steps: Callable[[dict[str, Any]], bool],
 ) -> None:
-    """What ``FusedOptimizer.load_state_dict`` documents; ``check_group`` raises for bad groups."""
+    """What ``FusedOptimizer.load_state_dict`` documents.
+
+    ``check_group`` raises for bad groups, ``counts_steps`` tells whether states have ``step``.
+    """
     state_dict = state_dict.copy()
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         result = pre_hook(optimizer, state_dict)
@@ -42,12 +48,28 @@ def load_state_dict(
                 state[params[key]]["step"] = to_step(entries["step"], torch.device("cpu"))
         else:  # of no parameter: kept as it is, as torch does
             state[key] = entries
+    new_values: list[tuple[Tensor, Tensor]] = []
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         saved["params"] = group["params"]
-        for key in ("param_names", "capturable"):  # an SGD of torch saves no capturable
+        for key in ("param_names", "capturable", "decoupled_weight_decay"):  # torch saves not all
             if key in group:
                 saved.setdefault(key, group[key])
+        for key in ADDITIONS:
+            saved.pop(key, None)
+            if key in group:
+                saved[key] = group[key]
         check_group(saved, index)
+        for param in group["params"]:
+            entries = state.get(param)
+            if isinstance(entries, dict):
+                values = convert(entries, param, saved)
+                if values is not None:
+                    new_values.append((param, values))
+                if not counts_steps(saved):
+                    entries.pop("step", None)
+    with torch.no_grad():
+        for param, values in new_values:
+            param.copy_(values)
     optimizer.__setstate__({"state": state, "param_groups": saved_groups})
 
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():

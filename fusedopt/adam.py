@@ -1,10 +1,16 @@
 """Adam and AdamW."""
 
-from typing import Any, ClassVar
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from ._optimizer import FusedOptimizer, ParamGroup, Params, State
+from ._options import Additions, takes_additions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Adam(FusedOptimizer):
@@ -36,9 +42,11 @@ class Adam(FusedOptimizer):
             difference on the CPU.
         differentiable: must be False.
         decoupled_weight_decay: decay the parameter instead of adding to the grad.
+        additions: what torch lacks: precision, clipping, averaging; see
+            ``help(fusedopt.Additions)``.
 
     State of a parameter: ``step`` (float32, one element), ``exp_avg``, ``exp_avg_sq`` and, with
-    amsgrad, ``max_exp_avg_sq``, of its shape and dtype.
+    amsgrad, ``max_exp_avg_sq``, of its shape and, unless ``state_dtype`` says otherwise, dtype.
 
     Raises:
         ValueError: a hyper-parameter is NaN, infinite or out of range, a parameter is given twice,
@@ -46,7 +54,6 @@ class Adam(FusedOptimizer):
     """
 
     _row = "Adam"
-    _counts_steps = True
     _old_options: ClassVar[dict[str, Any]] = {
         "amsgrad": False,
         "maximize": False,
@@ -57,6 +64,7 @@ class Adam(FusedOptimizer):
         "decoupled_weight_decay": False,
     }
 
+    @takes_additions
     def __init__(
         self,
         params: Params,
@@ -72,6 +80,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        **additions: Unpack[Additions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -85,8 +94,12 @@ class Adam(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
+            **additions,
         }
         super().__init__(params, defaults)
+
+    def _counts_steps(self, group: ParamGroup) -> bool:
+        return True
 
     def _state_names(self, group: ParamGroup) -> list[str]:
         return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
@@ -100,6 +113,7 @@ class AdamW(Adam):
     are those of :class:`Adam`, with a default ``weight_decay`` of 1e-2.
     """
 
+    @takes_additions
     def __init__(
         self,
         params: Params,
@@ -114,6 +128,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        **additions: Unpack[Additions],
     ) -> None:
         super().__init__(
             params,
@@ -128,6 +143,7 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            **additions,
         )
 
     def __setstate__(self, state: State) -> None:

@@ -1,11 +1,17 @@
 """Momentum SGD."""
 
-from typing import Any, ClassVar
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from ._optimizer import FusedOptimizer, ParamGroup, Params
+from ._options import Additions, takes_additions
 from ._steps import is_on_gpu
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SGD(FusedOptimizer):
@@ -26,15 +32,21 @@ class SGD(FusedOptimizer):
             parameters' GPU is read there, in the step; its value is then not checked.
         momentum: momentum factor :math:`\mu`.
         dampening: dampening :math:`\tau` of what the grad adds to the momentum.
-        weight_decay: L2 penalty :math:`\lambda`.
+        weight_decay: L2 penalty :math:`\lambda`, or with ``decoupled_weight_decay`` the decay.
         nesterov: use Nesterov momentum; needs a momentum and no dampening.
         maximize: ascend instead of descend.
         foreach, fused: accepted for torch's sake; every step is fused.
         differentiable: must be False.
         capturable: allow ``step()`` to be captured into a CUDA graph. Options that are tensors on
             the GPU may then change between replays.
+        decoupled_weight_decay: :math:`p \leftarrow (1 - \gamma \lambda) p` before the update instead
+            of the penalty (SGDW: Loshchilov and Hutter, arXiv 1711.05101).
+        additions: what torch lacks: precision, clipping, averaging; see
+            ``help(fusedopt.Additions)``.
 
-    State of a parameter: ``momentum_buffer``, of its shape and dtype, if there is momentum.
+    State of a parameter: ``momentum_buffer``, of its shape and, unless ``state_dtype`` says
+    otherwise, dtype, if there is momentum; ``step`` (float32, one element) if there is an average or
+    stochastic rounding.
 
     Raises:
         ValueError: a hyper-parameter is NaN, infinite or out of range, a parameter is given twice,
@@ -42,7 +54,6 @@ class SGD(FusedOptimizer):
     """
 
     _row = "SGD"
-    _counts_steps = False
     _old_options: ClassVar[dict[str, Any]] = {
         "nesterov": False,
         "maximize": False,
@@ -52,6 +63,7 @@ class SGD(FusedOptimizer):
         "capturable": False,
     }
 
+    @takes_additions
     def __init__(
         self,
         params: Params,
@@ -66,6 +78,8 @@ class SGD(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
+        decoupled_weight_decay: bool = False,
+        **additions: Unpack[Additions],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -78,8 +92,14 @@ class SGD(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "capturable": capturable,
+            **additions,
         }
+        if decoupled_weight_decay:  # torch's groups have no such key
+            defaults["decoupled_weight_decay"] = True
         super().__init__(params, defaults)
+
+    def _counts_steps(self, group: ParamGroup) -> bool:
+        return group.get("ema_decay") is not None or group.get("stochastic_rounding", False)
 
     def _state_names(self, group: ParamGroup) -> list[str]:
         momentum = group["momentum"]

@@ -25,7 +25,7 @@ BOUNDARIES = {
     "vector-of-16": 16,
     "vector-of-32": 32,
     "alignment": constant("core/chunks.h", "kChunkAlignment"),
-    "tile": constant("cpu/isa_kernels.h", "kTileElements"),
+    "tile": constant("cpu/tiles.h", "kTileElements"),
     "first-chunk": CHUNK - constant("core/chunks.h", "kTensorCost"),
     "chunk": CHUNK,
 }

@@ -43,6 +43,10 @@ void Plan::read_param_and_grad(Operands& operands, Slot& slot) {
     read_operand(operands, kGrad);
   }
   check_against_param(operands, kGrad);
+  if (operands.rounds_by_chance && operands.views[kParam].dtype == DType::kFloat16)
+    throw py::value_error(subject(operands.place, "") + describe(operands.tensors[kParam]) +
+                          ", but stochastic_rounding is for torch.bfloat16; put it into a param "
+                          "group without");
 }
 
 void Plan::align_grad(Operands& operands, Slot& slot) const {
@@ -71,7 +75,8 @@ void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slo
     }
     read_operand(operands, k);
     check_against_param(operands, k);
-    if (!row_.counts_steps && work.data[k] != operands.views[k].data) {
+    if (operands.master != Master::kNone && k == operands.master_operand()) check_master(operands);
+    if (!slot.counts_steps && work.data[k] != operands.views[k].data) {
       slot.step = nullptr;  // it belonged to another state
       slot.step_on_gpu = false;
     }
@@ -107,6 +112,11 @@ void Plan::fill(Walk& walk, const Operands& operands, Work& work) {
   bool same_memory = disjoint_, same_size = chunked_;
   note(work.numel, count_elements(param) * (param.is_complex ? 2 : 1), same_size);
   note(work.num_operands, static_cast<uint8_t>(operands.count), same_memory);
+  work.master = operands.master;
+  work.has_average = operands.has_average;
+  work.rounds_by_chance = false;
+  for (int k = 0; operands.rounds_by_chance && k < operands.count; ++k)
+    if (k != kGrad && operands.views[k].dtype == DType::kBFloat16) work.rounds_by_chance = true;
   for (int k = 0; k < operands.count; ++k) {
     bool ignored = true;
     note(work.data[k], operands.views[k].data, k == kGrad ? ignored : same_memory);

@@ -48,7 +48,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("isa"), py::arg("chunk_elements") = 0)
       .def("step", &fusedopt::Plan::step, py::arg("param_groups"), py::arg("state"),
            py::arg("grad_scale"), py::arg("found_inf"), py::arg("create_state"),
-           py::arg("num_threads"))
+           py::arg("num_threads"), py::arg("checks_grads"))
+      .def_property_readonly("verdict", &fusedopt::Plan::verdict)
       .def("bookkeeping_bytes", &fusedopt::Plan::bookkeeping_bytes);
   m.def("check_group", &check_group, py::arg("optimizer"), py::arg("group"), py::arg("index"));
   m.def("build_info", &build_info);

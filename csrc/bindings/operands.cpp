@@ -25,6 +25,15 @@ std::string subject(const Operands& operands, int k) {
                        " whose memory torch does not export");
 }
 
+[[noreturn]] void raise_misfit(const Operands& operands, int k) {
+  const bool mixes_complex = operands.views[k].is_complex != operands.views[kParam].is_complex;
+  const std::string message =
+      subject(operands, k) + describe(operands.tensors[k]) +
+      ", which does not fit the parameter: " + describe(operands.tensors[kParam]);
+  if (mixes_complex) throw py::type_error(message);
+  throw py::value_error(message);
+}
+
 }  // namespace
 
 std::string Place::text() const {
@@ -47,7 +56,8 @@ void read_operand(Operands& operands, int k) {
   } catch (const UnknownTensorType& error) {
     throw py::type_error(subject(operands, k) + error.what());
   }
-  if (!view.is_supported)
+  const bool is_remainder = operands.master == Master::kSplit && k == operands.master_operand();
+  if (!view.is_supported || (view.dtype == DType::kRemainder && !is_remainder))
     throw py::type_error(subject(operands, k) + describe(operands.tensors[k]) +
                          ", but dtypes that can be stepped are float32, float64, bfloat16, "
                          "float16 and complex");
@@ -63,11 +73,16 @@ void check_against_param(const Operands& operands, int k) {
   if (same_shape(view, param) && view.device_type == param.device_type &&
       view.device_id == param.device_id && view.is_complex == param.is_complex)
     return;
-  const std::string message =
-      subject(operands, k) + describe(operands.tensors[k]) +
-      ", which does not fit the parameter: " + describe(operands.tensors[kParam]);
-  if (view.is_complex != param.is_complex) throw py::type_error(message);
-  throw py::value_error(message);
+  raise_misfit(operands, k);
+}
+
+void check_master(const Operands& operands) {
+  if (operands.master == Master::kNone) return;
+  const int k = operands.master_operand();
+  const bool is_split = operands.master == Master::kSplit;
+  if (operands.views[k].dtype == (is_split ? DType::kRemainder : DType::kFloat32)) return;
+  throw py::type_error(subject(operands, k) + describe(operands.tensors[k]) + ", but must be " +
+                       (is_split ? "torch.int16" : "torch.float32"));
 }
 
 uint8_t find_device(const Operands& operands) {
@@ -89,6 +104,10 @@ Dims make_dims(const Operands& operands) {
     Dim dim = {param.shape[d], {}};
     for (int k = 0; k < operands.count; ++k) dim.strides[k] = operands.views[k].strides[d] * parts;
     dims.push_back(dim);
+  }
+  if (operands.rounds_by_chance) {
+    int64_t stride = 1;
+    for (size_t d = dims.size(); d-- > 0; stride *= dims[d].size) dims[d].strides[kIndex] = stride;
   }
   if (param.is_complex) {
     Dim dim = {2, {}};

@@ -6,6 +6,7 @@
 
 #include "bindings/torch_api.h"
 #include "core/layout.h"
+#include "core/weight.h"
 
 // The tensors of one parameter's update, their checks, and the words for what is wrong with them.
 namespace fusedopt {
@@ -26,6 +27,12 @@ struct Operands {
   TensorView views[kMaxOperands];
   PyObject* step = nullptr;  // borrowed, null for optimizers that do not count
   int count = kFirstState;
+  // As in Work.
+  Master master = Master::kNone;
+  bool has_average = false;
+  bool rounds_by_chance = false;
+
+  int master_operand() const { return count - (has_average ? 2 : 1); }
 };
 
 // "grad of parameter 'fc.weight' (group 0, index 3) is ", to begin a message with; for the param
@@ -36,14 +43,19 @@ std::string subject(const Place& place, const std::string& name);
 // for a param or state whose memory does not hold its values (lazily conjugated or negated).
 void read_operand(Operands& operands, int k);
 
-// Raises ValueError or TypeError unless operand k fits the param: shape, device, real or complex.
+// Raises ValueError or TypeError unless operand k fits the param: shape, device, real or complex,
+// for a master weight the dtype.
 void check_against_param(const Operands& operands, int k);
+
+// Raises TypeError for a master weight of another dtype than its kind has.
+void check_master(const Operands& operands);
 
 // Who steps the param, in Work::device's terms. Raises if it is on a device that this build cannot
 // step.
 uint8_t find_device(const Operands& operands);
 
-// Real dims with the strides of every operand; a complex element is a dim of two.
+// Real dims with the strides of every operand; a complex element is a dim of two. With stochastic
+// rounding also those of the elements' numbers: a tensor is rounded the same way in any layout.
 Dims make_dims(const Operands& operands);
 
 }  // namespace fusedopt

@@ -14,12 +14,44 @@ const Key kDifferentiable("differentiable");
 const Key kMomentum("momentum"), kDampening("dampening"), kNesterov("nesterov");
 const Key kBetas("betas"), kEps("eps"), kAmsgrad("amsgrad"), kCapturable("capturable");
 const Key kDecoupledWeightDecay("decoupled_weight_decay");
+const Key kLrIndependent("lr_independent_weight_decay");
+const Key kStateDtype("state_dtype"), kMasterWeights("master_weights");
+const Key kStochasticRounding("stochastic_rounding"), kRoundingSeed("rounding_seed");
+const Key kMaxGradNorm("max_grad_norm"), kErrorIfNonfinite("error_if_nonfinite");
+const Key kEmaDecay("ema_decay"), kEmaBiasCorrection("ema_bias_correction");
+
+// What a group adds to torch's options: all that is off has no effect.
+void read_additions(GroupReader& group, Hyper& hyper) {
+  hyper.max_grad_norm = group.number_or(kMaxGradNorm, 0);
+  if (!(hyper.max_grad_norm > 0) && group.has(kMaxGradNorm))
+    group.fail("max_grad_norm must be above 0, or None: " + std::to_string(hyper.max_grad_norm));
+  hyper.ema_decay = group.number_or(kEmaDecay, -1);
+  if (group.has(kEmaDecay))
+    group.require(hyper.ema_decay >= 0 && hyper.ema_decay < 1,
+                  "ema_decay must be in [0, 1), or None", hyper.ema_decay);
+  hyper.ema_bias_correction = group.flag(kEmaBiasCorrection);
+  hyper.stochastic_rounding = group.flag(kStochasticRounding);
+  const double seed = group.number_or(kRoundingSeed, 0);
+  group.require(seed >= 0 && seed <= UINT32_MAX && seed == std::floor(seed),
+                "rounding_seed must be a whole number from 0 to 2**32 - 1", seed);
+  hyper.rounding_seed = static_cast<uint32_t>(seed);
+  group.check_state_dtype();
+  if (group.master_weights() != Master::kNone && hyper.stochastic_rounding)
+    group.fail(
+        "stochastic_rounding is for params without master_weights, whose updates would be lost "
+        "otherwise; choose one of the two");
+}
 
 void read_common(GroupReader& group, cuda::HyperSource& source) {
   Hyper& hyper = source.values;
   hyper.lr = group.number(kLr, source.lr);
   hyper.weight_decay = group.number(kWeightDecay, source.weight_decay);
   hyper.maximize = group.flag(kMaximize);
+  hyper.decoupled_weight_decay = group.flag(kDecoupledWeightDecay);
+  hyper.lr_independent_weight_decay = group.flag(kLrIndependent);
+  if (hyper.lr_independent_weight_decay && !hyper.decoupled_weight_decay)
+    group.fail("lr_independent_weight_decay needs decoupled_weight_decay");
+  read_additions(group, hyper);
   group.require(hyper.lr >= 0, "Invalid learning rate", hyper.lr);
   group.require(hyper.weight_decay >= 0, "Invalid weight_decay value", hyper.weight_decay);
   if (group.flag(kDifferentiable))
@@ -47,7 +79,6 @@ cuda::HyperSource read_adam(GroupReader& group) {
   hyper.eps = group.number(kEps, source.eps);
   group.betas(source);
   hyper.amsgrad = group.flag(kAmsgrad);
-  hyper.decoupled_weight_decay = group.flag(kDecoupledWeightDecay);
   group.require(hyper.eps >= 0, "Invalid epsilon value", hyper.eps);
   group.require(hyper.beta1 >= 0 && hyper.beta1 < 1, "Invalid beta parameter at index 0",
                 hyper.beta1);
@@ -105,7 +136,7 @@ bool GroupReader::find_on_gpu(py::handle value, const char* name, cuda::DeviceNu
   return true;
 }
 
-double GroupReader::to_number(py::handle value, const char* name, cuda::DeviceNumber& on_gpu) {
+double GroupReader::to_number(py::handle value, const char* name, cuda::DeviceNumber* on_gpu) {
   if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
   if (PyLong_CheckExact(value.ptr())) {
     const double number = PyLong_AsDouble(value.ptr());
@@ -113,7 +144,7 @@ double GroupReader::to_number(py::handle value, const char* name, cuda::DeviceNu
     PyErr_Clear();
     fail(std::string(name) + " is too large");
   }
-  if (leave_on_gpu_ && find_on_gpu(value, name, on_gpu)) return kUnknownNumber;
+  if (leave_on_gpu_ && on_gpu && find_on_gpu(value, name, *on_gpu)) return kUnknownNumber;
   const bool is_text = PyUnicode_Check(value.ptr()) || PyBytes_Check(value.ptr());
   if (!is_text && py::hasattr(value, "numel") && value.attr("numel")().cast<int64_t>() != 1)
     fail(std::string("Tensor ") + name + " must be 1-element");
@@ -133,8 +164,35 @@ double GroupReader::to_number(py::handle value, const char* name, cuda::DeviceNu
 double GroupReader::number(const Key& key, cuda::DeviceNumber& on_gpu) {
   const py::handle value = find(key);
   if (!value) fail(std::string("the group has no '") + key.name() + "'");
-  return to_number(value, key.name(), on_gpu);
+  return to_number(value, key.name(), &on_gpu);
 }
+
+bool GroupReader::has(const Key& key) const {
+  const py::handle value = find(key);
+  return value && !value.is_none();
+}
+
+double GroupReader::number_or(const Key& key, double otherwise) {
+  return has(key) ? to_number(find(key), key.name(), nullptr) : otherwise;
+}
+
+Master GroupReader::master_weights() const {
+  if (!has(kMasterWeights)) return Master::kNone;
+  const py::handle value = find(kMasterWeights);
+  if (PyUnicode_Check(value.ptr())) {
+    if (PyUnicode_CompareWithASCIIString(value.ptr(), "float32") == 0) return Master::kFloat32;
+    if (PyUnicode_CompareWithASCIIString(value.ptr(), "split") == 0) return Master::kSplit;
+  }
+  fail("master_weights must be 'float32', 'split' or None, got " + std::string(py::repr(value)));
+}
+
+void GroupReader::check_state_dtype() const {
+  if (has(kStateDtype) && !is_state_dtype(find(kStateDtype).ptr()))
+    fail("state_dtype must be torch.float32, torch.bfloat16 or None, got " +
+         std::string(py::repr(find(kStateDtype))));
+}
+
+bool GroupReader::errs_if_nonfinite() const { return flag(kErrorIfNonfinite); }
 
 bool GroupReader::flag(const Key& key) const {
   const py::handle value = find(key);
@@ -152,8 +210,12 @@ void GroupReader::betas(cuda::HyperSource& source) {
     fail("betas must be a pair of numbers");
   const auto values = py::reinterpret_steal<py::object>(PySequence_Fast(pair.ptr(), "betas"));
   PyObject** const items = PySequence_Fast_ITEMS(values.ptr());
-  source.values.beta1 = to_number(items[0], "betas[0]", source.beta1);
-  source.values.beta2 = to_number(items[1], "betas[1]", source.beta2);
+  source.values.beta1 = to_number(items[0], "betas[0]", &source.beta1);
+  source.values.beta2 = to_number(items[1], "betas[1]", &source.beta2);
+}
+
+bool counts_steps(const OptimizerRow& row, const Hyper& hyper) {
+  return row.always_counts || hyper.has_average() || hyper.stochastic_rounding;
 }
 
 const OptimizerRow& find_optimizer(const std::string& name) {

@@ -36,15 +36,21 @@ class GroupReader {
   // A Python number or a tensor of one element; `on_gpu` tells where it is, if it was left there.
   double number(const Key& key, cuda::DeviceNumber& on_gpu);
   bool flag(const Key& key) const;  // false if the group lacks it
+  // A Python number or a tensor of one element; `otherwise` if the group lacks it or it is None.
+  double number_or(const Key& key, double otherwise);
+  bool has(const Key& key) const;  // and it is not None
+  Master master_weights() const;
   void betas(cuda::HyperSource& source);
   bool is_capturable() const;
+  bool errs_if_nonfinite() const;
+  void check_state_dtype() const;
   int numbers_gpu() const { return numbers_gpu_; }  // the GPU they were left on, or -1
   [[noreturn]] void fail(const std::string& what) const;
   void require(bool holds, const char* what, double value) const;
 
  private:
   pybind11::handle find(const Key& key) const;  // borrowed, null if it is not there
-  double to_number(pybind11::handle value, const char* name, cuda::DeviceNumber& on_gpu);
+  double to_number(pybind11::handle value, const char* name, cuda::DeviceNumber* on_gpu);
   bool find_on_gpu(pybind11::handle value, const char* name, cuda::DeviceNumber& on_gpu);
 
   PyObject* group_;
@@ -57,10 +63,13 @@ struct OptimizerRow {
   const char* name;
   RuleId rule;
   std::array<Key, kMaxStates> state_names;        // the first num_states(hyper) are in use
-  bool counts_steps;                              // the state has "step"
+  bool always_counts;                             // the state has "step" whatever the options
   cuda::HyperSource (*read)(GroupReader& group);  // checks every value
   int (*num_states)(const Hyper& hyper);
 };
+
+// Whether a parameter's state has "step".
+bool counts_steps(const OptimizerRow& row, const Hyper& hyper);
 
 // Raises ValueError for an unknown name.
 const OptimizerRow& find_optimizer(const std::string& name);

@@ -50,11 +50,14 @@ Plan::Plan(const std::string& optimizer, const std::string& isa, int64_t chunk_e
   if (chunk_elements < 0) throw py::value_error("chunk_elements must not be negative");
 }
 
-void Plan::step(const py::list& param_groups, const py::dict& state, const py::object& grad_scale,
-                const py::object& found_inf, const py::function& create_state, int num_threads) {
+py::object Plan::step(const py::list& param_groups, const py::dict& state,
+                      const py::object& grad_scale, const py::object& found_inf,
+                      const py::function& create_state, int num_threads, bool checks_grads) {
   if (running_)
     throw std::runtime_error("step() of this optimizer is already running in another thread");
   running_ = true;
+  verdict_ = py::none();
+  changed_ = py::list();
   const AtExit at_exit([this] {
     release_grads();
     running_ = false;
@@ -62,25 +65,27 @@ void Plan::step(const py::list& param_groups, const py::dict& state, const py::o
   Scaling scaling;
   scaling.found_inf = found_inf;
   if (is_tensor(grad_scale.ptr())) scaling.grad_scale = grad_scale;
-  double scale = scaling.grad_scale.is_none() ? grad_scale.cast<double>() : 1.0;
-  if (!(scale > 0)) throw py::value_error("grad_scale must be positive");
+  GradFacts grads;
+  grads.scale = scaling.grad_scale.is_none() ? grad_scale.cast<double>() : 1.0;
+  if (!(grads.scale > 0)) throw py::value_error("grad_scale must be positive");
 
   gpu_counts_ = gpu_counts_ || scaling.is_on_gpu();
-  Walk walk = start_walk(param_groups, state, scale, false);
+  Walk walk = start_walk(param_groups, state, grads, false);
   const bool capturing = refuse_capture(walk);
   if (walk.has_cpu && scaling.is_on_gpu()) {  // only now does the host need to know
-    if (!found_inf.is_none() && py::float_(found_inf).cast<double>() > 0) return;
-    if (!scaling.grad_scale.is_none()) scale = py::float_(grad_scale).cast<double>();
-    walk = start_walk(param_groups, state, scale, false);
+    if (!found_inf.is_none() && py::float_(found_inf).cast<double>() > 0) return py::none();
+    if (!scaling.grad_scale.is_none()) grads.scale = py::float_(grad_scale).cast<double>();
+    walk = start_walk(param_groups, state, grads, false);
   }
+  const bool measures = walk.clips || checks_grads;
   const bool gpu_counts =
       !walk.gpus.empty() &&
-      (walk.has_gpu_counts || scaling.is_on_gpu() ||
+      (walk.has_gpu_counts || scaling.is_on_gpu() || measures ||
        std::any_of(walk.groups.begin(), walk.groups.end(),
                    [](const Group& group) { return group.capturable || group.numbers_gpu >= 0; }));
   if (gpu_counts != walk.gpu_counts) {
     gpu_counts_ = gpu_counts;
-    walk = start_walk(param_groups, state, scale, false);
+    walk = start_walk(param_groups, state, grads, false);
   }
   if (capturing && !walk.missing.empty())
     throw std::runtime_error(
@@ -89,28 +94,35 @@ void Plan::step(const py::list& param_groups, const py::dict& state, const py::o
         "the capture");
   if (!disjoint_) refuse_overlap(walk);
   disjoint_ = true;
+
   Launches launches;
-  if (walk.missing.empty()) {
-    prepare(walk, scaling, launches);
-  } else {
-    const py::object discard = create_state(walk.missing, walk.gpu_counts);
-    try {
-      walk = start_walk(param_groups, state, scale, true);
+  if (measures && walk.gpus.empty() && measure(walk, param_groups, launches, num_threads))
+    return py::none();  // before anything is created
+  py::object discard = py::none();
+  bool skips = false;
+  try {
+    if (!walk.missing.empty()) {
+      discard = create_state(walk.missing, walk.gpu_counts);
+      walk = start_walk(param_groups, state, walk.grads, true);
       if (!walk.missing.empty()) throw std::runtime_error("state that was created is not there");
-      if (walk.gpu_counts && !found_inf.is_none()) count_first_steps(walk);
-      prepare(walk, scaling, launches);
-    } catch (...) {
-      discard();
-      throw;
+      if (walk.gpu_counts && (measures || !found_inf.is_none())) count_first_steps(walk);
     }
+    prepare(walk, scaling, measures, launches);
+    if (measures && !walk.gpus.empty())
+      skips = measure(walk, param_groups, launches, num_threads);
+    if (skips && !discard.is_none()) discard();
+  } catch (...) {
+    if (!discard.is_none()) discard();
+    throw;
   }
-  run(walk, launches, num_threads);
+  if (!skips) run(walk, launches, num_threads);
+  return skips || changed_.empty() ? py::object(py::none()) : py::object(changed_);
 }
 
-Plan::Walk Plan::start_walk(const py::list& param_groups, const py::dict& state, double grad_scale,
-                            bool is_second) {
+Plan::Walk Plan::start_walk(const py::list& param_groups, const py::dict& state,
+                            const GradFacts& grads, bool is_second) {
   release_grads();
-  Walk walk{{}, state.ptr(), grad_scale, gpu_counts_, is_second};
+  Walk walk{{}, state.ptr(), grads, gpu_counts_, is_second};
   walk.groups.reserve(param_groups.size());
   walk.scalars.reserve(param_groups.size());
   for (const py::handle group : param_groups) {
@@ -124,14 +136,16 @@ Plan::Walk Plan::start_walk(const py::list& param_groups, const py::dict& state,
         with_family(row_.rule, [&](auto family) { return variant(family, source.values); });
     walk.groups.push_back({group.ptr(), params, source, reader.numbers_gpu(),
                            row_.num_states(source.values), static_cast<uint8_t>(variant_number),
-                           reader.is_capturable()});
+                           reader.is_capturable(), reader.master_weights(),
+                           counts_steps(row_, source.values), reader.errs_if_nonfinite()});
+    walk.clips = walk.clips || source.values.max_grad_norm > 0;
   }
   this->walk(walk);
   return walk;
 }
 
 // All that can fail of what the GPUs are to do.
-void Plan::prepare(const Walk& walk, const Scaling& scaling, Launches& launches) {
+void Plan::prepare(const Walk& walk, const Scaling& scaling, bool measures, Launches& launches) {
   for (const Dims& dims : dims_)
     launches.layouts.push_back({dims.data(), static_cast<int>(dims.size())});
   if (walk.gpu_counts)
@@ -158,6 +172,8 @@ void Plan::prepare(const Walk& walk, const Scaling& scaling, Launches& launches)
     };
     share.grad_scale = read(scaling.grad_scale);
     share.found_inf = read(scaling.found_inf);
+    share.measures = measures;
+    share.clips = walk.clips;
     launches.shares.push_back(share);
   }
   if (launches.shares.empty()) return;
@@ -167,7 +183,7 @@ void Plan::prepare(const Walk& walk, const Scaling& scaling, Launches& launches)
 
 void Plan::run(Walk& walk, const Launches& launches, int num_threads) {
   if (!launches.shares.empty()) launch(walk, launches);
-  if (row_.counts_steps) write_steps(walk);
+  write_steps(walk);
   if (walk.has_cpu) return run_on_cpu(walk, launches.layouts, num_threads);
   try {
     increment_versions(walk.written.ptr());
@@ -187,15 +203,20 @@ void Plan::launch(const Walk& walk, const Launches& launches) {
   }
 }
 
+// Chunks and leaves of the works that are not on a GPU.
+void Plan::plan_cpu_chunks() {
+  if (chunked_) return;
+  std::vector<int64_t> sizes;
+  for (size_t at = 0; at < works_.size(); ++at)
+    sizes.push_back(slots_[at].device < kFirstGpu ? works_[at].numel : 0);
+  chunks_ = plan_chunks(sizes, chunk_elements_ > 0 ? chunk_elements_ : chunk_elements_for(sizes));
+  chunks_.shrink_to_fit();
+  leaves_ = {};
+  chunked_ = true;
+}
+
 void Plan::run_on_cpu(Walk& walk, const std::vector<Layout>& layouts, int num_threads) {
-  if (!chunked_) {
-    std::vector<int64_t> sizes;
-    for (size_t at = 0; at < works_.size(); ++at)
-      sizes.push_back(slots_[at].device < kFirstGpu ? works_[at].numel : 0);
-    chunks_ = plan_chunks(sizes, chunk_elements_ > 0 ? chunk_elements_ : chunk_elements_for(sizes));
-    chunks_.shrink_to_fit();
-    chunked_ = true;
-  }
+  plan_cpu_chunks();
   const Step step = {row_.rule,      works_.data(),  walk.scalars.data(),
                      layouts.data(), chunks_.data(), static_cast<int64_t>(chunks_.size()) - 1};
   std::exception_ptr error;  // Ctrl-C, say: the step is then done before it is raised
@@ -218,7 +239,8 @@ void Plan::run_on_cpu(Walk& walk, const std::vector<Layout>& layouts, int num_th
 void Plan::write_steps(const Walk& walk) const {
   for (size_t at = 0; at < works_.size(); ++at) {
     const Slot& slot = slots_[at];
-    if (works_[at].device == kIdle || (slot.device != kCpu && walk.gpu_counts)) continue;
+    if (works_[at].device == kIdle || !slot.counts_steps) continue;
+    if (slot.device != kCpu && walk.gpu_counts) continue;
     if (slot.step_dtype == DType::kFloat32)
       *static_cast<float*>(slot.step) = static_cast<float>(slot.next_step);
     else
@@ -248,11 +270,10 @@ bool Plan::refuse_capture(const Walk& walk) const {
 // An optimizer that counts no steps treats a parameter's first one differently if it has dampening.
 // Whether that step takes place under a GradScaler only the GPU knows, so it counts it.
 void Plan::count_first_steps(Walk& walk) {
-  if (row_.counts_steps) return;
   for (size_t at = 0; at < works_.size(); ++at) {
     Slot& slot = slots_[at];
     cuda::Clock& clock = clocks_[at];
-    if (!clock.active || !slot.is_first || slot.step != nullptr) continue;
+    if (slot.counts_steps || !clock.active || !slot.is_first || slot.step != nullptr) continue;
     if (walk.groups[static_cast<size_t>(clock.group)].source.values.dampening == 0) continue;
     first_steps_.push_back(allocate(slot.device - kFirstGpu, sizeof(float), cuda::Memory::kZeros));
     clock.step = slot.step = first_steps_.back().get();
@@ -278,7 +299,7 @@ void Plan::refuse_overlap(const Walk& walk) const {
       at -= PyList_GET_SIZE(walk.groups[static_cast<size_t>(g)].params);
     const std::string param = Place{walk.groups[static_cast<size_t>(g)].dict, g, at}.text();
     if (operand == kParam) return param;
-    return row_.state_names[static_cast<size_t>(operand - kFirstState)].name() + (" of " + param);
+    return name_of_state(works_[static_cast<size_t>(owner / kMaxOperands)], operand) + " of " + param;
   };
   if (found->first == found->second)
     throw py::value_error("elements of " + name(found->first) +
@@ -287,13 +308,20 @@ void Plan::refuse_overlap(const Walk& walk) const {
                         " share memory, so one step would update it twice");
 }
 
+std::string Plan::name_of_state(const Work& work, int operand) const {
+  if (work.has_average && operand == average_operand(work)) return "ema_param";
+  if (work.master != Master::kNone && operand == master_operand(work))
+    return work.master == Master::kSplit ? "param_remainder" : "master_param";
+  return row_.state_names[static_cast<size_t>(operand - kFirstState)].name();
+}
+
 void Plan::release_grads() {
   for (Slot& slot : slots_) Py_CLEAR(slot.grad);
 }
 
 int64_t Plan::bookkeeping_bytes() const {
   size_t bytes = sizeof(*this) + works_.capacity() * sizeof(Work) +
-                 slots_.capacity() * sizeof(Slot) + chunks_.capacity() * sizeof(ChunkStart);
+                 slots_.capacity() * sizeof(Slot) + (chunks_.capacity() + leaves_.capacity()) * sizeof(ChunkStart);
   for (const Dims& dims : dims_) bytes += sizeof(Dims) + dims.capacity() * sizeof(Dim);
   return static_cast<int64_t>(bytes);
 }

@@ -29,10 +29,16 @@ class Plan {
   // `create_state` is called with a list of (group, index) of the parameters whose state lacks
   // something and whether step counts belong on the GPU; what it returns undoes that.
   // Grads are divided by `grad_scale`, a number or a tensor on a GPU; nothing changes if
-  // `found_inf`, a tensor on a GPU or None, is above 0.
-  void step(const pybind11::list& param_groups, const pybind11::dict& state,
-            const pybind11::object& grad_scale, const pybind11::object& found_inf,
-            const pybind11::function& create_state, int num_threads);
+  // `found_inf`, a tensor on a GPU or None, is above 0; nor, if `checks_grads`, if a grad is
+  // infinite or NaN. Returns a list of (group, index) of the parameters whose options have changed so
+  // that they use less state than before, or None.
+  pybind11::object step(const pybind11::list& param_groups, const pybind11::dict& state,
+                        const pybind11::object& grad_scale, const pybind11::object& found_inf,
+                        const pybind11::function& create_state, int num_threads,
+                        bool checks_grads);
+
+  // The Verdict on the grads of the latest step, a tensor; None if they were not read for one.
+  const pybind11::object& verdict() const { return verdict_; }
 
   // Bytes that the plan keeps between steps.
   int64_t bookkeeping_bytes() const;
@@ -43,15 +49,28 @@ class Plan {
     PyObject* params;
     cuda::HyperSource source;
     int numbers_gpu;  // where the numbers of `source` are that are on a GPU, or -1
-    int num_states;
+    int num_states;  // of the rule
     uint8_t variant;
     bool capturable;
+    Master master_weights;
+    bool counts_steps;
+    bool errs_if_nonfinite;
+    bool has_state() const {
+      return num_states > 0 || counts_steps || master_weights != Master::kNone ||
+             source.values.has_average();
+    }
     Hyper host_values = source.values;  // for parameters on the CPU
     // Where the scalars of a (step, is first) are, for those that occur in the group; the ones of
     // the parameter before fit the next one as a rule.
     std::map<std::pair<double, bool>, int32_t> scalars = {};
     std::pair<double, bool> last_key = {-1, false};
     int32_t last_scalars = -1;
+  };
+
+  // What scalars follow from: the group, the number of the step, whether the state is new.
+  struct ScalarsKey {
+    size_t group;
+    std::pair<double, bool> time;
   };
 
   // What a step keeps of a parameter beside its Work.
@@ -62,6 +81,8 @@ class Plan {
     double next_step = 0;
     DType step_dtype = DType::kFloat32;
     bool step_on_gpu = false;
+    bool counts_steps = false;
+    bool rounds_by_chance = false;  // as its group has it
     uint8_t device = kIdle;  // as in Work, whether there is a grad or not
     bool is_first = false;
     bool recognizable = false;  // equal fingerprints mean that the work stands
@@ -86,7 +107,7 @@ class Plan {
   struct Walk {
     std::vector<Group> groups;
     PyObject* state;
-    double grad_scale;
+    GradFacts grads;
     bool gpu_counts;          // GPUs count the steps of their parameters and compute the scalars
     bool is_second;           // after the creation of missing state
     Py_ssize_t state_at = 0;  // PyDict_Next's position in `state`, whose order is nearly always
@@ -94,6 +115,9 @@ class Plan {
     PyObject* next_state = nullptr;
     std::vector<Dims> dims = {};
     std::vector<Scalars> scalars = {};
+    std::vector<ScalarsKey> scalars_keys = {};  // what each of them is for
+    bool clips = false;                         // a group limits the norm of the grads
+    bool has_subclasses = false;                // params that are DTensors
     bool has_cpu = false;                       // parameters to step there
     bool has_gpu_counts = false;                // step counts that only a GPU knows
     std::vector<bool> gpus = {};                // with parameters to step, by number
@@ -105,32 +129,45 @@ class Plan {
   struct Found {
     PyObject* tensors[kMaxOperands] = {};
     PyObject* step = nullptr;
+    const Key* names[kMaxOperands] = {};  // of the states, as in the state's dict
+    int count = kFirstState;              // of tensors, those included that are missing
+    Master master = Master::kNone;
     bool is_complete = false;
   };
 
   Walk start_walk(const pybind11::list& param_groups, const pybind11::dict& state,
-                  double grad_scale, bool is_second);
+                  const GradFacts& grads, bool is_second);
   void walk(Walk& walk);
   void walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t first, int n,
                   size_t at);
   void visit(Walk& walk, Group& group, const Place& place, const Found& found, size_t at);
   PyObject* find_state_dict(Walk& walk, const Group& group, PyObject* param, bool active) const;
+  void name_states(const Group& group, const Place& place, Found& found) const;
   bool find_state(PyObject* state, const Group& group, const Place& place, Found& found) const;
+  void take_over(const Group& group, const Place& place, const Found& found, Operands& operands,
+                 Slot& slot) const;
   enum class Unchanged { kNothing, kAllButGrad, kAll };
-  Unchanged compare(const Found& found, int count, bool is_complete, Slot& slot) const;
+  Unchanged compare(const Found& found, bool is_known, Slot& slot) const;
   void read_param_and_grad(Operands& operands, Slot& slot);
   void align_grad(Operands& operands, Slot& slot) const;
   void read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slot& slot);
   void find_step(const Operands& operands, Slot& slot) const;
-  void set_clock(Walk& walk, const Group& group, const Place& place, const Slot& slot, size_t at);
+  void set_clock(Walk& walk, const Group& group, const Place& place, bool is_complete, size_t at);
   void read_step(const Place& place, Slot& slot) const;
   void fill(Walk& walk, const Operands& operands, Work& work);
   void lay_out(Walk& walk, const Operands& operands, Work& work) const;
   int32_t schedule(Walk& walk, Group& group, const Slot& slot) const;
   void refuse_overlap(const Walk& walk) const;
+  std::string name_of_state(const Work& work, int operand) const;
   bool refuse_capture(const Walk& walk) const;
   void count_first_steps(Walk& walk);
-  void prepare(const Walk& walk, const Scaling& scaling, Launches& launches);
+  void prepare(const Walk& walk, const Scaling& scaling, bool measures, Launches& launches);
+  void plan_cpu_chunks();
+  bool measure(Walk& walk, const pybind11::list& param_groups, Launches& launches, int num_threads);
+  void measure_on_cpu(int num_threads, double* totals, int64_t num_classes);
+  void combine(Launches& launches, const pybind11::object& reductions,
+               std::vector<pybind11::object>& numbers, std::vector<double*>& data);
+  void rescale(Walk& walk) const;
   void run(Walk& walk, const Launches& launches, int num_threads);
   void launch(const Walk& walk, const Launches& launches);
   void run_on_cpu(Walk& walk, const std::vector<Layout>& layouts, int num_threads);
@@ -147,9 +184,13 @@ class Plan {
   std::vector<Slot> slots_;
   std::vector<Dims> dims_;  // of works that are not dense
   std::vector<ChunkStart> chunks_;
+  std::vector<ChunkStart> leaves_;  // of the norm, if it was needed since works_ changed
   bool disjoint_ = false;            // the memory that works_ write has been checked for overlap
   bool chunked_ = false;             // chunks_ fit works_
   std::vector<cuda::Clock> clocks_;  // of this step, if GPUs count
+
+  pybind11::object verdict_ = pybind11::none();
+  pybind11::list changed_;  // (group, index) of params that use less state than in the step before
 
   std::unique_ptr<cuda::Driver> driver_;  // made when it is needed
   bool gpu_counts_ = false;               // some step counts were on a GPU in the step before

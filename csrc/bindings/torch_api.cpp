@@ -20,6 +20,11 @@ struct Torch {
   PyObject* local_attribute = nullptr;  // of fusedopt._tensors
   PyObject* align = nullptr;            // of fusedopt._tensors
   PyObject* allocate = nullptr;         // of fusedopt._tensors
+  PyObject* new_numbers = nullptr;      // of fusedopt._norms
+  PyObject* combine_totals = nullptr;   // of fusedopt._norms
+  PyObject* classify = nullptr;         // of fusedopt._norms
+  PyObject* float32 = nullptr;
+  PyObject* bfloat16 = nullptr;
   PyObject* float_on_gpu = nullptr;     // of fusedopt._tensors
   PyObject* grad_name = nullptr;
   PyGetSetDef* grad = nullptr;  // TensorBase.grad, to be called without a lookup per tensor
@@ -84,6 +89,10 @@ bool read_dtype(DLDataType dtype, TensorView& view) {
     view.dtype = DType::kBFloat16;
     return true;
   }
+  if (dtype.code == kDlInt && bits == 16) {
+    view.dtype = DType::kRemainder;
+    return true;
+  }
   if (dtype.code != kDlFloat && dtype.code != kDlComplex) return false;
   view.dtype = bits == 64 ? DType::kFloat64 : bits == 32 ? DType::kFloat32 : DType::kFloat16;
   return bits == 64 || bits == 32 || bits == 16;
@@ -111,6 +120,12 @@ void connect_to_torch() {
   g_torch.align = keep(py::module_::import("fusedopt._tensors").attr("align"));
   g_torch.allocate = keep(py::module_::import("fusedopt._tensors").attr("allocate"));
   g_torch.float_on_gpu = keep(py::module_::import("fusedopt._tensors").attr("float_on_gpu"));
+  const auto norms = py::module_::import("fusedopt._norms");
+  g_torch.new_numbers = keep(norms.attr("new_numbers"));
+  g_torch.combine_totals = keep(norms.attr("combine_totals"));
+  g_torch.classify = keep(norms.attr("classify"));
+  g_torch.float32 = keep(torch.attr("float32"));
+  g_torch.bfloat16 = keep(torch.attr("bfloat16"));
   g_torch.grad_name = PyUnicode_InternFromString("grad");
   g_torch.grad = attribute_of(base, "grad");
   g_torch.is_neg = method_of(base, "is_neg");
@@ -135,6 +150,30 @@ bool read_tensor(PyObject* tensor, TensorView& view) {
 }
 
 bool is_tensor(PyObject* object) { return PyObject_TypeCheck(object, g_torch.tensor_type); }
+
+bool is_state_dtype(PyObject* dtype) {
+  return dtype == g_torch.float32 || dtype == g_torch.bfloat16;
+}
+
+py::object new_numbers(int gpu, int64_t count, double*& data) {
+  py::object numbers = py::handle(g_torch.new_numbers)(gpu, count, cuda::is_emulated());
+  data = const_cast<double*>(data_of_numbers(numbers));
+  return numbers;
+}
+
+const double* data_of_numbers(py::handle numbers) {
+  DLTensor dl;
+  if (g_torch.describe(numbers.ptr(), &dl) != 0) throw py::error_already_set();
+  return reinterpret_cast<const double*>(static_cast<char*>(dl.data) + dl.byte_offset);
+}
+
+py::list combine_totals(const py::list& totals, const py::object& reductions) {
+  return py::handle(g_torch.combine_totals)(totals, reductions);
+}
+
+py::tuple classify(const py::list& param_groups) {
+  return py::handle(g_torch.classify)(param_groups);
+}
 
 bool is_on_gpu(const TensorView& view) {
   return view.device_type == kDlCuda || (view.device_type == kDlCpu && cuda::is_emulated());

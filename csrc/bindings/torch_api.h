@@ -40,6 +40,21 @@ bool read_tensor(PyObject* tensor, TensorView& view);
 
 bool is_tensor(PyObject* object);
 
+// Whether states may be of this torch.dtype: float32 or bfloat16.
+bool is_state_dtype(PyObject* dtype);
+
+// `count` float64 numbers on a GPU, or on the CPU if `gpu` is below 0; a tensor of its own.
+pybind11::object new_numbers(int gpu, int64_t count, double*& data);
+
+// What all devices' and processes' [squares, nonfinite] of each class add up to, a tensor for each
+// of `totals`, on its device. `reductions`: as fusedopt._norms.classify() gave them.
+pybind11::list combine_totals(const pybind11::list& totals, const pybind11::object& reductions);
+
+// (class of each param's grad in the global norm, what combine_totals() needs to know of them).
+pybind11::tuple classify(const pybind11::list& param_groups);
+
+const double* data_of_numbers(pybind11::handle numbers);
+
 bool is_on_gpu(const TensorView& view);
 
 // A cudaStream_t: torch's current stream of that GPU.

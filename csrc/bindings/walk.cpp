@@ -11,6 +11,8 @@ namespace fusedopt {
 namespace {
 
 const Key kStep("step");
+const Key kMasterParam("master_param"), kParamRemainder("param_remainder");
+const Key kEmaParam("ema_param");
 
 // Parameters that are walked together.
 constexpr int kBlock = 8;
@@ -43,12 +45,25 @@ void note_gpu(std::vector<bool>& gpus, int gpu) {
 
 // `key` holds the number of the step and whether the state is new.
 Scalars scalars_for(RuleId rule, const Hyper& hyper, std::pair<double, bool> key,
-                    double grad_scale) {
+                    const GradFacts& grads) {
   const Time time = {static_cast<uint64_t>(key.first), key.second};
   Scalars scalars;
-  with_family(
-      rule, [&](auto family) { set_scalars(scalars, schedule(family, hyper, time, grad_scale)); });
+  with_family(rule,
+              [&](auto family) { set_scalars(scalars, schedule(family, hyper, time, grads)); });
   return scalars;
+}
+
+// What holds the rest of this param's weight. Params of 32 bits and more are their weights.
+Master master_of(Master wanted, PyObject* param, const Place& place) {
+  TensorView view;
+  if (!read_tensor(param, view) || !view.is_supported) return Master::kNone;  // refused later
+  if (wanted == Master::kFloat32 && item_size(view.dtype) > 2) return Master::kNone;
+  if (view.is_complex || (wanted == Master::kSplit && view.dtype != DType::kBFloat16))
+    throw py::value_error(subject(place, "") + describe(param) + ", but master_weights='" +
+                          (wanted == Master::kSplit ? "split' is for torch.bfloat16"
+                                                    : "float32' is for real numbers") +
+                          "; put it into a param group without");
+  return wanted;
 }
 
 template <class Found, class F>
@@ -112,8 +127,10 @@ void Plan::walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t 
     prefetch_storage(slots_[at + static_cast<size_t>(j)].grad);
     found[j].tensors[kParam] = params[j];
     found[j].tensors[kGrad] = slots_[at + static_cast<size_t>(j)].grad;
+    const bool active = found[j].tensors[kGrad] != Py_None;
+    if (active) name_states(group, {group.dict, group_index, first + j}, found[j]);
     found[j].is_complete =
-        find_state(states[j], group, {group.dict, group_index, first + j}, found[j]);
+        active && find_state(states[j], group, {group.dict, group_index, first + j}, found[j]);
     for_each_state(found[j], [](PyObject* tensor) { __builtin_prefetch(tensor); });
   }
   for (int j = 0; j < n; ++j) for_each_state(found[j], prefetch_description);
@@ -126,7 +143,7 @@ void Plan::walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t 
 // parameters, as a rule, so following the dict's order saves hashing (a Python call).
 PyObject* Plan::find_state_dict(Walk& walk, const Group& group, PyObject* param,
                                 bool active) const {
-  if (group.num_states == 0 && !row_.counts_steps) return nullptr;
+  if (!group.has_state()) return nullptr;
   if (walk.next_param == nullptr)
     PyDict_Next(walk.state, &walk.state_at, &walk.next_param, &walk.next_state);
   PyObject* state = nullptr;
@@ -140,18 +157,27 @@ PyObject* Plan::find_state_dict(Walk& walk, const Group& group, PyObject* param,
   return active && state != nullptr && PyDict_Check(state) ? state : nullptr;
 }
 
+void Plan::name_states(const Group& group, const Place& place, Found& found) const {
+  for (int s = 0; s < group.num_states; ++s)
+    found.names[found.count++] = &row_.state_names[static_cast<size_t>(s)];
+  if (group.master_weights != Master::kNone)
+    found.master = master_of(group.master_weights, found.tensors[kParam], place);
+  if (found.master != Master::kNone)
+    found.names[found.count++] = found.master == Master::kSplit ? &kParamRemainder : &kMasterParam;
+  if (group.source.values.has_average()) found.names[found.count++] = &kEmaParam;
+}
+
 // Finds the tensors of a parameter's state in its dict; true if all that the step needs are there.
 bool Plan::find_state(PyObject* state, const Group& group, const Place& place, Found& found) const {
-  if (state == nullptr) return group.num_states == 0 && !row_.counts_steps;
+  if (state == nullptr) return !group.counts_steps && found.count == kFirstState;
 
   // Keys are interned as a rule, so going through the few entries is cheaper than three lookups.
-  PyObject* const step_key = row_.counts_steps ? kStep.object() : nullptr;
-  int left = group.num_states + (row_.counts_steps ? 1 : 0);
+  PyObject* const step_key = group.counts_steps ? kStep.object() : nullptr;
+  int left = found.count - kFirstState + (group.counts_steps ? 1 : 0);
   const auto take = [&](PyObject* key, PyObject* value) {
     PyObject** entry = key == step_key ? &found.step : nullptr;
-    for (int s = 0; entry == nullptr && s < group.num_states; ++s)
-      if (key == row_.state_names[static_cast<size_t>(s)].object())
-        entry = &found.tensors[kFirstState + s];
+    for (int k = kFirstState; entry == nullptr && k < found.count; ++k)
+      if (key == found.names[k]->object()) entry = &found.tensors[k];
     if (entry == nullptr || *entry != nullptr) return;
     if (!is_tensor(value)) {
       refuse_entry(place, key, value, key == step_key);
@@ -169,8 +195,7 @@ bool Plan::find_state(PyObject* state, const Group& group, const Place& place, F
     if (PyObject* const value = PyDict_GetItemWithError(state, name)) take(name, value);
   };
   if (step_key != nullptr) look_up(step_key);
-  for (int s = 0; s < group.num_states; ++s)
-    look_up(row_.state_names[static_cast<size_t>(s)].object());
+  for (int k = kFirstState; k < found.count; ++k) look_up(found.names[k]->object());
   return left == 0;
 }
 
@@ -182,17 +207,17 @@ void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& foun
   work.device = kIdle;
   if (!active) return;
 
-  const int count = kFirstState + group.num_states;
-  const Unchanged unchanged =
-      compare(found, count, found.is_complete && work.num_operands == count, slot);
+  const Hyper& hyper = group.source.values;
+  const bool is_known = found.is_complete && work.num_operands == found.count &&
+                        work.master == found.master && work.has_average == hyper.has_average() &&
+                        slot.rounds_by_chance == hyper.stochastic_rounding;
+  const bool uses_less = (work.master != Master::kNone && work.master != found.master) ||
+                         (work.has_average && !hyper.has_average());
+  if (uses_less) changed_.append(py::make_tuple(place.group_index, place.index));
+  const Unchanged unchanged = compare(found, is_known, slot);
   if (unchanged != Unchanged::kAll) {
     Operands operands;
-    operands.place = place;
-    operands.count = count;
-    operands.step = found.step;
-    std::copy(found.tensors, found.tensors + kMaxOperands, operands.tensors);
-    for (int s = 0; s < group.num_states; ++s)
-      operands.names[kFirstState + s] = row_.state_names[static_cast<size_t>(s)].name();
+    take_over(group, place, found, operands, slot);
     read_param_and_grad(operands, slot);
     const TensorView& grad = operands.views[kGrad];
     if (unchanged == Unchanged::kAllButGrad && work.dtypes[kGrad] == grad.dtype &&
@@ -203,31 +228,45 @@ void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& foun
     slot.recognizable = found.is_complete && work.layout == kDense &&
                         operands.views[kParam].ndim <= kMaxFingerprintDims;
   }
-  if (!walk.is_second) slot.is_first = !found.is_complete;
+  if (!walk.is_second) slot.is_first = group.num_states > 0 && !found.tensors[kFirstState];
   work.device = slot.device;
   work.variant = group.variant;
+  work.norm_class = 0;
+  walk.has_subclasses = walk.has_subclasses || !is_plain(found.tensors[kParam]);
   if (work.device == kCpu)
     walk.has_cpu = true;
   else
     note_gpu(walk.gpus, work.device - kFirstGpu);
   if (work.device != kCpu && walk.gpu_counts) {
-    set_clock(walk, group, place, slot, at);
+    set_clock(walk, group, place, found.is_complete, at);
   } else {
-    if (row_.counts_steps && found.is_complete && !slot.step_on_gpu) read_step(place, slot);
+    if (group.counts_steps && found.is_complete && !slot.step_on_gpu) read_step(place, slot);
     work.scalars = schedule(walk, group, slot);
   }
   walk.has_gpu_counts = walk.has_gpu_counts || slot.step_on_gpu;
   PyList_Append(walk.written.ptr(), found.tensors[kParam]);
 }
 
+void Plan::take_over(const Group& group, const Place& place, const Found& found, Operands& operands,
+                     Slot& slot) const {
+  operands.place = place;
+  operands.count = found.count;
+  operands.step = found.step;
+  operands.master = found.master;
+  operands.has_average = group.source.values.has_average();
+  operands.rounds_by_chance = group.source.values.stochastic_rounding;
+  slot.rounds_by_chance = operands.rounds_by_chance;
+  slot.counts_steps = group.counts_steps;
+  for (int k = 0; k < found.count; ++k) operands.tensors[k] = found.tensors[k];
+  for (int k = kFirstState; k < found.count; ++k) operands.names[k] = found.names[k]->name();
+}
+
 // What of a parameter's tensors is as it was in the step before, so that its work stands.
-Plan::Unchanged Plan::compare(const Found& found, int count, bool is_complete, Slot& slot) const {
+Plan::Unchanged Plan::compare(const Found& found, bool is_known, Slot& slot) const {
   if (!has_fingerprints()) return Unchanged::kNothing;
-  bool same = is_complete && slot.recognizable, same_grad = false;
+  bool same = is_known && slot.recognizable, same_grad = false;
   for (int k = 0; k <= kMaxOperands; ++k) {
-    PyObject* const tensor = k == kMaxOperands ? found.step
-                             : k < count       ? found.tensors[k]
-                                               : nullptr;
+    PyObject* const tensor = k == kMaxOperands ? found.step : found.tensors[k];
     if (tensor == nullptr) {
       slot.fingerprints[k] = kNoFingerprint;
       continue;
@@ -245,8 +284,9 @@ Plan::Unchanged Plan::compare(const Found& found, int count, bool is_complete, S
 }
 
 // What the GPU needs to know to count a parameter's step.
-void Plan::set_clock(Walk& walk, const Group& group, const Place& place, const Slot& slot,
+void Plan::set_clock(Walk& walk, const Group& group, const Place& place, bool is_complete,
                      size_t at) {
+  const Slot& slot = slots_[at];
   const int gpu = slot.device - kFirstGpu;
   if (group.numbers_gpu >= 0 && group.numbers_gpu != gpu)
     throw py::value_error("options of param group " + std::to_string(place.group_index) +
@@ -254,8 +294,8 @@ void Plan::set_clock(Walk& walk, const Group& group, const Place& place, const S
                           place.text() + " is on cuda:" + std::to_string(gpu));
   // A count on the host is moved as one that is missing is created; where both are one there is
   // nothing to move.
-  if (row_.counts_steps && !slot.step_on_gpu && !walk.is_second && !cuda::is_emulated() &&
-      !slot.is_first)
+  if (group.counts_steps && !slot.step_on_gpu && !walk.is_second && !cuda::is_emulated() &&
+      is_complete)
     walk.missing.append(py::make_tuple(place.group_index, place.index));
   clocks_[at] = {slot.step, static_cast<int32_t>(place.group_index), slot.step_dtype, true,
                  slot.is_first};
@@ -272,7 +312,7 @@ void Plan::read_step(const Place& place, Slot& slot) const {
 
 // Index of the scalars for a parameter at its next step.
 int32_t Plan::schedule(Walk& walk, Group& group, const Slot& slot) const {
-  const std::pair<double, bool> key(row_.counts_steps ? slot.next_step : 0, slot.is_first);
+  const std::pair<double, bool> key(group.counts_steps ? slot.next_step : 0, slot.is_first);
   if (group.last_scalars >= 0 && key == group.last_key) return group.last_scalars;
   auto index = static_cast<int32_t>(walk.scalars.size());
   if (group.last_scalars >= 0) {  // the group has parameters at different steps
@@ -284,10 +324,20 @@ int32_t Plan::schedule(Walk& walk, Group& group, const Slot& slot) const {
       GroupReader reader(group.dict, &group - walk.groups.data(), /*leave_on_gpu=*/false);
       group.host_values = row_.read(reader).values;
     }
-    walk.scalars.push_back(scalars_for(row_.rule, group.host_values, key, walk.grad_scale));
+    walk.scalars.push_back(scalars_for(row_.rule, group.host_values, key, walk.grads));
+    walk.scalars_keys.push_back({static_cast<size_t>(&group - walk.groups.data()), key});
   }
   group.last_key = key;
   return group.last_scalars = index;
+}
+
+// Computes the scalars again, now that walk.grads says what the norm is.
+void Plan::rescale(Walk& walk) const {
+  for (size_t i = 0; i < walk.scalars.size(); ++i) {
+    const ScalarsKey& key = walk.scalars_keys[i];
+    walk.scalars[i] =
+        scalars_for(row_.rule, walk.groups[key.group].host_values, key.time, walk.grads);
+  }
 }
 
 }  // namespace fusedopt

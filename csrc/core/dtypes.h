@@ -10,8 +10,8 @@
 // takes part); narrower formats exist in memory only.
 namespace fusedopt {
 
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-inline constexpr int kNumDTypes = 4;
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kRemainder };
+inline constexpr int kNumDTypes = 4;  // that hold numbers; a remainder means something beside a param
 
 struct BFloat16 {
   uint16_t bits;
@@ -47,6 +47,8 @@ FUSEDOPT_HD void with_storage(DType dtype, F&& f) {
       return f(BFloat16{});
     case DType::kFloat16:
       return f(Float16{});
+    case DType::kRemainder:
+      break;
   }
 }
 

@@ -52,6 +52,13 @@ struct Share {
   int64_t num_groups;
   const float* grad_scale;  // in device memory, or nullptr, as is
   const float* found_inf;   // the step changes nothing if this is above 0
+  // If the grads are read before the step, what is found out about them, in device memory.
+  bool measures;
+  bool clips;           // as for judge()
+  bool judges;          // what is measured here is all there is
+  Verdict* verdict;     // of measure() if it judges, or of judge(); nullptr: there is none
+  double* totals;       // [squares, nonfinite] of each class; what judge() reads: of all
+  int64_t num_classes;  // in use by the works
 };
 
 enum class Memory {
@@ -68,6 +75,10 @@ class Driver {
 
   // Gets ready all that can fail, writing to no parameter or state. Raises std::runtime_error.
   virtual void prepare(const Share& share) = 0;
+
+  // Enqueues the reading of the grads, of what was prepared, and the verdict.
+  virtual void measure(const Share& share) = 0;
+  virtual void judge(const Share& share) = 0;
 
   // Enqueues what was prepared, without waiting for the device. Calls no function of Python or
   // torch. Raises if CUDA refuses.

@@ -9,18 +9,21 @@
 // How the operands of one parameter lie in memory when plain consecutive order does not fit them.
 namespace fusedopt {
 
-// Operands of an update, in this order: param, grad, then the states.
+// Operands of an update, in this order: param, grad, the states, and what else there is of a
+// master weight (core/weight.h) and an average (core/average.h).
 inline constexpr int kParam = 0;
 inline constexpr int kGrad = 1;
 inline constexpr int kFirstState = 2;
-inline constexpr int kMaxOperands = kFirstState + kMaxStates;
+inline constexpr int kMaxOperands = kFirstState + kMaxStates + 2;
+// Strides have one entry more, for the number of an element within its tensor.
+inline constexpr int kIndex = kMaxOperands;
 
 struct Dim {
   int64_t size;
-  int64_t strides[kMaxOperands];  // in elements; 0 for operands that are not there
+  int64_t strides[kMaxOperands + 1];  // in elements; 0 for operands that are not there
 
   friend bool operator==(const Dim& a, const Dim& b) {
-    return a.size == b.size && std::equal(a.strides, a.strides + kMaxOperands, b.strides);
+    return a.size == b.size && std::equal(a.strides, a.strides + kMaxOperands + 1, b.strides);
   }
 };
 
@@ -43,7 +46,7 @@ inline void coalesce(Dims& dims) {
     return a.strides[kParam] > b.strides[kParam];
   });
   const auto joins = [](const Dim& outer, const Dim& inner) {
-    for (int k = 0; k < kMaxOperands; ++k)
+    for (int k = 0; k <= kIndex; ++k)
       if (outer.strides[k] != inner.strides[k] * inner.size) return false;
     return true;
   };
@@ -63,6 +66,7 @@ inline bool is_dense(const Dims& dims, int num_operands) {
   if (dims.empty()) return true;
   if (dims.size() > 1) return false;
   const int64_t* const strides = dims[0].strides;
+  if (strides[kIndex] > 1) return false;
   return std::all_of(strides, strides + num_operands, [](int64_t stride) { return stride == 1; });
 }
 

@@ -2,41 +2,57 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 #include "core/chunks.h"
 #include "core/dtypes.h"
 #include "core/layout.h"
+#include "core/norm.h"
 #include "core/rules.h"
+#include "core/weight.h"
 
 // What the bindings hand to a driver: one step of a whole optimizer, checked and ready to run.
 namespace fusedopt {
 
 // One parameter's share of a step. A complex tensor counts as twice as many real elements.
-struct alignas(64) Work {
-  void* data[kMaxOperands];  // param, grad, states
+struct alignas(32) Work {
+  void* data[kMaxOperands];  // as in core/layout.h, without gaps
   int64_t numel;
   int32_t scalars;  // index into Step::scalars
   int32_t layout;   // index into Step::layouts, or kDense
   DType dtypes[kMaxOperands];
   uint8_t num_operands;
-  uint8_t variant;  // of the rule
-  uint8_t device;   // kIdle, kCpu or the number of a GPU above kFirstGpu
+  uint8_t variant;           // of the rule
+  uint8_t device;            // kIdle, kCpu or the number of a GPU above kFirstGpu
+  Master master;             // behind the states comes the operand of that, if any,
+  bool has_average;          // then the average
+  bool rounds_by_chance;     // stochastic rounding of operands in bfloat16
+  uint8_t norm_class;        // grads of one class have a sum of their own in the global norm
+  uint8_t unused[10];
 };
 inline constexpr int32_t kDense = -1;
 inline constexpr uint8_t kIdle = 0;  // no grad this time, nothing to do
 inline constexpr uint8_t kCpu = 1;
 inline constexpr uint8_t kFirstGpu = 2;
 inline constexpr int kMaxGpus = 255 - kFirstGpu;
-static_assert(sizeof(Work) == 64, "one cache line for each parameter");
+static_assert(sizeof(Work) == 96, "whole halves of cache lines, and whole vectors of a GPU");
+
+FUSEDOPT_HD int average_operand(const Work& work) { return work.num_operands - 1; }
+FUSEDOPT_HD int master_operand(const Work& work) {
+  return work.num_operands - (work.has_average ? 2 : 1);
+}
 
 // The ways a work can be computed: each format that all operands can share if they lie
-// consecutively, then anything else in float, or in double if one operand is float64.
+// consecutively and are nothing but param, grad and states; then anything else in float, or in
+// double if one operand is float64.
 inline constexpr int kMixedFloat = kNumDTypes;
 inline constexpr int kMixedDouble = kNumDTypes + 1;
 inline constexpr int kNumColumns = kNumDTypes + 2;
 
 FUSEDOPT_HD int column_of(const Work& work) {
-  bool same = work.layout == kDense, is_double = false;
+  bool same = work.layout == kDense && work.master == Master::kNone && !work.has_average &&
+              !work.rounds_by_chance;
+  bool is_double = false;
   for (int k = 0; k < work.num_operands; ++k) {
     same = same && work.dtypes[k] == work.dtypes[kParam];
     is_double = is_double || work.dtypes[k] == DType::kFloat64;
@@ -68,6 +84,11 @@ int openmp_version();  // date of the OpenMP standard built with, 0 if without
 // thread starts with `first`, which must not throw, while the others are at work already. Works of
 // other devices are left alone.
 void run(const Step& step, Isa isa, int num_threads, const std::function<void()>& first = [] {});
+
+// Sums the squares of the grads, a result for each leaf (core/norm.h), in the order of the leaves.
+// Works of other devices count nothing.
+std::vector<GradSum> measure(const Work* works, const Layout* layouts,
+                             const std::vector<ChunkStart>& leaves, Isa isa, int num_threads);
 
 }  // namespace cpu
 }  // namespace fusedopt

@@ -16,13 +16,54 @@ namespace {
 // cores busy, waiting for that thread can cost a scheduler's time slice: milliseconds.
 constexpr int64_t kMinParallelChunks = 24;
 constexpr int64_t kMinChunksPerThread = 4;
+// The same for reading grads.
+constexpr int64_t kMinLeavesPerThread = 32;
+constexpr int64_t kLeavesAtATime = 8;
 
-ChunkRunner chunk_runner(Isa isa) {
+const Kernels& kernels_of(Isa isa) {
 #if defined(FUSEDOPT_X86_64)
-  if (isa == Isa::kAvx512) return run_chunk_avx512;
-  if (isa == Isa::kAvx2) return run_chunk_avx2;
+  if (isa == Isa::kAvx512) return kernels_avx512();
+  if (isa == Isa::kAvx2) return kernels_avx2();
 #endif
-  return isa == Isa::kBaseline ? run_chunk_baseline : nullptr;
+  return kernels_baseline();
+}
+
+// Calls `work_off` in this thread, after `first`, and in up to `num_threads - 1` others.
+template <class First, class WorkOff>
+void run_in_threads(int64_t num_threads, const First& first, const WorkOff& work_off) {
+#if defined(_OPENMP)
+  if (num_threads > 1) {
+    // Workers compute under the caller's floating-point modes (torch.set_flush_denormal sets them
+    // for one thread only): which thread takes a chunk must not show in the result.
+    std::fenv_t callers;
+    std::fegetenv(&callers);
+#pragma omp parallel num_threads(static_cast<int>(num_threads))
+    {
+      if (omp_get_thread_num() == 0) first();
+      std::fenv_t own;
+      std::fegetenv(&own);
+      std::fesetenv(&callers);
+      work_off();
+      std::fesetenv(&own);
+    }
+    return;
+  }
+#else
+  static_cast<void>(num_threads);
+#endif
+  first();
+  work_off();
+}
+
+GradSum measure_leaf(const Kernels& kernels, const Work& work, const Layout* layouts, int64_t begin,
+                     int64_t end) {
+  if (work.device != kCpu || begin >= end) return {0, 0, work.norm_class};
+  double threads[kLeafThreads];
+  const int used = kernels.measure_leaf(work, layouts, begin, end, threads);
+  const double squares = sum_block(threads, used);
+  const int64_t nonfinite =
+      is_nonfinite(squares) ? kernels.count_nonfinite(work, layouts, begin, end) : 0;
+  return {squares, static_cast<int32_t>(std::min<int64_t>(nonfinite, INT32_MAX)), work.norm_class};
 }
 
 }  // namespace
@@ -63,35 +104,33 @@ int openmp_version() {
 // One parallel region for the whole step; threads take chunks as they come free, so a thread that
 // the system takes away for a while holds up nobody.
 void run(const Step& step, Isa isa, int num_threads, const std::function<void()>& first) {
-  const ChunkRunner run_chunk = chunk_runner(isa);
+  const Kernels& kernels = kernels_of(isa);
   std::atomic<int64_t> next{0};
-  const auto work_off = [&] {
-    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < step.num_chunks;)
-      run_chunk(step, chunk);
-  };
-#if defined(_OPENMP)
   const auto wanted = std::min<int64_t>(num_threads, step.num_chunks / kMinChunksPerThread);
-  if (step.num_chunks >= kMinParallelChunks && wanted > 1) {
-    // Workers compute under the caller's floating-point modes (torch.set_flush_denormal sets them
-    // for one thread only): which thread takes a chunk must not show in the result.
-    std::fenv_t callers;
-    std::fegetenv(&callers);
-#pragma omp parallel num_threads(static_cast<int>(wanted))
-    {
-      if (omp_get_thread_num() == 0) first();
-      std::fenv_t own;
-      std::fegetenv(&own);
-      std::fesetenv(&callers);
-      work_off();
-      std::fesetenv(&own);
-    }
-    return;
-  }
-#else
-  static_cast<void>(num_threads);
-#endif
-  first();
-  work_off();
+  run_in_threads(step.num_chunks >= kMinParallelChunks ? wanted : 1, first, [&] {
+    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < step.num_chunks;)
+      kernels.run_chunk(step, chunk);
+  });
+}
+
+std::vector<GradSum> measure(const Work* works, const Layout* layouts,
+                             const std::vector<ChunkStart>& leaves, Isa isa, int num_threads) {
+  const Kernels& kernels = kernels_of(isa);
+  const auto count = static_cast<int64_t>(leaves.size()) - 1;
+  std::vector<GradSum> sums(static_cast<size_t>(count));
+  std::atomic<int64_t> next{0};
+  const auto wanted = std::min<int64_t>(num_threads, count / kMinLeavesPerThread);
+  run_in_threads(wanted, [] {}, [&] {
+    for (int64_t first; (first = next.fetch_add(kLeavesAtATime, std::memory_order_relaxed)) < count;)
+      for (int64_t i = first; i < std::min(first + kLeavesAtATime, count); ++i) {
+        const ChunkStart from = leaves[static_cast<size_t>(i)];
+        const ChunkStart to = leaves[static_cast<size_t>(i) + 1];
+        const Work& work = works[from.work];
+        sums[static_cast<size_t>(i)] = measure_leaf(
+            kernels, work, layouts, from.element, to.work == from.work ? to.element : work.numel);
+      }
+  });
+  return sums;
 }
 
 }  // namespace fusedopt::cpu

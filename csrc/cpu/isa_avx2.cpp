@@ -3,6 +3,6 @@
 
 namespace fusedopt::cpu {
 
-void run_chunk_avx2(const Step& step, int64_t chunk) { run_chunk_here(step, chunk); }
+const Kernels& kernels_avx2() { return kKernels; }
 
 }  // namespace fusedopt::cpu

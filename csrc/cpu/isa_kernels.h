@@ -2,6 +2,10 @@
 
 #include "core/dtypes.h"
 #include "core/step.h"
+#include "cpu/isa.h"
+#include "cpu/measure.h"
+#include "cpu/tiles.h"
+#include "cpu/update.h"
 
 // The loops of the CPU driver. Included by one source file per instruction set and compiled with
 // its flags. Everything here has internal linkage and uses no library templates: the linker must
@@ -9,183 +13,95 @@
 namespace fusedopt::cpu {
 namespace {
 
-// Elements that the general path brings into the first-level cache at a time: five operands of
-// double take 10 KiB.
-constexpr int64_t kTileElements = 256;
-
 template <class Family, class T, int kVariant>
 typename Family::template Rule<T, kVariant> make_rule(const Scalars& scalars) {
-  return {scalars_of(Family{}, scalars).template as<T>()};
+  return {scalars_of(Family{}, scalars).rule.template as<T>()};
 }
 
-// Runs shorter than this are left to the processor's own prefetching.
-constexpr int64_t kPrefetchElements = 8192;
-constexpr int64_t kPrefetchAhead = 256;
-constexpr int64_t kStride = 128;  // elements between two rounds of asking ahead
-constexpr int64_t kCacheLine = 64;
-
-// Asks for kStride elements. The processor's own prefetching starts anew on every page, and a step
-// walks through four or five pages at once.
-template <class Storage>
-void prefetch(const Storage* from) {
-  for (int64_t at = 0; at < kStride; at += kCacheLine / static_cast<int64_t>(sizeof(Storage)))
-    __builtin_prefetch(from + at);
-}
-
-// Elements [0, n) of operands that all lie consecutively in one storage format.
-template <class Storage, class Rule>
-void update(const Rule rule, Storage* const* operands, int64_t n) {
-  using T = typename Compute<Storage>::Type;
-  constexpr int kStates = Rule::kNumStates;
-  Storage* const param = operands[kParam];
-  const Storage* const grad = operands[kGrad];
-  Storage* const state0 = operands[kFirstState];
-  Storage* const state1 = operands[kFirstState + 1];
-  Storage* const state2 = operands[kFirstState + 2];
-  const int64_t stride = n >= kPrefetchElements ? kStride : n;
-  for (int64_t begin = 0; begin < n; begin += stride) {
-    const int64_t end = n - begin < stride ? n : begin + stride;
-    if (end + kPrefetchAhead <= n)
-      for (int k = 0; k < kFirstState + kStates; ++k)
-        prefetch(operands[k] + begin + kPrefetchAhead);
-    // An iteration touches no element but its own, which is what the pragma promises.
-#pragma GCC ivdep
-    for (int64_t i = begin; i < end; ++i) {
-      T p = load<T>(param[i]);
-      T s0 = kStates > 0 ? load<T>(state0[i]) : T();
-      T s1 = kStates > 1 ? load<T>(state1[i]) : T();
-      T s2 = kStates > 2 ? load<T>(state2[i]) : T();
-      rule(p, load<T>(grad[i]), s0, s1, s2);
-      if constexpr (kStates > 0) store(state0[i], s0);
-      if constexpr (kStates > 1) store(state1[i], s1);
-      if constexpr (kStates > 2) store(state2[i], s2);
-      store(param[i], p);
-    }
-  }
-}
-
-// Operands that all lie consecutively in one format: straight from and to memory.
-template <class Family, class Storage, int kVariant>
+// Operands that lie consecutively in these formats: straight from and to memory.
+template <class Family, class F, int kVariant>
 void run_dense(const Step& step, const Work& work, int64_t begin, int64_t end) {
-  using T = typename Compute<Storage>::Type;
-  Storage* operands[kMaxOperands] = {};
+  void* operands[kMaxOperands + 1] = {};  // one more: update() looks for a master
   for (int k = 0; k < work.num_operands; ++k)
-    operands[k] = static_cast<Storage*>(work.data[k]) + begin;
-  const auto rule = make_rule<Family, T, kVariant>(step.scalars[work.scalars]);
-  update<Storage>(rule, operands, end - begin);
+    operands[k] = static_cast<char*>(work.data[k]) + begin * item_size(work.dtypes[k]);
+  const auto rule = make_rule<Family, typename F::T, kVariant>(step.scalars[work.scalars]);
+  update<F>(rule, operands, end - begin);
 }
 
-// A position in a walk over strided operands. Between positions lie runs along the innermost dim.
-class Cursor {
- public:
-  Cursor(const Layout& layout, int64_t element) : layout_(layout) {
-    for (int d = layout.num_dims - 1; d >= 0; --d) {
-      const Dim& dim = layout.dims[d];
-      index_[d] = element % dim.size;
-      for (int k = 0; k < kMaxOperands; ++k) at_[k] += index_[d] * dim.strides[k];
-      element /= dim.size;
-    }
-  }
-
-  int64_t at(int operand) const { return at_[operand]; }
-  int64_t stride(int operand) const { return inner() ? inner()->strides[operand] : 1; }
-  int64_t left_in_run() const { return inner() ? inner()->size - index_[last_dim()] : 1; }
-
-  // Goes on by n elements, at most left_in_run().
-  void advance(int64_t n) {
-    for (int d = last_dim(); d >= 0; --d, n = 1) {
-      const Dim& dim = layout_.dims[d];
-      index_[d] += n;
-      for (int k = 0; k < kMaxOperands; ++k) at_[k] += n * dim.strides[k];
-      if (index_[d] < dim.size) return;
-      index_[d] = 0;
-      for (int k = 0; k < kMaxOperands; ++k) at_[k] -= dim.size * dim.strides[k];
-    }
-  }
-
- private:
-  int last_dim() const { return layout_.num_dims - 1; }
-  const Dim* inner() const { return last_dim() < 0 ? nullptr : layout_.dims + last_dim(); }
-
-  const Layout& layout_;
-  int64_t index_[kMaxDims] = {};
-  int64_t at_[kMaxOperands] = {};
-};
-
-template <class T>
-void gather(T* to, const void* from, DType dtype, int64_t at, int64_t stride, int64_t n) {
-  with_storage(dtype, [=](auto format) {
-    using Storage = decltype(format);
-    const Storage* const source = static_cast<const Storage*>(from) + at;
-    if (stride == 1)
-      for (int64_t i = 0; i < n; ++i) to[i] = load<T>(source[i]);
-    else
-      for (int64_t i = 0; i < n; ++i) to[i] = load<T>(source[i * stride]);
-  });
-}
-
-template <class T>
-void scatter(void* to, const T* from, DType dtype, int64_t at, int64_t stride, int64_t n) {
-  with_storage(dtype, [=](auto format) {
-    using Storage = decltype(format);
-    Storage* const target = static_cast<Storage*>(to) + at;
-    if (stride == 1)
-      for (int64_t i = 0; i < n; ++i) store(target[i], from[i]);
-    else
-      for (int64_t i = 0; i < n; ++i) store(target[i * stride], from[i]);
-  });
-}
-
-// Calls visit(offset in tile, run length, cursor) for the runs of the next n elements.
-template <class Visit>
-void for_each_run(Cursor& cursor, int64_t n, const Visit& visit) {
-  for (int64_t done = 0; done < n;) {
-    const int64_t left = n - done;
-    const int64_t run = cursor.left_in_run() < left ? cursor.left_in_run() : left;
-    visit(done, run, cursor);
-    cursor.advance(run);
-    done += run;
-  }
-}
-
-// Any formats, any strides: tile by tile through the cache, in the type that computes.
+// As run_dense, any other way.
 template <class Family, class T, int kVariant>
 void run_general(const Step& step, const Work& work, int64_t begin, int64_t end) {
-  const Dim line = {work.numel, {1, 1, 1, 1, 1}};
-  const Layout consecutive = {&line, 1};
-  const Layout& layout = work.layout == kDense ? consecutive : step.layouts[work.layout];
-  const auto rule = make_rule<Family, T, kVariant>(step.scalars[work.scalars]);
-  T tile[kMaxOperands][kTileElements];
-  T* operands[kMaxOperands];
-  for (int k = 0; k < kMaxOperands; ++k) operands[k] = tile[k];
-  Cursor source(layout, begin), target(layout, begin);
-  for (int64_t at = begin; at < end; at += kTileElements) {
-    const int64_t n = end - at < kTileElements ? end - at : kTileElements;
-    for_each_run(source, n, [&](int64_t offset, int64_t run, const Cursor& cursor) {
-      for (int k = 0; k < work.num_operands; ++k)
-        gather(tile[k] + offset, work.data[k], work.dtypes[k], cursor.at(k), cursor.stride(k), run);
-    });
-    update<T>(rule, operands, n);
-    for_each_run(target, n, [&](int64_t offset, int64_t run, const Cursor& cursor) {
-      for (int k = 0; k < work.num_operands; ++k)
-        if (k != kGrad)
-          scatter(work.data[k], tile[k] + offset, work.dtypes[k], cursor.at(k), cursor.stride(k),
-                  run);
-    });
-  }
+  const Scalars& scalars = step.scalars[work.scalars];
+  const auto common = scalars_of(Family{}, scalars).common.template as<T>();
+  const auto apply = [](const Scalars& all, void* const* values, int64_t n) {
+    update<Formats<T, T, Master::kNone>>(make_rule<Family, T, kVariant>(all), values, n);
+  };
+  constexpr int kNumStates = Family::template Rule<T, kVariant>::kNumStates;
+  run_tiles<T>({step, work, scalars, common, kNumStates, apply}, begin, end);
 }
 
 using Runner = void (*)(const Step&, const Work&, int64_t, int64_t);
 
+// The formats that have a loop of their own: those of most models. All else goes through tiles.
+enum Path {
+  kAllFloat32,
+  kAllFloat64,
+  kAllBFloat16,
+  kAllFloat16,
+  kFloat32WithBFloat16States,
+  kBFloat16WithFloat32States,
+  kMaster,
+  kSplitWithBFloat16States,
+  kSplitWithFloat32States,
+  kTilesInFloat,
+  kTilesInDouble,
+  kNumPaths
+};
+
+// All states in one format, as far as there are any.
+bool has_states_in(const Work& work, DType dtype) {
+  const int end = work.num_operands - (work.master == Master::kNone ? 0 : 1);
+  bool all = true;
+  for (int k = kFirstState; k < end; ++k) all = all && work.dtypes[k] == dtype;
+  return all;
+}
+
+int path_of(const Work& work) {
+  const int column = column_of(work);
+  if (column < kNumDTypes) return kAllFloat32 + column;
+  const int tiles = column == kMixedDouble ? kTilesInDouble : kTilesInFloat;
+  const DType param = work.dtypes[kParam];
+  if (work.layout != kDense || work.has_average || work.rounds_by_chance ||
+      work.dtypes[kGrad] != param)
+    return tiles;
+  const bool float32 = has_states_in(work, DType::kFloat32);
+  const bool bfloat16 = has_states_in(work, DType::kBFloat16);
+  const bool is_narrow = param == DType::kBFloat16;
+  if (work.master == Master::kSplit)
+    return float32 ? kSplitWithFloat32States : bfloat16 ? kSplitWithBFloat16States : tiles;
+  if (work.master == Master::kFloat32) return is_narrow && float32 ? kMaster : tiles;
+  if (is_narrow && float32) return kBFloat16WithFloat32States;
+  return param == DType::kFloat32 && bfloat16 ? kFloat32WithBFloat16States : tiles;
+}
+
 template <class Family, int kVariant = 0>
-Runner find_runner(int variant, int column) {
+Runner find_runner(int variant, int path) {
   if constexpr (kVariant < Family::kNumVariants) {
-    if (variant != kVariant) return find_runner<Family, kVariant + 1>(variant, column);
-    constexpr Runner kRunners[kNumColumns] = {
-        run_dense<Family, float, kVariant>,    run_dense<Family, double, kVariant>,
-        run_dense<Family, BFloat16, kVariant>, run_dense<Family, Float16, kVariant>,
-        run_general<Family, float, kVariant>,  run_general<Family, double, kVariant>};
-    return kRunners[column];
+    if (variant != kVariant) return find_runner<Family, kVariant + 1>(variant, path);
+    constexpr Master kNone = Master::kNone, kSplit = Master::kSplit;
+    constexpr Runner kRunners[kNumPaths] = {
+        run_dense<Family, Formats<float, float, kNone>, kVariant>,
+        run_dense<Family, Formats<double, double, kNone>, kVariant>,
+        run_dense<Family, Formats<BFloat16, BFloat16, kNone>, kVariant>,
+        run_dense<Family, Formats<Float16, Float16, kNone>, kVariant>,
+        run_dense<Family, Formats<float, BFloat16, kNone>, kVariant>,
+        run_dense<Family, Formats<BFloat16, float, kNone>, kVariant>,
+        run_dense<Family, Formats<BFloat16, float, Master::kFloat32>, kVariant>,
+        run_dense<Family, Formats<BFloat16, BFloat16, kSplit>, kVariant>,
+        run_dense<Family, Formats<BFloat16, float, kSplit>, kVariant>,
+        run_general<Family, float, kVariant>,
+        run_general<Family, double, kVariant>};
+    return kRunners[path];
   }
   return nullptr;
 }
@@ -199,11 +115,13 @@ void run_chunk_here(const Step& step, int64_t chunk) {
     const int64_t end = w == to.work ? to.element : work.numel;
     if (work.device != kCpu || begin >= end) continue;
     const Runner run = with_family(step.rule, [&](auto family) {
-      return find_runner<decltype(family)>(work.variant, column_of(work));
+      return find_runner<decltype(family)>(work.variant, path_of(work));
     });
     run(step, work, begin, end);
   }
 }
+
+constexpr Kernels kKernels = {run_chunk_here, measure_leaf, count_nonfinite};
 
 }  // namespace
 }  // namespace fusedopt::cpu

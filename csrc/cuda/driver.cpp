@@ -53,9 +53,28 @@ class Device {
       prepare_table(share);
   }
 
+  // The reading of the grads; what was prepared is sent first.
+  void measure(const Share& share) {
+    try {
+      send(share);
+      enqueue_measuring(share);
+    } catch (...) {
+      table_.reset();
+      throw;
+    }
+  }
+
+  void judge(const Share& share) const {
+    runtime::judge(judging(share, share.verdict), share.stream);
+  }
+
   void launch(const Share& share) {
     try {
-      enqueue(share);
+      send(share);
+      for (const Column& column : arrangement_.columns()) {
+        if (share.clocks != nullptr) schedule(share, column);
+        update(share, column);
+      }
     } catch (...) {
       table_.reset();  // the device may not have what its image says
       throw;
@@ -63,21 +82,46 @@ class Device {
   }
 
  private:
-  void enqueue(const Share& share) {
+  void send(const Share& share) {
     Table& table = *current_;
-    if (table.image().bytes_changed() > 0) {
-      const Image& image = table.image();
-      std::memcpy(staging_->memory.get(), image.changes(),
-                  static_cast<size_t>(image.bytes_changed()));
-      runtime::copy_to_device(table.at(image.first_change()), staging_->memory.get(),
-                              image.bytes_changed(), share.stream);
-      staging_->done.record(share.stream);
-      table.image().is_sent();
+    if (table.image().bytes_changed() == 0) return;
+    const Image& image = table.image();
+    std::memcpy(staging_->memory.get(), image.changes(),
+                static_cast<size_t>(image.bytes_changed()));
+    runtime::copy_to_device(table.at(image.first_change()), staging_->memory.get(),
+                            image.bytes_changed(), share.stream);
+    staging_->done.record(share.stream);
+    table.image().is_sent();
+  }
+
+  void enqueue_measuring(const Share& share) {
+    const Parts& parts = current_->parts();
+    MeasureCall call = {};
+    call.stream = share.stream;
+    call.arguments.works = reinterpret_cast<const Work*>(current_->at(parts.works));
+    call.arguments.leaves = reinterpret_cast<const ChunkStart*>(current_->at(parts.leaves));
+    call.arguments.layouts = reinterpret_cast<const Layout*>(current_->at(parts.layouts));
+    call.arguments.sums = reinterpret_cast<GradSum*>(current_->at(parts.sums));
+    call.num_leaves = static_cast<int64_t>(arrangement_.leaves().size()) - 1;
+    for (const int64_t w : arrangement_.rows()) {
+      const bool is_double = share.works[w].dtypes[kGrad] == DType::kFloat64;
+      (is_double ? call.in_double : call.in_float) = true;
     }
-    for (const Column& column : arrangement_.columns()) {
-      if (share.clocks != nullptr) schedule(share, column);
-      update(share, column);
+    runtime::measure(call);
+    for (int64_t c = 0; c < share.num_classes; ++c) {
+      const TotalArguments total = {call.arguments.sums, call.num_leaves, static_cast<int32_t>(c),
+                                    share.totals + 2 * c};
+      runtime::total(total, judging(share, share.judges ? share.verdict : nullptr), share.stream);
     }
+  }
+
+  static JudgeArguments judging(const Share& share, Verdict* verdict) {
+    return {share.totals, share.grad_scale, share.found_inf, verdict, share.clips};
+  }
+
+  // The flag that makes a step do nothing.
+  static const float* skip_flag(const Share& share) {
+    return share.measures ? &share.verdict->skip : share.found_inf;
   }
 
   void prepare_table(const Share& share) {
@@ -135,7 +179,8 @@ class Device {
     arguments.groups = reinterpret_cast<const HyperSource*>(current_->at(parts.groups));
     arguments.scalars = computed(column);
     arguments.grad_scale = share.grad_scale;
-    arguments.found_inf = share.found_inf;
+    arguments.found_inf = skip_flag(share);
+    arguments.grad_norm = share.measures ? &share.verdict->grad_norm : nullptr;
     arguments.num_rows = column.num_rows;
     arguments.in_double = in_double(column.column);
     runtime::schedule(share.rule, arguments, share.stream);
@@ -151,7 +196,7 @@ class Device {
     call.chunks =
         reinterpret_cast<const ChunkStart*>(current_->at(parts.chunks)) + column.first_chunk;
     call.layouts = reinterpret_cast<const Layout*>(current_->at(parts.layouts));
-    call.found_inf = share.found_inf;
+    call.found_inf = skip_flag(share);
     call.num_chunks = column.num_chunks;
     if (share.clocks != nullptr) {
       call.scalars = computed(column);
@@ -184,6 +229,16 @@ class CudaDriver : public Driver {
   void prepare(const Share& share) override {
     const runtime::OnGpu on_gpu(share.gpu);
     devices_.try_emplace(share.gpu, share.gpu, allocate_).first->second.prepare(share);
+  }
+
+  void measure(const Share& share) override {
+    const runtime::OnGpu on_gpu(share.gpu);
+    devices_.at(share.gpu).measure(share);
+  }
+
+  void judge(const Share& share) override {
+    const runtime::OnGpu on_gpu(share.gpu);
+    devices_.at(share.gpu).judge(share);
   }
 
   void launch(const Share& share) override {

@@ -34,6 +34,19 @@ void update_all(const UpdateCall& call) {
   });
 }
 
+template <class T>
+void measure_leaf(const MeasureArguments& arguments, int64_t i) {
+  const Leaf leaf = load_leaf(arguments, i);
+  if (!is_measured_in<T>(leaf.work)) return;
+  double values[kLeafThreads];
+  for (uint32_t thread = 0; thread < kLeafThreads; ++thread)
+    values[thread] = measure_thread<T>(leaf, arguments.layouts, thread);
+  GradSum sum = {sum_block(values, kLeafThreads), 0, leaf.work.norm_class};
+  for (uint32_t thread = 0; thread < kLeafThreads && is_nonfinite(sum.squares); ++thread)
+    sum.nonfinite += count_thread<T>(leaf, arguments.layouts, thread);
+  arguments.sums[i] = sum;
+}
+
 }  // namespace
 
 const char* unavailable_reason() { return nullptr; }
@@ -86,6 +99,26 @@ void Point::wait() const {}
 
 void update(const UpdateCall& call) {
   with_format(call.column, [&](auto format) { update_all<typename decltype(format)::Name>(call); });
+}
+
+void measure(const MeasureCall& call) {
+  enqueue([call] {
+    for (int64_t i = 0; i < call.num_leaves; ++i) {
+      if (call.in_float) measure_leaf<float>(call.arguments, i);
+      if (call.in_double) measure_leaf<double>(call.arguments, i);
+    }
+  });
+}
+
+void total(const TotalArguments& arguments, const JudgeArguments& judging, void*) {
+  enqueue([arguments, judging] {
+    sum_leaves(arguments.sums, arguments.num_leaves, arguments.norm_class, arguments.total);
+    judge_thread(judging);
+  });
+}
+
+void judge(const JudgeArguments& arguments, void*) {
+  enqueue([arguments] { judge_thread(arguments); });
 }
 
 void schedule(RuleId rule, const ScheduleArguments& arguments, void*) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cuda/measure.h"
 #include "cuda/schedule.h"
 #include "cuda/update.h"
 
@@ -49,12 +50,19 @@ struct UpdateCall {
   int64_t num_few_scalars;
 };
 
+struct MeasureCall {
+  MeasureArguments arguments;
+  int64_t num_leaves;
+  bool in_float, in_double;  // there are grads that are summed so
+  void* stream;
+};
+
 template <class Family, class T>
 UpdateArguments<Family, T> arguments_for(const UpdateCall& call) {
   using Arguments = UpdateArguments<Family, T>;
   Arguments arguments = {
       call.works,     call.chunks,
-      call.layouts,   static_cast<const typename Arguments::RuleScalars*>(call.scalars),
+      call.layouts,   static_cast<const typename Arguments::WorkScalars*>(call.scalars),
       call.found_inf, {}};
   static_assert(sizeof(arguments) <= 4096, "more than a kernel's arguments may take");
   for (int64_t i = 0; i < call.num_few_scalars; ++i)

@@ -96,10 +96,78 @@ const void* schedule_kernel_of(RuleId rule) {
   });
 }
 
-template <class Arguments>
-void launch(const void* kernel, int64_t blocks, int threads, const Arguments& arguments,
-            void* stream) {
-  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))};
+// The sum of a warp's values, in its first thread, as sum_warp() has it.
+__device__ double warp_sum(double value) {
+  for (int width = kTreeWidth / 2; width > 0; width /= 2)
+    value += __shfl_xor_sync(0xffffffffu, value, width);
+  return value;
+}
+
+// The sum of a block's values, in its first thread, as sum_block() has it.
+template <int kThreads>
+__device__ double block_sum(double value) {
+  __shared__ double warps[kTreeWidth];
+  const int warp = threadIdx.x / kTreeWidth, lane = threadIdx.x % kTreeWidth;
+  value = warp_sum(value);
+  if (lane == 0) warps[warp] = value;
+  __syncthreads();
+  if (warp == 0) value = warp_sum(lane < kThreads / kTreeWidth ? warps[lane] : 0.0);
+  return value;
+}
+
+// One block for each leaf.
+template <class T>
+__global__ void __launch_bounds__(kLeafThreads, 8)
+    measure_kernel(const __grid_constant__ MeasureArguments arguments) {
+  const Leaf leaf = load_leaf(arguments, blockIdx.x);
+  if (!is_measured_in<T>(leaf.work)) return;
+  __shared__ double squares;
+  __shared__ int nonfinite;
+  const double sum =
+      block_sum<kLeafThreads>(measure_thread<T>(leaf, arguments.layouts, threadIdx.x));
+  if (threadIdx.x == 0) {
+    squares = sum;
+    nonfinite = 0;
+  }
+  __syncthreads();
+  if (is_nonfinite(squares)) {
+    atomicAdd(&nonfinite, count_thread<T>(leaf, arguments.layouts, threadIdx.x));
+    __syncthreads();
+  }
+  if (threadIdx.x == 0)
+    arguments.sums[blockIdx.x] = {squares, nonfinite, leaf.work.norm_class};
+}
+
+// One block.
+__global__ void __launch_bounds__(kTotalThreads)
+    total_kernel(const __grid_constant__ TotalArguments arguments,
+                 const __grid_constant__ JudgeArguments judging) {
+  __shared__ unsigned long long nonfinite;
+  if (threadIdx.x == 0) nonfinite = 0;
+  __syncthreads();
+  double squares = 0;
+  for (int64_t i = threadIdx.x; i < arguments.num_leaves; i += kTotalThreads) {
+    const GradSum sum = arguments.sums[i];
+    if (sum.norm_class != arguments.norm_class) continue;
+    squares += sum.squares;
+    if (sum.nonfinite > 0) atomicAdd(&nonfinite, static_cast<unsigned long long>(sum.nonfinite));
+  }
+  squares = block_sum<kTotalThreads>(squares);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  arguments.total[0] = squares;
+  arguments.total[1] = static_cast<double>(nonfinite);
+  judge_thread(judging);
+}
+
+__global__ void judge_kernel(const __grid_constant__ JudgeArguments arguments) {
+  judge_thread(arguments);
+}
+
+template <class... Arguments>
+void launch(const void* kernel, int64_t blocks, int threads, void* stream,
+            const Arguments&... arguments) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
                          dim3(static_cast<unsigned>(threads)), pointers, 0,
                          static_cast<cudaStream_t>(stream)),
@@ -138,7 +206,12 @@ void check_kernels(int gpu, RuleId rule, int column) {
   const Relaxed relaxed;
   cudaFuncAttributes attributes;
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel_of(rule, column));
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, schedule_kernel_of(rule));
+  const auto* const of_rule = schedule_kernel_of(rule);
+  for (const void* kernel :
+       {of_rule, reinterpret_cast<const void*>(&measure_kernel<float>),
+        reinterpret_cast<const void*>(&measure_kernel<double>),
+        reinterpret_cast<const void*>(&total_kernel), reinterpret_cast<const void*>(&judge_kernel)})
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction)
     return check(error, "cudaFuncGetAttributes");
   cudaGetLastError();
@@ -210,17 +283,36 @@ void update(const UpdateCall& call) {
     using Family = decltype(family);
     const void* const kernel = kernel_of(call.rule, call.column);
     if (in_double(call.column))
-      launch(kernel, call.num_chunks, kBlockThreads, arguments_for<Family, double>(call),
-             call.stream);
+      launch(kernel, call.num_chunks, kBlockThreads, call.stream,
+             arguments_for<Family, double>(call));
     else
-      launch(kernel, call.num_chunks, kBlockThreads, arguments_for<Family, float>(call),
-             call.stream);
+      launch(kernel, call.num_chunks, kBlockThreads, call.stream,
+             arguments_for<Family, float>(call));
   });
+}
+
+void measure(const MeasureCall& call) {
+  if (call.num_leaves == 0) return;
+  const auto run = [&](auto kernel) {
+    launch(reinterpret_cast<const void*>(kernel), call.num_leaves, kLeafThreads, call.stream,
+           call.arguments);
+  };
+  if (call.in_float) run(&measure_kernel<float>);
+  if (call.in_double) run(&measure_kernel<double>);
+}
+
+void total(const TotalArguments& arguments, const JudgeArguments& judging, void* stream) {
+  launch(reinterpret_cast<const void*>(&total_kernel), 1, kTotalThreads, stream, arguments,
+         judging);
+}
+
+void judge(const JudgeArguments& arguments, void* stream) {
+  launch(reinterpret_cast<const void*>(&judge_kernel), 1, 1, stream, arguments);
 }
 
 void schedule(RuleId rule, const ScheduleArguments& arguments, void* stream) {
   const int64_t blocks = (arguments.num_rows + kScheduleThreads - 1) / kScheduleThreads;
-  launch(schedule_kernel_of(rule), blocks, kScheduleThreads, arguments, stream);
+  launch(schedule_kernel_of(rule), blocks, kScheduleThreads, stream, arguments);
 }
 
 }  // namespace runtime

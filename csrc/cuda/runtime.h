@@ -51,6 +51,9 @@ class Point {
 };
 
 void update(const UpdateCall& call);
+void measure(const MeasureCall& call);
+void total(const TotalArguments& arguments, const JudgeArguments& judging, void* stream);
+void judge(const JudgeArguments& arguments, void* stream);
 void schedule(RuleId rule, const ScheduleArguments& arguments, void* stream);
 
 }  // namespace fusedopt::cuda::runtime

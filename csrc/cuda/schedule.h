@@ -18,6 +18,7 @@ struct ScheduleArguments {
   void* scalars;
   const float* grad_scale;
   const float* found_inf;
+  const double* grad_norm;  // nullptr: not needed
   int64_t num_rows;
   bool in_double;
 };
@@ -51,7 +52,7 @@ FUSEDOPT_HD Time advance(const Clock& clock) {
     *static_cast<double*>(clock.step) = step;
   else
     *static_cast<float*>(clock.step) = static_cast<float>(step);
-  return {static_cast<uint64_t>(step), done == 0};
+  return {static_cast<uint64_t>(step), clock.is_first || done == 0};
 }
 
 template <class Family>
@@ -60,10 +61,11 @@ FUSEDOPT_HD void schedule_thread(const ScheduleArguments& arguments, int64_t row
   if (arguments.found_inf != nullptr && *arguments.found_inf > 0) return;
   const Clock clock = arguments.clocks[row];
   if (!clock.active) return;
-  const double grad_scale =
-      arguments.grad_scale != nullptr ? static_cast<double>(*arguments.grad_scale) : 1.0;
+  GradFacts grads;
+  if (arguments.grad_scale != nullptr) grads.scale = static_cast<double>(*arguments.grad_scale);
+  if (arguments.grad_norm != nullptr) grads.norm = *arguments.grad_norm;
   const auto scalars =
-      schedule(Family{}, hyper_of(arguments.groups[clock.group]), advance(clock), grad_scale);
+      schedule(Family{}, hyper_of(arguments.groups[clock.group]), advance(clock), grads);
   if (arguments.in_double)
     static_cast<ScalarsOf<Family, double>*>(arguments.scalars)[row] = scalars;
   else

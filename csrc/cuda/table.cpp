@@ -71,6 +71,7 @@ bool Arrangement::update(const Share& share) {
   rows_.clear();
   columns_.clear();
   chunks_.clear();
+  leaves_.clear();
   for (int column = 0; column < kNumColumns; ++column) {
     std::vector<int64_t> sizes;
     const auto first_row = static_cast<int64_t>(rows_.size());
@@ -95,6 +96,18 @@ std::set<bool> Arrangement::number_types() const {
   return found;
 }
 
+const std::vector<ChunkStart>& Arrangement::leaves() {
+  if (!leaves_.empty()) return leaves_;
+  std::vector<int64_t> sizes, rows(members_.size());
+  for (const Member& member : members_) sizes.push_back(member.numel);
+  for (size_t row = 0; row < rows_.size(); ++row)
+    rows[static_cast<size_t>(rows_[row])] = static_cast<int64_t>(row);
+  leaves_ = plan_leaves(sizes);
+  for (size_t i = 0; i + 1 < leaves_.size(); ++i)
+    leaves_[i].work = rows[static_cast<size_t>(leaves_[i].work)];
+  return leaves_;
+}
+
 bool has_few_scalars(const Share& share) {
   return share.clocks == nullptr &&
          share.num_scalars <= with_scalars_type(share.rule, true, [](auto, auto, int few) {
@@ -102,9 +115,12 @@ bool has_few_scalars(const Share& share) {
          });
 }
 
-Parts plan_parts(const Share& share, const Arrangement& arrangement) {
+Parts plan_parts(const Share& share, Arrangement& arrangement) {
   Parts parts = {};
   parts.has_clocks = share.clocks != nullptr;
+  parts.has_leaves = share.measures;
+  const auto num_leaves =
+      share.measures ? static_cast<int64_t>(arrangement.leaves().size()) : int64_t{0};
   parts.max_layouts = share.num_layouts > 0 ? with_room(share.num_layouts) : 0;
   parts.max_dims = share.num_layouts > 0 ? with_room(count_dims(share)) : 0;
   parts.max_groups = parts.has_clocks ? with_room(share.num_groups) : 0;
@@ -119,6 +135,7 @@ Parts plan_parts(const Share& share, const Arrangement& arrangement) {
   };
   const auto num_rows = static_cast<int64_t>(arrangement.rows().size());
   parts.chunks = reserve(static_cast<int64_t>(arrangement.chunks().size()), sizeof(ChunkStart));
+  parts.leaves = reserve(num_leaves, sizeof(ChunkStart));
   parts.dims = reserve(parts.max_dims, sizeof(Dim));
   parts.layouts = reserve(parts.max_layouts, sizeof(Layout));
   parts.groups = reserve(parts.max_groups, sizeof(HyperSource));
@@ -128,6 +145,7 @@ Parts plan_parts(const Share& share, const Arrangement& arrangement) {
     parts.scalars[in_double] = reserve(parts.max_scalars, scalars_size(share.rule, in_double));
   parts.image_bytes = end;
   parts.computed = reserve(parts.has_clocks ? num_rows : 0, sizeof(Scalars));
+  parts.sums = reserve(num_leaves, sizeof(GradSum));
   parts.bytes = end;
   return parts;
 }
@@ -135,16 +153,20 @@ Parts plan_parts(const Share& share, const Arrangement& arrangement) {
 bool Table::fits(const Share& share) const {
   const bool few = share.clocks != nullptr || has_few_scalars(share);
   return share.stream == stream_ && parts_.has_clocks == (share.clocks != nullptr) &&
+         parts_.has_leaves >= share.measures &&
          share.num_layouts <= parts_.max_layouts && count_dims(share) <= parts_.max_dims &&
          (share.clocks == nullptr || share.num_groups <= parts_.max_groups) &&
          (few || share.num_scalars <= parts_.max_scalars);
 }
 
-void Table::fill(const Share& share, const Arrangement& arrangement) {
-  const auto& chunks = arrangement.chunks();
-  if (image_.bytes_changed() == image_.size())  // new: these stay
-    image_.put(parts_.chunks, chunks.data(),
-               static_cast<int64_t>(chunks.size() * sizeof(ChunkStart)));
+void Table::fill(const Share& share, Arrangement& arrangement) {
+  const auto put_starts = [&](int64_t offset, const std::vector<ChunkStart>& starts) {
+    image_.put(offset, starts.data(), static_cast<int64_t>(starts.size() * sizeof(ChunkStart)));
+  };
+  if (image_.bytes_changed() == image_.size()) {  // new: these stay
+    put_starts(parts_.chunks, arrangement.chunks());
+    if (parts_.has_leaves) put_starts(parts_.leaves, arrangement.leaves());
+  }
   fill_layouts(share);
   fill_works(share, arrangement);
   if (share.clocks != nullptr)

@@ -28,6 +28,8 @@ class Arrangement {
   const std::vector<Column>& columns() const { return columns_; }
   const std::vector<ChunkStart>& chunks() const { return chunks_; }  // rows count from first_row
   std::set<bool> number_types() const;  // whether columns compute in double
+  // Leaves of the global norm, in the order of the works; rows count from 0.
+  const std::vector<ChunkStart>& leaves();
 
  private:
   struct Member {
@@ -38,17 +40,21 @@ class Arrangement {
   std::vector<int64_t> rows_;
   std::vector<Column> columns_;
   std::vector<ChunkStart> chunks_;
+  std::vector<ChunkStart> leaves_;  // once they were asked for
 };
 
 // The block's parts, by their offsets: those that change most often come last.
 struct Parts {
-  int64_t chunks, dims, layouts, groups, clocks, works, scalars[2] /* in float, in double */;
+  int64_t chunks, leaves, dims, layouts, groups, clocks, works;
+  int64_t scalars[2];   // in float, in double
   int64_t image_bytes;  // of all these
   int64_t computed;     // scalars that the device computes, sizeof(Scalars) for each row
+  int64_t sums;         // a GradSum for each leaf
   int64_t bytes;
   // What there is room for.
   int64_t max_dims, max_layouts, max_groups, max_scalars;
   bool has_clocks;
+  bool has_leaves;
 };
 
 class Table {
@@ -64,7 +70,7 @@ class Table {
   const Parts& parts() const { return parts_; }
 
   // Brings the image up to date.
-  void fill(const Share& share, const Arrangement& arrangement);
+  void fill(const Share& share, Arrangement& arrangement);
 
  private:
   void fill_layouts(const Share& share);
@@ -77,7 +83,7 @@ class Table {
 };
 
 // Room for a share, and some more.
-Parts plan_parts(const Share& share, const Arrangement& arrangement);
+Parts plan_parts(const Share& share, Arrangement& arrangement);
 
 // True if the scalars of all columns travel with the kernel's arguments.
 bool has_few_scalars(const Share& share);

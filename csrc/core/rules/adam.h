@@ -4,6 +4,7 @@
 
 #include "core/factor.h"
 #include "core/macros.h"
+#include "core/rules/decay.h"
 
 // Adam (Kingma and Ba, arXiv 1412.6980), with AMSGrad (Reddi et al., "On the Convergence of Adam
 // and Beyond", 2018), L2 or decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101).
@@ -19,7 +20,7 @@ struct AdamScalars {
   T step_size;     // lr sqrt(1 - beta2^t) / (1 - beta1^t)
   T eps;           // eps sqrt(1 - beta2^t)
   T weight_decay;  // the L2 penalty
-  Factor<T> keep;  // 1 - lr weight_decay, of decoupled decay
+  Factor<T> keep;  // what decoupled decay leaves, 1 - lr weight_decay
 
   template <class U>
   FUSEDOPT_HD AdamScalars<U> as() const {
@@ -34,8 +35,6 @@ struct AdamScalars {
             keep.template as<U>()};
   }
 };
-
-enum class Decay { kNone, kL2, kDecoupled };
 
 // One element. The bias corrections stand in step_size and eps, which leaves one square root and
 // one division: m_hat / (sqrt(v_hat) + eps) = m sqrt(c2) / c1 / (sqrt(v) + eps sqrt(c2)).
@@ -72,6 +71,9 @@ struct Adam {
 
 // The rule as drivers see it: its variants by number, to be compiled one by one.
 struct AdamFamily {
+  template <class T>
+  using Scalars = AdamScalars<T>;
+  static constexpr int kMaxStates = 3;  // of a variant
   static constexpr int kNumVariants = 6;
   static constexpr int variant(Decay decay, bool amsgrad) {
     return static_cast<int>(decay) * 2 + (amsgrad ? 1 : 0);

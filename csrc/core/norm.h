@@ -1,0 +1,115 @@
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "core/chunks.h"
+#include "core/dtypes.h"
+#include "core/macros.h"
+
+// The global norm of the grads, summed in one fixed tree by all drivers and any number of threads.
+// A tensor is cut into leaves. The squares of a leaf are summed in lanes: element i goes to lane
+// i mod (kLeafThreads kV), where kV elements take 16 bytes. Neighbouring lanes are a thread's; its
+// sum, from then on in double, goes up through warps to the leaf's. The sums of leaves are summed
+// alike, in lanes of one thread each.
+namespace fusedopt {
+
+inline constexpr int kTreeWidth = 32;
+inline constexpr int kLeafThreads = 128;
+inline constexpr int kTotalThreads = 1024;
+inline constexpr int64_t kMinLeafElements = 8192;
+inline constexpr int64_t kMaxLeaves = 1024;  // of one tensor, or nearly
+
+template <class Storage>
+inline constexpr int kLeafVector = 16 / static_cast<int>(sizeof(Storage));
+
+// What is known of one leaf.
+struct GradSum {
+  double squares;
+  int32_t nonfinite;   // elements that are infinite or NaN
+  int32_t norm_class;  // as Work::norm_class
+};
+
+// Cuts works of these sizes into leaves; the last start is the end.
+inline std::vector<ChunkStart> plan_leaves(const std::vector<int64_t>& sizes) {
+  std::vector<ChunkStart> starts;
+  const auto num_works = static_cast<int64_t>(sizes.size());
+  for (int64_t work = 0; work < num_works; ++work) {
+    const int64_t size = sizes[static_cast<size_t>(work)];
+    const int64_t leaf = (size / (kMinLeafElements * kMaxLeaves) + 1) * kMinLeafElements;
+    for (int64_t element = 0; element < size; element += leaf) starts.push_back({work, element});
+  }
+  starts.push_back({num_works, 0});
+  return starts;
+}
+
+template <class T>
+FUSEDOPT_HD T add_square(T sum, T grad) {
+  return std::fma(grad, grad, sum);
+}
+
+template <class T>
+FUSEDOPT_HD bool is_nonfinite(T value) {
+  return value - value != 0;
+}
+
+// The sum of one thread's lanes.
+template <class T, int kV>
+FUSEDOPT_HD double sum_lanes(const T (&lanes)[kV]) {
+  T sums[kV];
+  for (int j = 0; j < kV; ++j) sums[j] = lanes[j];
+  for (int width = 1; width < kV; width *= 2)
+    for (int j = 0; j < kV; j += 2 * width) sums[j] += sums[j + width];
+  return static_cast<double>(sums[0]);
+}
+
+// The sum of the values of one warp's threads, of which the first `count` have any; values are
+// lost.
+inline double sum_warp(double* values, int count) {
+  std::fill(values + count, values + kTreeWidth, 0.0);
+  for (int width = kTreeWidth / 2; width > 0; width /= 2)
+    for (int t = 0; t < width; ++t) values[t] += values[t + width];
+  return values[0];
+}
+
+// The same for a block of threads in whole warps, of which the first `count` have values.
+inline double sum_block(double* values, int count) {
+  double warps[kTreeWidth] = {};
+  for (int first = 0; first < count; first += kTreeWidth)
+    warps[first / kTreeWidth] = sum_warp(values + first, std::min(kTreeWidth, count - first));
+  return sum_warp(warps, kTreeWidth);
+}
+
+// Of all leaves of one class, the squares and how many elements are not finite.
+inline void sum_leaves(const GradSum* leaves, int64_t num_leaves, int32_t norm_class,
+                       double* total) {
+  double values[kTotalThreads] = {};
+  int64_t nonfinite = 0;
+  for (int64_t i = 0; i < num_leaves; ++i) {
+    if (leaves[i].norm_class != norm_class) continue;
+    values[i % kTotalThreads] += leaves[i].squares;
+    nonfinite += leaves[i].nonfinite;
+  }
+  total[0] = sum_block(values, kTotalThreads);
+  total[1] = static_cast<double>(nonfinite);
+}
+
+// What is known before a step about its grads, and whether it takes place.
+struct Verdict {
+  double grad_norm;  // of the grads divided by grad_scale
+  int64_t nonfinite;
+  float skip;  // above 0: the step changes nothing
+  float unused;
+};
+
+// `clips`: a norm that is not finite, by overflow, say, is a reason to skip, too.
+FUSEDOPT_HD Verdict judge(double squares, int64_t nonfinite, double grad_scale, bool found_inf,
+                          bool clips) {
+  const double norm = std::sqrt(squares) / grad_scale;
+  const bool skips = found_inf || nonfinite > 0 || (clips && is_nonfinite(norm));
+  return {norm, nonfinite, skips ? 1.0f : 0.0f, 0};
+}
+
+}  // namespace fusedopt

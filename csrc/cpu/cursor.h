@@ -1,0 +1,59 @@
+#pragma once
+
+#include "core/layout.h"
+
+// Walks over strided operands. Part of isa_kernels.h, which says what must not be used here.
+namespace fusedopt::cpu {
+namespace {
+
+// A position in a walk over strided operands. Between positions lie runs along the innermost dim.
+class Cursor {
+ public:
+  Cursor(const Layout& layout, int64_t element) : layout_(layout) {
+    for (int d = layout.num_dims - 1; d >= 0; --d) {
+      const Dim& dim = layout.dims[d];
+      index_[d] = element % dim.size;
+      for (int k = 0; k <= kIndex; ++k) at_[k] += index_[d] * dim.strides[k];
+      element /= dim.size;
+    }
+  }
+
+  int64_t at(int operand) const { return at_[operand]; }
+  int64_t stride(int operand) const { return inner() ? inner()->strides[operand] : 1; }
+  int64_t left_in_run() const { return inner() ? inner()->size - index_[last_dim()] : 1; }
+
+  // Goes on by n elements, at most left_in_run().
+  void advance(int64_t n) {
+    for (int d = last_dim(); d >= 0; --d, n = 1) {
+      const Dim& dim = layout_.dims[d];
+      index_[d] += n;
+      for (int k = 0; k <= kIndex; ++k) at_[k] += n * dim.strides[k];
+      if (index_[d] < dim.size) return;
+      index_[d] = 0;
+      for (int k = 0; k <= kIndex; ++k) at_[k] -= dim.size * dim.strides[k];
+    }
+  }
+
+ private:
+  int last_dim() const { return layout_.num_dims - 1; }
+  const Dim* inner() const { return last_dim() < 0 ? nullptr : layout_.dims + last_dim(); }
+
+  const Layout& layout_;
+  int64_t index_[kMaxDims] = {};
+  int64_t at_[kMaxOperands + 1] = {};
+};
+
+// Calls visit(offset in tile, run length, cursor) for the runs of the next n elements.
+template <class Visit>
+void for_each_run(Cursor& cursor, int64_t n, const Visit& visit) {
+  for (int64_t done = 0; done < n;) {
+    const int64_t left = n - done;
+    const int64_t run = cursor.left_in_run() < left ? cursor.left_in_run() : left;
+    visit(done, run, cursor);
+    cursor.advance(run);
+    done += run;
+  }
+}
+
+}  // namespace
+}  // namespace fusedopt::cpu

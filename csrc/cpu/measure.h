@@ -1,0 +1,78 @@
+#pragma once
+
+#include "core/dtypes.h"
+#include "core/norm.h"
+#include "core/step.h"
+#include "cpu/cursor.h"
+#include "cpu/tiles.h"
+
+// Reads grads for their norm, as core/norm.h says. Part of isa_kernels.h, which says what must not
+// be used here.
+namespace fusedopt::cpu {
+namespace {
+
+// Calls visit(grads as T, offset in the leaf, n) for elements [begin, end), some at a time.
+template <class T, class Visit>
+void visit_strided(const Work& work, const Layout& layout, int64_t begin, int64_t end,
+                   const Visit& visit) {
+  T tile[kTileElements];
+  Cursor cursor(layout, begin);
+  for (int64_t at = begin; at < end; at += kTileElements) {
+    const int64_t n = end - at < kTileElements ? end - at : kTileElements;
+    for_each_run(cursor, n, [&](int64_t offset, int64_t run, const Cursor& from) {
+      gather(tile + offset, work.data[kGrad], work.dtypes[kGrad], from.at(kGrad),
+             from.stride(kGrad), run);
+    });
+    visit(tile, at - begin, n);
+  }
+}
+
+template <class Storage>
+int measure(const Work& work, const Layout* layouts, int64_t begin, int64_t end, double* threads) {
+  using T = typename Compute<Storage>::Type;
+  constexpr int kV = kLeafVector<Storage>, kLanes = kLeafThreads * kV;
+  const int64_t size = end - begin;
+  const int used = size < kLanes ? static_cast<int>((size + kV - 1) / kV) : kLeafThreads;
+  T lanes[kLanes];
+  for (int i = 0; i < used * kV; ++i) lanes[i] = 0;
+  const auto add = [&](const auto* grads, int64_t first, int64_t n) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i)
+      lanes[first + i] = add_square(lanes[first + i], load<T>(grads[i]));
+  };
+  static_assert(kLanes % kTileElements == 0, "a tile must not go beyond the last lane");
+  if (work.layout == kDense) {
+    const Storage* const grads = static_cast<const Storage*>(work.data[kGrad]) + begin;
+    for (int64_t at = 0; at < size; at += kLanes)
+      add(grads + at, 0, size - at < kLanes ? size - at : kLanes);
+  } else {
+    visit_strided<T>(work, layouts[work.layout], begin, end,
+                     [&](const T* grads, int64_t at, int64_t n) { add(grads, at % kLanes, n); });
+  }
+  for (int t = 0; t < used; ++t)
+    threads[t] = sum_lanes(*reinterpret_cast<const T(*)[kV]>(lanes + t * kV));
+  return used;
+}
+
+int measure_leaf(const Work& work, const Layout* layouts, int64_t begin, int64_t end,
+                 double* threads) {
+  int used = 0;
+  with_storage(work.dtypes[kGrad], [&](auto format) {
+    used = measure<decltype(format)>(work, layouts, begin, end, threads);
+  });
+  return used;
+}
+
+int64_t count_nonfinite(const Work& work, const Layout* layouts, int64_t begin, int64_t end) {
+  const Dim line = {work.numel, {1, 1, 1, 1, 1, 1, 1, 1}};
+  const Layout consecutive = {&line, 1};
+  const Layout& layout = work.layout == kDense ? consecutive : layouts[work.layout];
+  int64_t count = 0;
+  visit_strided<double>(work, layout, begin, end, [&](const double* grads, int64_t, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) count += is_nonfinite(grads[i]) ? 1 : 0;
+  });
+  return count;
+}
+
+}  // namespace
+}  // namespace fusedopt::cpu

@@ -1,0 +1,144 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/norm.h"
+#include "core/step.h"
+#include "cuda/access.h"
+#include "cuda/formats.h"
+#include "cuda/lane.h"
+
+// What one thread does to find out about the grads (core/norm.h): it sums the squares of its lanes
+// of a leaf. Blocks sum threads in norm.h's tree, and the host does the same.
+namespace fusedopt::cuda {
+
+// All pointers are into device memory.
+struct MeasureArguments {
+  const Work* works;
+  const ChunkStart* leaves;  // and the end; works count as rows of `works`
+  const Layout* layouts;
+  GradSum* sums;  // one for each leaf
+};
+
+struct TotalArguments {
+  const GradSum* sums;
+  int64_t num_leaves;
+  int32_t norm_class;
+  double* total;  // [squares, nonfinite] of that class
+};
+
+struct JudgeArguments {
+  const double* total;
+  const float* grad_scale;  // or nullptr
+  const float* found_inf;   // or nullptr
+  Verdict* verdict;         // nullptr: there is nothing to judge yet
+  bool clips;
+};
+
+// A part of a work's grad, in the order in which its layout is walked.
+struct Leaf {
+  Work work;
+  int64_t begin, end;
+};
+
+FUSEDOPT_HD Leaf load_leaf(const MeasureArguments& arguments, int64_t leaf) {
+  const ChunkStart from = arguments.leaves[leaf], to = arguments.leaves[leaf + 1];
+  const Work work = load_work(arguments.works + from.work);
+  return {work, from.element, to.work == from.work ? to.element : work.numel};
+}
+
+// Whether grads of this leaf are summed in T; those that are not there are 0 either way.
+template <class T>
+FUSEDOPT_HD bool is_measured_in(const Work& work) {
+  const bool is_double = work.dtypes[kGrad] == DType::kFloat64;
+  return work.device == kIdle || is_double == (sizeof(T) == sizeof(double));
+}
+
+FUSEDOPT_HD int64_t find_grad(const Layout& layout, int64_t element, bool is_small) {
+  int64_t at = 0;
+  for (int d = layout.num_dims - 1; d >= 0; --d) {
+    const Dim* const dim = layout.dims + d;
+    const int64_t size = load_item(&dim->size);
+    const int64_t outer = divide(element, size, is_small);
+    at += (element - outer * size) * load_item(dim->strides + kGrad);
+    element = outer;
+  }
+  return at;
+}
+
+// Calls add(lane, grad) for all that a thread has to look at.
+template <class Storage, class Add>
+FUSEDOPT_HD void visit_grads(const Leaf& leaf, const Layout* layouts, uint32_t thread,
+                             const Add& add) {
+  using T = typename Compute<Storage>::Type;
+  constexpr int kV = kLeafVector<Storage>;
+  constexpr int64_t kLanes = kLeafThreads * kV;
+  const auto* const grads = static_cast<const Storage*>(leaf.work.data[kGrad]);
+  const bool is_dense = leaf.work.layout == kDense;
+  int64_t at = leaf.begin + thread * kV;
+  if (is_dense && is_aligned(grads + at, kVectorBytes)) {
+    const int64_t sweeps = (leaf.end - leaf.begin) / kLanes;
+#pragma unroll 4
+    for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
+      const auto values =
+          bit_cast<Values<Storage, kV>>(load_words<kVectorBytes / 4>(grads + at + sweep * kLanes));
+      for (int j = 0; j < kV; ++j) add(j, load<T>(values.values[j]));
+    }
+    at += sweeps * kLanes;
+  }
+  for (; at < leaf.end; at += kLanes)
+    for (int j = 0; j < kV; ++j)
+      if (at + j < leaf.end) {
+        const int64_t place =
+            is_dense ? at + j : find_grad(layouts[leaf.work.layout], at + j, leaf.work.numel <= INT32_MAX);
+        add(j, load<T>(load_item(grads + place)));
+      }
+}
+
+// Calls `f` with a value of the grad's storage type, which computes in T.
+template <class T, class F>
+FUSEDOPT_HD void with_grad_storage(const Work& work, const F& f) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    f(double{});
+  } else {
+    if (work.dtypes[kGrad] == DType::kFloat32) f(float{});
+    if (work.dtypes[kGrad] == DType::kBFloat16) f(BFloat16{});
+    if (work.dtypes[kGrad] == DType::kFloat16) f(Float16{});
+  }
+}
+
+template <class T>
+FUSEDOPT_HD double measure_thread(const Leaf& leaf, const Layout* layouts, uint32_t thread) {
+  if (leaf.work.device == kIdle) return 0;
+  double sum = 0;
+  with_grad_storage<T>(leaf.work, [&](auto format) {
+    using Storage = decltype(format);
+    T lanes[kLeafVector<Storage>] = {};
+    visit_grads<Storage>(leaf, layouts, thread,
+                         [&](int j, T grad) { lanes[j] = add_square(lanes[j], grad); });
+    sum = sum_lanes(lanes);
+  });
+  return sum;
+}
+
+// Of a thread's grads, how many are infinite or NaN. Only asked for where a sum is.
+template <class T>
+FUSEDOPT_HD int32_t count_thread(const Leaf& leaf, const Layout* layouts, uint32_t thread) {
+  int32_t count = 0;
+  if (leaf.work.device == kIdle) return count;
+  with_grad_storage<T>(leaf.work, [&](auto format) {
+    visit_grads<decltype(format)>(leaf, layouts, thread,
+                                  [&](int, T grad) { count += is_nonfinite(grad) ? 1 : 0; });
+  });
+  return count;
+}
+
+FUSEDOPT_HD void judge_thread(const JudgeArguments& arguments) {
+  if (arguments.verdict == nullptr) return;
+  const float scale = arguments.grad_scale != nullptr ? *arguments.grad_scale : 1.0f;
+  const bool found_inf = arguments.found_inf != nullptr && *arguments.found_inf > 0;
+  *arguments.verdict = judge(arguments.total[0], static_cast<int64_t>(arguments.total[1]),
+                             static_cast<double>(scale), found_inf, arguments.clips);
+}
+
+}  // namespace fusedopt::cuda

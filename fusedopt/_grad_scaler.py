@@ -1,0 +1,43 @@
+"""A GradScaler that leaves the search for infinite grads to the optimizer's step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._optimizer import FusedOptimizer
+
+
+class GradScaler(torch.amp.GradScaler):
+    """As ``torch.amp.GradScaler``, with less traffic for the optimizers of this package.
+
+    torch reads and writes all grads to find out whether any is infinite or NaN, before the step
+    reads them again. Here ``step()`` of an optimizer of fusedopt reads them once for that, which
+    ``max_grad_norm`` shares, and writes none. After ``unscale_()``, and for other optimizers,
+    all is as in torch.
+    """
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        try:
+            return super().step(optimizer, *args, **kwargs)
+        except Exception:
+            for name in ("grad_scale", "found_inf"):  # torch leaves them there
+                optimizer.__dict__.pop(name, None)
+            raise
+        finally:
+            if isinstance(optimizer, FusedOptimizer) and optimizer._checks_grads:
+                optimizer._checks_grads = False
+                if optimizer._verdict is not None:
+                    flag = optimizer._skip_flag()
+                    self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {
+                        flag.device: flag
+                    }
+
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
+        if not isinstance(optimizer, FusedOptimizer):
+            return super()._check_inf_per_device(optimizer)
+        scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
+        optimizer._checks_grads = True
+        none_yet = {scale.device: torch.zeros((), dtype=torch.float32, device=scale.device)}
+        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = none_yet
+        return none_yet

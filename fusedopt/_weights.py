@@ -1,0 +1,157 @@
+"""Weights and their averages outside of steps: masters, conversions, swaps."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[str, Any]
+
+MASTERS = {"float32": "master_param", "split": "param_remainder"}
+EXTRAS = ("master_param", "param_remainder", "ema_param")
+
+
+def join(param: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 weights that bfloat16 params and their int16 remainders are."""
+    high = param.view(torch.int16).to(torch.int32) << 16
+    return (high + remainder.to(torch.int32)).view(torch.float32)
+
+
+def split(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The bfloat16 params, nearest with ties away from zero, and int16 remainders of weights."""
+    bits = weight.view(torch.int32)
+    # As 64-bit numbers: the sum must not wrap before it is cut.
+    high = (bits.to(torch.int64) + 0x8000) >> 16
+    rest = bits.to(torch.int64) - (high << 16)
+    nan = weight.isnan()
+    high = torch.where(nan, (bits.to(torch.int64) >> 16) | 0x40, high)
+    rest = torch.where(nan, 0, rest)
+    high = torch.where(high >= 0x8000, high - 0x10000, high)
+    return high.to(torch.int16).view(torch.bfloat16), rest.to(torch.int16)
+
+
+def is_narrow(param: Tensor) -> bool:
+    return param.is_floating_point() and param.element_size() == 2
+
+
+def master_name(param: Tensor, group: State) -> str | None:
+    """Name of the master weight in the state of this parameter, or None if it has none.
+
+    Raises ValueError for a parameter that cannot have the kind that the group asks for.
+    """
+    kind = group.get("master_weights")
+    if kind is None or (kind == "float32" and not is_narrow(param)):
+        return None
+    if kind == "split" and param.dtype != torch.bfloat16:
+        raise ValueError(f"master_weights='split' is for torch.bfloat16, not for {param.dtype}")
+    return MASTERS[kind]
+
+
+def unused_entries(param: Tensor, state: State, group: State) -> list[str]:
+    """Names of masters and averages that a state holds although the settings do not use them."""
+    used = {master_name(param, group), "ema_param" if group.get("ema_decay") is not None else None}
+    return [name for name in EXTRAS if name in state and name not in used]
+
+
+def ema_dtype(param: Tensor) -> torch.dtype:
+    return torch.float32 if is_narrow(param) else param.dtype
+
+
+def read_weight(param: Tensor, state: State, group: State) -> Tensor:
+    """A copy of a parameter's weights, in float32 if the parameter is narrower."""
+    param = param.detach()
+    name = master_name(param, group)
+    if name is not None and name in state:
+        master: Tensor = state[name]
+        return join(param, master) if name == "param_remainder" else master.clone()
+    return param.to(ema_dtype(param), copy=True)
+
+
+def write_weight(param: Tensor, weight: Tensor, state: State, group: State) -> None:
+    """Make a parameter, and its master weight if the state has one, hold these weights."""
+    name = master_name(param, group)
+    weight = weight.to(param.device, ema_dtype(param))
+    if name == "param_remainder" and name in state:
+        rounded, remainder = split(weight)
+        param.copy_(rounded)
+        state[name].copy_(remainder)
+        return
+    if name is not None and name in state:
+        state[name].copy_(weight)
+    param.copy_(weight)
+
+
+def new_entry(name: str, param: Tensor, state: State, group: State) -> Tensor:
+    """State that is not there yet."""
+    kwargs: dict[str, Any] = {"memory_format": torch.preserve_format}
+    if name == "param_remainder":
+        return torch.zeros_like(param, dtype=torch.int16, **kwargs)
+    if name in ("master_param", "ema_param"):
+        # In the params' layout: to() would keep it only where it is dense.
+        entry = torch.empty_like(param, dtype=ema_dtype(param), **kwargs)
+        return entry.copy_(read_weight(param, state, group) if name == "ema_param" else param)
+    dtype = group.get("state_dtype") or param.dtype
+    return torch.zeros_like(param, dtype=dtype, **kwargs)
+
+
+@contextmanager
+def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Params hold the values of their partners inside, and afterwards exactly their own again."""
+    pairs = list(pairs)
+    kept = [(param, param.detach().clone()) for param, _ in pairs]
+    try:
+        with torch.no_grad():
+            for param, average in pairs:
+                param.copy_(average)
+        yield
+    finally:
+        with torch.no_grad():
+            for param, own in kept:
+                param.copy_(own)
+
+
+def convert(entries: State, param: Tensor, group: State) -> Tensor | None:
+    """Make saved state fit the settings of the group that it is loaded into.
+
+    States take on ``state_dtype`` if that is set. A master weight of the other kind is converted;
+    one that was cast to another dtype (by ``torch.optim``) is dropped, as is all that the settings
+    have no use for. Returns the values that the parameter is to have then, or None if it stays.
+
+    Raises ValueError for masters and averages of another shape than the parameter's.
+    """
+    saved = {name: entries.pop(name, None) for name in EXTRAS}
+    for name, entry in saved.items():
+        if isinstance(entry, Tensor) and entry.shape != param.shape:
+            raise ValueError(
+                f"{name} of the loaded state dict is of shape {tuple(entry.shape)}, but its "
+                f"parameter of shape {tuple(param.shape)}"
+            )
+    dtype = group.get("state_dtype")
+    for name, entry in entries.items():
+        is_state = dtype is not None and name != "step" and isinstance(entry, Tensor)
+        if is_state and entry.is_floating_point():
+            entries[name] = entry.to(dtype)
+    average = saved["ema_param"]
+    if group.get("ema_decay") is not None and isinstance(average, Tensor):
+        entries["ema_param"] = average.to(ema_dtype(param))
+    wanted = master_name(param, group)
+    if wanted is None:
+        return None
+    if _is_of(saved[wanted], wanted):
+        entries[wanted] = saved[wanted]
+        return None
+    if wanted == "param_remainder" and _is_of(saved["master_param"], "master_param"):
+        rounded, entries[wanted] = split(saved["master_param"])
+        return rounded
+    remainder = saved["param_remainder"]
+    if param.dtype == torch.bfloat16 and _is_of(remainder, "param_remainder"):
+        entries[wanted] = join(param.detach(), remainder)
+        return entries[wanted]
+    return None
+
+
+def _is_of(entry: Any, name: str) -> bool:
+    dtype = torch.int16 if name == "param_remainder" else torch.float32
+    return isinstance(entry, Tensor) and entry.dtype == dtype

@@ -31,7 +31,8 @@ STRICT = os.environ.get("FUSEDOPT_STRICT") == "1"
 SANITIZE = os.environ.get("FUSEDOPT_SANITIZE")
 
 # Results must not depend on the compiler's mood: no contraction, no fast-math. The two flags after
-# it change no value; they let square roots and selections be vectorised. Unknown are nvcc's pragmas.
+# it change no value; they let square roots and selections be vectorised.
+# Unknown are nvcc's pragmas.
 COMMON = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
           "-Wno-unknown-pragmas", "-Icsrc"]  # fmt: skip
 EXACT = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
@@ -45,7 +46,9 @@ ISA_FLAGS = {
     ],
 }
 
-CUDA_COMMON = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+CUDA_COMMON = ["-std=c++17", "-O3", "-Icsrc",
+               "-Xcompiler=-fPIC,-fvisibility=hidden",
+               "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas"]  # fmt: skip
 CUDA_EXACT = ["-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
 CUDA_STRICT = [
     "-Werror=all-warnings",

@@ -65,8 +65,9 @@ class CpuClock:
 
 
 class CudaClock:
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, wall_only: bool = False) -> None:
         self.device = device
+        self.wall_only = wall_only  # for steps that wait for the GPU: nothing hides behind a sleep
         self._warm_up()
         self.cycles_per_s = max(self._sleep_rate() for _ in range(3))
 
@@ -74,7 +75,7 @@ class CudaClock:
         entrant.step()
         once = min(self._wall(entrant.step, 1) for _ in range(2))
         entrant.inner = max(1, math.ceil(MIN_CUDA_SAMPLE_S / max(once, 1e-6)))
-        if once > SLOW_S:
+        if self.wall_only or once > SLOW_S:
             return
         entrant.queued = max(1, min(MAX_QUEUED, math.ceil(QUEUE_S / max(once, 1e-6))))
         host = max(self._host(entrant) for _ in range(3))
@@ -134,3 +135,6 @@ class CudaClock:
         end.record()
         end.synchronize()
         return cycles / (begin.elapsed_time(end) * 1e-3)
+
+
+Clock = CpuClock | CudaClock

@@ -134,8 +134,8 @@ def report(content: dict[str, Any]) -> bool:
         if part["verdict"] in (FAILED, TIMED_OUT):
             print(f"\n--- {name}: {part['verdict']} {part.get('why', '')}".rstrip())
             print("\n".join(_why(part)))
-    for line in content["parts"].get("step", {}).get("targets", []):
-        print(line)
+    for part in content["parts"].values():
+        print("".join(f"{line}\n" for line in part.get("targets", [])), end="")
     machine = content["machine"]
     print(f"\n{machine['gpu']}, torch {machine.get('torch')}, commit {machine['commit']}")
     for name, part in content["parts"].items():

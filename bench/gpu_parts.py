@@ -12,6 +12,7 @@ from typing import Any
 import targets_cuda
 from gpu_logs import METRICS, ncu_cases, pytest_counts, sanitizer_findings
 from gpu_run import ROOT, Finished, Runner
+from training_report import lines_of as training_lines
 
 Result = dict[str, Any]
 OK, FAILED, TIMED_OUT, MISSED, NO_TOOL = "ok", "failed", "timed out", "target missed", "no tool"
@@ -103,6 +104,22 @@ def step(runner: Runner) -> Result:
     return result | {"verdict": OK if good else MISSED}
 
 
+def training(runner: Runner) -> Result:
+    path = runner.out / "training-step-cuda.json"
+    limit = max(runner.left() - 20, 5)  # for the last row, the start
+    run = runner.python(
+        "bench/training_step.py", "--device", "cuda", "--budget", "2",
+        "--max-seconds", f"{limit:.0f}", "--json", path,
+    )  # fmt: skip
+    rows = _read(path).get("rows", [])
+    result = {"cases": len(rows), "targets": training_lines(rows), "file": path.name}
+    finished = "Promised figures:" in run.text or runner.dry
+    failed = any("failed" in row for row in rows)
+    if run.timed_out or not finished or failed:
+        return result | {"verdict": _verdict(run, good=False), "tail": run.tail()}
+    return result | {"verdict": OK if run.good else MISSED}
+
+
 def launches(runner: Runner) -> Result:
     path = runner.scratch / "launches.json"
     run = runner.python("bench/launches.py", "--device", "cuda", "--json", path)
@@ -167,6 +184,7 @@ PARTS = {
     "tests": Part(tests, 160),
     "sanitizer": Part(sanitizer, 100),
     "step": Part(step, 240),
+    "training": Part(training, 60),
     "launches": Part(launches, 30),
     "ncu": Part(ncu, 60),
     "train": Part(train, 40),

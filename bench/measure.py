@@ -9,23 +9,16 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from clocks import CpuClock, CudaClock, Entrant
+from clocks import Entrant
 from common import MIB, available_memory, spread
 from contenders import qualify
+from race import bandwidth, bandwidth_probes, clock_for, percent, probe_size, race, ratio
 from recipes import STATES, STREAMS, Contender, Groups, reason
 from workloads import Workload
-
-WARM_BYTES = 64 * MIB  # work that fits caches is measured on warm ones: a step before each sample
-LARGE_BYTES = 32 * MIB  # from here on memory is the limit, and the probes must not fit caches
-PROBE_BYTES = 256 * MIB
-CUDA_PROBE_BYTES = 1024 * MIB
-MIN_ROUNDS = 5
-WARM_UP_ROUNDS = 1
 
 
 @dataclass(frozen=True)
@@ -56,14 +49,7 @@ class Case:
 
     @property
     def probe_bytes(self) -> int:
-        """Of each of the two probe tensors: beyond caches, or as much as the work itself.
-
-        On a GPU always beyond caches: there a small copy shows what a launch costs.
-        """
-        if self.device.type == "cuda":
-            return CUDA_PROBE_BYTES
-        large = self.footprint >= LARGE_BYTES
-        return PROBE_BYTES if large else max(self.footprint // 2, 4)
+        return probe_size(self.device, self.footprint)
 
 
 def values_for(case: Case) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -91,17 +77,6 @@ def param_groups(
     return groups
 
 
-def _probes(case: Case) -> list[Entrant]:
-    """Plain copy and in-place multiply: what this machine's memory, or cache, gives right now."""
-    source = torch.rand(case.probe_bytes // 4, device=case.device)
-    target = source.clone()
-    moved = 2 * source.nbytes
-    return [
-        Entrant("copy", lambda: target.copy_(source), moved),
-        Entrant("multiply", lambda: target.mul_(1.0000001), moved),
-    ]
-
-
 def _enter(
     case: Case, notes: dict[Contender, str], shared: bool
 ) -> tuple[list[Entrant], dict[str, str]]:
@@ -120,52 +95,16 @@ def _enter(
     return entrants, skipped
 
 
-def _race(case: Case, entrants: list[Entrant], rounds: int, budget_s: float) -> None:
-    """Rounds of one sample each, the order rotated; fewer than asked if time runs out."""
-    on_cuda = case.device.type == "cuda"
-    clock = CudaClock(case.device) if on_cuda else CpuClock(case.footprint <= WARM_BYTES)
-    for entrant in entrants:
-        clock.prepare(entrant)
-    start = time.perf_counter()
-    for number in range(WARM_UP_ROUNDS + rounds):
-        first = number % len(entrants)
-        for entrant in entrants[first:] + entrants[:first]:
-            times = clock.sample(entrant)
-            if number < WARM_UP_ROUNDS:
-                entrant.exposed = 0
-                continue
-            for kind, seconds in times.items():
-                entrant.samples[kind].append(seconds)
-        measured = number + 1 - WARM_UP_ROUNDS
-        if measured >= MIN_ROUNDS and time.perf_counter() - start > budget_s:
-            return
-
-
-def _bandwidths(entrant: Entrant, kind: str = "wall") -> list[float]:
-    return [entrant.bytes_moved / seconds * 1e-9 for seconds in entrant.samples[kind]]
-
-
-def _percent(mine: Entrant, theirs: Entrant, kind: str = "wall") -> float:
-    """Of their bandwidth; shares and ratios are medians of what each round gave."""
-    pairs = zip(_bandwidths(mine, kind), _bandwidths(theirs, kind), strict=True)
-    return 100 * statistics.median(one / other for one, other in pairs)
-
-
-def _ratio(mine: Entrant, base: Entrant, kind: str = "wall") -> dict[str, float]:
-    pairs = zip(mine.samples[kind], base.samples[kind], strict=True)
-    return spread([one / other for one, other in pairs])
-
-
 def _figures(case: Case, entrants: dict[str, Entrant], name: str, base: str) -> dict[str, Any]:
     """All numbers of one contender."""
     entrant = entrants[name]
     figures = {
         "ms": spread([1e3 * seconds for seconds in entrant.seconds]),
         "us_per_tensor": 1e6 * statistics.median(entrant.seconds) / case.workload.tensors,
-        "gb_per_s": statistics.median(_bandwidths(entrant)),
-        "percent_of_copy": _percent(entrant, entrants["copy"]),
-        "percent_of_multiply": _percent(entrant, entrants["multiply"]),
-        "ratio": _ratio(entrant, entrants[base]),
+        "gb_per_s": bandwidth(entrant),
+        "percent_of_copy": percent(entrant, entrants["copy"]),
+        "percent_of_multiply": percent(entrant, entrants["multiply"]),
+        "ratio": ratio(entrant, entrants[base]),
         "inner": entrant.inner,
         "note": entrant.note,
     }
@@ -174,9 +113,9 @@ def _figures(case: Case, entrants: dict[str, Entrant], name: str, base: str) -> 
         figures["host"] = {"us": host, "us_per_tensor": host / case.workload.tensors}
         figures["gpu"] = {
             "ms": spread([1e3 * seconds for seconds in entrant.samples["gpu"]]),
-            "gb_per_s": statistics.median(_bandwidths(entrant, "gpu")),
-            "percent_of_copy": _percent(entrant, entrants["copy"], "gpu"),
-            "ratio": _ratio(entrant, entrants[base], "gpu") if entrants[base].queued else None,
+            "gb_per_s": bandwidth(entrant, "gpu"),
+            "percent_of_copy": percent(entrant, entrants["copy"], "gpu"),
+            "ratio": ratio(entrant, entrants[base], "gpu") if entrants[base].queued else None,
             "steps": entrant.queued,
             "waited_for_host": entrant.exposed,  # samples; in these the time is too long
         }
@@ -222,10 +161,10 @@ def run_case(
         why = f"needs {needed // MIB} MiB, {int(free) // MIB} MiB may be used"
         return result | {"skipped": skipped | {contender.name: why for contender in notes}}
     racing, failed = _enter(case, notes, shared)
-    probes = _probes(case)
+    probes = bandwidth_probes(case.probe_bytes, case.device)
     gc.disable()
     try:
-        _race(case, racing + probes, rounds, budget_s)
+        race(clock_for(case.device, case.footprint), racing + probes, rounds, budget_s)
     except torch.OutOfMemoryError as error:  # of a GPU: temporaries, which nobody can foresee
         return result | {"skipped": skipped | {e.name: reason(error) for e in racing}}
     finally:
@@ -236,6 +175,6 @@ def run_case(
         "rounds": len(probes[0].seconds),
         "base": base,
         "contenders": {e.name: _figures(case, entrants, e.name, base) for e in racing},
-        "probes": {probe.name: statistics.median(_bandwidths(probe)) for probe in probes},
+        "probes": {probe.name: bandwidth(probe) for probe in probes},
         "skipped": skipped | failed,
     }

@@ -28,7 +28,8 @@ from common import (
     write_json,
 )
 from contenders import CONTENDERS
-from measure import MIN_ROUNDS, Case, run_case
+from measure import Case, run_case
+from race import MIN_ROUNDS
 from step_report import CUDA_LEGEND, LEGEND, draw, print_case
 from workloads import WORKLOADS, all_workloads
 

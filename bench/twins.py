@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -88,20 +89,22 @@ def learning_rate(step: int, steps: int) -> float:
     return warm_up * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / steps)))
 
 
+def start_run(
+    name: str, model: GPT, library: ModuleType, kind: str, steps: int, options: dict[str, Any]
+) -> Run:
+    optimizer = getattr(library, kind)(decay_groups(model, DECAY[kind]), **HYPER[kind], **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
+    return Run(name, model, optimizer, schedule)
+
+
 def start_runs(args: argparse.Namespace) -> list[Run]:
     torch.manual_seed(args.seed)
     first = GPT(Config()).to(args.device, getattr(torch, args.dtype))
-    runs = []
-    for name, library, kind in (
-        ("fusedopt", load_fusedopt(), {}),
-        (f"torch.optim ({args.torch})", torch.optim, TORCH_KINDS[args.torch]),
-    ):
-        model = copy.deepcopy(first)
-        optimizer = getattr(library, args.optimizer)(
-            decay_groups(model, DECAY[args.optimizer]), **HYPER[args.optimizer], **kind
+    torch_name, torch_kind = f"torch.optim ({args.torch})", TORCH_KINDS[args.torch]
+    return [
+        start_run(name, copy.deepcopy(first), library, args.optimizer, args.steps, options)
+        for name, library, options in (
+            ("fusedopt", load_fusedopt(), {}),
+            (torch_name, torch.optim, torch_kind),
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate(step, args.steps)
-        )
-        runs.append(Run(name, model, optimizer, schedule))
-    return runs
+    ]

@@ -124,6 +124,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         state = self.state[group["params"][index]]
         for name in unused_entries(group["params"][index], state, group):
             del state[name]
+        if not self._counts_steps(group):
+            state.pop("step", None)
 
     @property
     def grad_norm(self) -> Tensor | None:

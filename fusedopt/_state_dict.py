@@ -59,10 +59,10 @@ def load_state_dict(
             if key in group:
                 saved[key] = group[key]
         check_group(saved, index)
-        for param in group["params"]:
+        for at, param in enumerate(group["params"]):
             entries = state.get(param)
             if isinstance(entries, dict):
-                values = convert(entries, param, saved)
+                values = convert(entries, param, saved, _place(saved, index, at))
                 if values is not None:
                     new_values.append((param, values))
                 if not counts_steps(saved):
@@ -74,6 +74,13 @@ def load_state_dict(
 
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def _place(group: dict[str, Any], group_index: int, index: int) -> str:
+    """As messages of a step have it."""
+    names = group.get("param_names")
+    where = f"group {group_index}, index {index}"
+    return f"parameter {names[index]!r} ({where})" if names else f"the parameter at {where}"
 
 
 def _check_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:

@@ -93,6 +93,8 @@ def new_entry(name: str, param: Tensor, state: State, group: State) -> Tensor:
         entry = torch.empty_like(param, dtype=ema_dtype(param), **kwargs)
         return entry.copy_(read_weight(param, state, group) if name == "ema_param" else param)
     dtype = group.get("state_dtype") or param.dtype
+    if param.is_complex() and not dtype.is_complex:
+        raise ValueError(f"state_dtype {dtype} is for real parameters, not for {param.dtype}")
     return torch.zeros_like(param, dtype=dtype, **kwargs)
 
 
@@ -112,21 +114,21 @@ def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
                 param.copy_(own)
 
 
-def convert(entries: State, param: Tensor, group: State) -> Tensor | None:
+def convert(entries: State, param: Tensor, group: State, place: str) -> Tensor | None:
     """Make saved state fit the settings of the group that it is loaded into.
 
     States take on ``state_dtype`` if that is set. A master weight of the other kind is converted;
     one that was cast to another dtype (by ``torch.optim``) is dropped, as is all that the settings
     have no use for. Returns the values that the parameter is to have then, or None if it stays.
 
-    Raises ValueError for masters and averages of another shape than the parameter's.
+    Raises ValueError, with ``place``, for masters and averages of another shape than the parameter.
     """
     saved = {name: entries.pop(name, None) for name in EXTRAS}
     for name, entry in saved.items():
         if isinstance(entry, Tensor) and entry.shape != param.shape:
             raise ValueError(
-                f"{name} of the loaded state dict is of shape {tuple(entry.shape)}, but its "
-                f"parameter of shape {tuple(param.shape)}"
+                f"{name} of {place} is of shape {tuple(entry.shape)} in the loaded state dict, but "
+                f"the parameter of shape {tuple(param.shape)}"
             )
     dtype = group.get("state_dtype")
     for name, entry in entries.items():
@@ -147,8 +149,8 @@ def convert(entries: State, param: Tensor, group: State) -> Tensor | None:
         return rounded
     remainder = saved["param_remainder"]
     if param.dtype == torch.bfloat16 and _is_of(remainder, "param_remainder"):
-        entries[wanted] = join(param.detach(), remainder)
-        return entries[wanted]
+        entries[wanted] = weight = join(param.detach(), remainder)
+        return weight
     return None
 
 

@@ -98,7 +98,7 @@ class Adam(FusedOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _counts_steps(self, group: ParamGroup) -> bool:
+    def _counts_steps(self, group: ParamGroup) -> bool:  # noqa: ARG002
         return True
 
     def _state_names(self, group: ParamGroup) -> list[str]:

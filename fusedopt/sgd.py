@@ -32,21 +32,21 @@ class SGD(FusedOptimizer):
             parameters' GPU is read there, in the step; its value is then not checked.
         momentum: momentum factor :math:`\mu`.
         dampening: dampening :math:`\tau` of what the grad adds to the momentum.
-        weight_decay: L2 penalty :math:`\lambda`, or with ``decoupled_weight_decay`` the decay.
+        weight_decay: L2 penalty :math:`\lambda`; with ``decoupled_weight_decay`` the decay.
         nesterov: use Nesterov momentum; needs a momentum and no dampening.
         maximize: ascend instead of descend.
         foreach, fused: accepted for torch's sake; every step is fused.
         differentiable: must be False.
         capturable: allow ``step()`` to be captured into a CUDA graph. Options that are tensors on
             the GPU may then change between replays.
-        decoupled_weight_decay: :math:`p \leftarrow (1 - \gamma \lambda) p` before the update instead
-            of the penalty (SGDW: Loshchilov and Hutter, arXiv 1711.05101).
+        decoupled_weight_decay: :math:`p \leftarrow (1 - \gamma \lambda) p` before the update and
+            no penalty (SGDW: Loshchilov and Hutter, arXiv 1711.05101).
         additions: what torch lacks: precision, clipping, averaging; see
             ``help(fusedopt.Additions)``.
 
     State of a parameter: ``momentum_buffer``, of its shape and, unless ``state_dtype`` says
-    otherwise, dtype, if there is momentum; ``step`` (float32, one element) if there is an average or
-    stochastic rounding.
+    otherwise, dtype, if there is momentum; ``step`` (float32, one element) if there is an average
+    or stochastic rounding.
 
     Raises:
         ValueError: a hyper-parameter is NaN, infinite or out of range, a parameter is given twice,

@@ -30,9 +30,27 @@ class Case:
         return getattr(fusedopt, self.optimizer)(params, **self.options, **more)
 
     def unfused(self, params: Iterable[Any]) -> torch.optim.Optimizer:
-        """torch's plain loop. Its fused=True is no reference: it updates 16-bit params wrongly."""
-        twin = getattr(torch.optim, self.optimizer)
-        return twin(params, **self.options, foreach=False, fused=False)
+        """torch's plain loop. Its fused=True is no reference: it updates 16-bit params wrongly.
+
+        Decay that torch lacks is what its AdamW has: a multiplication before the update.
+        """
+        options = dict(self.options)
+        lr_independent = options.pop("lr_independent_weight_decay", False)
+        sgdw = self.optimizer == "SGD" and options.pop("decoupled_weight_decay", False)
+        kept = 1.0
+        if lr_independent or sgdw:
+            kept -= options.pop("weight_decay") * (1 if lr_independent else options["lr"])
+            options["weight_decay"] = 0
+        twin = getattr(torch.optim, self.optimizer)(params, **options, foreach=False, fused=False)
+
+        def decay(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    param.detach().mul_(kept)
+
+        if lr_independent or sgdw:
+            twin.register_step_pre_hook(decay)
+        return twin
 
     def suited_to(self, dtype: torch.dtype) -> "Case":
         """float16 has no number near Adam's usual eps: torch would divide by zero."""
@@ -40,8 +58,8 @@ class Case:
             return self
         return replace(self, options={**self.options, "eps": 1e-3})
 
-    def oracle(self, param: Tensor) -> oracles.Oracle:
-        return oracles.BY_NAME[self.optimizer](param, **self.options)
+    def oracle(self, param: Tensor, **more: Any) -> oracles.Oracle:
+        return oracles.BY_NAME[self.optimizer](param, **self.options, **more)
 
 
 CASES = [
@@ -58,10 +76,32 @@ CASES = [
         "SGD",
         {"lr": 0.02, "momentum": 0.7, "nesterov": True, "weight_decay": 0.05},
     ),
+    Case("sgdw", "SGD", {"lr": 0.05, "weight_decay": 0.5, "decoupled_weight_decay": True}),
+    Case(
+        "sgdw-momentum",
+        "SGD",
+        {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.5, "decoupled_weight_decay": True},
+    ),
+    Case(
+        "sgdw-lr-independent",
+        "SGD",
+        {
+            **{"lr": 0.02, "momentum": 0.7, "nesterov": True, "weight_decay": 0.02},
+            **{"decoupled_weight_decay": True, "lr_independent_weight_decay": True},
+        },
+    ),
     Case("adam", "Adam", {"lr": 0.01}),
     Case("adam-l2", "Adam", {"lr": 0.01, "weight_decay": 0.1}),
     Case(
         "adam-decoupled", "Adam", {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}
+    ),
+    Case(
+        "adam-lr-independent",
+        "Adam",
+        {
+            **{"lr": 0.01, "weight_decay": 0.01},
+            **{"decoupled_weight_decay": True, "lr_independent_weight_decay": True},
+        },
     ),
     Case("adam-amsgrad", "Adam", {"lr": 0.01, "betas": (0.9, 0.9), "amsgrad": True}),
     Case("adam-amsgrad-l2", "Adam", {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
@@ -72,6 +112,11 @@ CASES = [
     Case("adamw-strong-decay", "AdamW", {"lr": 0.01, "weight_decay": 0.5}),
     Case("adamw-amsgrad", "AdamW", {"lr": 0.01, "betas": (0.8, 0.9), "amsgrad": True}),
     Case("adamw-maximize", "AdamW", {"lr": 0.01, "maximize": True}),
+    Case(
+        "adamw-lr-independent",
+        "AdamW",
+        {"lr": 0.01, "weight_decay": 0.01, "lr_independent_weight_decay": True},
+    ),
 ]
 BY_ID = {case.id: case for case in CASES}
 
@@ -132,8 +177,11 @@ def results(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor
 
 def bits(tensor: Tensor) -> Tensor:
     """The memory of the elements in order, every NaN as the same NaN."""
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    plain = torch.where(real.isnan(), torch.full_like(real, torch.nan), real)
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if plain.is_floating_point():
+        plain = torch.where(plain.isnan(), torch.full_like(plain, torch.nan), plain)
+    else:
+        plain = plain.clone(memory_format=torch.contiguous_format)  # one element counts as dense
     return plain.contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -142,11 +190,14 @@ def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(bits(first[name]), bits(second[name])) for name in first)
 
 
-def assert_rounded_once(value: Tensor, expected: oracles.Array) -> None:
-    """Half a unit in the last place of the storage format, and what computing cost before that."""
+def assert_rounded_once(value: Tensor, expected: oracles.Array, units: float = 0.5) -> None:
+    """Half a unit in the last place of the storage format, and what computing cost before that.
+
+    Stochastic rounding may be off by one unit.
+    """
     finfo = torch.finfo(value.dtype)
     compute = 2 * min(finfo.eps, torch.finfo(torch.float32).eps) * np.abs(expected).max(initial=0)
-    rounding = finfo.eps / 2 * np.maximum(np.abs(expected), finfo.smallest_normal)
+    rounding = units * finfo.eps * np.maximum(np.abs(expected), finfo.smallest_normal)
     assert (np.abs(oracles.exact(value) - expected) <= rounding + compute).all()
 
 

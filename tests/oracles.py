@@ -4,7 +4,7 @@ Nothing is rearranged for speed or accuracy, so that a slip in csrc/ cannot be r
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,16 +21,61 @@ def exact(tensor: Tensor) -> Array:
     return tensor.to(torch.float64).numpy(force=True).copy()
 
 
+def ema_rate(step: int, decay: float, bias_correction: bool) -> float:
+    """How far the average moves towards the weight, in step 1, 2, ..., of which the first sets it.
+
+    With bias correction it is Adam's: the average of all weights so far, weighted by decay^age.
+    """
+    if step == 1:
+        return 1.0
+    return (1 - decay) / (1 - decay**step) if bias_correction else 1 - decay
+
+
 class Oracle:
     """One parameter and its states. `step` takes a grad; `results` names them as torch does."""
 
     param: Array
+    ema_param: Array
+
+    def __init__(
+        self, param: Tensor, ema_decay: float | None = None, ema_bias_correction: bool = False
+    ) -> None:
+        self.param = exact(param)
+        self.steps = 0
+        self.ema_decay, self.ema_bias_correction = ema_decay, ema_bias_correction
 
     def step(self, grad: Tensor) -> None:
-        raise NotImplementedError
+        self.steps += 1
+        self._update(exact(grad))
+        if self.ema_decay is not None:
+            self._average(self.param)
 
     def results(self) -> dict[str, Array]:
+        average = {} if self.ema_decay is None else {"ema_param": self.ema_param}
+        return {"param": self.param, **self._states(), **average}
+
+    def average_anew(self, before: Array, weight: Array) -> None:
+        """The latest step's average once more, of the weight as it was stored."""
+        self.ema_param = before
+        self._average(weight)
+
+    def _average(self, weight: Array) -> None:
+        assert self.ema_decay is not None
+        if self.steps == 1:
+            self.ema_param = weight
+            return
+        rate = ema_rate(self.steps, self.ema_decay, self.ema_bias_correction)
+        self.ema_param = (1 - rate) * self.ema_param + rate * weight
+
+    def _update(self, g: Array) -> None:
         raise NotImplementedError
+
+    def _states(self) -> dict[str, Array]:
+        raise NotImplementedError
+
+    def _decay(self, weight_decay: float, lr: float, lr_independent: bool) -> None:
+        """Loshchilov and Hutter (2017), equation 12; as there, or with lr as torch has it."""
+        self.param = (1 - (weight_decay if lr_independent else lr * weight_decay)) * self.param
 
 
 class SgdOracle(Oracle):
@@ -45,15 +90,21 @@ class SgdOracle(Oracle):
         weight_decay: float = 0,
         nesterov: bool = False,
         maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+        lr_independent_weight_decay: bool = False,
+        **ema: Any,
     ) -> None:
-        self.param = exact(param)
+        super().__init__(param, **ema)
         self.momentum_buffer: Array | None = None
         self.lr, self.momentum, self.dampening = lr, momentum, dampening
         self.weight_decay, self.nesterov, self.maximize = weight_decay, nesterov, maximize
+        self.decoupled, self.lr_independent = decoupled_weight_decay, lr_independent_weight_decay
 
-    def step(self, grad: Tensor) -> None:
-        g = -exact(grad) if self.maximize else exact(grad)
-        if self.weight_decay != 0:
+    def _update(self, g: Array) -> None:
+        g = -g if self.maximize else g
+        if self.weight_decay != 0 and self.decoupled:
+            self._decay(self.weight_decay, self.lr, self.lr_independent)
+        elif self.weight_decay != 0:
             g = g + self.weight_decay * self.param
         if self.momentum != 0:
             if self.momentum_buffer is None:
@@ -65,10 +116,10 @@ class SgdOracle(Oracle):
             g = g + self.momentum * self.momentum_buffer if self.nesterov else self.momentum_buffer
         self.param = self.param - self.lr * g
 
-    def results(self) -> dict[str, Array]:
+    def _states(self) -> dict[str, Array]:
         if self.momentum_buffer is None:
-            return {"param": self.param}
-        return {"param": self.param, "momentum_buffer": self.momentum_buffer}
+            return {}
+        return {"momentum_buffer": self.momentum_buffer}
 
 
 class AdamOracle(Oracle):
@@ -84,23 +135,23 @@ class AdamOracle(Oracle):
         amsgrad: bool = False,
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
+        lr_independent_weight_decay: bool = False,
+        **ema: Any,
     ) -> None:
-        self.param = exact(param)
+        super().__init__(param, **ema)
         self.exp_avg = np.zeros_like(self.param)
         self.exp_avg_sq = np.zeros_like(self.param)
         self.max_exp_avg_sq = np.zeros_like(self.param)
-        self.steps = 0
         self.lr, (self.beta1, self.beta2), self.eps = lr, betas, eps
-        self.weight_decay, self.decoupled = weight_decay, decoupled_weight_decay
-        self.amsgrad, self.maximize = amsgrad, maximize
+        self.weight_decay, self.amsgrad, self.maximize = weight_decay, amsgrad, maximize
+        self.decoupled, self.lr_independent = decoupled_weight_decay, lr_independent_weight_decay
 
-    def step(self, grad: Tensor) -> None:
-        g = -exact(grad) if self.maximize else exact(grad)
+    def _update(self, g: Array) -> None:
+        g = -g if self.maximize else g
         if self.weight_decay != 0 and self.decoupled:
-            self.param = (1 - self.lr * self.weight_decay) * self.param
+            self._decay(self.weight_decay, self.lr, self.lr_independent)
         elif self.weight_decay != 0:
             g = g + self.weight_decay * self.param
-        self.steps += 1
         self.exp_avg = self.beta1 * self.exp_avg + (1 - self.beta1) * g
         self.exp_avg_sq = self.beta2 * self.exp_avg_sq + (1 - self.beta2) * g * g
         self.max_exp_avg_sq = np.maximum(self.max_exp_avg_sq, self.exp_avg_sq)
@@ -109,8 +160,8 @@ class AdamOracle(Oracle):
         v_hat = second / (1 - self.beta2**self.steps)
         self.param = self.param - self.lr * m_hat / (np.sqrt(v_hat) + self.eps)
 
-    def results(self) -> dict[str, Array]:
-        found = {"param": self.param, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+    def _states(self) -> dict[str, Array]:
+        found = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         return {**found, "max_exp_avg_sq": self.max_exp_avg_sq} if self.amsgrad else found
 
 

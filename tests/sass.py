@@ -27,16 +27,16 @@ INSTRUCTIONS = {
 @dataclass
 class Kernel:
     arch: str
-    kind: str  # update or schedule
+    kind: str  # update, schedule, measure, total or judge
     rule: str
-    format: str  # "float32", "mixed float32" ..., empty for schedule kernels
+    format: str  # "float32", "mixed float32" ..., empty for kernels that have none
     registers: int
     stack: int  # bytes
     counts: dict[str, int]  # of INSTRUCTIONS
 
     @property
     def is_double(self) -> bool:
-        return self.kind == "schedule" or "float64" in self.format
+        return self.kind != "update" or "float64" in self.format  # sums of squares end in double
 
     @property
     def name(self) -> str:
@@ -66,8 +66,10 @@ def kernels_of(cuobjdump: str, library: str, arch: str) -> Iterator[Kernel]:
     sass = _run(cuobjdump, "-arch", arch, "-sass", library)
     for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
         symbol = part.split(maxsplit=1)[0]
-        kind, rule = re.search(r"(update|schedule)_kernelINS_\d+(\w+?)Family", symbol).groups()
-        format_ = re.search(r"(Uniform|Mixed)I(f|d|NS_8BFloat16E|NS_7Float16E)E", symbol)
+        kind = re.search(r"\d([a-z]+)_kernel", symbol)[1]
+        family = re.search(r"_kernelINS_\d+(\w+?)Family", symbol)
+        rule = family[1] if family else ""
+        format_ = re.search(r"(Uniform|Mixed|kernel)I(f|d|NS_8BFloat16E|NS_7Float16E)E", symbol)
         mixed = "mixed " if format_ and format_[1] == "Mixed" else ""
         registers, stack = re.findall(r"\d+", resources[symbol])
         yield Kernel(

@@ -148,7 +148,7 @@ def test_object_exports_its_entry_alone(as_built: Path, isa: str) -> None:
     assert len(symbols) == 1, symbols
     kind, name = symbols[0]
     assert kind == "T"
-    assert f"run_chunk_{isa}" in name
+    assert f"kernels_{isa}" in name
 
 
 @pytest.mark.parametrize(("isa", "register"), [("avx2", "ymm"), ("avx512", "zmm")])

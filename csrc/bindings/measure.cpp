@@ -23,13 +23,19 @@ Verdict read_verdict(const py::object& numbers) {
 }
 
 [[noreturn]] void raise_nonfinite(const Verdict& verdict) {
-  throw std::runtime_error("the norm of the grads is " + std::string(py::str(py::float_(verdict.grad_norm))) +
-                           ", with " + std::to_string(verdict.nonfinite) +
+  throw std::runtime_error("the norm of the grads is " +
+                           std::string(py::str(py::float_(verdict.grad_norm))) + ", with " +
+                           std::to_string(verdict.nonfinite) +
                            " infinite or NaN elements, so nothing was changed; to skip such steps "
                            "instead, set error_if_nonfinite=False");
 }
 
 }  // namespace
+
+// Whether a GradScaler has found infinite grads itself, and asks for the step to be skipped.
+bool Plan::knows_already(const Scaling& scaling) {
+  return !scaling.found_inf.is_none() && py::float_(scaling.found_inf).cast<double>() > 0;
+}
 
 void Plan::measure_on_cpu(int num_threads, double* totals, int64_t num_classes) {
   plan_cpu_chunks();
@@ -52,7 +58,8 @@ void Plan::measure_on_cpu(int num_threads, double* totals, int64_t num_classes) 
 
 // Reads all grads. What GPUs find out stays there unless the host has to know. Returns whether the
 // step is to be skipped, as far as the host knows.
-bool Plan::measure(Walk& walk, const py::list& param_groups, Launches& launches, int num_threads) {
+bool Plan::measure(Walk& walk, const py::list& param_groups, const Scaling& scaling,
+                   Launches& launches, int num_threads) {
   int64_t num_classes = 1;
   py::object reductions = py::none();
   if (walk.has_subclasses) {
@@ -63,7 +70,8 @@ bool Plan::measure(Walk& walk, const py::list& param_groups, Launches& launches,
     for (size_t at = 0; at < works_.size(); ++at)
       works_[at].norm_class = of_params[at].cast<uint8_t>();
   }
-  const bool is_alone = reductions.is_none() && launches.shares.size() + (walk.has_cpu ? 1 : 0) <= 1;
+  const bool is_alone =
+      reductions.is_none() && launches.shares.size() + (walk.has_cpu ? 1 : 0) <= 1;
 
   // A tensor for each device, the CPU first.
   std::vector<py::object> numbers;
@@ -99,7 +107,8 @@ bool Plan::measure(Walk& walk, const py::list& param_groups, Launches& launches,
     std::memcpy(data.front(), &verdict, sizeof(verdict));
   }
   const Verdict verdict = read_verdict(numbers.front());
-  if (errs && (verdict.nonfinite > 0 || is_nonfinite(verdict.grad_norm))) raise_nonfinite(verdict);
+  const bool is_bad = verdict.nonfinite > 0 || is_nonfinite(verdict.grad_norm);
+  if (errs && is_bad && !knows_already(scaling)) raise_nonfinite(verdict);
   walk.grads.norm = verdict.grad_norm;
   if (walk.clips && walk.has_cpu) rescale(walk);
   return verdict.skip > 0;

@@ -96,7 +96,7 @@ py::object Plan::step(const py::list& param_groups, const py::dict& state,
   disjoint_ = true;
 
   Launches launches;
-  if (measures && walk.gpus.empty() && measure(walk, param_groups, launches, num_threads))
+  if (measures && walk.gpus.empty() && measure(walk, param_groups, scaling, launches, num_threads))
     return py::none();  // before anything is created
   py::object discard = py::none();
   bool skips = false;
@@ -109,7 +109,7 @@ py::object Plan::step(const py::list& param_groups, const py::dict& state,
     }
     prepare(walk, scaling, measures, launches);
     if (measures && !walk.gpus.empty())
-      skips = measure(walk, param_groups, launches, num_threads);
+      skips = measure(walk, param_groups, scaling, launches, num_threads);
     if (skips && !discard.is_none()) discard();
   } catch (...) {
     if (!discard.is_none()) discard();
@@ -255,11 +255,16 @@ bool Plan::refuse_capture(const Walk& walk) const {
     if (!walk.gpus[static_cast<size_t>(gpu)]) continue;
     if (!cuda::is_capturing(gpu, current_stream(gpu))) continue;
     capturing = true;
-    for (size_t g = 0; g < walk.groups.size(); ++g)
+    for (size_t g = 0; g < walk.groups.size(); ++g) {
       if (!walk.groups[g].capturable)
         throw std::runtime_error(
             "step() is captured into a CUDA graph, but capturable is False in param group " +
             std::to_string(g) + "; construct the optimizer with capturable=True or set it there");
+      if (walk.groups[g].errs_if_nonfinite)
+        throw std::runtime_error(
+            "step() is captured into a CUDA graph, but error_if_nonfinite is True in param group " +
+            std::to_string(g) + ", for which the host would have to wait in every replay");
+    }
     if (walk.has_cpu)
       throw std::runtime_error(
           "step() is captured into a CUDA graph, but some parameters are on the CPU");
@@ -299,7 +304,8 @@ void Plan::refuse_overlap(const Walk& walk) const {
       at -= PyList_GET_SIZE(walk.groups[static_cast<size_t>(g)].params);
     const std::string param = Place{walk.groups[static_cast<size_t>(g)].dict, g, at}.text();
     if (operand == kParam) return param;
-    return name_of_state(works_[static_cast<size_t>(owner / kMaxOperands)], operand) + " of " + param;
+    return name_of_state(works_[static_cast<size_t>(owner / kMaxOperands)], operand) + " of " +
+           param;
   };
   if (found->first == found->second)
     throw py::value_error("elements of " + name(found->first) +
@@ -321,7 +327,8 @@ void Plan::release_grads() {
 
 int64_t Plan::bookkeeping_bytes() const {
   size_t bytes = sizeof(*this) + works_.capacity() * sizeof(Work) +
-                 slots_.capacity() * sizeof(Slot) + (chunks_.capacity() + leaves_.capacity()) * sizeof(ChunkStart);
+                 slots_.capacity() * sizeof(Slot) +
+                 (chunks_.capacity() + leaves_.capacity()) * sizeof(ChunkStart);
   for (const Dims& dims : dims_) bytes += sizeof(Dims) + dims.capacity() * sizeof(Dim);
   return static_cast<int64_t>(bytes);
 }

@@ -30,12 +30,11 @@ class Plan {
   // something and whether step counts belong on the GPU; what it returns undoes that.
   // Grads are divided by `grad_scale`, a number or a tensor on a GPU; nothing changes if
   // `found_inf`, a tensor on a GPU or None, is above 0; nor, if `checks_grads`, if a grad is
-  // infinite or NaN. Returns a list of (group, index) of the parameters whose options have changed so
-  // that they use less state than before, or None.
+  // infinite or NaN. Returns a list of (group, index) of the parameters whose options have changed
+  // so that they use less state than before, or None.
   pybind11::object step(const pybind11::list& param_groups, const pybind11::dict& state,
                         const pybind11::object& grad_scale, const pybind11::object& found_inf,
-                        const pybind11::function& create_state, int num_threads,
-                        bool checks_grads);
+                        const pybind11::function& create_state, int num_threads, bool checks_grads);
 
   // The Verdict on the grads of the latest step, a tensor; None if they were not read for one.
   const pybind11::object& verdict() const { return verdict_; }
@@ -49,7 +48,7 @@ class Plan {
     PyObject* params;
     cuda::HyperSource source;
     int numbers_gpu;  // where the numbers of `source` are that are on a GPU, or -1
-    int num_states;  // of the rule
+    int num_states;   // of the rule
     uint8_t variant;
     bool capturable;
     Master master_weights;
@@ -83,7 +82,7 @@ class Plan {
     bool step_on_gpu = false;
     bool counts_steps = false;
     bool rounds_by_chance = false;  // as its group has it
-    uint8_t device = kIdle;  // as in Work, whether there is a grad or not
+    uint8_t device = kIdle;         // as in Work, whether there is a grad or not
     bool is_first = false;
     bool recognizable = false;  // equal fingerprints mean that the work stands
   };
@@ -163,7 +162,9 @@ class Plan {
   void count_first_steps(Walk& walk);
   void prepare(const Walk& walk, const Scaling& scaling, bool measures, Launches& launches);
   void plan_cpu_chunks();
-  bool measure(Walk& walk, const pybind11::list& param_groups, Launches& launches, int num_threads);
+  bool measure(Walk& walk, const pybind11::list& param_groups, const Scaling& scaling,
+               Launches& launches, int num_threads);
+  static bool knows_already(const Scaling& scaling);
   void measure_on_cpu(int num_threads, double* totals, int64_t num_classes);
   void combine(Launches& launches, const pybind11::object& reductions,
                std::vector<pybind11::object>& numbers, std::vector<double*>& data);
@@ -184,7 +185,7 @@ class Plan {
   std::vector<Slot> slots_;
   std::vector<Dims> dims_;  // of works that are not dense
   std::vector<ChunkStart> chunks_;
-  std::vector<ChunkStart> leaves_;  // of the norm, if it was needed since works_ changed
+  std::vector<ChunkStart> leaves_;   // of the norm, if it was needed since works_ changed
   bool disjoint_ = false;            // the memory that works_ write has been checked for overlap
   bool chunked_ = false;             // chunks_ fit works_
   std::vector<cuda::Clock> clocks_;  // of this step, if GPUs count

@@ -25,7 +25,7 @@ struct Torch {
   PyObject* classify = nullptr;         // of fusedopt._norms
   PyObject* float32 = nullptr;
   PyObject* bfloat16 = nullptr;
-  PyObject* float_on_gpu = nullptr;     // of fusedopt._tensors
+  PyObject* float_on_gpu = nullptr;  // of fusedopt._tensors
   PyObject* grad_name = nullptr;
   PyGetSetDef* grad = nullptr;  // TensorBase.grad, to be called without a lookup per tensor
   PyCFunction is_neg = nullptr;

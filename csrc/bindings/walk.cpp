@@ -212,7 +212,8 @@ void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& foun
                         work.master == found.master && work.has_average == hyper.has_average() &&
                         slot.rounds_by_chance == hyper.stochastic_rounding;
   const bool uses_less = (work.master != Master::kNone && work.master != found.master) ||
-                         (work.has_average && !hyper.has_average());
+                         (work.has_average && !hyper.has_average()) ||
+                         (slot.counts_steps && !group.counts_steps);
   if (uses_less) changed_.append(py::make_tuple(place.group_index, place.index));
   const Unchanged unchanged = compare(found, is_known, slot);
   if (unchanged != Unchanged::kAll) {

@@ -11,7 +11,8 @@
 namespace fusedopt {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kRemainder };
-inline constexpr int kNumDTypes = 4;  // that hold numbers; a remainder means something beside a param
+inline constexpr int kNumDTypes =
+    4;  // that hold numbers; a remainder means something beside a param
 
 struct BFloat16 {
   uint16_t bits;

@@ -31,7 +31,7 @@ struct Clock {
   int32_t group;
   DType dtype;
   bool active;
-  bool is_first;
+  bool is_first;  // its state is new; so it is, too, if the count is 0
   uint8_t unused = 0;
 };
 

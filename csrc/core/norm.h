@@ -68,7 +68,7 @@ FUSEDOPT_HD double sum_lanes(const T (&lanes)[kV]) {
 // The sum of the values of one warp's threads, of which the first `count` have any; values are
 // lost.
 inline double sum_warp(double* values, int count) {
-  std::fill(values + count, values + kTreeWidth, 0.0);
+  for (int t = count; t < kTreeWidth; ++t) values[t] = 0;
   for (int width = kTreeWidth / 2; width > 0; width /= 2)
     for (int t = 0; t < width; ++t) values[t] += values[t + width];
   return values[0];

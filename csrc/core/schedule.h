@@ -79,14 +79,10 @@ FUSEDOPT_HD AdamScalars<double> schedule_rule(AdamFamily, const Hyper& hyper, Ti
   const double correction1 = 1.0 - power(hyper.beta1, time.step);
   const double sqrt_correction2 = std::sqrt(1.0 - power(hyper.beta2, time.step));
   const bool to_grad = hyper.beta1 <= 0.5;
-  return {grad_factor(hyper, grads),
-          to_grad ? -hyper.beta1 : 1.0 - hyper.beta1,
-          to_grad ? 1.0 : 0.0,
-          split(hyper.beta2),
-          split(1.0 - hyper.beta2),
-          hyper.lr * sqrt_correction2 / correction1,
-          hyper.eps * sqrt_correction2,
-          hyper.weight_decay,
+  return {grad_factor(hyper, grads),    to_grad ? -hyper.beta1 : 1.0 - hyper.beta1,
+          to_grad ? 1.0 : 0.0,          split(hyper.beta2),
+          split(1.0 - hyper.beta2),     hyper.lr * sqrt_correction2 / correction1,
+          hyper.eps * sqrt_correction2, hyper.weight_decay,
           kept_by_decay(hyper)};
 }
 

@@ -22,12 +22,12 @@ struct alignas(32) Work {
   int32_t layout;   // index into Step::layouts, or kDense
   DType dtypes[kMaxOperands];
   uint8_t num_operands;
-  uint8_t variant;           // of the rule
-  uint8_t device;            // kIdle, kCpu or the number of a GPU above kFirstGpu
-  Master master;             // behind the states comes the operand of that, if any,
-  bool has_average;          // then the average
-  bool rounds_by_chance;     // stochastic rounding of operands in bfloat16
-  uint8_t norm_class;        // grads of one class have a sum of their own in the global norm
+  uint8_t variant;        // of the rule
+  uint8_t device;         // kIdle, kCpu or the number of a GPU above kFirstGpu
+  Master master;          // behind the states comes the operand of that, if any,
+  bool has_average;       // then the average
+  bool rounds_by_chance;  // stochastic rounding of operands in bfloat16
+  uint8_t norm_class;     // grads of one class have a sum of their own in the global norm
   uint8_t unused[10];
 };
 inline constexpr int32_t kDense = -1;

@@ -25,18 +25,26 @@ FUSEDOPT_HD uint32_t rounding_key(uint32_t seed, uint64_t step) {
   return hash(seed ^ hash(static_cast<uint32_t>(step) ^ high));
 }
 
-// What the draws for the operands of one element have in common.
-FUSEDOPT_HD uint32_t element_draw(uint32_t key, uint64_t element) {
-  const uint32_t high = static_cast<uint32_t>(element >> 32) * 0x9e3779b1u;
-  return hash(static_cast<uint32_t>(element) + (key ^ high));
+// What the draws for the operands of one element have in common. `key` as draw_key() gives it for
+// the upper half of the element's number, `element` the lower half.
+FUSEDOPT_HD uint32_t draw_key(uint32_t rounding_key, uint64_t element) {
+  return rounding_key ^ static_cast<uint32_t>(element >> 32) * 0x9e3779b1u;
+}
+
+FUSEDOPT_HD uint32_t element_draw(uint32_t key, uint32_t element) { return hash(element + key); }
+
+// A whole hash once more: with less, numbers whose kept bits differ in a few places are rounded
+// alike more often than by chance.
+FUSEDOPT_HD uint32_t draw_for(uint32_t element_draw, uint32_t kept_bits, int operand) {
+  const uint32_t salt = static_cast<uint32_t>(operand) * 0x9e3779b9u;
+  return hash(element_draw + kept_bits * 0x85ebca6bu + salt) >> 16;
 }
 
 // A finite number never becomes infinite, infinities stay and NaNs stay NaNs. The result is a
 // bfloat16, still as a float.
 FUSEDOPT_HD float round_stochastically(float value, uint32_t element_draw, int operand) {
   const uint32_t bits = bit_cast<uint32_t>(value);
-  const uint32_t salt = static_cast<uint32_t>(operand) * 0x9e3779b9u;
-  const uint32_t draw = hash(element_draw ^ ((bits >> 16) * 0x85ebca6bu) ^ salt) >> 16;
+  const uint32_t draw = draw_for(element_draw, bits >> 16, operand);
   const uint32_t down = bits & 0xffff0000u;
   const uint32_t rounded = (bits + draw) & 0xffff0000u;
   const uint32_t overflows = (rounded & 0x7f800000u) == 0x7f800000u;

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kMinParallelChunks = 24;
 constexpr int64_t kMinChunksPerThread = 4;
 // The same for reading grads.
-constexpr int64_t kMinLeavesPerThread = 32;
+constexpr int64_t kMinParallelElements = int64_t{1} << 22;
 constexpr int64_t kLeavesAtATime = 8;
 
 const Kernels& kernels_of(Isa isa) {
@@ -119,17 +119,23 @@ std::vector<GradSum> measure(const Work* works, const Layout* layouts,
   const auto count = static_cast<int64_t>(leaves.size()) - 1;
   std::vector<GradSum> sums(static_cast<size_t>(count));
   std::atomic<int64_t> next{0};
-  const auto wanted = std::min<int64_t>(num_threads, count / kMinLeavesPerThread);
-  run_in_threads(wanted, [] {}, [&] {
-    for (int64_t first; (first = next.fetch_add(kLeavesAtATime, std::memory_order_relaxed)) < count;)
-      for (int64_t i = first; i < std::min(first + kLeavesAtATime, count); ++i) {
-        const ChunkStart from = leaves[static_cast<size_t>(i)];
-        const ChunkStart to = leaves[static_cast<size_t>(i) + 1];
-        const Work& work = works[from.work];
-        sums[static_cast<size_t>(i)] = measure_leaf(
-            kernels, work, layouts, from.element, to.work == from.work ? to.element : work.numel);
-      }
-  });
+  int64_t elements = 0;
+  for (size_t i = 0; i + 1 < leaves.size(); ++i)
+    if (leaves[i].element == 0) elements += works[leaves[i].work].numel;
+  run_in_threads(
+      elements >= kMinParallelElements ? num_threads : 1, [] {},
+      [&] {
+        for (int64_t first;
+             (first = next.fetch_add(kLeavesAtATime, std::memory_order_relaxed)) < count;)
+          for (int64_t i = first; i < std::min(first + kLeavesAtATime, count); ++i) {
+            const ChunkStart from = leaves[static_cast<size_t>(i)];
+            const ChunkStart to = leaves[static_cast<size_t>(i) + 1];
+            const Work& work = works[from.work];
+            sums[static_cast<size_t>(i)] =
+                measure_leaf(kernels, work, layouts, from.element,
+                             to.work == from.work ? to.element : work.numel);
+          }
+      });
   return sums;
 }
 

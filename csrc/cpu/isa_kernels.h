@@ -21,11 +21,13 @@ typename Family::template Rule<T, kVariant> make_rule(const Scalars& scalars) {
 // Operands that lie consecutively in these formats: straight from and to memory.
 template <class Family, class F, int kVariant>
 void run_dense(const Step& step, const Work& work, int64_t begin, int64_t end) {
-  void* operands[kMaxOperands + 1] = {};  // one more: update() looks for a master
+  void* operands[kMaxOperands + 2] = {};  // two more: update() looks for a master and an average
   for (int k = 0; k < work.num_operands; ++k)
     operands[k] = static_cast<char*>(work.data[k]) + begin * item_size(work.dtypes[k]);
-  const auto rule = make_rule<Family, typename F::T, kVariant>(step.scalars[work.scalars]);
-  update<F>(rule, operands, end - begin);
+  const Scalars& scalars = step.scalars[work.scalars];
+  const auto rule = make_rule<Family, typename F::T, kVariant>(scalars);
+  const auto average = scalars_of(Family{}, scalars).common.average.template as<typename F::T>();
+  update<F>(rule, average, operands, end - begin);
 }
 
 // As run_dense, any other way.
@@ -34,7 +36,7 @@ void run_general(const Step& step, const Work& work, int64_t begin, int64_t end)
   const Scalars& scalars = step.scalars[work.scalars];
   const auto common = scalars_of(Family{}, scalars).common.template as<T>();
   const auto apply = [](const Scalars& all, void* const* values, int64_t n) {
-    update<Formats<T, T, Master::kNone>>(make_rule<Family, T, kVariant>(all), values, n);
+    update<Formats<T, T>>(make_rule<Family, T, kVariant>(all), Average<T>(), values, n);
   };
   constexpr int kNumStates = Family::template Rule<T, kVariant>::kNumStates;
   run_tiles<T>({step, work, scalars, common, kNumStates, apply}, begin, end);
@@ -48,6 +50,7 @@ enum Path {
   kAllFloat64,
   kAllBFloat16,
   kAllFloat16,
+  kFloat32WithAverage,
   kFloat32WithBFloat16States,
   kBFloat16WithFloat32States,
   kMaster,
@@ -60,7 +63,7 @@ enum Path {
 
 // All states in one format, as far as there are any.
 bool has_states_in(const Work& work, DType dtype) {
-  const int end = work.num_operands - (work.master == Master::kNone ? 0 : 1);
+  const int end = work.num_operands - (work.master == Master::kNone ? 0 : 1) - work.has_average;
   bool all = true;
   for (int k = kFirstState; k < end; ++k) all = all && work.dtypes[k] == dtype;
   return all;
@@ -71,10 +74,13 @@ int path_of(const Work& work) {
   if (column < kNumDTypes) return kAllFloat32 + column;
   const int tiles = column == kMixedDouble ? kTilesInDouble : kTilesInFloat;
   const DType param = work.dtypes[kParam];
-  if (work.layout != kDense || work.has_average || work.rounds_by_chance ||
-      work.dtypes[kGrad] != param)
-    return tiles;
+  if (work.layout != kDense || work.rounds_by_chance || work.dtypes[kGrad] != param) return tiles;
   const bool float32 = has_states_in(work, DType::kFloat32);
+  if (work.has_average)
+    return param == DType::kFloat32 && float32 &&
+                   work.dtypes[average_operand(work)] == DType::kFloat32
+               ? kFloat32WithAverage
+               : tiles;
   const bool bfloat16 = has_states_in(work, DType::kBFloat16);
   const bool is_narrow = param == DType::kBFloat16;
   if (work.master == Master::kSplit)
@@ -88,14 +94,15 @@ template <class Family, int kVariant = 0>
 Runner find_runner(int variant, int path) {
   if constexpr (kVariant < Family::kNumVariants) {
     if (variant != kVariant) return find_runner<Family, kVariant + 1>(variant, path);
-    constexpr Master kNone = Master::kNone, kSplit = Master::kSplit;
+    constexpr Master kSplit = Master::kSplit;
     constexpr Runner kRunners[kNumPaths] = {
-        run_dense<Family, Formats<float, float, kNone>, kVariant>,
-        run_dense<Family, Formats<double, double, kNone>, kVariant>,
-        run_dense<Family, Formats<BFloat16, BFloat16, kNone>, kVariant>,
-        run_dense<Family, Formats<Float16, Float16, kNone>, kVariant>,
-        run_dense<Family, Formats<float, BFloat16, kNone>, kVariant>,
-        run_dense<Family, Formats<BFloat16, float, kNone>, kVariant>,
+        run_dense<Family, Formats<float, float>, kVariant>,
+        run_dense<Family, Formats<double, double>, kVariant>,
+        run_dense<Family, Formats<BFloat16, BFloat16>, kVariant>,
+        run_dense<Family, Formats<Float16, Float16>, kVariant>,
+        run_dense<Family, Formats<float, float, Master::kNone, true>, kVariant>,
+        run_dense<Family, Formats<float, BFloat16>, kVariant>,
+        run_dense<Family, Formats<BFloat16, float>, kVariant>,
         run_dense<Family, Formats<BFloat16, float, Master::kFloat32>, kVariant>,
         run_dense<Family, Formats<BFloat16, BFloat16, kSplit>, kVariant>,
         run_dense<Family, Formats<BFloat16, float, kSplit>, kVariant>,

@@ -89,9 +89,10 @@ class Tiles {
     for (int value = 0; value < kNumValues; ++value) {
       const bool is_average = value == kAverageValue;
       used_[value] = is_average ? work_.has_average : value < kFirstState + tiled.num_states;
-      operands_[value] = is_average                                          ? average_operand(work_)
-                         : value == kWeight && work_.master == Master::kFloat32 ? master_operand(work_)
-                                                                                 : value;
+      operands_[value] = is_average ? average_operand(work_)
+                         : value == kWeight && work_.master == Master::kFloat32
+                             ? master_operand(work_)
+                             : value;
       const bool is_split = value == kWeight && work_.master == Master::kSplit;
       in_place_[value] = used_[value] && !is_split && work_.layout == kDense &&
                          work_.dtypes[operands_[value]] == kDTypeOf<T>;
@@ -182,10 +183,21 @@ class Tiles {
   }
 
   void draw(int64_t offset, int64_t n, const Cursor& cursor) {
-    const int64_t first = cursor.at(kIndex), stride = cursor.stride(kIndex);
-    for (int64_t i = 0; i < n; ++i)
-      draws_[offset + i] = element_draw(tiled_.common.rounding_key,
-                                        static_cast<uint64_t>(first + i * stride));
+    const auto first = static_cast<uint64_t>(cursor.at(kIndex));
+    const auto stride = static_cast<uint64_t>(cursor.stride(kIndex));
+    const auto count = static_cast<uint64_t>(n);
+    const uint32_t rounding_key = tiled_.common.rounding_key;
+    uint32_t* const draws = draws_ + offset;
+    if ((first + count * stride) >> 32 == first >> 32) {  // 32 bits suffice
+      const uint32_t key = draw_key(rounding_key, first), step = static_cast<uint32_t>(stride);
+      for (uint32_t i = 0; i < static_cast<uint32_t>(n); ++i)
+        draws[i] = element_draw(key, static_cast<uint32_t>(first) + i * step);
+      return;
+    }
+    for (uint64_t i = 0; i < count; ++i) {
+      const uint64_t element = first + i * stride;
+      draws[i] = element_draw(draw_key(rounding_key, element), static_cast<uint32_t>(element));
+    }
   }
 
   // What is stored in 16 bits is rounded first where that is not to the nearest, or where the

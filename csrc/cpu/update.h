@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/average.h"
 #include "core/dtypes.h"
 #include "core/layout.h"
 #include "core/weight.h"
@@ -8,14 +9,16 @@
 namespace fusedopt::cpu {
 namespace {
 
-// Storage of operands that lie consecutively: of param and grad, of the states, and what makes a
-// weight of the param.
-template <class P, class S, Master kWith>
+// Storage of operands that lie consecutively: of param and grad, of the states, what makes a weight
+// of the param, and whether there is an average, in the type that computes.
+template <class P, class S, Master kWith = Master::kNone, bool kWithAverage = false>
 struct Formats {
   using Param = P;
   using State = S;
   using T = typename Compute<P>::Type;
   static constexpr Master kMaster = kWith;
+  static constexpr bool kAverage = kWithAverage;
+  static_assert(!kAverage || sizeof(P) == sizeof(T), "the average is of what the param reads");
 };
 
 // Runs shorter than this are left to the processor's own prefetching.
@@ -41,6 +44,10 @@ void prefetch_all(void* const* operands, int num_states, int64_t at) {
   const void* const master = operands[kFirstState + num_states];
   if (F::kMaster == Master::kFloat32) prefetch(static_cast<const float*>(master) + at);
   if (F::kMaster == Master::kSplit) prefetch(static_cast<const int16_t*>(master) + at);
+  if (F::kAverage) {
+    constexpr int kBefore = kFirstState + (F::kMaster == Master::kNone ? 0 : 1);
+    prefetch(static_cast<const typename F::T*>(operands[kBefore + num_states]) + at);
+  }
 }
 
 // The weight of element `at`, and back. `master` is what the formats say, or nothing.
@@ -68,9 +75,11 @@ FUSEDOPT_HD void store_weight(typename F::Param* param, void* master, int64_t at
   }
 }
 
-// Elements [0, n) of a param, its grad, as many states as the rule has, and the master, if any.
+// Elements [0, n) of a param, its grad, as many states as the rule has, the master and the average,
+// if any.
 template <class F, class Rule>
-void update(const Rule rule, void* const* operands, int64_t n) {
+void update(const Rule rule, const Average<typename F::T> average, void* const* operands,
+            int64_t n) {
   using T = typename F::T;
   using State = typename F::State;
   constexpr int kStates = Rule::kNumStates;
@@ -80,6 +89,7 @@ void update(const Rule rule, void* const* operands, int64_t n) {
   State* const state1 = static_cast<State*>(operands[kFirstState + 1]);
   State* const state2 = static_cast<State*>(operands[kFirstState + 2]);
   void* const master = operands[kFirstState + kStates];
+  T* const ema = static_cast<T*>(operands[kFirstState + kStates + (F::kMaster != Master::kNone)]);
   const int64_t stride = n >= kPrefetchElements ? kStride : n;
   for (int64_t begin = 0; begin < n; begin += stride) {
     const int64_t end = n - begin < stride ? n : begin + stride;
@@ -96,6 +106,7 @@ void update(const Rule rule, void* const* operands, int64_t n) {
       if constexpr (kStates > 1) store(state1[i], s1);
       if constexpr (kStates > 2) store(state2[i], s2);
       store_weight<F>(param, master, i, p);
+      if constexpr (F::kAverage) ema[i] = average(ema[i], p);
     }
   }
 }

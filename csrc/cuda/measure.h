@@ -90,7 +90,8 @@ FUSEDOPT_HD void visit_grads(const Leaf& leaf, const Layout* layouts, uint32_t t
     for (int j = 0; j < kV; ++j)
       if (at + j < leaf.end) {
         const int64_t place =
-            is_dense ? at + j : find_grad(layouts[leaf.work.layout], at + j, leaf.work.numel <= INT32_MAX);
+            is_dense ? at + j
+                     : find_grad(layouts[leaf.work.layout], at + j, leaf.work.numel <= INT32_MAX);
         add(j, load<T>(load_item(grads + place)));
       }
 }

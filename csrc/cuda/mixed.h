@@ -26,8 +26,8 @@ struct Mixed {
 
 template <class Family, class T>
 class MixedWork {
-  // An element in registers: the weight in the place of the param, grad, as many states as a rule of
-  // the family may have, what holds the rest of the weight (that value is unused), the average.
+  // An element in registers: the weight in the place of the param, grad, as many states as a rule
+  // of the family may have, what holds the rest of the weight (that value is unused), the average.
   static constexpr int kMaster = kFirstState + Family::kMaxStates;
   static constexpr int kAverage = kMaster + 1;
   static constexpr int kAll = kAverage + 1;
@@ -148,7 +148,9 @@ class MixedWork {
   // What is done with an element between the rule and its stores.
   FUSEDOPT_HD void finish(const CommonScalars<T>& common, int64_t index, T (&element)[kAll]) const {
     if (rounds_by_chance_) {
-      const uint32_t draw = element_draw(common.rounding_key, static_cast<uint64_t>(index));
+      const auto number = static_cast<uint64_t>(index);
+      const uint32_t draw =
+          element_draw(draw_key(common.rounding_key, number), static_cast<uint32_t>(number));
       for (int k = 0; k < kMaster; ++k)
         if (k != kGrad && has(k) && dtypes_[k] == DType::kBFloat16)
           element[k] =

@@ -134,8 +134,7 @@ __global__ void __launch_bounds__(kLeafThreads, 8)
     atomicAdd(&nonfinite, count_thread<T>(leaf, arguments.layouts, threadIdx.x));
     __syncthreads();
   }
-  if (threadIdx.x == 0)
-    arguments.sums[blockIdx.x] = {squares, nonfinite, leaf.work.norm_class};
+  if (threadIdx.x == 0) arguments.sums[blockIdx.x] = {squares, nonfinite, leaf.work.norm_class};
 }
 
 // One block.

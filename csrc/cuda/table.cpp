@@ -153,8 +153,8 @@ Parts plan_parts(const Share& share, Arrangement& arrangement) {
 bool Table::fits(const Share& share) const {
   const bool few = share.clocks != nullptr || has_few_scalars(share);
   return share.stream == stream_ && parts_.has_clocks == (share.clocks != nullptr) &&
-         parts_.has_leaves >= share.measures &&
-         share.num_layouts <= parts_.max_layouts && count_dims(share) <= parts_.max_dims &&
+         parts_.has_leaves >= share.measures && share.num_layouts <= parts_.max_layouts &&
+         count_dims(share) <= parts_.max_dims &&
          (share.clocks == nullptr || share.num_groups <= parts_.max_groups) &&
          (few || share.num_scalars <= parts_.max_scalars);
 }

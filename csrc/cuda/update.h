@@ -127,10 +127,10 @@ FUSEDOPT_HD void update_thread(const UpdateArguments<Family, typename Format::T>
   const int64_t begin = w == from.work ? from.element : 0;
   const int64_t end = w == to.work ? to.element : work.numel;
   if constexpr (Format::kIsMixed)
-    MixedWork<Family, typename Format::T>(work, arguments.works + w).update(
-        arguments.scalars != nullptr ? arguments.scalars[work.scalars]
-                                     : arguments.few[work.scalars],
-        arguments.layouts, begin, end, lane);
+    MixedWork<Family, typename Format::T>(work, arguments.works + w)
+        .update(arguments.scalars != nullptr ? arguments.scalars[work.scalars]
+                                             : arguments.few[work.scalars],
+                arguments.layouts, begin, end, lane);
   else
     update_work<Family, Format>(arguments, work, begin, end, lane);
 }

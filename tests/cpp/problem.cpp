@@ -9,7 +9,7 @@ namespace {
 template <class T, class Family, int kVariant>
 void update_variant(const Problem& problem, Family family, std::vector<Buffer>& buffers) {
   const typename Family::template Rule<T, kVariant> rule = {
-      scalars_of(family, problem.scalars).template as<T>()};
+      scalars_of(family, problem.scalars).rule.template as<T>()};
   for (int64_t i = 0; i < problem.numel; ++i) {
     T values[kMaxOperands] = {};
     for (size_t k = 0; k < buffers.size(); ++k)
@@ -41,13 +41,14 @@ Problem make_problem(RuleId rule, const Hyper& hyper, int num_states) {
   return problem;
 }
 
-Problem sgd_problem(Momentum momentum, bool decay) {
+Problem sgd_problem(Momentum momentum, Decay decay) {
   Hyper hyper;
   hyper.lr = 0.1;
   hyper.momentum = momentum == Momentum::kNone ? 0 : 0.9;
   hyper.nesterov = momentum == Momentum::kNesterov;
   hyper.dampening = momentum == Momentum::kHeavyBall ? 0.25 : 0;
-  hyper.weight_decay = decay ? 0.03 : 0;
+  hyper.weight_decay = decay == Decay::kNone ? 0 : 0.03;
+  hyper.decoupled_weight_decay = decay == Decay::kDecoupled;
   return make_problem(RuleId::kSgd, hyper, momentum == Momentum::kNone ? 0 : 1);
 }
 
@@ -67,11 +68,10 @@ Problem adam_problem(Decay decay, bool amsgrad) {
 
 std::vector<Problem> all_problems() {
   std::vector<Problem> problems;
-  for (const bool flag : {false, true}) {
+  for (const Decay decay : {Decay::kNone, Decay::kDecoupled, Decay::kL2}) {
     for (const Momentum momentum : {Momentum::kNone, Momentum::kHeavyBall, Momentum::kNesterov})
-      problems.push_back(sgd_problem(momentum, flag));
-    for (const Decay decay : {Decay::kNone, Decay::kL2, Decay::kDecoupled})
-      problems.push_back(adam_problem(decay, flag));
+      problems.push_back(sgd_problem(momentum, decay));
+    for (const bool amsgrad : {false, true}) problems.push_back(adam_problem(decay, amsgrad));
   }
   return problems;
 }
@@ -110,7 +110,7 @@ const std::vector<Dims>& strided_layouts() {
 Scalars scalars_at(const Problem& problem, Time time, double grad_scale) {
   Scalars scalars = {};
   with_family(problem.rule, [&](auto family) {
-    set_scalars(scalars, schedule(family, problem.hyper, time, grad_scale));
+    set_scalars(scalars, schedule(family, problem.hyper, time, {grad_scale, 0}));
   });
   return scalars;
 }

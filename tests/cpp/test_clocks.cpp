@@ -127,8 +127,7 @@ class Clocked {
     clock.dtype = counts_[tensor] == Count::kDouble ? DType::kFloat64 : DType::kFloat32;
     if (counts_[tensor] == Count::kFloat) clock.step = &floats_[tensor];
     if (counts_[tensor] == Count::kDouble) clock.step = &doubles_[tensor];
-    // Not to be read where there is a count.
-    clock.is_first = counts_[tensor] == Count::kNone ? steps_[tensor] == 0 : steps_[tensor] != 0;
+    clock.is_first = counts_[tensor] == Count::kNone && steps_[tensor] == 0;
     return clock;
   }
 

@@ -2,6 +2,7 @@
 #include "check.h"
 
 #include "core/dtypes.h"
+#include "core/weight.h"
 
 #include <cmath>
 #include <initializer_list>
@@ -121,6 +122,30 @@ void test_wide_formats() {
   CHECK(load<double>(0.1f) == static_cast<double>(0.1f));
 }
 
+// A float and its two halves: over all exponents, signs and lower halves.
+void test_split_weights() {
+  for (uint64_t pattern = 0; pattern <= 0xffffffffu; pattern += 251) {
+    const float weight = bit_cast<float>(static_cast<uint32_t>(pattern));
+    const SplitWeight parts = split_weight(weight);
+    const float joined = join_weight(parts), param = to_float(BFloat16{parts.param});
+    if (weight != weight) {
+      CHECK(joined != joined && param != param);
+      continue;
+    }
+    CHECK(bit_cast<uint32_t>(joined) == pattern);
+    if (std::isinf(weight) || std::isinf(param)) continue;
+    // No neighbour of the param is nearer, and at a tie the param is the larger one.
+    const double distance = std::fabs(static_cast<double>(weight) - static_cast<double>(param));
+    for (const int step : {-1, 1}) {
+      const uint16_t bits = static_cast<uint16_t>(parts.param + step);
+      if ((bits & 0x7fffu) == 0x7fffu || (bits ^ parts.param) >> 15 != 0) continue;
+      const double neighbour = static_cast<double>(to_float(BFloat16{bits}));
+      const double other = std::fabs(static_cast<double>(weight) - neighbour);
+      CHECK(distance < other || (distance == other && std::fabs(neighbour) < std::fabs(param)));
+    }
+  }
+}
+
 void test_descriptions() {
   for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16}) {
     int64_t size = 0;
@@ -140,5 +165,6 @@ void test_dtypes() {
   test_nearest<Float16>();
   test_float_nans();
   test_wide_formats();
+  test_split_weights();
   test_descriptions();
 }

@@ -38,7 +38,7 @@ Hyper adam_hyper() {
   return hyper;
 }
 
-template <class T, Momentum kMomentum, bool kDecay>
+template <class T, Momentum kMomentum, Decay kDecay>
 void test_sgd(double sign) {
   Hyper hyper = sgd_hyper();
   hyper.maximize = sign < 0;
@@ -47,11 +47,12 @@ void test_sgd(double sign) {
   for (int step = 0; step < kSteps; ++step) {
     const Time time = {static_cast<uint64_t>(step) + 1, step == 0};
     const Sgd<T, kMomentum, kDecay> rule = {
-        schedule(SgdFamily{}, hyper, time, 4.0).template as<T>()};
+        schedule_rule(SgdFamily{}, hyper, time, {4.0, 0}).template as<T>()};
     rule(param, static_cast<T>(4 * kGrads[step]), buffer, unused1, unused2);
 
     double g = sign * static_cast<T>(4 * kGrads[step]) / 4;
-    if (kDecay) g += hyper.weight_decay * p;
+    if (kDecay == Decay::kL2) g += hyper.weight_decay * p;
+    if (kDecay == Decay::kDecoupled) p *= 1 - hyper.lr * hyper.weight_decay;
     v = step == 0 ? g : hyper.momentum * v + (1 - hyper.dampening) * g;
     if (kMomentum == Momentum::kHeavyBall) g = v;
     if (kMomentum == Momentum::kNesterov) g += hyper.momentum * v;
@@ -73,7 +74,7 @@ void test_adam(double sign, double beta1) {
   for (int step = 1; step <= kSteps; ++step) {
     const Time time = {static_cast<uint64_t>(step), step == 1};
     const Adam<T, kDecay, kAmsgrad> rule = {
-        schedule(AdamFamily{}, hyper, time, 4.0).template as<T>()};
+        schedule_rule(AdamFamily{}, hyper, time, {4.0, 0}).template as<T>()};
     rule(param, static_cast<T>(4 * kGrads[step - 1]), exp_avg, exp_avg_sq, max_exp_avg_sq);
 
     double g = sign * static_cast<T>(4 * kGrads[step - 1]) / 4;
@@ -93,14 +94,11 @@ void test_adam(double sign, double beta1) {
   CHECK(near(max_exp_avg_sq, kAmsgrad ? largest : 7, epsilon));
 }
 
-template <class T>
+template <class T, Decay kDecay>
 void test_all_sgd(double sign) {
-  test_sgd<T, Momentum::kNone, false>(sign);
-  test_sgd<T, Momentum::kNone, true>(sign);
-  test_sgd<T, Momentum::kHeavyBall, false>(sign);
-  test_sgd<T, Momentum::kHeavyBall, true>(sign);
-  test_sgd<T, Momentum::kNesterov, false>(sign);
-  test_sgd<T, Momentum::kNesterov, true>(sign);
+  test_sgd<T, Momentum::kNone, kDecay>(sign);
+  test_sgd<T, Momentum::kHeavyBall, kDecay>(sign);
+  test_sgd<T, Momentum::kNesterov, kDecay>(sign);
 }
 
 template <class T>
@@ -117,8 +115,12 @@ void test_all_adam(double sign, double beta1) {
 
 void test_rules() {
   for (const double sign : {1.0, -1.0}) {
-    test_all_sgd<float>(sign);
-    test_all_sgd<double>(sign);
+    test_all_sgd<float, Decay::kNone>(sign);
+    test_all_sgd<float, Decay::kL2>(sign);
+    test_all_sgd<float, Decay::kDecoupled>(sign);
+    test_all_sgd<double, Decay::kNone>(sign);
+    test_all_sgd<double, Decay::kL2>(sign);
+    test_all_sgd<double, Decay::kDecoupled>(sign);
     for (const double beta1 : {0.0, 0.4, 0.5, 0.9}) {
       test_all_adam<float>(sign, beta1);
       test_all_adam<double>(sign, beta1);
@@ -139,15 +141,25 @@ void test_schedule() {
   }
   // Terms that torch skips are variants without the term.
   Hyper hyper = sgd_hyper();
-  CHECK(variant(SgdFamily{}, hyper) == SgdFamily::variant(Momentum::kHeavyBall, true));
+  CHECK(variant(SgdFamily{}, hyper) == SgdFamily::variant(Momentum::kHeavyBall, Decay::kL2));
   hyper.nesterov = true;
-  CHECK(variant(SgdFamily{}, hyper) == SgdFamily::variant(Momentum::kNesterov, true));
+  CHECK(variant(SgdFamily{}, hyper) == SgdFamily::variant(Momentum::kNesterov, Decay::kL2));
   hyper.momentum = hyper.weight_decay = 0;
-  CHECK(variant(SgdFamily{}, hyper) == SgdFamily::variant(Momentum::kNone, false));
+  CHECK(variant(SgdFamily{}, hyper) == SgdFamily::variant(Momentum::kNone, Decay::kNone));
   hyper = adam_hyper();
   CHECK(variant(AdamFamily{}, hyper) == AdamFamily::variant(Decay::kL2, false));
   hyper.decoupled_weight_decay = hyper.amsgrad = true;
   CHECK(variant(AdamFamily{}, hyper) == AdamFamily::variant(Decay::kDecoupled, true));
   hyper.weight_decay = 0;
   CHECK(variant(AdamFamily{}, hyper) == AdamFamily::variant(Decay::kNone, true));
+  // Clipping, as torch has it.
+  hyper.max_grad_norm = 2;
+  CHECK(clip_factor(hyper, 1) == 1 && clip_factor(hyper, 4) == 2 / (4 + 1e-6));
+  hyper.max_grad_norm = HUGE_VAL;
+  CHECK(clip_factor(hyper, 4) == 1);
+  // Averages: the first step sets them, then the rate follows from the decay.
+  hyper.ema_decay = 0.75;
+  CHECK(average_rate(hyper, {1, true}) == 1 && average_rate(hyper, {2, false}) == 0.25);
+  hyper.ema_bias_correction = true;
+  CHECK(average_rate(hyper, {1, true}) == 1 && average_rate(hyper, {2, false}) == 0.25 / 0.4375);
 }

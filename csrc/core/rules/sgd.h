@@ -8,8 +8,8 @@
 
 // Momentum SGD in torch.optim.SGD's form: v <- momentum v + (1 - dampening) g, p <- p - lr v, where
 // lr scales the buffer when it is applied and not when it is filled. Nesterov as in Sutskever et
-// al., "On the importance of initialization and momentum in deep learning" (2013). Weight decay as an
-// L2 penalty, or decoupled (SGDW: Loshchilov and Hutter, arXiv 1711.05101).
+// al., "On the importance of initialization and momentum in deep learning" (2013). Weight decay as
+// an L2 penalty, or decoupled (SGDW: Loshchilov and Hutter, arXiv 1711.05101).
 namespace fusedopt {
 
 template <class T>
@@ -17,7 +17,7 @@ struct SgdScalars {
   T grad_factor;  // -1 under maximize, times 1 / grad_scale
   T lr;
   T momentum;
-  T grad_weight;  // 1 - dampening; 1 on a parameter's first step
+  T grad_weight;   // 1 - dampening; 1 on a parameter's first step
   T weight_decay;  // the L2 penalty
   Factor<T> keep;  // what decoupled decay leaves, 1 - lr weight_decay
 

@@ -28,7 +28,7 @@ class GradScaler(torch.amp.GradScaler):
             if isinstance(optimizer, FusedOptimizer) and optimizer._checks_grads:
                 optimizer._checks_grads = False
                 if optimizer._verdict is not None:
-                    flag = optimizer._skip_flag()
+                    flag = optimizer._skip_flag().clone()  # torch adds those of others to it
                     self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {
                         flag.device: flag
                     }
@@ -38,6 +38,7 @@ class GradScaler(torch.amp.GradScaler):
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         optimizer._checks_grads = True
+        optimizer._verdict = None
         none_yet = {scale.device: torch.zeros((), dtype=torch.float32, device=scale.device)}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = none_yet
         return none_yet

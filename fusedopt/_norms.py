@@ -51,12 +51,12 @@ def combine_totals(totals: list[Tensor], reductions: list[list[Any]] | None) -> 
     """Add up what devices have summed, [squares, nonfinite] of each class, over processes too.
 
     Returns the sum over all, [squares, nonfinite], on the device of each of ``totals``. Nothing
-    waits for a GPU.
+    waits for a GPU unless some are on the CPU.
     """
     first = totals[0].device
     total = totals[0].clone()
     for other in totals[1:]:
-        total += other.to(first, non_blocking=True)
+        total += other.to(first, non_blocking=first.type != "cpu")
     by_class = total.view(-1, 2)
     for index, groups in enumerate(reductions or []):
         for group in groups:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _C
 from ._config import cpu_isa
+from ._options import ADDITIONS
 from ._state_dict import load_state_dict
 from ._steps import is_on_gpu, place_steps, step_device, to_step
 from ._weights import master_name, new_entry, read_weight, swapped, unused_entries, write_weight
@@ -23,6 +24,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _row: ClassVar[str]  # name in the extension's table of optimizers
     _old_options: ClassVar[dict[str, Any]]  # for groups saved before torch had these options
+
+    _own_options: ClassVar[tuple[str, ...]] = tuple(ADDITIONS)  # torch's twin has none of these
 
     # What the latest step found out: tensors, on a GPU if the params are there.
     _verdict: Tensor | None = None
@@ -116,11 +119,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             self._verdict = plan.verdict
         for group_index, index in changed or ():
-            self._drop_unused(self.param_groups[group_index], index)
+            self._drop_unused(group_index, index)
         return loss
 
-    def _drop_unused(self, group: ParamGroup, index: int) -> None:
+    def _drop_unused(self, group_index: int, index: int) -> None:
         """Of a parameter whose settings have changed: what is no longer kept up to date."""
+        if group_index >= len(self.param_groups):
+            return  # since then, they have been replaced
+        group = self.param_groups[group_index]
+        if index >= len(group["params"]) or group["params"][index] not in self.state:
+            return
         state = self.state[group["params"][index]]
         for name in unused_entries(group["params"][index], state, group):
             del state[name]
@@ -132,7 +140,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """L2 norm of all grads of the latest step, before clipping and without ``grad_scale``.
 
         A float64 tensor of one element on the parameters' device, so that reading it is what waits
-        for a GPU; None if the step had no ``max_grad_norm`` to measure it for.
+        for a GPU; None if the step did not read the grads first: without ``max_grad_norm`` and
+        ``fusedopt.GradScaler``.
         """
         return None if self._verdict is None else self._verdict[0]
 
@@ -140,8 +149,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def nonfinite_grads(self) -> Tensor | None:
         """How many elements of the latest step's grads were infinite or NaN.
 
-        An int64 tensor of one element on the parameters' device; None if the step did not look:
-        without ``max_grad_norm`` and ``fusedopt.GradScaler``.
+        An int64 tensor of one element on the parameters' device; None as ``grad_norm``.
         """
         return None if self._verdict is None else self._verdict[1:2].view(torch.int64)[0]
 
@@ -149,7 +157,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def skipped(self) -> Tensor:
         """Whether the latest step changed nothing, because grads were infinite or NaN.
 
-        A bool tensor of one element on the parameters' device.
+        A bool tensor of one element; on the parameters' device if that is what knows.
         """
         if self._verdict is not None:
             return self._skip_flag() > 0
@@ -176,7 +184,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def load_fp32_params(self, weights: Iterable[Tensor]) -> None:
         """Set all weights, as ``fp32_params()`` gives them: parameters and their master weights.
 
-        Raises ValueError if number or shapes do not fit; nothing is changed then.
+        Averages stay as they are. Raises ValueError if number, shapes or complex numbers do not
+        fit, TypeError for what is no tensor; nothing is changed then.
         """
         self._refuse_swapped("load_fp32_params()")
         entries = [(param, group) for group in self.param_groups for param in group["params"]]
@@ -184,6 +193,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if len(weights) != len(entries):
             raise ValueError(f"{len(weights)} tensors for {len(entries)} parameters")
         for index, ((param, _), weight) in enumerate(zip(entries, weights, strict=True)):
+            if not isinstance(weight, Tensor):
+                raise TypeError(f"tensor {index} is {weight!r}")
+            if weight.is_complex() != param.is_complex():
+                raise ValueError(f"tensor {index} is {weight.dtype}, its parameter {param.dtype}")
             if weight.shape != param.shape:
                 raise ValueError(
                     f"tensor {index} is of shape {tuple(weight.shape)}, but its parameter of shape "
@@ -225,6 +238,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"{what} inside swap_ema(), where the parameters hold averages and not their values"
             )
 
+    def __getstate__(self) -> State:
+        self._refuse_swapped("a copy")
+        return super().__getstate__()
+
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
     def state_dict(self) -> State:
         """As ``torch.optim.Optimizer.state_dict``; RuntimeError inside ``swap_ema()``."""
@@ -251,7 +268,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: inside ``swap_ema()``.
         """
         self._refuse_swapped("load_state_dict()")
-        load_state_dict(self, state_dict, self._check_group, self._counts_steps)
+        load_state_dict(self, state_dict, self._check_group, self._counts_steps, self._own_options)
 
     def _check_group(self, saved: ParamGroup, index: int) -> None:
         """Raise for hyper-parameters that a param group of a checkpoint must not have."""

@@ -21,7 +21,9 @@ class Additions(TypedDict, total=False):
             for their dtype are not lost. ``"float32"``: in ``master_param`` of the state, 4 bytes
             each; wider parameters need none and get none. ``"split"``, for bfloat16 only: the
             parameter and ``param_remainder`` of the state, 2 bytes, are the weight together,
-            exactly; the parameter is the nearest bfloat16, with ties away from zero.
+            exactly; the parameter is the nearest bfloat16, with ties away from zero. What is
+            written to a parameter between steps is lost, or moved by the remainder:
+            ``load_fp32_params()`` writes to both.
         stochastic_rounding: rounds bfloat16 parameters and states up or down with the
             probabilities that make the mean right, instead of to the nearest. Not with
             ``master_weights``, not for float16 parameters.
@@ -34,7 +36,8 @@ class Additions(TypedDict, total=False):
             the L2 norm of all grads of all groups (and, of DTensors, of all their shards). A group
             with None is not clipped, its grads count; infinity only measures. A step whose norm is
             infinite or NaN is skipped.
-        error_if_nonfinite: raise RuntimeError instead of skipping. Waits for the GPU.
+        error_if_nonfinite: raise RuntimeError instead of skipping, but not for the overflows that a
+            GradScaler looks for. Waits for the GPU.
 
     Averaging:
         ema_decay: keeps an exponential moving average of the weights, ``ema_param`` of the state
@@ -45,7 +48,7 @@ class Additions(TypedDict, total=False):
 
     Weight decay:
         lr_independent_weight_decay: decoupled decay multiplies the weights by
-            ``1 - weight_decay`` instead of ``1 - lr * weight_decay``.
+            ``1 - weight_decay`` instead of ``1 - lr * weight_decay``, unless ``lr`` is 0.
     """
 
     state_dtype: torch.dtype | None

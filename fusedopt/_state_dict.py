@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._options import ADDITIONS
 from ._steps import to_step
 from ._weights import convert
 
@@ -19,10 +18,12 @@ def load_state_dict(
     state_dict: dict[str, Any],
     check_group: Callable[[dict[str, Any], int], None],
     counts_steps: Callable[[dict[str, Any]], bool],
+    own_options: Iterable[str],
 ) -> None:
     """What ``FusedOptimizer.load_state_dict`` documents.
 
-    ``check_group`` raises for bad groups, ``counts_steps`` tells whether states have ``step``.
+    ``check_group`` raises for bad groups, ``counts_steps`` tells whether states have ``step``;
+    ``own_options`` are not loaded.
     """
     state_dict = state_dict.copy()
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
@@ -54,7 +55,7 @@ def load_state_dict(
         for key in ("param_names", "capturable", "decoupled_weight_decay"):  # torch saves not all
             if key in group:
                 saved.setdefault(key, group[key])
-        for key in ADDITIONS:
+        for key in own_options:
             saved.pop(key, None)
             if key in group:
                 saved[key] = group[key]

@@ -146,6 +146,9 @@ class AdamW(Adam):
             **additions,
         )
 
+    def _check_group(self, saved: ParamGroup, index: int) -> None:
+        super()._check_group({**saved, "decoupled_weight_decay": True}, index)
+
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # saved by an Adam, or by a torch without the option

@@ -54,6 +54,7 @@ class SGD(FusedOptimizer):
     """
 
     _row = "SGD"
+    _own_options = (*FusedOptimizer._own_options, "decoupled_weight_decay")
     _old_options: ClassVar[dict[str, Any]] = {
         "nesterov": False,
         "maximize": False,

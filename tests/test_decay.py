@@ -60,7 +60,8 @@ class Plain:
         self.optimizer = type_(params, **options, weight_decay=0, foreach=False)
 
     def step(self) -> None:
-        rate = 1.0 if self.independent else float(self.optimizer.param_groups[0]["lr"])
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        rate = 1.0 if self.independent and lr != 0 else lr
         for param in self.params:
             if param.grad is not None:
                 param.mul_(1 - rate * self.decay)
@@ -108,14 +109,13 @@ def test_learning_rates_that_change(case: Case, more: dict[str, Any]) -> None:
 @each_kind
 @each_case
 def test_no_learning_rate(case: Case, more: dict[str, Any]) -> None:
-    """Independent decay goes on; the other stops."""
+    """Nothing changes: torch.distributed.checkpoint makes such steps to have states created."""
     params = [values(1000, dtype=torch.float64)]
     before = params[0].clone()
     optimizer = case.fused(params, **more)
     optimizer.param_groups[0]["lr"] = 0.0
     step_with(optimizer, [values(1000, dtype=torch.float64, seed=seed) for seed in (1, 2, 3)])
-    factor = (1 - case.options["weight_decay"]) ** 3 if more else 1.0
-    torch.testing.assert_close(params[0], before * factor, rtol=1e-14, atol=0)
+    assert torch.equal(params[0], before)
 
 
 @each_case

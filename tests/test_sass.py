@@ -9,8 +9,10 @@ from fusedopt import _C
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
-# A warp of 32 threads with more registers than this leaves less than a quarter of an SM's warps.
+# Warps of 32 threads with more registers than this leave less than a quarter of an SM's warps, or
+# an eighth, for what is rare.
 MOST_REGISTERS = 128
+MOST_REGISTERS_OF_MIXED_DOUBLE = 192
 
 
 @pytest.fixture(scope="module")
@@ -76,4 +78,6 @@ def test_updates_know_the_address_space(cuobjdump: str) -> None:
 
 def test_registers(cuobjdump: str) -> None:
     for kernel in all_kernels(cuobjdump):
-        assert kernel.registers <= MOST_REGISTERS, kernel
+        is_rare = kernel.format == "mixed float64"
+        most = MOST_REGISTERS_OF_MIXED_DOUBLE if is_rare else MOST_REGISTERS
+        assert kernel.registers <= most, kernel

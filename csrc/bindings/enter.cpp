@@ -43,7 +43,7 @@ void Plan::read_param_and_grad(Operands& operands, Slot& slot) {
     read_operand(operands, kGrad);
   }
   check_against_param(operands, kGrad);
-  if (operands.rounds_by_chance && operands.views[kParam].dtype == DType::kFloat16)
+  if (operands.stochastic_rounding && operands.views[kParam].dtype == DType::kFloat16)
     throw py::value_error(subject(operands.place, "") + describe(operands.tensors[kParam]) +
                           ", but stochastic_rounding is for torch.bfloat16; put it into a param "
                           "group without");
@@ -76,6 +76,8 @@ void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slo
     read_operand(operands, k);
     check_against_param(operands, k);
     if (operands.master != Master::kNone && k == operands.master_operand()) check_master(operands);
+    if (k == kFirstState && !walk.is_second && work.data[k] != operands.views[k].data)
+      slot.is_fresh = false;  // it was loaded
     if (!slot.counts_steps && work.data[k] != operands.views[k].data) {
       slot.step = nullptr;  // it belonged to another state
       slot.step_on_gpu = false;
@@ -113,10 +115,10 @@ void Plan::fill(Walk& walk, const Operands& operands, Work& work) {
   note(work.numel, count_elements(param) * (param.is_complex ? 2 : 1), same_size);
   note(work.num_operands, static_cast<uint8_t>(operands.count), same_memory);
   work.master = operands.master;
-  work.has_average = operands.has_average;
-  work.rounds_by_chance = false;
-  for (int k = 0; operands.rounds_by_chance && k < operands.count; ++k)
-    if (k != kGrad && operands.views[k].dtype == DType::kBFloat16) work.rounds_by_chance = true;
+  work.has_ema = operands.has_ema;
+  work.stochastic_rounding = false;
+  for (int k = 0; operands.stochastic_rounding && k < operands.count; ++k)
+    if (k != kGrad && operands.views[k].dtype == DType::kBFloat16) work.stochastic_rounding = true;
   for (int k = 0; k < operands.count; ++k) {
     bool ignored = true;
     note(work.data[k], operands.views[k].data, k == kGrad ? ignored : same_memory);

@@ -33,18 +33,28 @@ Verdict read_verdict(const py::object& numbers) {
 }  // namespace
 
 // Whether a GradScaler has found infinite grads itself, and asks for the step to be skipped.
-bool Plan::knows_already(const Scaling& scaling) {
+bool Plan::skips_for(const Scaling& scaling) {
   return !scaling.found_inf.is_none() && py::float_(scaling.found_inf).cast<double>() > 0;
 }
 
+// Enters into the works which sum their grads belong to. Returns what combine_totals() needs to
+// know of them, or None if there is just one sum, of this process.
+py::object Plan::classify_grads(const Walk& walk, const py::list& param_groups) {
+  if (!walk.has_subclasses) return py::none();
+  const py::tuple classes = classify(param_groups);
+  const py::list of_params = classes[0];
+  for (size_t at = 0; at < works_.size(); ++at)
+    works_[at].norm_class = of_params[at].cast<uint8_t>();
+  return classes[1];
+}
+
 void Plan::measure_on_cpu(int num_threads, double* totals, int64_t num_classes) {
-  plan_cpu_chunks();
-  if (leaves_.empty()) {
-    std::vector<int64_t> sizes;
-    for (size_t at = 0; at < works_.size(); ++at)
-      sizes.push_back(slots_[at].device < kFirstGpu ? works_[at].numel : 0);
+  std::vector<int64_t> sizes;
+  for (const Work& work : works_) sizes.push_back(work.device == kCpu ? work.numel : 0);
+  if (leaves_.empty() || sizes != leaf_sizes_) {
     leaves_ = plan_leaves(sizes);
     leaves_.shrink_to_fit();
+    leaf_sizes_.swap(sizes);
   }
   std::vector<Layout> layouts;
   for (const Dims& dims : dims_) layouts.push_back({dims.data(), static_cast<int>(dims.size())});
@@ -58,18 +68,9 @@ void Plan::measure_on_cpu(int num_threads, double* totals, int64_t num_classes) 
 
 // Reads all grads. What GPUs find out stays there unless the host has to know. Returns whether the
 // step is to be skipped, as far as the host knows.
-bool Plan::measure(Walk& walk, const py::list& param_groups, const Scaling& scaling,
-                   Launches& launches, int num_threads) {
-  int64_t num_classes = 1;
-  py::object reductions = py::none();
-  if (walk.has_subclasses) {
-    const py::tuple classes = classify(param_groups);
-    const py::list of_params = classes[0];
-    reductions = classes[1];
-    num_classes = std::max<int64_t>(1, static_cast<int64_t>(py::len(reductions)));
-    for (size_t at = 0; at < works_.size(); ++at)
-      works_[at].norm_class = of_params[at].cast<uint8_t>();
-  }
+bool Plan::measure(Walk& walk, const py::object& reductions, const Scaling& scaling,
+                   Launches& launches, int num_threads, bool checks_grads) {
+  const int64_t num_classes = reductions.is_none() ? 1 : static_cast<int64_t>(py::len(reductions));
   const bool is_alone =
       reductions.is_none() && launches.shares.size() + (walk.has_cpu ? 1 : 0) <= 1;
 
@@ -95,7 +96,10 @@ bool Plan::measure(Walk& walk, const py::list& param_groups, const Scaling& scal
   }
   if (!is_alone) combine(launches, reductions, numbers, data);
   verdict_ = numbers.front();
-  for (const py::object& tensor : numbers) launches.kept.push_back(tensor);
+  for (const py::object& tensor : numbers) {
+    launches.kept.push_back(tensor);
+    if (launches.captured) captured_.push_back(tensor);
+  }
 
   const bool errs = std::any_of(walk.groups.begin(), walk.groups.end(),
                                 [](const Group& group) { return group.errs_if_nonfinite; });
@@ -108,7 +112,8 @@ bool Plan::measure(Walk& walk, const py::list& param_groups, const Scaling& scal
   }
   const Verdict verdict = read_verdict(numbers.front());
   const bool is_bad = verdict.nonfinite > 0 || is_nonfinite(verdict.grad_norm);
-  if (errs && is_bad && !knows_already(scaling)) raise_nonfinite(verdict);
+  const bool is_overflow = checks_grads && verdict.nonfinite > 0;  // of a GradScaler's scale
+  if (errs && is_bad && !is_overflow && !skips_for(scaling)) raise_nonfinite(verdict);
   walk.grads.norm = verdict.grad_norm;
   if (walk.clips && walk.has_cpu) rescale(walk);
   return verdict.skip > 0;
@@ -131,6 +136,7 @@ void Plan::combine(Launches& launches, const py::object& reductions,
     }
     cuda::Share& share = launches.shares[i - (uses_cpu ? 1 : 0)];
     launches.kept.push_back(total);
+    if (launches.captured) captured_.push_back(total);
     share.totals = const_cast<double*>(data_of_numbers(total));
     driver_->judge(share);
   }

@@ -105,7 +105,7 @@ Dims make_dims(const Operands& operands) {
     for (int k = 0; k < operands.count; ++k) dim.strides[k] = operands.views[k].strides[d] * parts;
     dims.push_back(dim);
   }
-  if (operands.rounds_by_chance) {
+  if (operands.stochastic_rounding) {
     int64_t stride = 1;
     for (size_t d = dims.size(); d-- > 0; stride *= dims[d].size) dims[d].strides[kIndex] = stride;
   }

@@ -29,10 +29,10 @@ struct Operands {
   int count = kFirstState;
   // As in Work.
   Master master = Master::kNone;
-  bool has_average = false;
-  bool rounds_by_chance = false;
+  bool has_ema = false;
+  bool stochastic_rounding = false;
 
-  int master_operand() const { return count - (has_average ? 2 : 1); }
+  int master_operand() const { return count - (has_ema ? 2 : 1); }
 };
 
 // "grad of parameter 'fc.weight' (group 0, index 3) is ", to begin a message with; for the param

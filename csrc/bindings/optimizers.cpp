@@ -215,7 +215,7 @@ void GroupReader::betas(cuda::HyperSource& source) {
 }
 
 bool counts_steps(const OptimizerRow& row, const Hyper& hyper) {
-  return row.always_counts || hyper.has_average() || hyper.stochastic_rounding;
+  return row.always_counts || hyper.has_ema() || hyper.stochastic_rounding;
 }
 
 const OptimizerRow& find_optimizer(const std::string& name) {

@@ -57,7 +57,6 @@ py::object Plan::step(const py::list& param_groups, const py::dict& state,
     throw std::runtime_error("step() of this optimizer is already running in another thread");
   running_ = true;
   verdict_ = py::none();
-  changed_ = py::list();
   const AtExit at_exit([this] {
     release_grads();
     running_ = false;
@@ -95,8 +94,11 @@ py::object Plan::step(const py::list& param_groups, const py::dict& state,
   if (!disjoint_) refuse_overlap(walk);
   disjoint_ = true;
 
-  Launches launches;
-  if (measures && walk.gpus.empty() && measure(walk, param_groups, scaling, launches, num_threads))
+  Launches launches = {};
+  launches.captured = capturing;
+  py::object reductions = measures ? classify_grads(walk, param_groups) : py::none();
+  if (measures && walk.gpus.empty() &&
+      measure(walk, reductions, scaling, launches, num_threads, checks_grads))
     return py::none();  // before anything is created
   py::object discard = py::none();
   bool skips = false;
@@ -106,17 +108,21 @@ py::object Plan::step(const py::list& param_groups, const py::dict& state,
       walk = start_walk(param_groups, state, walk.grads, true);
       if (!walk.missing.empty()) throw std::runtime_error("state that was created is not there");
       if (walk.gpu_counts && (measures || !found_inf.is_none())) count_first_steps(walk);
+      if (measures) reductions = classify_grads(walk, param_groups);
     }
     prepare(walk, scaling, measures, launches);
     if (measures && !walk.gpus.empty())
-      skips = measure(walk, param_groups, scaling, launches, num_threads);
+      skips = measure(walk, reductions, scaling, launches, num_threads, checks_grads);
     if (skips && !discard.is_none()) discard();
   } catch (...) {
     if (!discard.is_none()) discard();
     throw;
   }
   if (!skips) run(walk, launches, num_threads);
-  return skips || changed_.empty() ? py::object(py::none()) : py::object(changed_);
+  if (skips || changed_.empty()) return py::none();
+  const py::object changed = std::move(changed_);
+  changed_ = py::list();
+  return changed;
 }
 
 Plan::Walk Plan::start_walk(const py::list& param_groups, const py::dict& state,
@@ -203,7 +209,7 @@ void Plan::launch(const Walk& walk, const Launches& launches) {
   }
 }
 
-// Chunks and leaves of the works that are not on a GPU.
+// Chunks of the works that are not on a GPU.
 void Plan::plan_cpu_chunks() {
   if (chunked_) return;
   std::vector<int64_t> sizes;
@@ -211,7 +217,6 @@ void Plan::plan_cpu_chunks() {
     sizes.push_back(slots_[at].device < kFirstGpu ? works_[at].numel : 0);
   chunks_ = plan_chunks(sizes, chunk_elements_ > 0 ? chunk_elements_ : chunk_elements_for(sizes));
   chunks_.shrink_to_fit();
-  leaves_ = {};
   chunked_ = true;
 }
 
@@ -282,6 +287,7 @@ void Plan::count_first_steps(Walk& walk) {
     if (walk.groups[static_cast<size_t>(clock.group)].source.values.dampening == 0) continue;
     first_steps_.push_back(allocate(slot.device - kFirstGpu, sizeof(float), cuda::Memory::kZeros));
     clock.step = slot.step = first_steps_.back().get();
+    clock.is_fresh = slot.is_fresh = true;
     slot.step_on_gpu = true;
     slot.step_dtype = clock.dtype = DType::kFloat32;
   }
@@ -315,7 +321,7 @@ void Plan::refuse_overlap(const Walk& walk) const {
 }
 
 std::string Plan::name_of_state(const Work& work, int operand) const {
-  if (work.has_average && operand == average_operand(work)) return "ema_param";
+  if (work.has_ema && operand == ema_operand(work)) return "ema_param";
   if (work.master != Master::kNone && operand == master_operand(work))
     return work.master == Master::kSplit ? "param_remainder" : "master_param";
   return row_.state_names[static_cast<size_t>(operand - kFirstState)].name();
@@ -328,7 +334,8 @@ void Plan::release_grads() {
 int64_t Plan::bookkeeping_bytes() const {
   size_t bytes = sizeof(*this) + works_.capacity() * sizeof(Work) +
                  slots_.capacity() * sizeof(Slot) +
-                 (chunks_.capacity() + leaves_.capacity()) * sizeof(ChunkStart);
+                 (chunks_.capacity() + leaves_.capacity()) * sizeof(ChunkStart) +
+                 leaf_sizes_.capacity() * sizeof(int64_t);
   for (const Dims& dims : dims_) bytes += sizeof(Dims) + dims.capacity() * sizeof(Dim);
   return static_cast<int64_t>(bytes);
 }

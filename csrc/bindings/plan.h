@@ -56,7 +56,7 @@ class Plan {
     bool errs_if_nonfinite;
     bool has_state() const {
       return num_states > 0 || counts_steps || master_weights != Master::kNone ||
-             source.values.has_average();
+             source.values.has_ema();
     }
     Hyper host_values = source.values;  // for parameters on the CPU
     // Where the scalars of a (step, is first) are, for those that occur in the group; the ones of
@@ -81,9 +81,10 @@ class Plan {
     DType step_dtype = DType::kFloat32;
     bool step_on_gpu = false;
     bool counts_steps = false;
-    bool rounds_by_chance = false;  // as its group has it
-    uint8_t device = kIdle;         // as in Work, whether there is a grad or not
+    bool stochastic_rounding = false;  // as its group has it
+    uint8_t device = kIdle;            // as in Work, whether there is a grad or not
     bool is_first = false;
+    bool is_fresh = false;      // its first state was created here, and not loaded
     bool recognizable = false;  // equal fingerprints mean that the work stands
   };
 
@@ -100,6 +101,7 @@ class Plan {
     std::vector<cuda::HyperSource> groups;
     std::vector<pybind11::object> kept;  // copies of the scaling tensors, where they are read
     std::vector<cuda::Share> shares;     // one for each GPU
+    bool captured;                       // and replayed, perhaps
   };
 
   // One walk over all parameters.
@@ -128,6 +130,7 @@ class Plan {
   struct Found {
     PyObject* tensors[kMaxOperands] = {};
     PyObject* step = nullptr;
+    PyObject* state = nullptr;            // the dict they are from
     const Key* names[kMaxOperands] = {};  // of the states, as in the state's dict
     int count = kFirstState;              // of tensors, those included that are missing
     Master master = Master::kNone;
@@ -142,6 +145,7 @@ class Plan {
   void visit(Walk& walk, Group& group, const Place& place, const Found& found, size_t at);
   PyObject* find_state_dict(Walk& walk, const Group& group, PyObject* param, bool active) const;
   void name_states(const Group& group, const Place& place, Found& found) const;
+  bool has_unused_state(const Found& found, const Group& group) const;
   bool find_state(PyObject* state, const Group& group, const Place& place, Found& found) const;
   void take_over(const Group& group, const Place& place, const Found& found, Operands& operands,
                  Slot& slot) const;
@@ -162,9 +166,10 @@ class Plan {
   void count_first_steps(Walk& walk);
   void prepare(const Walk& walk, const Scaling& scaling, bool measures, Launches& launches);
   void plan_cpu_chunks();
-  bool measure(Walk& walk, const pybind11::list& param_groups, const Scaling& scaling,
-               Launches& launches, int num_threads);
-  static bool knows_already(const Scaling& scaling);
+  bool measure(Walk& walk, const pybind11::object& reductions, const Scaling& scaling,
+               Launches& launches, int num_threads, bool checks_grads);
+  static bool skips_for(const Scaling& scaling);
+  pybind11::object classify_grads(const Walk& walk, const pybind11::list& param_groups);
   void measure_on_cpu(int num_threads, double* totals, int64_t num_classes);
   void combine(Launches& launches, const pybind11::object& reductions,
                std::vector<pybind11::object>& numbers, std::vector<double*>& data);
@@ -185,12 +190,14 @@ class Plan {
   std::vector<Slot> slots_;
   std::vector<Dims> dims_;  // of works that are not dense
   std::vector<ChunkStart> chunks_;
-  std::vector<ChunkStart> leaves_;   // of the norm, if it was needed since works_ changed
+  std::vector<ChunkStart> leaves_;   // of the norm, if it was needed, for grads of
+  std::vector<int64_t> leaf_sizes_;  // these sizes
   bool disjoint_ = false;            // the memory that works_ write has been checked for overlap
   bool chunked_ = false;             // chunks_ fit works_
   std::vector<cuda::Clock> clocks_;  // of this step, if GPUs count
 
   pybind11::object verdict_ = pybind11::none();
+  std::vector<pybind11::object> captured_;  // what captured graphs write to
   pybind11::list changed_;  // (group, index) of params that use less state than in the step before
 
   std::unique_ptr<cuda::Driver> driver_;  // made when it is needed

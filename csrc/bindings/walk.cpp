@@ -129,6 +129,7 @@ void Plan::walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t 
     found[j].tensors[kGrad] = slots_[at + static_cast<size_t>(j)].grad;
     const bool active = found[j].tensors[kGrad] != Py_None;
     if (active) name_states(group, {group.dict, group_index, first + j}, found[j]);
+    found[j].state = states[j];
     found[j].is_complete =
         active && find_state(states[j], group, {group.dict, group_index, first + j}, found[j]);
     for_each_state(found[j], [](PyObject* tensor) { __builtin_prefetch(tensor); });
@@ -164,7 +165,7 @@ void Plan::name_states(const Group& group, const Place& place, Found& found) con
     found.master = master_of(group.master_weights, found.tensors[kParam], place);
   if (found.master != Master::kNone)
     found.names[found.count++] = found.master == Master::kSplit ? &kParamRemainder : &kMasterParam;
-  if (group.source.values.has_average()) found.names[found.count++] = &kEmaParam;
+  if (group.source.values.has_ema()) found.names[found.count++] = &kEmaParam;
 }
 
 // Finds the tensors of a parameter's state in its dict; true if all that the step needs are there.
@@ -205,17 +206,20 @@ void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& foun
   const bool active = slot.grad != Py_None;
   if (active && work.device == kIdle) disjoint_ = false;
   work.device = kIdle;
+  // Of all params: where one process has no grad, others may.
+  walk.has_subclasses = walk.has_subclasses || !is_plain(found.tensors[kParam]);
   if (!active) return;
 
   const Hyper& hyper = group.source.values;
   const bool is_known = found.is_complete && work.num_operands == found.count &&
-                        work.master == found.master && work.has_average == hyper.has_average() &&
-                        slot.rounds_by_chance == hyper.stochastic_rounding;
+                        work.master == found.master && work.has_ema == hyper.has_ema() &&
+                        slot.stochastic_rounding == hyper.stochastic_rounding;
   const bool uses_less = (work.master != Master::kNone && work.master != found.master) ||
-                         (work.has_average && !hyper.has_average()) ||
+                         (work.has_ema && !hyper.has_ema()) ||
                          (slot.counts_steps && !group.counts_steps);
-  if (uses_less) changed_.append(py::make_tuple(place.group_index, place.index));
   const Unchanged unchanged = compare(found, is_known, slot);
+  if (uses_less || (unchanged == Unchanged::kNothing && has_unused_state(found, group)))
+    changed_.append(py::make_tuple(place.group_index, place.index));
   if (unchanged != Unchanged::kAll) {
     Operands operands;
     take_over(group, place, found, operands, slot);
@@ -230,10 +234,10 @@ void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& foun
                         operands.views[kParam].ndim <= kMaxFingerprintDims;
   }
   if (!walk.is_second) slot.is_first = group.num_states > 0 && !found.tensors[kFirstState];
+  slot.is_fresh = slot.is_fresh || slot.is_first;
   work.device = slot.device;
   work.variant = group.variant;
   work.norm_class = 0;
-  walk.has_subclasses = walk.has_subclasses || !is_plain(found.tensors[kParam]);
   if (work.device == kCpu)
     walk.has_cpu = true;
   else
@@ -248,15 +252,27 @@ void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& foun
   PyList_Append(walk.written.ptr(), found.tensors[kParam]);
 }
 
+// Whether a state has what another setting has left there.
+bool Plan::has_unused_state(const Found& found, const Group& group) const {
+  if (found.state == nullptr) return false;
+  const auto is_unused = [&](const Key& key, bool used) {
+    return !used && PyDict_GetItemWithError(found.state, key.object()) != nullptr;
+  };
+  return is_unused(kMasterParam, found.master == Master::kFloat32) ||
+         is_unused(kParamRemainder, found.master == Master::kSplit) ||
+         is_unused(kEmaParam, group.source.values.has_ema()) ||
+         is_unused(kStep, group.counts_steps);
+}
+
 void Plan::take_over(const Group& group, const Place& place, const Found& found, Operands& operands,
                      Slot& slot) const {
   operands.place = place;
   operands.count = found.count;
   operands.step = found.step;
   operands.master = found.master;
-  operands.has_average = group.source.values.has_average();
-  operands.rounds_by_chance = group.source.values.stochastic_rounding;
-  slot.rounds_by_chance = operands.rounds_by_chance;
+  operands.has_ema = group.source.values.has_ema();
+  operands.stochastic_rounding = group.source.values.stochastic_rounding;
+  slot.stochastic_rounding = operands.stochastic_rounding;
   slot.counts_steps = group.counts_steps;
   for (int k = 0; k < found.count; ++k) operands.tensors[k] = found.tensors[k];
   for (int k = kFirstState; k < found.count; ++k) operands.names[k] = found.names[k]->name();
@@ -298,8 +314,9 @@ void Plan::set_clock(Walk& walk, const Group& group, const Place& place, bool is
   if (group.counts_steps && !slot.step_on_gpu && !walk.is_second && !cuda::is_emulated() &&
       is_complete)
     walk.missing.append(py::make_tuple(place.group_index, place.index));
-  clocks_[at] = {slot.step, static_cast<int32_t>(place.group_index), slot.step_dtype, true,
-                 slot.is_first};
+  clocks_[at] = {slot.step,       static_cast<int32_t>(place.group_index),
+                 slot.step_dtype, true,
+                 slot.is_first,   slot.is_fresh};
 }
 
 void Plan::read_step(const Place& place, Slot& slot) const {

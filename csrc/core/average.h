@@ -14,7 +14,8 @@ struct Average {
   T to_weight;  // not 0 if it does
 
   FUSEDOPT_HD T operator()(T ema, T weight) const {
-    return std::fma(factor, weight - ema, to_weight != 0 ? weight : ema);
+    const T from = to_weight != 0 ? weight : ema;
+    return factor == 0 ? from : std::fma(factor, weight - ema, from);
   }
 
   template <class U>

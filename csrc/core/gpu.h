@@ -31,8 +31,8 @@ struct Clock {
   int32_t group;
   DType dtype;
   bool active;
-  bool is_first;  // its state is new; so it is, too, if the count is 0
-  uint8_t unused = 0;
+  bool is_first;  // its state is new,
+  bool is_fresh;  // or it was when it was created, and is still if the count is 0
 };
 
 // One device's share of a step. Pointers into host memory are borrowed for the call.

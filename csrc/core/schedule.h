@@ -33,7 +33,7 @@ struct Hyper {
   bool stochastic_rounding = false;
   uint8_t unused[5] = {};  // see DeviceNumber in core/gpu.h
 
-  bool has_average() const { return ema_decay >= 0; }
+  bool has_ema() const { return ema_decay >= 0; }
 };
 static_assert(sizeof(Hyper) == 9 * sizeof(double) + 16, "no bytes but those named");
 
@@ -60,8 +60,11 @@ FUSEDOPT_HD double grad_factor(const Hyper& hyper, const GradFacts& grads) {
   return (hyper.maximize ? -1.0 : 1.0) * clip_factor(hyper, grads.norm) / grads.scale;
 }
 
+// A step with an lr of 0 changes no weight whatever the decay: torch.distributed.checkpoint makes
+// such steps to have states created.
 FUSEDOPT_HD Factor<double> kept_by_decay(const Hyper& hyper) {
-  return split(1.0 - (hyper.lr_independent_weight_decay ? 1.0 : hyper.lr) * hyper.weight_decay);
+  const bool is_independent = hyper.lr_independent_weight_decay && hyper.lr != 0;
+  return split(1.0 - (is_independent ? 1.0 : hyper.lr) * hyper.weight_decay);
 }
 
 FUSEDOPT_HD SgdScalars<double> schedule_rule(SgdFamily, const Hyper& hyper, Time time,

@@ -22,12 +22,12 @@ struct alignas(32) Work {
   int32_t layout;   // index into Step::layouts, or kDense
   DType dtypes[kMaxOperands];
   uint8_t num_operands;
-  uint8_t variant;        // of the rule
-  uint8_t device;         // kIdle, kCpu or the number of a GPU above kFirstGpu
-  Master master;          // behind the states comes the operand of that, if any,
-  bool has_average;       // then the average
-  bool rounds_by_chance;  // stochastic rounding of operands in bfloat16
-  uint8_t norm_class;     // grads of one class have a sum of their own in the global norm
+  uint8_t variant;           // of the rule
+  uint8_t device;            // kIdle, kCpu or the number of a GPU above kFirstGpu
+  Master master;             // behind the states comes the operand of that, if any,
+  bool has_ema;              // then the average
+  bool stochastic_rounding;  // stochastic rounding of operands in bfloat16
+  uint8_t norm_class;        // grads of one class have a sum of their own in the global norm
   uint8_t unused[10];
 };
 inline constexpr int32_t kDense = -1;
@@ -37,9 +37,9 @@ inline constexpr uint8_t kFirstGpu = 2;
 inline constexpr int kMaxGpus = 255 - kFirstGpu;
 static_assert(sizeof(Work) == 96, "whole halves of cache lines, and whole vectors of a GPU");
 
-FUSEDOPT_HD int average_operand(const Work& work) { return work.num_operands - 1; }
+FUSEDOPT_HD int ema_operand(const Work& work) { return work.num_operands - 1; }
 FUSEDOPT_HD int master_operand(const Work& work) {
-  return work.num_operands - (work.has_average ? 2 : 1);
+  return work.num_operands - (work.has_ema ? 2 : 1);
 }
 
 // The ways a work can be computed: each format that all operands can share if they lie
@@ -50,8 +50,8 @@ inline constexpr int kMixedDouble = kNumDTypes + 1;
 inline constexpr int kNumColumns = kNumDTypes + 2;
 
 FUSEDOPT_HD int column_of(const Work& work) {
-  bool same = work.layout == kDense && work.master == Master::kNone && !work.has_average &&
-              !work.rounds_by_chance;
+  bool same = work.layout == kDense && work.master == Master::kNone && !work.has_ema &&
+              !work.stochastic_rounding;
   bool is_double = false;
   for (int k = 0; k < work.num_operands; ++k) {
     same = same && work.dtypes[k] == work.dtypes[kParam];

@@ -63,7 +63,7 @@ enum Path {
 
 // All states in one format, as far as there are any.
 bool has_states_in(const Work& work, DType dtype) {
-  const int end = work.num_operands - (work.master == Master::kNone ? 0 : 1) - work.has_average;
+  const int end = work.num_operands - (work.master == Master::kNone ? 0 : 1) - work.has_ema;
   bool all = true;
   for (int k = kFirstState; k < end; ++k) all = all && work.dtypes[k] == dtype;
   return all;
@@ -74,11 +74,11 @@ int path_of(const Work& work) {
   if (column < kNumDTypes) return kAllFloat32 + column;
   const int tiles = column == kMixedDouble ? kTilesInDouble : kTilesInFloat;
   const DType param = work.dtypes[kParam];
-  if (work.layout != kDense || work.rounds_by_chance || work.dtypes[kGrad] != param) return tiles;
+  if (work.layout != kDense || work.stochastic_rounding || work.dtypes[kGrad] != param)
+    return tiles;
   const bool float32 = has_states_in(work, DType::kFloat32);
-  if (work.has_average)
-    return param == DType::kFloat32 && float32 &&
-                   work.dtypes[average_operand(work)] == DType::kFloat32
+  if (work.has_ema)
+    return param == DType::kFloat32 && float32 && work.dtypes[ema_operand(work)] == DType::kFloat32
                ? kFloat32WithAverage
                : tiles;
   const bool bfloat16 = has_states_in(work, DType::kBFloat16);

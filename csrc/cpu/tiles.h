@@ -19,8 +19,8 @@ constexpr int64_t kTileElements = 256;
 // What is computed with of an element: the weight in the place of the param, the grad, the states
 // as a rule has them, then the average.
 constexpr int kWeight = kParam;
-constexpr int kAverageValue = kFirstState + kMaxStates;
-constexpr int kNumValues = kAverageValue + 1;
+constexpr int kEmaValue = kFirstState + kMaxStates;
+constexpr int kNumValues = kEmaValue + 1;
 
 template <class T>
 inline constexpr DType kDTypeOf = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
@@ -62,7 +62,7 @@ void round_in_place(T* values, DType dtype, int64_t n) {
 }
 
 template <class T>
-void round_in_place_by_chance(T* values, const uint32_t* draws, int operand, int64_t n) {
+void round_in_place_stochastically(T* values, const uint32_t* draws, int operand, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
     values[i] = T(round_stochastically(static_cast<float>(values[i]), draws[i], operand));
 }
@@ -87,9 +87,9 @@ class Tiles {
         source_(layout_, begin),
         target_(layout_, begin) {
     for (int value = 0; value < kNumValues; ++value) {
-      const bool is_average = value == kAverageValue;
-      used_[value] = is_average ? work_.has_average : value < kFirstState + tiled.num_states;
-      operands_[value] = is_average ? average_operand(work_)
+      const bool is_average = value == kEmaValue;
+      used_[value] = is_average ? work_.has_ema : value < kFirstState + tiled.num_states;
+      operands_[value] = is_average ? ema_operand(work_)
                          : value == kWeight && work_.master == Master::kFloat32
                              ? master_operand(work_)
                              : value;
@@ -104,13 +104,13 @@ class Tiles {
     for_each_run(source_, n, [&](int64_t offset, int64_t run, const Cursor& cursor) {
       for (int value = 0; value < kNumValues; ++value)
         if (used_[value]) load_run(value, offset, run, cursor);
-      if (work_.rounds_by_chance) draw(offset, run, cursor);
+      if (work_.stochastic_rounding) draw(offset, run, cursor);
     });
     tiled_.apply(tiled_.scalars, values_, n);
-    for (int value = kFirstState; value < kAverageValue; ++value)
+    for (int value = kFirstState; value < kEmaValue; ++value)
       if (used_[value]) round(value, work_.dtypes[value], n);
     if (work_.master == Master::kNone) round(kWeight, work_.dtypes[kParam], n);
-    if (work_.has_average) average(n);
+    if (work_.has_ema) average(n);
     for_each_run(target_, n, [&](int64_t offset, int64_t run, const Cursor& cursor) {
       for (int value = 0; value < kNumValues; ++value)
         if (used_[value] && value != kGrad) store_run(value, offset, run, cursor);
@@ -203,15 +203,15 @@ class Tiles {
   // What is stored in 16 bits is rounded first where that is not to the nearest, or where the
   // average is of what the param will be.
   void round(int value, DType dtype, int64_t n) {
-    if (work_.rounds_by_chance && dtype == DType::kBFloat16)
-      round_in_place_by_chance(values(value), draws_, value, n);
-    else if (value == kWeight && work_.has_average && item_size(dtype) == 2)
+    if (work_.stochastic_rounding && dtype == DType::kBFloat16)
+      round_in_place_stochastically(values(value), draws_, value, n);
+    else if (value == kWeight && work_.has_ema && item_size(dtype) == 2)
       round_in_place(values(value), dtype, n);
   }
 
   void average(int64_t n) {
     const Average<T> average = tiled_.common.average;
-    T* const ema = values(kAverageValue);
+    T* const ema = values(kEmaValue);
     const T* const weight = values(kWeight);
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) ema[i] = average(ema[i], weight[i]);

@@ -102,8 +102,9 @@ class Device {
     call.arguments.leaves = reinterpret_cast<const ChunkStart*>(current_->at(parts.leaves));
     call.arguments.layouts = reinterpret_cast<const Layout*>(current_->at(parts.layouts));
     call.arguments.sums = reinterpret_cast<GradSum*>(current_->at(parts.sums));
-    call.num_leaves = static_cast<int64_t>(arrangement_.leaves().size()) - 1;
+    call.num_leaves = static_cast<int64_t>(arrangement_.find_leaves(share).size()) - 1;
     for (const int64_t w : arrangement_.rows()) {
+      if (share.works[w].device == kIdle) continue;
       const bool is_double = share.works[w].dtypes[kGrad] == DType::kFloat64;
       (is_double ? call.in_double : call.in_float) = true;
     }
@@ -179,7 +180,7 @@ class Device {
     arguments.groups = reinterpret_cast<const HyperSource*>(current_->at(parts.groups));
     arguments.scalars = computed(column);
     arguments.grad_scale = share.grad_scale;
-    arguments.found_inf = skip_flag(share);
+    arguments.skip = skip_flag(share);
     arguments.grad_norm = share.measures ? &share.verdict->grad_norm : nullptr;
     arguments.num_rows = column.num_rows;
     arguments.in_double = in_double(column.column);
@@ -196,7 +197,7 @@ class Device {
     call.chunks =
         reinterpret_cast<const ChunkStart*>(current_->at(parts.chunks)) + column.first_chunk;
     call.layouts = reinterpret_cast<const Layout*>(current_->at(parts.layouts));
-    call.found_inf = skip_flag(share);
+    call.skip = skip_flag(share);
     call.num_chunks = column.num_chunks;
     if (share.clocks != nullptr) {
       call.scalars = computed(column);

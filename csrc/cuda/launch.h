@@ -43,7 +43,7 @@ struct UpdateCall {
   const ChunkStart* chunks;
   const Layout* layouts;
   const void* scalars;  // in the column's type, by Work::scalars, or nullptr: `few_scalars`
-  const float* found_inf;
+  const float* skip;
   int64_t num_chunks;
   // On the host.
   const Scalars* few_scalars;
@@ -61,9 +61,9 @@ template <class Family, class T>
 UpdateArguments<Family, T> arguments_for(const UpdateCall& call) {
   using Arguments = UpdateArguments<Family, T>;
   Arguments arguments = {
-      call.works,     call.chunks,
-      call.layouts,   static_cast<const typename Arguments::WorkScalars*>(call.scalars),
-      call.found_inf, {}};
+      call.works,   call.chunks,
+      call.layouts, static_cast<const typename Arguments::WorkScalars*>(call.scalars),
+      call.skip,    {}};
   static_assert(sizeof(arguments) <= 4096, "more than a kernel's arguments may take");
   for (int64_t i = 0; i < call.num_few_scalars; ++i)
     arguments.few[i] = scalars_of(Family{}, call.few_scalars[i]).template as<T>();

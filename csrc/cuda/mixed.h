@@ -44,13 +44,13 @@ class MixedWork {
         layout_(work.layout),
         variant_(work.variant),
         master_(work.master),
-        rounds_by_chance_(work.rounds_by_chance) {
+        stochastic_rounding_(work.stochastic_rounding) {
     const bool has_master = master_ != Master::kNone;
-    const int num_own = work.num_operands - (work.has_average ? 1 : 0) - (has_master ? 1 : 0);
+    const int num_own = work.num_operands - (work.has_ema ? 1 : 0) - (has_master ? 1 : 0);
     for (int k = 0; k < kMaster; ++k)
       if (k < num_own) set(k, k, work.data[k], work);
     if (has_master) set(kMaster, num_own, load_item(source->data + num_own), work);
-    if (!work.has_average) return;
+    if (!work.has_ema) return;
     const int last = work.num_operands - 1;
     set(kAverage, last, load_item(source->data + last), work);
   }
@@ -147,7 +147,7 @@ class MixedWork {
 
   // What is done with an element between the rule and its stores.
   FUSEDOPT_HD void finish(const CommonScalars<T>& common, int64_t index, T (&element)[kAll]) const {
-    if (rounds_by_chance_) {
+    if (stochastic_rounding_) {
       const auto number = static_cast<uint64_t>(index);
       const uint32_t draw =
           element_draw(draw_key(common.rounding_key, number), static_cast<uint32_t>(number));
@@ -357,7 +357,7 @@ class MixedWork {
   int32_t layout_;
   uint8_t variant_;
   Master master_;
-  bool rounds_by_chance_;
+  bool stochastic_rounding_;
 };
 
 }  // namespace fusedopt::cuda

@@ -17,7 +17,7 @@ struct ScheduleArguments {
   const HyperSource* groups;
   void* scalars;
   const float* grad_scale;
-  const float* found_inf;
+  const float* skip;
   const double* grad_norm;  // nullptr: not needed
   int64_t num_rows;
   bool in_double;
@@ -52,13 +52,13 @@ FUSEDOPT_HD Time advance(const Clock& clock) {
     *static_cast<double*>(clock.step) = step;
   else
     *static_cast<float*>(clock.step) = static_cast<float>(step);
-  return {static_cast<uint64_t>(step), clock.is_first || done == 0};
+  return {static_cast<uint64_t>(step), clock.is_first || (clock.is_fresh && done == 0)};
 }
 
 template <class Family>
 FUSEDOPT_HD void schedule_thread(const ScheduleArguments& arguments, int64_t row) {
   if (row >= arguments.num_rows) return;
-  if (arguments.found_inf != nullptr && *arguments.found_inf > 0) return;
+  if (arguments.skip != nullptr && *arguments.skip > 0) return;
   const Clock clock = arguments.clocks[row];
   if (!clock.active) return;
   GradFacts grads;

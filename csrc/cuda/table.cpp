@@ -96,16 +96,25 @@ std::set<bool> Arrangement::number_types() const {
   return found;
 }
 
-const std::vector<ChunkStart>& Arrangement::leaves() {
-  if (!leaves_.empty()) return leaves_;
-  std::vector<int64_t> sizes, rows(members_.size());
-  for (const Member& member : members_) sizes.push_back(member.numel);
-  for (size_t row = 0; row < rows_.size(); ++row)
-    rows[static_cast<size_t>(rows_[row])] = static_cast<int64_t>(row);
+const std::vector<ChunkStart>& Arrangement::find_leaves(const Share& share) {
+  std::vector<int64_t> sizes(members_.size(), 0), rows(members_.size());
+  for (size_t row = 0; row < rows_.size(); ++row) {
+    const auto w = static_cast<size_t>(rows_[row]);
+    if (share.works[w].device != kIdle) sizes[w] = members_[w].numel;
+    rows[w] = static_cast<int64_t>(row);
+  }
+  if (!leaves_.empty() && sizes == leaf_sizes_) return leaves_;
   leaves_ = plan_leaves(sizes);
+  leaf_sizes_.swap(sizes);
   for (size_t i = 0; i + 1 < leaves_.size(); ++i)
     leaves_[i].work = rows[static_cast<size_t>(leaves_[i].work)];
   return leaves_;
+}
+
+int64_t Arrangement::max_leaves() const {
+  std::vector<int64_t> sizes;
+  for (const Member& member : members_) sizes.push_back(member.numel);
+  return static_cast<int64_t>(plan_leaves(sizes).size());
 }
 
 bool has_few_scalars(const Share& share) {
@@ -115,12 +124,11 @@ bool has_few_scalars(const Share& share) {
          });
 }
 
-Parts plan_parts(const Share& share, Arrangement& arrangement) {
+Parts plan_parts(const Share& share, const Arrangement& arrangement) {
   Parts parts = {};
   parts.has_clocks = share.clocks != nullptr;
   parts.has_leaves = share.measures;
-  const auto num_leaves =
-      share.measures ? static_cast<int64_t>(arrangement.leaves().size()) : int64_t{0};
+  const auto num_leaves = share.measures ? arrangement.max_leaves() : int64_t{0};
   parts.max_layouts = share.num_layouts > 0 ? with_room(share.num_layouts) : 0;
   parts.max_dims = share.num_layouts > 0 ? with_room(count_dims(share)) : 0;
   parts.max_groups = parts.has_clocks ? with_room(share.num_groups) : 0;
@@ -165,8 +173,8 @@ void Table::fill(const Share& share, Arrangement& arrangement) {
   };
   if (image_.bytes_changed() == image_.size()) {  // new: these stay
     put_starts(parts_.chunks, arrangement.chunks());
-    if (parts_.has_leaves) put_starts(parts_.leaves, arrangement.leaves());
   }
+  if (share.measures) put_starts(parts_.leaves, arrangement.find_leaves(share));
   fill_layouts(share);
   fill_works(share, arrangement);
   if (share.clocks != nullptr)

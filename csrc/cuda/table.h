@@ -28,8 +28,10 @@ class Arrangement {
   const std::vector<Column>& columns() const { return columns_; }
   const std::vector<ChunkStart>& chunks() const { return chunks_; }  // rows count from first_row
   std::set<bool> number_types() const;  // whether columns compute in double
-  // Leaves of the global norm, in the order of the works; rows count from 0.
-  const std::vector<ChunkStart>& leaves();
+  // Leaves of the global norm of the grads that there are, in the order of the works; rows count
+  // from 0. They take no more room than those of all grads.
+  const std::vector<ChunkStart>& find_leaves(const Share& share);
+  int64_t max_leaves() const;  // and the end
 
  private:
   struct Member {
@@ -40,7 +42,8 @@ class Arrangement {
   std::vector<int64_t> rows_;
   std::vector<Column> columns_;
   std::vector<ChunkStart> chunks_;
-  std::vector<ChunkStart> leaves_;  // once they were asked for
+  std::vector<ChunkStart> leaves_;  // of grads of
+  std::vector<int64_t> leaf_sizes_;
 };
 
 // The block's parts, by their offsets: those that change most often come last.
@@ -83,7 +86,7 @@ class Table {
 };
 
 // Room for a share, and some more.
-Parts plan_parts(const Share& share, Arrangement& arrangement);
+Parts plan_parts(const Share& share, const Arrangement& arrangement);
 
 // True if the scalars of all columns travel with the kernel's arguments.
 bool has_few_scalars(const Share& share);

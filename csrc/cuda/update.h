@@ -27,7 +27,7 @@ struct UpdateArguments {
   const ChunkStart* chunks;  // one for each block, and the end
   const Layout* layouts;
   const WorkScalars* scalars;  // by Work::scalars; nullptr: they are in `few`
-  const float* found_inf;      // nullptr or the flag that makes the step do nothing
+  const float* skip;           // nullptr or the flag that makes the step do nothing
   WorkScalars few[kFew];
 };
 
@@ -115,7 +115,7 @@ FUSEDOPT_HD void update_work(const UpdateArguments<Family, typename Format::T>& 
 template <class Family, class Format>
 FUSEDOPT_HD void update_thread(const UpdateArguments<Family, typename Format::T>& arguments,
                                uint32_t block, uint32_t thread) {
-  if (arguments.found_inf != nullptr && *arguments.found_inf > 0) return;
+  if (arguments.skip != nullptr && *arguments.skip > 0) return;
   const ChunkStart from = arguments.chunks[block], to = arguments.chunks[block + 1];
   // A part of one work for the whole block, or a work for each warp.
   const bool is_shared = to.work - from.work <= 1;
@@ -126,13 +126,16 @@ FUSEDOPT_HD void update_thread(const UpdateArguments<Family, typename Format::T>
   if (work.device == kIdle) return;
   const int64_t begin = w == from.work ? from.element : 0;
   const int64_t end = w == to.work ? to.element : work.numel;
-  if constexpr (Format::kIsMixed)
+  if constexpr (Format::kIsMixed) {
+    // A copy: a reference to one place or another would be of an unknown address space.
+    const ScalarsOf<Family, typename Format::T> scalars = arguments.scalars != nullptr
+                                                              ? arguments.scalars[work.scalars]
+                                                              : arguments.few[work.scalars];
     MixedWork<Family, typename Format::T>(work, arguments.works + w)
-        .update(arguments.scalars != nullptr ? arguments.scalars[work.scalars]
-                                             : arguments.few[work.scalars],
-                arguments.layouts, begin, end, lane);
-  else
+        .update(scalars, arguments.layouts, begin, end, lane);
+  } else {
     update_work<Family, Format>(arguments, work, begin, end, lane);
+  }
 }
 
 }  // namespace fusedopt::cuda

@@ -128,6 +128,7 @@ class Clocked {
     if (counts_[tensor] == Count::kFloat) clock.step = &floats_[tensor];
     if (counts_[tensor] == Count::kDouble) clock.step = &doubles_[tensor];
     clock.is_first = counts_[tensor] == Count::kNone && steps_[tensor] == 0;
+    clock.is_fresh = true;
     return clock;
   }
 

@@ -185,8 +185,7 @@ void check_device(const Sender& sender, const Given& step) {
       const std::set<bool> used = sender.arrangement.number_types();
       if (used.count(false) > 0)
         CHECK(sender.rows_at<InFloat>(parts.scalars[0])[i].rule.lr == static_cast<float>(lr));
-      if (used.count(true) > 0)
-        CHECK(sender.rows_at<InDouble>(parts.scalars[1])[i].rule.lr == lr);
+      if (used.count(true) > 0) CHECK(sender.rows_at<InDouble>(parts.scalars[1])[i].rule.lr == lr);
     }
   const auto& chunks = sender.arrangement.chunks();
   CHECK(std::memcmp(sender.table->at(parts.chunks), chunks.data(),

@@ -273,6 +273,10 @@ void Plan::take_over(const Group& group, const Place& place, const Found& found,
   operands.has_ema = group.source.values.has_ema();
   operands.stochastic_rounding = group.source.values.stochastic_rounding;
   slot.stochastic_rounding = operands.stochastic_rounding;
+  if (slot.counts_steps && !group.counts_steps) {  // its count is gone, or will be
+    slot.step = nullptr;
+    slot.step_on_gpu = false;
+  }
   slot.counts_steps = group.counts_steps;
   for (int k = 0; k < found.count; ++k) operands.tensors[k] = found.tensors[k];
   for (int k = kFirstState; k < found.count; ++k) operands.names[k] = found.names[k]->name();

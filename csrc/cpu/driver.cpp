@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kMinParallelChunks = 24;
 constexpr int64_t kMinChunksPerThread = 4;
 // The same for reading grads.
-constexpr int64_t kMinParallelElements = int64_t{1} << 22;
+constexpr int64_t kMinParallelElements = kMinParallelChunks * kMinChunkElements;
 constexpr int64_t kLeavesAtATime = 8;
 
 const Kernels& kernels_of(Isa isa) {

@@ -1,7 +1,8 @@
 # Everything runs in .venv, which these targets set up themselves.
 #   make train      train a small GPT with fusedopt and with its torch.optim twin
 #   make test       all tests, then those of the CUDA driver with its kernels emulated on the CPU
-#   make bench      the step benchmark (BENCH="--optimizer SGD --shapes resnet50" to choose)
+#   make bench      the step benchmark (BENCH="--optimizer SGD --shapes resnet50" to choose);
+#                   bench/training_step.py and bench/precision.py: clipping, averages, precision
 #   make lint       ruff, mypy, clang-format
 #   make sanitize   the same under the address and undefined-behaviour sanitizers
 #   make cuda       all tests with a build for CUDA under a CUDA build of torch (in .venv-cuda), and
@@ -63,7 +64,8 @@ sanitize: $(VENV)/built
 	FUSEDOPT_SANITIZE=address,undefined FUSEDOPT_CUDA=emulated $(BIN)/python setup.py -q build \
 	    --build-base build/sanitize --build-lib build/sanitize/lib
 	$(SANITIZED) $(PYTEST)
-	$(SANITIZED) --device emulated tests/test_cuda*.py $(PYTEST)
+	$(SANITIZED) --device emulated tests/test_cuda*.py tests/test_clip_history.py \
+	    tests/test_masters.py $(PYTEST)
 
 # An installed wheel, and not the sources.
 cuda:

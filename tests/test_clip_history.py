@@ -1,7 +1,9 @@
 """Norms and settings that must not depend on what was before: resumed runs repeat their bits."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,11 +125,16 @@ assert optimizer.grad_norm == 8**0.5, optimizer.grad_norm
 
 @pytest.mark.unsanitized
 @pytest.mark.skipif(DEVICE == "cuda", reason="the mesh is of CPUs")
-def test_shards_on_either_driver() -> None:
+def test_shards_on_either_driver(tmp_path: Path) -> None:
     """Of a second process that is not there, whose shard would have equal grads."""
     driver = "emulated" if _C.build_info()["cuda_archs"] == "emulated" else "cpu"
     done = subprocess.run(
-        [sys.executable, "-c", FAKE_MESH, driver], capture_output=True, text=True, check=False
+        [sys.executable, "-c", FAKE_MESH, driver],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,  # the same fusedopt as here, not the one in this folder
+        env={**os.environ, "PYTHONPATH": str(Path(fusedopt.__file__).parent.parent)},
     )
     assert done.returncode == 0, done.stderr
 

@@ -10,7 +10,7 @@ from torch import Tensor
 State = dict[str, Any]
 
 MASTERS = {"float32": "master_param", "split": "param_remainder"}
-EXTRAS = ("master_param", "param_remainder", "ema_param")
+EXTRAS = (*MASTERS.values(), "ema_param")
 
 
 def join(param: Tensor, remainder: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slo
     }
     read_operand(operands, k);
     check_against_param(operands, k);
-    if (operands.master != Master::kNone && k == operands.master_operand()) check_master(operands);
+    if (k == operands.master_operand()) check_master(operands);
     if (k == kFirstState && !walk.is_second && work.data[k] != operands.views[k].data)
       slot.is_fresh = false;  // it was loaded
     if (!slot.counts_steps && work.data[k] != operands.views[k].data) {

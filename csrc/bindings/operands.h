@@ -43,8 +43,7 @@ std::string subject(const Place& place, const std::string& name);
 // for a param or state whose memory does not hold its values (lazily conjugated or negated).
 void read_operand(Operands& operands, int k);
 
-// Raises ValueError or TypeError unless operand k fits the param: shape, device, real or complex,
-// for a master weight the dtype.
+// Raises ValueError or TypeError unless operand k fits the param: shape, device, real or complex.
 void check_against_param(const Operands& operands, int k);
 
 // Raises TypeError for a master weight of another dtype than its kind has.

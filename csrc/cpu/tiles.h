@@ -117,7 +117,7 @@ class Tiles {
     });
   }
 
-  // Asks for the elements behind the next `ahead` ones, as far as there are any in the work.
+  // Asks for elements [at, at + n) of a dense work, which are yet to come.
   void prefetch_from(int64_t at, int64_t n) const {
     for (int k = 0; k < work_.num_operands; ++k) {
       const int64_t item = item_size(work_.dtypes[k]);

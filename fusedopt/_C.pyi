@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -15,7 +15,7 @@ class Plan:
     def __init__(self, optimizer: str, isa: str, chunk_elements: int = 0) -> None: ...
     def step(
         self,
-        param_groups: list[dict[str, Any]],
+        param_groups: Iterable[Mapping[str, Any]],
         state: Mapping[Any, Any],
         grad_scale: float | Tensor,
         found_inf: Tensor | None,
@@ -27,7 +27,12 @@ class Plan:
     def verdict(self) -> Tensor | None: ...
     def bookkeeping_bytes(self) -> int: ...
 
-def check_group(optimizer: str, group: dict[str, Any], index: int) -> None: ...
+def check_group(
+    optimizer: str, group: dict[str, Any], index: int, is_construction: bool = False
+) -> None: ...
+def check_state(
+    optimizer: str, state: dict[str, Any], group: dict[str, Any], group_index: int, index: int
+) -> None: ...
 def build_info() -> BuildInfo: ...
 def is_emulated() -> bool: ...
 

@@ -5,9 +5,10 @@
 Signatures, param groups, state and state dicts are those of ``torch.optim``.
 """
 
-from ._version import check_torch
+from ._version import check_build, check_torch
 
 check_torch()
+check_build()
 
 from ._config import show_config  # noqa: E402
 from ._grad_scaler import GradScaler  # noqa: E402

@@ -18,14 +18,19 @@ class GradScaler(torch.amp.GradScaler):
     """
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        if not isinstance(optimizer, FusedOptimizer):
+            return super().step(optimizer, *args, **kwargs)
+        supported = optimizer._step_supports_amp_scaling
+        optimizer._step_supports_amp_scaling = True
         try:
             return super().step(optimizer, *args, **kwargs)
-        except Exception:
+        except BaseException:
             for name in ("grad_scale", "found_inf"):  # torch leaves them there
                 optimizer.__dict__.pop(name, None)
             raise
         finally:
-            if isinstance(optimizer, FusedOptimizer) and optimizer._checks_grads:
+            optimizer._step_supports_amp_scaling = supported
+            if optimizer._checks_grads:
                 optimizer._checks_grads = False
                 if optimizer._verdict is not None:
                     flag = optimizer._skip_flag().clone()  # torch adds those of others to it
@@ -34,7 +39,7 @@ class GradScaler(torch.amp.GradScaler):
                     }
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
-        if not isinstance(optimizer, FusedOptimizer):
+        if not isinstance(optimizer, FusedOptimizer) or not optimizer._step_supports_amp_scaling:
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         optimizer._checks_grads = True

@@ -1,6 +1,6 @@
 """The global norm of the grads where it takes more than one device or process to know it."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def new_numbers(gpu: int, count: int, emulated: bool) -> Tensor:
     return torch.empty(count, dtype=torch.float64, device=device)
 
 
-def classify(param_groups: list[dict[str, Any]]) -> tuple[list[int], list[list[Any]]]:
+def classify(params: list[Tensor]) -> tuple[list[int], list[list[Any]]]:
     """Which grads are added up over which processes.
 
     Returns the class of each parameter, and for each class its process groups: those of the dims of
@@ -23,14 +23,14 @@ def classify(param_groups: list[dict[str, Any]]) -> tuple[list[int], list[list[A
     classes: dict[Any, int] = {(): 0}
     reductions: list[list[Any]] = [[]]
     found = []
-    for group in param_groups:
-        for param in group["params"]:
-            sharded = _sharded_dims(param)
-            key = (param.device_mesh, sharded) if sharded else ()
-            if key not in classes:
-                classes[key] = len(reductions)
-                reductions.append([param.device_mesh.get_group(dim) for dim in sharded])
-            found.append(classes[key])
+    for param in params:
+        sharded = _sharded_dims(param)
+        mesh = getattr(param, "device_mesh", None)
+        key = (mesh, sharded) if sharded else ()
+        if key not in classes:
+            classes[key] = len(reductions)
+            reductions.append([cast(Any, mesh).get_group(dim) for dim in sharded])
+        found.append(classes[key])
     if len(reductions) > 256:
         raise ValueError("params are sharded in more than 255 ways, too many for max_grad_norm")
     return found, reductions

@@ -1,6 +1,7 @@
 """What the optimizers share: one call into the extension per step, state, checkpoints."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeAlias, cast, overload
 
@@ -33,12 +34,37 @@ class FusedOptimizer(torch.optim.Optimizer):
     _checks_grads = False  # set by fusedopt.GradScaler for its steps
     _is_swapped = False
 
-    # torch.amp.GradScaler then leaves unscaling and skipping to step().
-    _step_supports_amp_scaling = True
+    # Whether torch.amp.GradScaler is to leave unscaling and skipping to step(). As in torch, that
+    # is so for optimizers made with fused=True: what stands between a scaler and its optimizer
+    # (a wrapper, a trainer) often knows the usual way only.
+    _step_supports_amp_scaling = False
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
-        _C.check_group(self._row, defaults, 0)
+        if defaults["fused"] and defaults["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        _C.check_group(self._row, defaults, 0, is_construction=True)
         super().__init__(cast(Any, params), defaults)
+        self._step_supports_amp_scaling = bool(defaults["fused"])
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """As torch's, which wraps ``step`` to call its hooks; a step that fails leaves no scaling.
+
+        torch.amp.GradScaler hands its scale over in attributes, and forgets them on the optimizer
+        if the step or a hook raises, Ctrl-C included. The next step would obey them.
+        """
+        hooked = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(hooked)
+        def step(self: "FusedOptimizer", *args: Any, **kwargs: Any) -> Any:
+            try:
+                return hooked(self, *args, **kwargs)
+            except BaseException:
+                for name in ("grad_scale", "found_inf"):
+                    self.__dict__.pop(name, None)
+                raise
+
+        return step
 
     def _state_names(self, group: ParamGroup) -> list[str]:
         """Names of the tensors of a parameter's state, without ``step``."""
@@ -51,8 +77,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group`` does.
 
-        Raises ValueError for a parameter that is given twice and for hyper-parameters out of range,
-        whether they come from the group or from the defaults. Nothing is added then.
+        Raises ValueError for a parameter that is given twice and for hyper-parameters that are NaN or
+        infinite. The ranges of torch hold for the defaults only, as in torch: a group may ascend with
+        a negative ``lr``. Nothing is added if it raises.
         """
         if isinstance(param_group, dict) and "params" in param_group:
             params = param_group["params"]
@@ -81,8 +108,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: a parameter, grad or state is sparse, on the meta device, of an integer dtype
                 or of a tensor subclass without memory of its own.
-            ValueError: a grad or state does not fit its parameter in shape or device, parameters
-                share memory, or a hyper-parameter is NaN or out of range.
+            ValueError: a grad or state does not fit its parameter in shape or device, a state is
+                incomplete, parameters share memory with each other or with a grad that is not
+                exactly theirs, or a hyper-parameter is NaN or infinite.
             RuntimeError: a parameter is on a device that this build does not step, ``step`` of the
                 same optimizer is running in another thread or inside ``swap_ema()``, grads are
                 infinite or NaN and ``error_if_nonfinite`` is True, a CUDA graph is captured
@@ -268,7 +296,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             RuntimeError: inside ``swap_ema()``.
         """
         self._refuse_swapped("load_state_dict()")
-        load_state_dict(self, state_dict, self._check_group, self._counts_steps, self._own_options)
+        load_state_dict(self, state_dict)
 
     def _check_group(self, saved: ParamGroup, index: int) -> None:
         """Raise for hyper-parameters that a param group of a checkpoint must not have."""
@@ -276,13 +304,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
+        self._step_supports_amp_scaling = bool(self.defaults.get("fused"))
         for group in self.param_groups:
             for name, value in self._old_options.items():
                 group.setdefault(name, value)
         for group in self.param_groups:
             for param in group["params"]:
                 entries = self.state.get(param)
-                if isinstance(entries, dict) and "step" in entries:
+                if isinstance(entries, MutableMapping) and "step" in entries:
                     entries["step"] = to_step(entries["step"], step_device(param, group))
 
     def _plan(self) -> _C.Plan:
@@ -303,7 +332,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group_index, index in missing:
             group = self.param_groups[group_index]
             param = group["params"][index]
-            before = dict(self.state[param]) if param in self.state else None
+            before = _entries(self.state[param]) if param in self.state else None
             created.append((param, before, {}))
         place_steps(
             [
@@ -316,7 +345,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for (group_index, _), (param, _, entries) in zip(missing, created, strict=True):
             entries.update(self._missing_entries(param, self.param_groups[group_index]))
         for param, _, entries in created:
-            self.state[param].update(entries)
+            self.state.setdefault(param, {}).update(entries)
 
         def discard() -> None:
             for param, before, _ in created:
@@ -329,7 +358,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return discard
 
     def _missing_entries(self, param: Tensor, group: ParamGroup) -> State:
-        present = self.state.get(param, {})
+        present = _entries(self.state.get(param, {}))
         master = master_name(param, group)
         names = [*self._state_names(group), *([master] if master else [])]
         if group.get("ema_decay") is not None:
@@ -340,6 +369,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for name in names
                 if present.get(name) is None
             }
+
+
+def _entries(state: Any) -> State:
+    """The entries of a parameter's state, whatever mapping it is, in a dict."""
+    return {name: state[name] for name in state}
 
 
 def _refuse_duplicates(params: list[Any], group_index: int) -> None:

@@ -1,30 +1,24 @@
 """Loading of state dicts: torch's behaviour, in linear time and without casts of the state."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from . import _C
 from ._steps import to_step
 from ._weights import convert
 
+if TYPE_CHECKING:
+    from ._optimizer import FusedOptimizer
 
-def load_state_dict(
-    optimizer: torch.optim.Optimizer,
-    state_dict: dict[str, Any],
-    check_group: Callable[[dict[str, Any], int], None],
-    counts_steps: Callable[[dict[str, Any]], bool],
-    own_options: Iterable[str],
-) -> None:
-    """What ``FusedOptimizer.load_state_dict`` documents.
 
-    ``check_group`` raises for bad groups, ``counts_steps`` tells whether states have ``step``;
-    ``own_options`` are not loaded.
-    """
+def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:
+    """What ``FusedOptimizer.load_state_dict`` documents."""
     state_dict = state_dict.copy()
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         result = pre_hook(optimizer, state_dict)
@@ -44,9 +38,8 @@ def load_state_dict(
     state: defaultdict[Any, Any] = defaultdict(dict)
     for key, entries in state_dict["state"].items():
         if key in params:
-            state[params[key]] = _move(entries, params[key])
-            if isinstance(entries, dict) and "step" in entries:
-                state[params[key]]["step"] = to_step(entries["step"], torch.device("cpu"))
+            moved = _move(entries, params[key])
+            state[params[key]] = dict(moved) if isinstance(moved, Mapping) else moved
         else:  # of no parameter: kept as it is, as torch does
             state[key] = entries
     new_values: list[tuple[Tensor, Tensor]] = []
@@ -55,19 +48,23 @@ def load_state_dict(
         for key in ("param_names", "capturable", "decoupled_weight_decay"):  # torch saves not all
             if key in group:
                 saved.setdefault(key, group[key])
-        for key in own_options:
+        for key in optimizer._own_options:
             saved.pop(key, None)
             if key in group:
                 saved[key] = group[key]
-        check_group(saved, index)
+        optimizer._check_group(saved, index)
         for at, param in enumerate(group["params"]):
             entries = state.get(param)
             if isinstance(entries, dict):
-                values = convert(entries, param, saved, _place(saved, index, at))
+                _C.check_state(optimizer._row, entries, saved, index, at)
+                place = _place(saved, index, at)
+                if not optimizer._counts_steps(saved):
+                    entries.pop("step", None)
+                if entries.get("step") is not None:
+                    entries["step"] = _checked_step(entries["step"], place)
+                values = convert(entries, param, saved, place)
                 if values is not None:
                     new_values.append((param, values))
-                if not counts_steps(saved):
-                    entries.pop("step", None)
     with torch.no_grad():
         for param, values in new_values:
             param.copy_(values)
@@ -77,11 +74,32 @@ def load_state_dict(
         post_hook(optimizer)
 
 
+def _laid_out_as(param: Tensor, value: Tensor) -> Tensor:
+    """The value with the strides of its param (channels_last, say), with which steps are fastest."""
+    if type(value) is not Tensor or value.layout != torch.strided or value.shape != param.shape:
+        return value
+    if type(param) not in (Tensor, torch.nn.Parameter) or value.stride() == param.stride():
+        return value
+    entry = torch.empty_like(param, dtype=value.dtype, requires_grad=False)
+    return value if entry.stride() == value.stride() else entry.copy_(value)
+
+
 def _place(group: dict[str, Any], group_index: int, index: int) -> str:
     """As messages of a step have it."""
     names = group.get("param_names")
     where = f"group {group_index}, index {index}"
     return f"parameter {names[index]!r} ({where})" if names else f"the parameter at {where}"
+
+
+def _checked_step(step: Any, place: str) -> Tensor:
+    """A step count as a step takes it; TypeError or ValueError for what it would refuse."""
+    count = to_step(step, torch.device("cpu"))
+    if count.numel() != 1 or not (count >= 0) or count != count.floor():
+        raise ValueError(
+            f"step of {place} is {step!r} in the loaded state dict, but must be one whole number "
+            "that is not negative; round it"
+        )
+    return count
 
 
 def _check_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
@@ -100,11 +118,14 @@ def _check_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> 
 
 
 def _move(value: Any, param: Tensor, key: Any = None) -> Any:
-    """Puts state on the param's device; ``step`` is dealt with by ``__setstate__``."""
+    """Puts state on the param's device, and in the param's order in memory if that differs.
+
+    ``step`` is dealt with by ``__setstate__``.
+    """
     if isinstance(value, Tensor):
-        return value if key == "step" else value.to(device=param.device)
-    if isinstance(value, dict):
-        return {name: _move(entry, param, name) for name, entry in value.items()}
+        return value if key == "step" else _laid_out_as(param, value.to(device=param.device))
+    if isinstance(value, Mapping):
+        return {name: _move(value[name], param, name) for name in value}
     if isinstance(value, Iterable) and not isinstance(value, str):
         return type(value)(_move(entry, param) for entry in value)  # type: ignore[call-arg]
     return value

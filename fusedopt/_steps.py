@@ -25,16 +25,16 @@ def step_device(param: Tensor, group: State) -> torch.device:
 def to_step(step: Any, device: torch.device) -> Tensor:
     """A step count as torch keeps it: a floating-point tensor of one element.
 
-    Takes numbers and tensors of any dtype and device, as old checkpoints hold them. Raises
-    TypeError for anything else.
+    Takes numbers (numpy's as well) and tensors of any dtype and device, as old checkpoints hold
+    them. Raises TypeError for anything else.
     """
     if isinstance(step, Tensor) and step.dtype in (torch.float32, torch.float64):
         return step.to(device)
-    if isinstance(step, (Tensor, int, float)):
-        is_double = torch.get_default_dtype() == torch.float64
-        dtype = torch.float64 if is_double else torch.float32
-        return torch.tensor(float(step), dtype=dtype, device=device)
-    raise TypeError(f"step in the optimizer's state must be a number or a tensor, got {step!r}")
+    if isinstance(step, str) or not hasattr(type(step), "__float__"):
+        raise TypeError(f"step in the optimizer's state must be a number or a tensor, got {step!r}")
+    is_double = torch.get_default_dtype() == torch.float64
+    dtype = torch.float64 if is_double else torch.float32
+    return torch.tensor(float(step), dtype=dtype, device=device)
 
 
 def place_steps(states: list[tuple[Tensor, State, State]], on_gpu: bool) -> None:

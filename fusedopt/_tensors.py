@@ -1,26 +1,37 @@
 """What the extension asks of torch: tensor subclasses, memory, numbers on a GPU."""
 
+import sys
 from typing import Any
 
 import torch
 
 
-def local_attribute(tensor_type: type[torch.Tensor]) -> str | None:
-    """Name of the attribute that holds a subclass's memory, or None if it is the tensor itself.
+def wrapping(tensor_type: type[torch.Tensor]) -> tuple[str | None, bool]:
+    """How tensors of this type wrap others: a name and whether it is that of a method.
 
-    A ``DTensor`` (FSDP2) holds this rank's shard in ``_local_tensor``; an element-wise update of
-    the shards is the update of the whole. Raises TypeError for other subclasses that only wrap
-    tensors: they have no memory of their own to write to.
+    The attribute of that name, or what the method returns, is the tensor to look at instead. (None,
+    False) for tensors that wrap nothing: the memory is their own. A ``DTensor`` (FSDP2) holds this
+    rank's shard in ``_local_tensor``; an element-wise update of the shards is the update of the
+    whole. A collective that is still under way is waited for. Raises TypeError for other subclasses
+    that only wrap tensors: they have no memory of their own to write to.
     """
-    if hasattr(tensor_type, "_local_tensor") and hasattr(tensor_type, "to_local"):
-        return "_local_tensor"
+    if _is_dtensor(tensor_type):
+        return "_local_tensor", False
+    collectives: Any = sys.modules.get("torch.distributed._functional_collectives")
+    if collectives is not None and issubclass(tensor_type, collectives.AsyncCollectiveTensor):
+        return "trigger_wait", True
     # Subclasses with a dispatch of their own (fake, functional, quantized tensors) are not memory.
     if tensor_type.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise TypeError(
-            f"{tensor_type.__module__}.{tensor_type.__qualname__} is a tensor subclass with a "
-            "__torch_dispatch__ of its own; fusedopt steps plain tensors and DTensors"
+            f"{tensor_type.__module__}.{tensor_type.__qualname__}, a tensor subclass with a "
+            "__torch_dispatch__ of its own, and may have no memory of its own; fusedopt steps plain "
+            "tensors and DTensors of plain tensors"
         )
-    return None
+    return None, False
+
+
+def _is_dtensor(tensor_type: type[torch.Tensor]) -> bool:
+    return hasattr(tensor_type, "_local_tensor") and hasattr(tensor_type, "to_local")
 
 
 def align(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
@@ -29,10 +40,10 @@ def align(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     A grad can be sharded or partial where its param is not (SequenceParallel leaves partial grads
     on replicated weights). Raises TypeError if one of the two is a DTensor and the other is not.
     """
-    attributes = local_attribute(type(tensor)), local_attribute(type(param))
-    if attributes == (None, None):
+    are_dtensors = _is_dtensor(type(tensor)), _is_dtensor(type(param))
+    if are_dtensors == (False, False):
         return tensor
-    if None in attributes:
+    if are_dtensors != (True, True):
         raise TypeError("param and grad must both be DTensors, or neither of them")
     sharded: Any = tensor
     target: Any = param

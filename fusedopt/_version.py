@@ -1,6 +1,8 @@
-"""Refuses a torch that is too old, before anything of it is used."""
+"""Refuses a torch that is too old and a package that is not built, before anything is used."""
 
+import importlib.util
 import re
+from pathlib import Path
 
 MIN_TORCH = (2, 10)
 
@@ -18,3 +20,19 @@ def check_torch() -> None:
             f"fusedopt needs torch >= {wanted} (it reads tensors through DLPack's C exchange API), "
             f"but torch {torch.__version__} is installed; run: pip install -U torch"
         )
+
+
+def check_build() -> None:
+    """Raise ImportError if the package has no compiled extension."""
+    if importlib.util.find_spec("fusedopt._C") is not None:
+        return
+    folder = Path(__file__).resolve().parent
+    is_source = (folder.parent / "setup.py").exists()
+    advice = (
+        f"it was imported from its sources in {folder.parent}, where it has not been built for this "
+        f"Python: run `pip install -e {folder.parent}`, or start Python in another folder to use an "
+        "installed fusedopt"
+        if is_source
+        else f"{folder} has no compiled extension for this Python; install it again with pip"
+    )
+    raise ImportError(f"fusedopt is not built: {advice}")

@@ -2,6 +2,7 @@
 
 #include "bindings/dlpack_abi.h"
 #include "bindings/fingerprint.h"
+#include "bindings/memory.h"
 #include "bindings/plan.h"
 
 // The part of Plan that reads and checks tensors which are not what they were in the step before,
@@ -12,8 +13,7 @@ namespace fusedopt {
 namespace {
 
 void check_alignment(const Operands& operands, int k) {
-  const auto aligned =
-      py::reinterpret_steal<py::object>(align(operands.tensors[k], operands.tensors[kParam]));
+  const py::object aligned = align(operands.tensors[k], operands.tensors[kParam]);
   if (aligned.ptr() != operands.tensors[k])
     throw py::value_error(subject(operands.place, operands.names[k]) +
                           "laid out over devices unlike its parameter");
@@ -31,17 +31,13 @@ void Plan::read_param_and_grad(Operands& operands, Slot& slot) {
   slot.recognizable = false;  // until all of its tensors have been read and checked
   read_operand(operands, kParam);
   const uint8_t device = find_device(operands);
-  if (device != slot.device) chunked_ = disjoint_ = false;
+  if (device != slot.device) chunked_ = slot.is_disjoint = false;
   slot.device = device;
-  if (!is_plain(operands.tensors[kParam]) || !is_plain(slot.grad)) align_grad(operands, slot);
+  if (!is_plain(operands.tensors[kParam]) || !is_plain(operands.tensors[kGrad]))
+    align_grad(operands);
+  PyObject* const grad = operands.tensors[kGrad];
   read_operand(operands, kGrad);
-  if (is_lazy(slot.grad, operands.views[kGrad])) {
-    PyObject* const grad = materialize(slot.grad);
-    Py_SETREF(slot.grad, grad);
-    operands.tensors[kGrad] = grad;
-    slot.fingerprints[kGrad] = kNoFingerprint;
-    read_operand(operands, kGrad);
-  }
+  if (operands.tensors[kGrad] != grad) slot.grad_fingerprint = kNoFingerprint;  // a copy of it
   check_against_param(operands, kGrad);
   if (operands.stochastic_rounding && operands.views[kParam].dtype == DType::kFloat16)
     throw py::value_error(subject(operands.place, "") + describe(operands.tensors[kParam]) +
@@ -49,19 +45,16 @@ void Plan::read_param_and_grad(Operands& operands, Slot& slot) {
                           "group without");
 }
 
-void Plan::align_grad(Operands& operands, Slot& slot) const {
+void Plan::align_grad(Operands& operands) const {
+  PyObject* const grad = operands.tensors[kGrad];
   read_operand(operands, kGrad);
-  const auto grad = py::reinterpret_borrow<py::object>(slot.grad);
-  PyObject* aligned = nullptr;
   try {
-    aligned = align(grad.ptr(), operands.tensors[kParam]);
+    operands.tensors[kGrad] = operands.held.hold(align(grad, operands.tensors[kParam]));
   } catch (const py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
-    throw py::type_error(subject(operands.place, "grad") + describe(grad.ptr()) + ": " +
+    throw py::type_error(subject(operands.place, "grad") + describe(grad) + ": " +
                          std::string(py::str(error.value())));
   }
-  Py_SETREF(slot.grad, aligned);
-  operands.tensors[kGrad] = slot.grad;
 }
 
 // Reads and checks the state and enters all operands into the work.
@@ -86,32 +79,38 @@ void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slo
   }
   if (operands.step != nullptr) find_step(operands, slot);
   if (!found) walk.missing.append(py::make_tuple(operands.place.group_index, operands.place.index));
-  fill(walk, operands, work);
+  fill(walk, operands, work, slot);
 }
 
 // Finds the memory of a step count.
 void Plan::find_step(const Operands& operands, Slot& slot) const {
   TensorView view;
   const TensorView& param = operands.views[kParam];
-  const bool readable = read_tensor(operands.step, view);
+  const bool readable = read_tensor(operands.step, view, operands.held) && view.data != nullptr &&
+                        contents_of(view.memory, view) == Contents::kValues;
+  const bool is_on_cpu = readable && view.device_type == kDlCpu;
   const bool is_beside_param =
       readable && view.device_type == param.device_type && view.device_id == param.device_id;
-  const bool usable = readable && (view.device_type == kDlCpu || is_beside_param) &&
-                      view.is_supported && !view.is_complex && item_size(view.dtype) >= 4 &&
-                      count_elements(view) == 1;
-  if (!usable)
+  const bool is_float =
+      readable && view.is_supported && !view.is_complex && item_size(view.dtype) >= 4;
+  // The GPU counts floating-point steps only.
+  const bool is_int = is_on_cpu && view.is_int64 && !is_on_gpu(param);
+  const bool usable = (is_float && (is_on_cpu || is_beside_param)) || is_int;
+  if (!usable || count_elements(view) != 1)
     throw py::value_error("step of " + operands.place.text() + " is " + describe(operands.step) +
                           ", but must be one float32 or float64 number on the CPU or on the "
-                          "parameter's device");
+                          "parameter's device; load_state_dict() makes it that");
   slot.step = view.data;
-  slot.step_dtype = view.dtype;
+  slot.step_type = is_int                            ? StepType::kInt64
+                   : view.dtype == DType::kFloat32 ? StepType::kFloat32
+                                                     : StepType::kFloat64;
   slot.step_on_gpu = view.device_type != kDlCpu;
 }
 
 // Enters the operands into the work and notices what is not where it was.
-void Plan::fill(Walk& walk, const Operands& operands, Work& work) {
+void Plan::fill(Walk& walk, const Operands& operands, Work& work, Slot& slot) {
   const TensorView& param = operands.views[kParam];
-  bool same_memory = disjoint_, same_size = chunked_;
+  bool same_memory = true, same_size = true;
   note(work.numel, count_elements(param) * (param.is_complex ? 2 : 1), same_size);
   note(work.num_operands, static_cast<uint8_t>(operands.count), same_memory);
   work.master = operands.master;
@@ -124,11 +123,14 @@ void Plan::fill(Walk& walk, const Operands& operands, Work& work) {
     note(work.data[k], operands.views[k].data, k == kGrad ? ignored : same_memory);
     note(work.dtypes[k], operands.views[k].dtype, k == kGrad ? ignored : same_memory);
   }
-  disjoint_ = same_memory && same_size;
-  chunked_ = same_size;
-  const int32_t layout = work.layout;
+  const Dims* const before = dims_of(work);
   lay_out(walk, operands, work);
-  if (work.layout != layout) disjoint_ = false;
+  const Dims* const now =
+      work.layout == kDense ? nullptr : &walk.dims[static_cast<size_t>(work.layout)];
+  const bool same_layout = before == nullptr ? now == nullptr : now != nullptr && *before == *now;
+  slot.is_disjoint = slot.is_disjoint && same_memory && same_size && same_layout;
+  slot.checked_grad = nullptr;
+  chunked_ = chunked_ && same_size;
 }
 
 void Plan::lay_out(Walk& walk, const Operands& operands, Work& work) const {

@@ -27,6 +27,17 @@ bool has_fingerprints();
 // Of a plain tensor (not of a subclass). Never to be used on objects that may be gone.
 uint64_t fingerprint(PyObject* tensor);
 
+// One for two, in this order.
+inline uint64_t join_fingerprints(uint64_t first, uint64_t second) {
+  const uint64_t both = first * 0x9e3779b97f4a7c15u + second;
+  return both != kNoFingerprint ? both : 1;
+}
+
+// torch's dispatch keys of a tensor that wraps no other, a bit set; kNoKeys if they have not been
+// found. Being lazily negated or conjugated is one of them.
+inline constexpr uint64_t kNoKeys = 0;
+uint64_t dispatch_keys(PyObject* tensor);
+
 // Ask for the memory that fingerprint() will read, in two steps: the second reads what the first
 // has asked for. Of any tensor.
 void prefetch_description(PyObject* tensor);

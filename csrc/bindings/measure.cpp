@@ -39,9 +39,12 @@ bool Plan::skips_for(const Scaling& scaling) {
 
 // Enters into the works which sum their grads belong to. Returns what combine_totals() needs to
 // know of them, or None if there is just one sum, of this process.
-py::object Plan::classify_grads(const Walk& walk, const py::list& param_groups) {
+py::object Plan::classify_grads(const Walk& walk) {
   if (!walk.has_subclasses) return py::none();
-  const py::tuple classes = classify(param_groups);
+  py::list params;
+  for (const Group& group : walk.groups)
+    for (const py::handle param : group.params) params.append(param);
+  const py::tuple classes = classify(params);
   const py::list of_params = classes[0];
   for (size_t at = 0; at < works_.size(); ++at)
     works_[at].norm_class = of_params[at].cast<uint8_t>();
@@ -95,7 +98,7 @@ bool Plan::measure(Walk& walk, const py::object& reductions, const Scaling& scal
     driver_->measure(share);
   }
   if (!is_alone) combine(launches, reductions, numbers, data);
-  verdict_ = numbers.front();
+  set_verdict(numbers.front());
   for (const py::object& tensor : numbers) {
     launches.kept.push_back(tensor);
     if (launches.captured) captured_.push_back(tensor);

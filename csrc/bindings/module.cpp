@@ -26,9 +26,18 @@ py::dict build_info() {
   return info;
 }
 
-void check_group(const std::string& optimizer, const py::dict& group, int64_t index) {
-  fusedopt::GroupReader reader(group.ptr(), index, /*leave_on_gpu=*/false);
+void check_group(const std::string& optimizer, const py::dict& group, int64_t index,
+                 bool is_construction) {
+  using fusedopt::Ranges;
+  fusedopt::GroupReader reader(group.ptr(), index, /*leave_on_gpu=*/false,
+                               is_construction ? Ranges::kOfTorch : Ranges::kSensible);
   fusedopt::find_optimizer(optimizer).read(reader);
+}
+
+void check_state(const std::string& optimizer, const py::dict& state, const py::dict& group,
+                 int64_t group_index, int64_t index) {
+  fusedopt::refuse_partial(fusedopt::find_optimizer(optimizer), state.ptr(),
+                           {group.ptr(), group_index, index});
 }
 
 // The controls of the emulated CUDA driver.
@@ -51,7 +60,10 @@ PYBIND11_MODULE(_C, m) {
            py::arg("num_threads"), py::arg("checks_grads"))
       .def_property_readonly("verdict", &fusedopt::Plan::verdict)
       .def("bookkeeping_bytes", &fusedopt::Plan::bookkeeping_bytes);
-  m.def("check_group", &check_group, py::arg("optimizer"), py::arg("group"), py::arg("index"));
+  m.def("check_group", &check_group, py::arg("optimizer"), py::arg("group"), py::arg("index"),
+        py::arg("is_construction") = false);
+  m.def("check_state", &check_state, py::arg("optimizer"), py::arg("state"), py::arg("group"),
+        py::arg("group_index"), py::arg("index"));
   m.def("build_info", &build_info);
   m.def("is_emulated", &fusedopt::cuda::is_emulated);
   m.def("emulate", [](bool emulate) { emulation().use(emulate); }, py::arg("emulate"));

@@ -1,6 +1,7 @@
 #include "bindings/operands.h"
 
 #include "bindings/dlpack_abi.h"
+#include "bindings/memory.h"
 #include "core/step.h"
 
 namespace py = pybind11;
@@ -39,7 +40,7 @@ std::string subject(const Operands& operands, int k) {
 std::string Place::text() const {
   const std::string where =
       "group " + std::to_string(group_index) + ", index " + std::to_string(index);
-  const py::handle names = PyDict_GetItemString(group, "param_names");
+  const py::object names = lookup(group, py::str("param_names").ptr());
   if (names && py::isinstance<py::list>(names) && index < PyList_GET_SIZE(names.ptr()))
     return "parameter " + std::string(py::repr(names[py::int_(index)])) + " (" + where + ")";
   return "the parameter at " + where;
@@ -52,7 +53,7 @@ std::string subject(const Place& place, const std::string& name) {
 void read_operand(Operands& operands, int k) {
   TensorView& view = operands.views[k];
   try {
-    if (!read_tensor(operands.tensors[k], view)) raise_unreadable(operands, k);
+    if (!read_tensor(operands.tensors[k], view, operands.held)) raise_unreadable(operands, k);
   } catch (const UnknownTensorType& error) {
     throw py::type_error(subject(operands, k) + error.what());
   }
@@ -61,10 +62,18 @@ void read_operand(Operands& operands, int k) {
     throw py::type_error(subject(operands, k) + describe(operands.tensors[k]) +
                          ", but dtypes that can be stepped are float32, float64, bfloat16, "
                          "float16 and complex");
-  if (k != kGrad && is_lazy(operands.tensors[k], view))
-    throw py::value_error(subject(operands, k) +
-                          "lazily conjugated or negated, so that its memory does not hold its "
-                          "values; call resolve_conj() or resolve_neg() first");
+  const Contents contents = contents_of(view.memory, view);
+  if (contents == Contents::kValues) return;
+  if (contents == Contents::kFreed)
+    throw py::value_error(subject(operands, k) + "without memory: its storage has been emptied");
+  if (k == kGrad) {
+    operands.tensors[k] = operands.held.hold(materialize(view.memory));
+    return read_operand(operands, k);
+  }
+  throw py::value_error(subject(operands, k) + (contents == Contents::kLazy
+                            ? "lazily conjugated or negated, so that its memory does not hold its "
+                              "values; call resolve_conj() or resolve_neg() first"
+                            : "a tensor of zeros without memory; clone() it first"));
 }
 
 void check_against_param(const Operands& operands, int k) {

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "bindings/python.h"
 #include "bindings/torch_api.h"
 #include "core/layout.h"
 #include "core/weight.h"
@@ -22,6 +23,7 @@ struct Place {
 
 struct Operands {
   Place place;
+  References& held;  // where what is found on the way to a tensor's memory is kept
   PyObject* tensors[kMaxOperands] = {};  // borrowed: param, grad, states
   const char* names[kMaxOperands] = {"param", "grad"};
   TensorView views[kMaxOperands];
@@ -32,6 +34,7 @@ struct Operands {
   bool has_ema = false;
   bool stochastic_rounding = false;
 
+  Operands(const Place& at, References& references) : place(at), held(references) {}
   int master_operand() const { return count - (has_ema ? 2 : 1); }
 };
 
@@ -40,7 +43,8 @@ struct Operands {
 std::string subject(const Place& place, const std::string& name);
 
 // Reads tensor number k into its view. Raises TypeError for what no step can work on, ValueError
-// for a param or state whose memory does not hold its values (lazily conjugated or negated).
+// where memory does not hold the tensor's values; a grad is then replaced by a copy that does, if
+// its values can be known.
 void read_operand(Operands& operands, int k);
 
 // Raises ValueError or TypeError unless operand k fits the param: shape, device, real or complex.

@@ -1,5 +1,6 @@
 #include "bindings/optimizers.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "bindings/torch_api.h"
@@ -9,7 +10,7 @@ namespace py = pybind11;
 namespace fusedopt {
 namespace {
 
-const Key kLr("lr"), kWeightDecay("weight_decay"), kMaximize("maximize");
+const Key kParams("params"), kLr("lr"), kWeightDecay("weight_decay"), kMaximize("maximize");
 const Key kDifferentiable("differentiable");
 const Key kMomentum("momentum"), kDampening("dampening"), kNesterov("nesterov");
 const Key kBetas("betas"), kEps("eps"), kAmsgrad("amsgrad"), kCapturable("capturable");
@@ -26,9 +27,15 @@ void read_additions(GroupReader& group, Hyper& hyper) {
   if (!(hyper.max_grad_norm > 0) && group.has(kMaxGradNorm))
     group.fail("max_grad_norm must be above 0, or None: " + std::to_string(hyper.max_grad_norm));
   hyper.ema_decay = group.number_or(kEmaDecay, -1);
-  if (group.has(kEmaDecay))
-    group.require(hyper.ema_decay >= 0 && hyper.ema_decay < 1,
-                  "ema_decay must be in [0, 1), or None", hyper.ema_decay);
+  if (group.has(kEmaDecay)) {
+    // A schedule may end at 1, where the average rests, and miss either end by rounding.
+    constexpr double kRounding = 1e-6;
+    const char* const what = "ema_decay must be in [0, 1), or None";
+    group.require_at_first(hyper.ema_decay >= 0 && hyper.ema_decay < 1, what, hyper.ema_decay);
+    group.require(hyper.ema_decay >= -kRounding && hyper.ema_decay <= 1 + kRounding, what,
+                  hyper.ema_decay);
+    hyper.ema_decay = std::clamp(hyper.ema_decay, 0.0, 1.0);
+  }
   hyper.ema_bias_correction = group.flag(kEmaBiasCorrection);
   hyper.stochastic_rounding = group.flag(kStochasticRounding);
   const double seed = group.number_or(kRoundingSeed, 0);
@@ -52,8 +59,9 @@ void read_common(GroupReader& group, cuda::HyperSource& source) {
   if (hyper.lr_independent_weight_decay && !hyper.decoupled_weight_decay)
     group.fail("lr_independent_weight_decay needs decoupled_weight_decay");
   read_additions(group, hyper);
-  group.require(hyper.lr >= 0, "Invalid learning rate", hyper.lr);
-  group.require(hyper.weight_decay >= 0, "Invalid weight_decay value", hyper.weight_decay);
+  group.require_at_first(hyper.lr >= 0, "Invalid learning rate", hyper.lr);
+  group.require_at_first(hyper.weight_decay >= 0, "Invalid weight_decay value",
+                         hyper.weight_decay);
   if (group.flag(kDifferentiable))
     group.fail("differentiable=True is not supported: the step is not recorded by autograd");
 }
@@ -65,9 +73,9 @@ cuda::HyperSource read_sgd(GroupReader& group) {
   hyper.momentum = group.number(kMomentum, source.momentum);
   hyper.dampening = group.number(kDampening, source.dampening);
   hyper.nesterov = group.flag(kNesterov);
-  group.require(hyper.momentum >= 0, "Invalid momentum value", hyper.momentum);
+  group.require_at_first(hyper.momentum >= 0, "Invalid momentum value", hyper.momentum);
   group.require(true, "Invalid dampening value", hyper.dampening);
-  if (hyper.nesterov && (hyper.momentum == 0 || hyper.dampening != 0))
+  if (group.is_strict() && hyper.nesterov && (hyper.momentum <= 0 || hyper.dampening != 0))
     group.fail("Nesterov momentum requires a momentum and zero dampening");
   return source;
 }
@@ -79,11 +87,14 @@ cuda::HyperSource read_adam(GroupReader& group) {
   hyper.eps = group.number(kEps, source.eps);
   group.betas(source);
   hyper.amsgrad = group.flag(kAmsgrad);
-  group.require(hyper.eps >= 0, "Invalid epsilon value", hyper.eps);
-  group.require(hyper.beta1 >= 0 && hyper.beta1 < 1, "Invalid beta parameter at index 0",
-                hyper.beta1);
-  group.require(hyper.beta2 >= 0 && hyper.beta2 < 1, "Invalid beta parameter at index 1",
-                hyper.beta2);
+  group.require_at_first(hyper.eps >= 0, "Invalid epsilon value", hyper.eps);
+  const auto check_beta = [&](double beta, bool is_sensible, const char* what) {
+    group.require_at_first(beta >= 0 && beta < 1, what, beta);
+    group.require(is_sensible, what, beta);
+  };
+  // Without these, 1 - beta^t is 0 where torch divides by it, or beta^t grows without bound.
+  check_beta(hyper.beta1, std::abs(hyper.beta1) < 1, "Invalid beta parameter at index 0");
+  check_beta(hyper.beta2, std::abs(hyper.beta2) <= 1, "Invalid beta parameter at index 1");
   return source;
 }
 
@@ -91,12 +102,14 @@ const OptimizerRow kOptimizers[] = {
     {"SGD",
      RuleId::kSgd,
      {Key("momentum_buffer"), Key(""), Key("")},
+     0,
      false,
      read_sgd,
      [](const Hyper& hyper) { return hyper.momentum == 0 ? 0 : 1; }},
     {"Adam",
      RuleId::kAdam,
      {Key("exp_avg"), Key("exp_avg_sq"), Key("max_exp_avg_sq")},
+     2,
      true,
      read_adam,
      [](const Hyper& hyper) { return hyper.amsgrad ? 3 : 2; }},
@@ -113,16 +126,14 @@ void GroupReader::require(bool holds, const char* what, double value) const {
     fail(std::string(what) + ": " + std::string(py::str(py::float_(value))));
 }
 
-py::handle GroupReader::find(const Key& key) const {
-  return PyDict_GetItemWithError(group_, key.object());
-}
+py::object GroupReader::find(const Key& key) const { return lookup(group_, key.object()); }
 
 // Stands in for a number that stays on a GPU: within the range of every option.
 constexpr double kUnknownNumber = 0.5;
 
 bool GroupReader::find_on_gpu(py::handle value, const char* name, cuda::DeviceNumber& on_gpu) {
   TensorView view;
-  if (!is_tensor(value.ptr()) || !read_tensor(value.ptr(), view) || !is_on_gpu(view)) return false;
+  if (!is_tensor(value.ptr()) || !read_tensor(value.ptr(), view, held_) || !is_on_gpu(view)) return false;
   if (cuda::is_emulated() && !is_capturable()) return false;
   if (!view.is_supported || view.is_complex || item_size(view.dtype) < 4 ||
       count_elements(view) != 1)
@@ -131,6 +142,7 @@ bool GroupReader::find_on_gpu(py::handle value, const char* name, cuda::DeviceNu
   if (numbers_gpu_ >= 0 && numbers_gpu_ != view.device_id)
     fail(std::string(name) + " is on cuda:" + std::to_string(view.device_id) +
          ", other options of the group are on cuda:" + std::to_string(numbers_gpu_));
+  held_.hold(py::reinterpret_borrow<py::object>(value));
   numbers_gpu_ = view.device_id;
   on_gpu = {view.data, view.dtype};
   return true;
@@ -162,13 +174,13 @@ double GroupReader::to_number(py::handle value, const char* name, cuda::DeviceNu
 }
 
 double GroupReader::number(const Key& key, cuda::DeviceNumber& on_gpu) {
-  const py::handle value = find(key);
+  const py::object value = find(key);
   if (!value) fail(std::string("the group has no '") + key.name() + "'");
   return to_number(value, key.name(), &on_gpu);
 }
 
 bool GroupReader::has(const Key& key) const {
-  const py::handle value = find(key);
+  const py::object value = find(key);
   return value && !value.is_none();
 }
 
@@ -178,7 +190,7 @@ double GroupReader::number_or(const Key& key, double otherwise) {
 
 Master GroupReader::master_weights() const {
   if (!has(kMasterWeights)) return Master::kNone;
-  const py::handle value = find(kMasterWeights);
+  const py::object value = find(kMasterWeights);
   if (PyUnicode_Check(value.ptr())) {
     if (PyUnicode_CompareWithASCIIString(value.ptr(), "float32") == 0) return Master::kFloat32;
     if (PyUnicode_CompareWithASCIIString(value.ptr(), "split") == 0) return Master::kSplit;
@@ -195,23 +207,57 @@ void GroupReader::check_state_dtype() const {
 bool GroupReader::errs_if_nonfinite() const { return flag(kErrorIfNonfinite); }
 
 bool GroupReader::flag(const Key& key) const {
-  const py::handle value = find(key);
+  const py::object value = find(key);
   if (!value) return false;
   const int truth = PyObject_IsTrue(value.ptr());
   if (truth < 0) throw py::error_already_set();
   return truth != 0;
 }
 
+py::object GroupReader::params() const {
+  const py::object params = find(kParams);
+  if (!params || is_tensor(params.ptr()) || !PyObject_HasAttrString(params.ptr(), "__iter__"))
+    throw py::type_error("params of param group " + std::to_string(index_) +
+                         " must be a list or another sequence of tensors");
+  return as_tuple(params.ptr());
+}
+
 bool GroupReader::is_capturable() const { return flag(kCapturable); }
 
 void GroupReader::betas(cuda::HyperSource& source) {
-  const py::handle pair = find(kBetas);
+  const py::object pair = find(kBetas);
   if (!pair || !PySequence_Check(pair.ptr()) || py::len(pair) != 2)
     fail("betas must be a pair of numbers");
-  const auto values = py::reinterpret_steal<py::object>(PySequence_Fast(pair.ptr(), "betas"));
-  PyObject** const items = PySequence_Fast_ITEMS(values.ptr());
-  source.values.beta1 = to_number(items[0], "betas[0]", &source.beta1);
-  source.values.beta2 = to_number(items[1], "betas[1]", &source.beta2);
+  const auto values = as_tuple(pair.ptr()).cast<py::tuple>();
+  source.values.beta1 = to_number(values[0], "betas[0]", &source.beta1);
+  source.values.beta2 = to_number(values[1], "betas[1]", &source.beta2);
+}
+
+void refuse_partial(const OptimizerRow& row, PyObject* state, const Place& place) {
+  const auto has = [&](const Key& key) {
+    const py::object value = lookup(state, key.object());
+    return value && !value.is_none();
+  };
+  const Key* missing = nullptr;
+  for (int s = 0; s < row.num_required && missing == nullptr; ++s)
+    if (!has(row.state_names[static_cast<size_t>(s)]))
+      missing = &row.state_names[static_cast<size_t>(s)];
+  if (missing == nullptr && row.always_counts && !has(kStep)) missing = &kStep;
+  if (missing == nullptr) return;
+  std::string others;
+  Py_ssize_t at = 0;
+  for (py::object key, value; next_entry(state, at, key, value);) {
+    const bool is_optional =
+        key.equal(py::str(kMasterParam.name())) || key.equal(py::str(kParamRemainder.name())) ||
+        key.equal(py::str(kEmaParam.name()));
+    if (!is_optional && !value.is_none())
+      others += (others.empty() ? "" : ", ") + std::string(py::repr(key));
+  }
+  if (others.empty()) return;  // a parameter that has not been stepped
+  throw py::value_error("the state of " + place.text() + " has no '" + missing->name() +
+                        "', but has " + others +
+                        ": it is another optimizer's, or incomplete; load all of it, or delete the "
+                        "parameter's state for a fresh start");
 }
 
 bool counts_steps(const OptimizerRow& row, const Hyper& hyper) {

@@ -5,6 +5,8 @@
 #include <array>
 #include <string>
 
+#include "bindings/operands.h"
+#include "bindings/python.h"
 #include "core/gpu.h"
 
 // The table of optimizers: for each, the names torch gives to its state and how a param group's
@@ -14,24 +16,33 @@ namespace fusedopt {
 // A string that is looked up in dicts again and again.
 class Key {
  public:
-  explicit Key(const char* name) : name_(name) {}
+  explicit Key(const char* name) : name_(name), object_(PyUnicode_InternFromString(name)) {}
   const char* name() const { return name_; }
-  PyObject* object() const {  // borrowed; interned at first use and kept
-    if (object_ == nullptr) object_ = PyUnicode_InternFromString(name_);
-    return object_;
-  }
+  PyObject* object() const { return object_; }  // borrowed
 
  private:
   const char* name_;
-  mutable PyObject* object_ = nullptr;
+  PyObject* object_;  // interned, and kept for good
+};
+
+// What a state may have whatever the optimizer.
+inline const Key kStep("step");
+inline const Key kMasterParam("master_param"), kParamRemainder("param_remainder");
+inline const Key kEmaParam("ema_param");
+
+// Which values of options are refused. torch looks at an optimizer's defaults when it is made, and at
+// nothing later: schedules may leave the ranges, if only by rounding.
+enum class Ranges {
+  kOfTorch,
+  kSensible,  // what a step can compute with
 };
 
 // Reads options of one param group; raises ValueError or TypeError naming option and group.
 class GroupReader {
  public:
   // Numbers on a GPU are left there if `leave_on_gpu`: a valid number then stands in for them.
-  GroupReader(PyObject* group, int64_t index, bool leave_on_gpu)
-      : group_(group), index_(index), leave_on_gpu_(leave_on_gpu) {}
+  GroupReader(PyObject* group, int64_t index, bool leave_on_gpu, Ranges ranges = Ranges::kSensible)
+      : group_(group), index_(index), leave_on_gpu_(leave_on_gpu), ranges_(ranges) {}
 
   // A Python number or a tensor of one element; `on_gpu` tells where it is, if it was left there.
   double number(const Key& key, cuda::DeviceNumber& on_gpu);
@@ -41,28 +52,39 @@ class GroupReader {
   bool has(const Key& key) const;  // and it is not None
   Master master_weights() const;
   void betas(cuda::HyperSource& source);
+  pybind11::object params() const;  // a tuple
   bool is_capturable() const;
   bool errs_if_nonfinite() const;
   void check_state_dtype() const;
   int numbers_gpu() const { return numbers_gpu_; }  // the GPU they were left on, or -1
   [[noreturn]] void fail(const std::string& what) const;
+  // Fails for infinite and NaN values.
   void require(bool holds, const char* what, double value) const;
+  // As require(), but only for values that torch refuses when an optimizer is made.
+  void require_at_first(bool holds, const char* what, double value) const {
+    require(holds || !is_strict(), what, value);
+  }
+  bool is_strict() const { return ranges_ == Ranges::kOfTorch; }
+  References& held() { return held_; }  // tensors whose memory the numbers on a GPU are in
 
  private:
-  pybind11::handle find(const Key& key) const;  // borrowed, null if it is not there
+  pybind11::object find(const Key& key) const;  // a null object if it is not there
   double to_number(pybind11::handle value, const char* name, cuda::DeviceNumber* on_gpu);
   bool find_on_gpu(pybind11::handle value, const char* name, cuda::DeviceNumber& on_gpu);
 
   PyObject* group_;
   int64_t index_;
   bool leave_on_gpu_;
+  Ranges ranges_;
   int numbers_gpu_ = -1;
+  References held_;
 };
 
 struct OptimizerRow {
   const char* name;
   RuleId rule;
   std::array<Key, kMaxStates> state_names;        // the first num_states(hyper) are in use
+  int num_required;                               // of them, without which a state is a torso
   bool always_counts;                             // the state has "step" whatever the options
   cuda::HyperSource (*read)(GroupReader& group);  // checks every value
   int (*num_states)(const Hyper& hyper);
@@ -70,6 +92,11 @@ struct OptimizerRow {
 
 // Whether a parameter's state has "step".
 bool counts_steps(const OptimizerRow& row, const Hyper& hyper);
+
+// Raises ValueError for a state that lacks some of what every step of the optimizer leaves there, but
+// holds other things: it is another optimizer's, or was cut short. What an option needs may be
+// missing, since it may have been switched on later.
+void refuse_partial(const OptimizerRow& row, PyObject* state, const Place& place);
 
 // Raises ValueError for an unknown name.
 const OptimizerRow& find_optimizer(const std::string& name);

@@ -5,14 +5,11 @@
 #include <optional>
 
 #include "bindings/torch_api.h"
-#include "core/overlap.h"
 
 namespace py = pybind11;
 
 namespace fusedopt {
 namespace {
-
-const Key kParams("params");
 
 cpu::Isa find_isa(const std::string& name) {
   for (const cpu::Isa isa : {cpu::Isa::kBaseline, cpu::Isa::kAvx2, cpu::Isa::kAvx512})
@@ -34,15 +31,6 @@ class AtExit {
   F f_;
 };
 
-// The memory of one operand that a step writes. `owner` tells work and operand.
-Region region_of(const Work& work, const std::vector<Dims>& dims, size_t at, int operand) {
-  const int64_t item = item_size(work.dtypes[operand]);
-  const Dims* strided = work.layout == kDense ? nullptr : &dims[static_cast<size_t>(work.layout)];
-  const int64_t elements = strided ? extent(*strided, operand) : work.numel;
-  return {reinterpret_cast<uintptr_t>(work.data[operand]),  item, elements * item, strided, operand,
-          static_cast<int64_t>(at) * kMaxOperands + operand};
-}
-
 }  // namespace
 
 Plan::Plan(const std::string& optimizer, const std::string& isa, int64_t chunk_elements)
@@ -50,17 +38,16 @@ Plan::Plan(const std::string& optimizer, const std::string& isa, int64_t chunk_e
   if (chunk_elements < 0) throw py::value_error("chunk_elements must not be negative");
 }
 
-py::object Plan::step(const py::list& param_groups, const py::dict& state,
+py::object Plan::step(const py::object& param_groups, const py::object& state,
                       const py::object& grad_scale, const py::object& found_inf,
                       const py::function& create_state, int num_threads, bool checks_grads) {
-  if (running_)
+  if (running_.test_and_set(std::memory_order_acquire))
     throw std::runtime_error("step() of this optimizer is already running in another thread");
-  running_ = true;
-  verdict_ = py::none();
   const AtExit at_exit([this] {
-    release_grads();
-    running_ = false;
+    const References done = held_.take();  // to be let go of last, for that may run anything
+    running_.clear(std::memory_order_release);
   });
+  set_verdict(py::none());
   Scaling scaling;
   scaling.found_inf = found_inf;
   if (is_tensor(grad_scale.ptr())) scaling.grad_scale = grad_scale;
@@ -91,12 +78,12 @@ py::object Plan::step(const py::list& param_groups, const py::dict& state,
         "step() is captured into a CUDA graph, but the state of some parameters is not there or "
         "their step is on the CPU, and every replay would set them up again; make a step before "
         "the capture");
-  if (!disjoint_) refuse_overlap(walk);
-  disjoint_ = true;
+  refuse_overlap(walk);
+  in_order_ = check_grads(walk);
 
   Launches launches = {};
   launches.captured = capturing;
-  py::object reductions = measures ? classify_grads(walk, param_groups) : py::none();
+  py::object reductions = measures ? classify_grads(walk) : py::none();
   if (measures && walk.gpus.empty() &&
       measure(walk, reductions, scaling, launches, num_threads, checks_grads))
     return py::none();  // before anything is created
@@ -108,7 +95,7 @@ py::object Plan::step(const py::list& param_groups, const py::dict& state,
       walk = start_walk(param_groups, state, walk.grads, true);
       if (!walk.missing.empty()) throw std::runtime_error("state that was created is not there");
       if (walk.gpu_counts && (measures || !found_inf.is_none())) count_first_steps(walk);
-      if (measures) reductions = classify_grads(walk, param_groups);
+      if (measures) reductions = classify_grads(walk);
     }
     prepare(walk, scaling, measures, launches);
     if (measures && !walk.gpus.empty())
@@ -125,25 +112,27 @@ py::object Plan::step(const py::list& param_groups, const py::dict& state,
   return changed;
 }
 
-Plan::Walk Plan::start_walk(const py::list& param_groups, const py::dict& state,
+Plan::Walk Plan::start_walk(const py::object& param_groups, const py::object& state,
                             const GradFacts& grads, bool is_second) {
-  release_grads();
-  Walk walk{{}, state.ptr(), grads, gpu_counts_, is_second};
-  walk.groups.reserve(param_groups.size());
-  walk.scalars.reserve(param_groups.size());
-  for (const py::handle group : param_groups) {
+  Walk walk{{}, state.ptr(), is_plain_dict(state.ptr()), grads, gpu_counts_, is_second};
+  const auto groups = as_tuple(param_groups.ptr()).cast<py::tuple>();
+  walk.groups.reserve(groups.size());
+  walk.scalars.reserve(groups.size());
+  for (const py::handle given : groups) {
     const auto index = static_cast<int64_t>(walk.groups.size());
+    const std::string name = "param group " + std::to_string(index);
+    py::object group = as_dict(given.ptr(), name.c_str());
     GroupReader reader(group.ptr(), index, /*leave_on_gpu=*/true);
     const cuda::HyperSource source = row_.read(reader);
-    PyObject* const params = PyDict_GetItemWithError(group.ptr(), kParams.object());
-    if (params == nullptr || !PyList_Check(params))
-      throw py::type_error("params of param group " + std::to_string(index) + " must be a list");
-    const int variant_number =
-        with_family(row_.rule, [&](auto family) { return variant(family, source.values); });
-    walk.groups.push_back({group.ptr(), params, source, reader.numbers_gpu(),
-                           row_.num_states(source.values), static_cast<uint8_t>(variant_number),
+    held_.hold(py::cast<py::object>(group));
+    walk.groups.push_back({group, reader.params(), source, reader.numbers_gpu(),
+                           row_.num_states(source.values),
+                           static_cast<uint8_t>(with_family(
+                               row_.rule,
+                               [&](auto family) { return variant(family, source.values); })),
                            reader.is_capturable(), reader.master_weights(),
                            counts_steps(row_, source.values), reader.errs_if_nonfinite()});
+    held_.hold_all(std::move(reader.held()));
     walk.clips = walk.clips || source.values.max_grad_norm > 0;
   }
   this->walk(walk);
@@ -227,7 +216,7 @@ void Plan::run_on_cpu(Walk& walk, const std::vector<Layout>& layouts, int num_th
   std::exception_ptr error;  // Ctrl-C, say: the step is then done before it is raised
   {
     std::optional<py::gil_scoped_release> release;
-    cpu::run(step, isa_, num_threads, [&] {
+    cpu::run(step, isa_, in_order_ ? 1 : num_threads, [&] {
       try {
         increment_versions(walk.written.ptr());
       } catch (...) {
@@ -246,10 +235,12 @@ void Plan::write_steps(const Walk& walk) const {
     const Slot& slot = slots_[at];
     if (works_[at].device == kIdle || !slot.counts_steps) continue;
     if (slot.device != kCpu && walk.gpu_counts) continue;
-    if (slot.step_dtype == DType::kFloat32)
+    if (slot.step_type == StepType::kFloat32)
       *static_cast<float*>(slot.step) = static_cast<float>(slot.next_step);
-    else
+    else if (slot.step_type == StepType::kFloat64)
       *static_cast<double*>(slot.step) = slot.next_step;
+    else
+      *static_cast<int64_t*>(slot.step) = static_cast<int64_t>(slot.next_step);
   }
 }
 
@@ -289,53 +280,27 @@ void Plan::count_first_steps(Walk& walk) {
     clock.step = slot.step = first_steps_.back().get();
     clock.is_fresh = slot.is_fresh = true;
     slot.step_on_gpu = true;
-    slot.step_dtype = clock.dtype = DType::kFloat32;
+    slot.step_type = StepType::kFloat32;
+    clock.dtype = DType::kFloat32;
   }
 }
 
-void Plan::refuse_overlap(const Walk& walk) const {
-  std::vector<Region> regions;
-  for (size_t at = 0; at < works_.size(); ++at)
-    for (int k = 0;
-         works_[at].device != kIdle && works_[at].numel > 0 && k < works_[at].num_operands; ++k)
-      if (k != kGrad && works_[at].data[k] != nullptr)
-        regions.push_back(region_of(works_[at], dims_, at, k));
-  const auto found = find_overlap(regions);
-  if (!found) return;
-  const auto name = [&](int64_t owner) {
-    auto at = owner / kMaxOperands;
-    const auto operand = static_cast<int>(owner % kMaxOperands);
-    int64_t g = 0;
-    for (; at >= PyList_GET_SIZE(walk.groups[static_cast<size_t>(g)].params); ++g)
-      at -= PyList_GET_SIZE(walk.groups[static_cast<size_t>(g)].params);
-    const std::string param = Place{walk.groups[static_cast<size_t>(g)].dict, g, at}.text();
-    if (operand == kParam) return param;
-    return name_of_state(works_[static_cast<size_t>(owner / kMaxOperands)], operand) + " of " +
-           param;
-  };
-  if (found->first == found->second)
-    throw py::value_error("elements of " + name(found->first) +
-                          " share memory (an expanded tensor?); clone() it first");
-  throw py::value_error(name(found->first) + " and " + name(found->second) +
-                        " share memory, so one step would update it twice");
+py::object Plan::verdict() const {
+  const std::lock_guard<std::mutex> lock(verdict_mutex_);
+  return verdict_;
 }
 
-std::string Plan::name_of_state(const Work& work, int operand) const {
-  if (work.has_ema && operand == ema_operand(work)) return "ema_param";
-  if (work.master != Master::kNone && operand == master_operand(work))
-    return work.master == Master::kSplit ? "param_remainder" : "master_param";
-  return row_.state_names[static_cast<size_t>(operand - kFirstState)].name();
-}
-
-void Plan::release_grads() {
-  for (Slot& slot : slots_) Py_CLEAR(slot.grad);
+void Plan::set_verdict(py::object verdict) {
+  const std::lock_guard<std::mutex> lock(verdict_mutex_);
+  std::swap(verdict_, verdict);
 }
 
 int64_t Plan::bookkeeping_bytes() const {
   size_t bytes = sizeof(*this) + works_.capacity() * sizeof(Work) +
                  slots_.capacity() * sizeof(Slot) +
                  (chunks_.capacity() + leaves_.capacity()) * sizeof(ChunkStart) +
-                 leaf_sizes_.capacity() * sizeof(int64_t);
+                 leaf_sizes_.capacity() * sizeof(int64_t) +
+                 written_.capacity() * sizeof(Written) + held_.capacity_bytes();
   for (const Dims& dims : dims_) bytes += sizeof(Dims) + dims.capacity() * sizeof(Dim);
   return static_cast<int64_t>(bytes);
 }

@@ -2,15 +2,20 @@
 
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "bindings/fingerprint.h"
 #include "bindings/operands.h"
 #include "bindings/optimizers.h"
+#include "bindings/python.h"
 #include "core/gpu.h"
+#include "core/overlap.h"
 #include "core/step.h"
 
 // One optimizer's step: walks its tensors, checks all of them, then hands the work to the drivers.
@@ -32,20 +37,20 @@ class Plan {
   // `found_inf`, a tensor on a GPU or None, is above 0; nor, if `checks_grads`, if a grad is
   // infinite or NaN. Returns a list of (group, index) of the parameters whose options have changed
   // so that they use less state than before, or None.
-  pybind11::object step(const pybind11::list& param_groups, const pybind11::dict& state,
+  pybind11::object step(const pybind11::object& param_groups, const pybind11::object& state,
                         const pybind11::object& grad_scale, const pybind11::object& found_inf,
                         const pybind11::function& create_state, int num_threads, bool checks_grads);
 
   // The Verdict on the grads of the latest step, a tensor; None if they were not read for one.
-  const pybind11::object& verdict() const { return verdict_; }
+  pybind11::object verdict() const;
 
   // Bytes that the plan keeps between steps.
   int64_t bookkeeping_bytes() const;
 
  private:
   struct Group {
-    PyObject* dict;  // borrowed
-    PyObject* params;
+    pybind11::object dict;
+    pybind11::object params;  // a tuple
     cuda::HyperSource source;
     int numbers_gpu;  // where the numbers of `source` are that are on a GPU, or -1
     int num_states;   // of the rule
@@ -72,13 +77,16 @@ class Plan {
     std::pair<double, bool> time;
   };
 
-  // What a step keeps of a parameter beside its Work.
+  enum class StepType : uint8_t { kFloat32, kFloat64, kInt64 };
+
+  // What is kept of a parameter beside its Work.
   struct Slot {
-    PyObject* grad = nullptr;                      // a reference, held while the driver reads it
-    uint64_t fingerprints[kMaxOperands + 1] = {};  // of the operands and of step
+    uint64_t fingerprint = kNoFingerprint;       // of the param, its states and step together
+    uint64_t grad_fingerprint = kNoFingerprint;  // of the grad
     void* step = nullptr;  // the count, or for optimizers without one its stand-in on a GPU
     double next_step = 0;
-    DType step_dtype = DType::kFloat32;
+    const void* checked_grad = nullptr;  // the grad's memory, when it was compared with all others'
+    StepType step_type = StepType::kFloat32;
     bool step_on_gpu = false;
     bool counts_steps = false;
     bool stochastic_rounding = false;  // as its group has it
@@ -86,6 +94,14 @@ class Plan {
     bool is_first = false;
     bool is_fresh = false;      // its first state was created here, and not loaded
     bool recognizable = false;  // equal fingerprints mean that the work stands
+    bool is_disjoint = false;   // what the work writes has been compared with all others'
+    bool reads_others = false;  // the grad is memory of another parameter
+  };
+
+  // An operand that a step writes, as owner of a Region.
+  struct Written {
+    uint32_t owner : 31;
+    uint32_t starts_chain : 1;  // it begins behind the ends of all that begin before it
   };
 
   // torch.amp.GradScaler's part in a step: None, or tensors on a GPU.
@@ -107,13 +123,14 @@ class Plan {
   // One walk over all parameters.
   struct Walk {
     std::vector<Group> groups;
-    PyObject* state;
+    PyObject* state;      // borrowed from the caller of step()
+    bool state_is_plain;  // see is_plain_dict()
     GradFacts grads;
     bool gpu_counts;          // GPUs count the steps of their parameters and compute the scalars
     bool is_second;           // after the creation of missing state
     Py_ssize_t state_at = 0;  // PyDict_Next's position in `state`, whose order is nearly always
-    PyObject* next_param = nullptr;  // that of the parameters: the entry there, borrowed
-    PyObject* next_state = nullptr;
+    pybind11::object next_param = {};  // that of the parameters: the entry there
+    pybind11::object next_state = {};
     std::vector<Dims> dims = {};
     std::vector<Scalars> scalars = {};
     std::vector<ScalarsKey> scalars_keys = {};  // what each of them is for
@@ -126,7 +143,7 @@ class Plan {
     pybind11::list written = pybind11::list();  // params
   };
 
-  // The tensors of one parameter, borrowed; null for state that is missing or not used.
+  // The tensors of one parameter, which held_ keeps; null for state that is missing or not used.
   struct Found {
     PyObject* tensors[kMaxOperands] = {};
     PyObject* step = nullptr;
@@ -137,30 +154,37 @@ class Plan {
     bool is_complete = false;
   };
 
-  Walk start_walk(const pybind11::list& param_groups, const pybind11::dict& state,
+  Walk start_walk(const pybind11::object& param_groups, const pybind11::object& state,
                   const GradFacts& grads, bool is_second);
   void walk(Walk& walk);
   void walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t first, int n,
                   size_t at);
   void visit(Walk& walk, Group& group, const Place& place, const Found& found, size_t at);
-  PyObject* find_state_dict(Walk& walk, const Group& group, PyObject* param, bool active) const;
-  void name_states(const Group& group, const Place& place, Found& found) const;
+  void keep_layout(Walk& walk, Work& work, Slot& slot) const;
+  PyObject* find_state_dict(Walk& walk, const Group& group, PyObject* param, bool active,
+                            const Place& place);
+  void name_states(const Group& group, const Place& place, Found& found);
   bool has_unused_state(const Found& found, const Group& group) const;
-  bool find_state(PyObject* state, const Group& group, const Place& place, Found& found) const;
-  void take_over(const Group& group, const Place& place, const Found& found, Operands& operands,
-                 Slot& slot) const;
+  bool find_state(PyObject* state, const Group& group, const Place& place, Found& found);
+  void take_over(const Group& group, const Found& found, Operands& operands, Slot& slot) const;
   enum class Unchanged { kNothing, kAllButGrad, kAll };
   Unchanged compare(const Found& found, bool is_known, Slot& slot) const;
   void read_param_and_grad(Operands& operands, Slot& slot);
-  void align_grad(Operands& operands, Slot& slot) const;
+  void align_grad(Operands& operands) const;
   void read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slot& slot);
   void find_step(const Operands& operands, Slot& slot) const;
   void set_clock(Walk& walk, const Group& group, const Place& place, bool is_complete, size_t at);
   void read_step(const Place& place, Slot& slot) const;
-  void fill(Walk& walk, const Operands& operands, Work& work);
+  void fill(Walk& walk, const Operands& operands, Work& work, Slot& slot);
   void lay_out(Walk& walk, const Operands& operands, Work& work) const;
   int32_t schedule(Walk& walk, Group& group, const Slot& slot) const;
-  void refuse_overlap(const Walk& walk) const;
+  const Dims* dims_of(const Work& work) const;  // nullptr: it is dense
+  Region region_of(size_t at, int operand) const;
+  void refuse_overlap(const Walk& walk);
+  bool check_grads(const Walk& walk);
+  bool meets_written(const Region& region, size_t& guess) const;
+  bool reads_others(const Walk& walk, size_t at);
+  std::string name_of(const Walk& walk, int64_t owner) const;
   std::string name_of_state(const Work& work, int operand) const;
   bool refuse_capture(const Walk& walk) const;
   void count_first_steps(Walk& walk);
@@ -169,7 +193,7 @@ class Plan {
   bool measure(Walk& walk, const pybind11::object& reductions, const Scaling& scaling,
                Launches& launches, int num_threads, bool checks_grads);
   static bool skips_for(const Scaling& scaling);
-  pybind11::object classify_grads(const Walk& walk, const pybind11::list& param_groups);
+  pybind11::object classify_grads(const Walk& walk);
   void measure_on_cpu(int num_threads, double* totals, int64_t num_classes);
   void combine(Launches& launches, const pybind11::object& reductions,
                std::vector<pybind11::object>& numbers, std::vector<double*>& data);
@@ -178,12 +202,13 @@ class Plan {
   void launch(const Walk& walk, const Launches& launches);
   void run_on_cpu(Walk& walk, const std::vector<Layout>& layouts, int num_threads);
   void write_steps(const Walk& walk) const;
-  void release_grads();
+  void set_verdict(pybind11::object verdict);
 
   const OptimizerRow& row_;
   const cpu::Isa isa_;
   const int64_t chunk_elements_;
-  bool running_ = false;
+  std::atomic_flag running_ = ATOMIC_FLAG_INIT;
+  References held_;  // all that the step touches, until it ends
 
   // One entry for each parameter, in the order of the groups.
   std::vector<Work> works_;
@@ -192,10 +217,14 @@ class Plan {
   std::vector<ChunkStart> chunks_;
   std::vector<ChunkStart> leaves_;   // of the norm, if it was needed, for grads of
   std::vector<int64_t> leaf_sizes_;  // these sizes
-  bool disjoint_ = false;            // the memory that works_ write has been checked for overlap
+  std::vector<Written> written_;     // all operands that works_ write, by address, as refuse_overlap()
+  bool disjoint_ = false;            // left it, which stands if this is true: they do not overlap
+  bool in_order_ = false;            // in this step, the order of the parameters counts
+  bool walked_ = true;               // the last walk came to its end
   bool chunked_ = false;             // chunks_ fit works_
   std::vector<cuda::Clock> clocks_;  // of this step, if GPUs count
 
+  mutable std::mutex verdict_mutex_;
   pybind11::object verdict_ = pybind11::none();
   std::vector<pybind11::object> captured_;  // what captured graphs write to
   pybind11::list changed_;  // (group, index) of params that use less state than in the step before

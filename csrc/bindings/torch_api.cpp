@@ -1,9 +1,9 @@
 #include "bindings/torch_api.h"
 
 #include <algorithm>
-#include <unordered_map>
 
 #include "bindings/dlpack_abi.h"
+#include "bindings/memory.h"
 
 namespace py = pybind11;
 
@@ -17,12 +17,12 @@ struct Torch {
   int (*describe)(void*, DLTensor*) = nullptr;
   int (*current_stream)(int32_t, int32_t, void**) = nullptr;
   PyObject* increment_version = nullptr;
-  PyObject* local_attribute = nullptr;  // of fusedopt._tensors
-  PyObject* align = nullptr;            // of fusedopt._tensors
-  PyObject* allocate = nullptr;         // of fusedopt._tensors
-  PyObject* new_numbers = nullptr;      // of fusedopt._norms
-  PyObject* combine_totals = nullptr;   // of fusedopt._norms
-  PyObject* classify = nullptr;         // of fusedopt._norms
+  PyObject* wrapping = nullptr;        // of fusedopt._tensors
+  PyObject* align = nullptr;           // of fusedopt._tensors
+  PyObject* allocate = nullptr;        // of fusedopt._tensors
+  PyObject* new_numbers = nullptr;     // of fusedopt._norms
+  PyObject* combine_totals = nullptr;  // of fusedopt._norms
+  PyObject* classify = nullptr;        // of fusedopt._norms
   PyObject* float32 = nullptr;
   PyObject* bfloat16 = nullptr;
   PyObject* float_on_gpu = nullptr;  // of fusedopt._tensors
@@ -30,6 +30,7 @@ struct Torch {
   PyGetSetDef* grad = nullptr;  // TensorBase.grad, to be called without a lookup per tensor
   PyCFunction is_neg = nullptr;
   PyCFunction is_conj = nullptr;
+  PyCFunction is_zerotensor = nullptr;
 };
 
 Torch g_torch;
@@ -58,31 +59,9 @@ bool call_flag(PyCFunction method, PyObject* tensor) {
   return result.ptr() == Py_True;
 }
 
-// The tensor that holds the memory: itself, or the local part of a DTensor. Borrowed. Which it is
-// depends on the type alone and is asked once per type.
-PyObject* local_part(PyObject* tensor) {
-  static auto* const attributes = new std::unordered_map<PyTypeObject*, PyObject*>();
-  auto found = attributes->find(Py_TYPE(tensor));
-  if (found == attributes->end()) {
-    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-    py::object name;
-    try {
-      name = py::handle(g_torch.local_attribute)(py::handle(type));
-    } catch (const py::error_already_set& error) {
-      if (!error.matches(PyExc_TypeError)) throw;
-      throw UnknownTensorType(py::str(error.value()));
-    }
-    Py_INCREF(type);
-    found = attributes->emplace(Py_TYPE(tensor), name.release().ptr()).first;
-  }
-  if (found->second == Py_None) return tensor;
-  const auto local = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, found->second));
-  if (!local) throw py::error_already_set();
-  return local.ptr();  // `tensor` holds it
-}
-
 bool read_dtype(DLDataType dtype, TensorView& view) {
   view.is_complex = dtype.code == kDlComplex;
+  view.is_int64 = dtype.code == kDlInt && dtype.bits == 64 && dtype.lanes == 1;
   const int bits = view.is_complex ? dtype.bits / 2 : dtype.bits;
   if (dtype.lanes != 1) return false;
   if (dtype.code == kDlBfloat && bits == 16) {
@@ -116,10 +95,11 @@ void connect_to_torch() {
   g_torch.tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
   g_torch.parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
   g_torch.increment_version = keep(torch.attr("autograd").attr("graph").attr("increment_version"));
-  g_torch.local_attribute = keep(py::module_::import("fusedopt._tensors").attr("local_attribute"));
-  g_torch.align = keep(py::module_::import("fusedopt._tensors").attr("align"));
-  g_torch.allocate = keep(py::module_::import("fusedopt._tensors").attr("allocate"));
-  g_torch.float_on_gpu = keep(py::module_::import("fusedopt._tensors").attr("float_on_gpu"));
+  const auto tensors = py::module_::import("fusedopt._tensors");
+  g_torch.wrapping = keep(tensors.attr("wrapping"));
+  g_torch.align = keep(tensors.attr("align"));
+  g_torch.allocate = keep(tensors.attr("allocate"));
+  g_torch.float_on_gpu = keep(tensors.attr("float_on_gpu"));
   const auto norms = py::module_::import("fusedopt._norms");
   g_torch.new_numbers = keep(norms.attr("new_numbers"));
   g_torch.combine_totals = keep(norms.attr("combine_totals"));
@@ -130,10 +110,12 @@ void connect_to_torch() {
   g_torch.grad = attribute_of(base, "grad");
   g_torch.is_neg = method_of(base, "is_neg");
   g_torch.is_conj = method_of(base, "is_conj");
+  g_torch.is_zerotensor = method_of(base, "_is_zerotensor");
 }
 
-bool read_tensor(PyObject* tensor, TensorView& view) {
-  if (!is_plain(tensor)) tensor = local_part(tensor);
+bool read_tensor(PyObject* tensor, TensorView& view, References& held) {
+  if (!is_plain(tensor)) tensor = unwrap(tensor, held);
+  view.memory = tensor;
   DLTensor dl;
   if (g_torch.describe(tensor, &dl) != 0) {
     PyErr_Clear();
@@ -171,9 +153,7 @@ py::list combine_totals(const py::list& totals, const py::object& reductions) {
   return py::handle(g_torch.combine_totals)(totals, reductions);
 }
 
-py::tuple classify(const py::list& param_groups) {
-  return py::handle(g_torch.classify)(param_groups);
-}
+py::tuple classify(const py::list& params) { return py::handle(g_torch.classify)(params); }
 
 bool is_on_gpu(const TensorView& view) {
   return view.device_type == kDlCuda || (view.device_type == kDlCpu && cuda::is_emulated());
@@ -207,7 +187,8 @@ std::shared_ptr<void> allocate(int gpu, int64_t bytes, cuda::Memory kind) {
 const float* float_on_gpu(py::object& tensor, int gpu) {
   tensor = py::handle(g_torch.float_on_gpu)(tensor, gpu, cuda::is_emulated());
   TensorView view;
-  if (!read_tensor(tensor.ptr(), view) || count_elements(view) != 1)
+  References held;
+  if (!read_tensor(tensor.ptr(), view, held) || count_elements(view) != 1)
     throw py::value_error("found_inf and grad_scale must be tensors of one element");
   return static_cast<const float*>(view.data);
 }
@@ -216,28 +197,25 @@ bool is_plain(PyObject* tensor) {
   return Py_TYPE(tensor) == g_torch.parameter_type || Py_TYPE(tensor) == g_torch.tensor_type;
 }
 
-PyObject* get_grad(PyObject* tensor) {
+py::object get_grad(PyObject* tensor) {
   PyObject* const grad = is_plain(tensor) ? g_torch.grad->get(tensor, g_torch.grad->closure)
                                           : PyObject_GetAttr(tensor, g_torch.grad_name);
   if (grad == nullptr) throw py::error_already_set();
-  return grad;
+  return py::reinterpret_steal<py::object>(grad);
 }
 
-bool is_lazy(PyObject* tensor, const TensorView& view) {
-  // torch's public functions negate lazily in imag() of a conjugated tensor only: strides of two,
-  // or few elements. Asking of every tensor would cost as much as all else that is done for it.
-  if (!view.is_complex && is_contiguous(view) && count_elements(view) > 1) return false;
-  if (!is_plain(tensor)) tensor = local_part(tensor);
-  return call_flag(g_torch.is_neg, tensor) ||
-         (view.is_complex && call_flag(g_torch.is_conj, tensor));
+bool is_negated(PyObject* tensor) { return call_flag(g_torch.is_neg, tensor); }
+
+bool is_conjugated(PyObject* tensor) { return call_flag(g_torch.is_conj, tensor); }
+
+bool is_zero_tensor(PyObject* tensor) { return call_flag(g_torch.is_zerotensor, tensor); }
+
+py::tuple ask_wrapping(const py::object& tensor_type) {
+  return py::handle(g_torch.wrapping)(tensor_type);
 }
 
-PyObject* align(PyObject* tensor, PyObject* param) {
-  return py::handle(g_torch.align)(py::handle(tensor), py::handle(param)).release().ptr();
-}
-
-PyObject* materialize(PyObject* tensor) {
-  return py::handle(tensor).attr("resolve_conj")().attr("resolve_neg")().release().ptr();
+py::object align(PyObject* tensor, PyObject* param) {
+  return py::handle(g_torch.align)(py::handle(tensor), py::handle(param));
 }
 
 bool same_shape(const TensorView& a, const TensorView& b) {

@@ -3,9 +3,9 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
-#include <stdexcept>
 #include <string>
 
+#include "bindings/python.h"
 #include "core/dtypes.h"
 #include "core/gpu.h"
 
@@ -22,21 +22,18 @@ struct TensorView {
   int32_t device_id;
   DType dtype;  // of the real numbers
   bool is_complex;
+  bool is_int64;
   bool is_supported;  // false: dtype is none of ours (integers, 8-bit floats ...)
+  PyObject* memory;   // the tensor that was described: itself or what it wraps; borrowed
 };
 
 // Looks torch's functions up; call once, when the module is imported. Raises if torch lacks them.
 void connect_to_torch();
 
-// A tensor subclass without memory of its own.
-struct UnknownTensorType : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// Reads a tensor's description. Raises UnknownTensorType. Views into a DTensor's local part; false,
-// without a Python error, if torch cannot describe it (sparse and meta tensors). Valid until the
-// tensor is changed.
-bool read_tensor(PyObject* tensor, TensorView& view);
+// Reads the description of a tensor, or of what it wraps: see bindings/memory.h, whose
+// UnknownTensorType it raises. False, without a Python error, if torch cannot describe it (sparse
+// and meta tensors). Valid until the tensor is changed.
+bool read_tensor(PyObject* tensor, TensorView& view, References& held);
 
 bool is_tensor(PyObject* object);
 
@@ -51,7 +48,7 @@ pybind11::object new_numbers(int gpu, int64_t count, double*& data);
 pybind11::list combine_totals(const pybind11::list& totals, const pybind11::object& reductions);
 
 // (class of each param's grad in the global norm, what combine_totals() needs to know of them).
-pybind11::tuple classify(const pybind11::list& param_groups);
+pybind11::tuple classify(const pybind11::list& params);
 
 const double* data_of_numbers(pybind11::handle numbers);
 
@@ -69,18 +66,20 @@ const float* float_on_gpu(pybind11::object& tensor, int gpu);
 
 bool is_plain(PyObject* tensor);  // torch.Tensor or Parameter itself, no subclass
 
-// tensor.grad, a new reference.
-PyObject* get_grad(PyObject* tensor);
+// tensor.grad.
+pybind11::object get_grad(PyObject* tensor);
 
-// True if the tensor's memory does not hold its values: lazily negated or conjugated.
-bool is_lazy(PyObject* tensor, const TensorView& view);
+// torch's answers, of a tensor that wraps no other.
+bool is_negated(PyObject* tensor);
+bool is_conjugated(PyObject* tensor);
+bool is_zero_tensor(PyObject* tensor);
+
+// How tensors of a type wrap others: what fusedopt._tensors.wrapping() says.
+pybind11::tuple ask_wrapping(const pybind11::object& tensor_type);
 
 // A grad (or state) as it fits the param's layout over devices: itself, or what a DTensor's
-// redistribute() returns. A new reference. Costs a call into Python; not for plain tensors.
-PyObject* align(PyObject* tensor, PyObject* param);
-
-// The same values in memory of their own; a new reference.
-PyObject* materialize(PyObject* tensor);
+// redistribute() returns. Costs a call into Python; not for plain tensors.
+pybind11::object align(PyObject* tensor, PyObject* param);
 
 bool same_shape(const TensorView& a, const TensorView& b);
 bool is_contiguous(const TensorView& view);

@@ -10,20 +10,15 @@ namespace py = pybind11;
 namespace fusedopt {
 namespace {
 
-const Key kStep("step");
-const Key kMasterParam("master_param"), kParamRemainder("param_remainder");
-const Key kEmaParam("ema_param");
-
 // Parameters that are walked together.
 constexpr int kBlock = 8;
 
-// Raises TypeError for a value of the state that is no tensor and that torch never wrote: old
-// checkpoints have numbers for step, and None stands for what is not there yet.
+// Raises TypeError for a value of the state that is no tensor. None stands for what is not there.
 void refuse_entry(const Place& place, PyObject* key, PyObject* value, bool is_step) {
-  const bool is_number = PyFloat_Check(value) || PyLong_Check(value);
-  if (value == Py_None || (is_step && is_number)) return;
+  if (value == Py_None) return;
+  const char* const advice = is_step ? "; load_state_dict() makes tensors of numbers" : "";
   throw py::type_error(subject(place, py::str(py::handle(key))) +
-                       std::string(py::repr(py::handle(value))) + ", but must be a tensor");
+                       std::string(py::repr(py::handle(value))) + ", but must be a tensor" + advice);
 }
 
 void refuse_unless_tensor(PyObject* object, const Place& place, const char* name) {
@@ -54,9 +49,9 @@ Scalars scalars_for(RuleId rule, const Hyper& hyper, std::pair<double, bool> key
 }
 
 // What holds the rest of this param's weight. Params of 32 bits and more are their weights.
-Master master_of(Master wanted, PyObject* param, const Place& place) {
+Master master_of(Master wanted, PyObject* param, const Place& place, References& held) {
   TensorView view;
-  if (!read_tensor(param, view) || !view.is_supported) return Master::kNone;  // refused later
+  if (!read_tensor(param, view, held) || !view.is_supported) return Master::kNone;  // refused later
   if (wanted == Master::kFloat32 && item_size(view.dtype) > 2) return Master::kNone;
   if (view.is_complex || (wanted == Master::kSplit && view.dtype != DType::kBFloat16))
     throw py::value_error(subject(place, "") + describe(param) + ", but master_weights='" +
@@ -78,24 +73,27 @@ void for_each_state(const Found& found, const F& f) {
 void Plan::walk(Walk& walk) {
   size_t count = 0;
   for (const Group& group : walk.groups)
-    count += static_cast<size_t>(PyList_GET_SIZE(group.params));
-  if (count != works_.size()) {
+    count += static_cast<size_t>(PyTuple_GET_SIZE(group.params.ptr()));
+  if (count != works_.size() || !walked_) {  // the last walk may have ended anywhere
     works_.resize(count);
     slots_.resize(count);
+    for (Work& work : works_) work.layout = kDense;
+    for (Slot& slot : slots_) slot.is_disjoint = false;
     chunked_ = disjoint_ = false;
   }
+  walked_ = false;
   if (walk.gpu_counts) clocks_.assign(count, {});
   size_t at = 0;
   for (size_t g = 0; g < walk.groups.size(); ++g) {
-    const Py_ssize_t size = PyList_GET_SIZE(walk.groups[g].params);
+    const Py_ssize_t size = PyTuple_GET_SIZE(walk.groups[g].params.ptr());
     for (Py_ssize_t first = 0; first < size; first += kBlock) {
       const int n = static_cast<int>(std::min<Py_ssize_t>(kBlock, size - first));
       walk_block(walk, walk.groups[g], static_cast<int64_t>(g), first, n, at);
       at += static_cast<size_t>(n);
     }
   }
-  if (walk.dims != dims_) disjoint_ = false;
   dims_.swap(walk.dims);
+  walked_ = true;
 }
 
 // With thousands of tensors their objects are out of the caches by the next step, and each hides
@@ -103,97 +101,103 @@ void Plan::walk(Walk& walk) {
 // parameters is taken one layer at a time, asking for the next layer of all of them.
 void Plan::walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t first, int n,
                       size_t at) {
-  PyObject* const* const params = PySequence_Fast_ITEMS(group.params) + first;
+  PyObject* params[kBlock];
+  for (int j = 0; j < n; ++j) params[j] = PyTuple_GET_ITEM(group.params.ptr(), first + j);
   for (int j = 0; j < n; ++j) __builtin_prefetch(params[j]);
   for (int j = 0; j < n; ++j)
-    refuse_unless_tensor(params[j], {group.dict, group_index, first + j}, "");
+    refuse_unless_tensor(params[j], {group.dict.ptr(), group_index, first + j}, "");
   for (int j = 0; j < n; ++j) prefetch_description(params[j]);
   for (int j = 0; j < n; ++j) prefetch_storage(params[j]);
-  PyObject* states[kBlock];
+  PyObject *grads[kBlock], *states[kBlock];
   for (int j = 0; j < n; ++j) {
-    Slot& slot = slots_[at + static_cast<size_t>(j)];
-    slot.grad = get_grad(params[j]);
-    if (slot.grad != Py_None)
-      refuse_unless_tensor(slot.grad, {group.dict, group_index, first + j}, "grad");
-    states[j] = find_state_dict(walk, group, params[j], slot.grad != Py_None);
+    const Place place = {group.dict.ptr(), group_index, first + j};
+    grads[j] = held_.hold(get_grad(params[j]));
+    if (grads[j] != Py_None) refuse_unless_tensor(grads[j], place, "grad");
+    states[j] = find_state_dict(walk, group, params[j], grads[j] != Py_None, place);
     if (states[j] != nullptr) __builtin_prefetch(states[j]);
-    __builtin_prefetch(slot.step);
-    prefetch_description(slot.grad);
+    __builtin_prefetch(slots_[at + static_cast<size_t>(j)].step);
+    prefetch_description(grads[j]);
   }
   for (int j = 0; j < n; ++j)
     if (states[j] != nullptr) prefetch_entries(states[j]);
   Found found[kBlock];
   for (int j = 0; j < n; ++j) {
-    prefetch_storage(slots_[at + static_cast<size_t>(j)].grad);
+    const Place place = {group.dict.ptr(), group_index, first + j};
+    prefetch_storage(grads[j]);
     found[j].tensors[kParam] = params[j];
-    found[j].tensors[kGrad] = slots_[at + static_cast<size_t>(j)].grad;
-    const bool active = found[j].tensors[kGrad] != Py_None;
-    if (active) name_states(group, {group.dict, group_index, first + j}, found[j]);
+    found[j].tensors[kGrad] = grads[j];
     found[j].state = states[j];
-    found[j].is_complete =
-        active && find_state(states[j], group, {group.dict, group_index, first + j}, found[j]);
+    if (grads[j] == Py_None) continue;
+    name_states(group, place, found[j]);
+    found[j].is_complete = find_state(states[j], group, place, found[j]);
+    if (!found[j].is_complete && states[j] != nullptr) refuse_partial(row_, states[j], place);
     for_each_state(found[j], [](PyObject* tensor) { __builtin_prefetch(tensor); });
   }
   for (int j = 0; j < n; ++j) for_each_state(found[j], prefetch_description);
   for (int j = 0; j < n; ++j) for_each_state(found[j], prefetch_storage);
   for (int j = 0; j < n; ++j)
-    visit(walk, group, {group.dict, group_index, first + j}, found[j], at + static_cast<size_t>(j));
+    visit(walk, group, {group.dict.ptr(), group_index, first + j}, found[j], at + static_cast<size_t>(j));
 }
 
-// The dict of a parameter's state, borrowed, or nullptr. State was created in the order of the
+// The dict of a parameter's state, held, or nullptr. State was created in the order of the
 // parameters, as a rule, so following the dict's order saves hashing (a Python call).
-PyObject* Plan::find_state_dict(Walk& walk, const Group& group, PyObject* param,
-                                bool active) const {
+PyObject* Plan::find_state_dict(Walk& walk, const Group& group, PyObject* param, bool active,
+                                const Place& place) {
   if (!group.has_state()) return nullptr;
-  if (walk.next_param == nullptr)
-    PyDict_Next(walk.state, &walk.state_at, &walk.next_param, &walk.next_state);
-  PyObject* state = nullptr;
-  if (walk.next_param == param) {
-    state = walk.next_state;
-    walk.next_param = nullptr;
-  } else if (active) {
-    state = PyDict_GetItemWithError(walk.state, param);
-    if (state == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  py::object state;
+  if (!walk.state_is_plain) {
+    if (active) state = find_in_mapping(walk.state, param);
+  } else {
+    if (!walk.next_param)
+      next_entry(walk.state, walk.state_at, walk.next_param, walk.next_state);
+    if (walk.next_param.ptr() == param) {
+      state = std::move(walk.next_state);
+      walk.next_param = py::object();
+    } else if (active) {
+      state = lookup(walk.state, param);
+    }
   }
-  return active && state != nullptr && PyDict_Check(state) ? state : nullptr;
+  if (!active || !state) return nullptr;
+  if (PyDict_CheckExact(state.ptr())) return held_.hold(std::move(state));
+  return held_.hold(as_dict(state.ptr(), ("the state of " + place.text()).c_str()));
 }
 
-void Plan::name_states(const Group& group, const Place& place, Found& found) const {
+void Plan::name_states(const Group& group, const Place& place, Found& found) {
   for (int s = 0; s < group.num_states; ++s)
     found.names[found.count++] = &row_.state_names[static_cast<size_t>(s)];
   if (group.master_weights != Master::kNone)
-    found.master = master_of(group.master_weights, found.tensors[kParam], place);
+    found.master = master_of(group.master_weights, found.tensors[kParam], place, held_);
   if (found.master != Master::kNone)
     found.names[found.count++] = found.master == Master::kSplit ? &kParamRemainder : &kMasterParam;
   if (group.source.values.has_ema()) found.names[found.count++] = &kEmaParam;
 }
 
 // Finds the tensors of a parameter's state in its dict; true if all that the step needs are there.
-bool Plan::find_state(PyObject* state, const Group& group, const Place& place, Found& found) const {
+bool Plan::find_state(PyObject* state, const Group& group, const Place& place, Found& found) {
   if (state == nullptr) return !group.counts_steps && found.count == kFirstState;
 
   // Keys are interned as a rule, so going through the few entries is cheaper than three lookups.
   PyObject* const step_key = group.counts_steps ? kStep.object() : nullptr;
   int left = found.count - kFirstState + (group.counts_steps ? 1 : 0);
-  const auto take = [&](PyObject* key, PyObject* value) {
+  const auto take = [&](PyObject* key, py::object value) {
     PyObject** entry = key == step_key ? &found.step : nullptr;
     for (int k = kFirstState; entry == nullptr && k < found.count; ++k)
       if (key == found.names[k]->object()) entry = &found.tensors[k];
     if (entry == nullptr || *entry != nullptr) return;
-    if (!is_tensor(value)) {
-      refuse_entry(place, key, value, key == step_key);
+    if (!is_tensor(value.ptr())) {
+      refuse_entry(place, key, value.ptr(), key == step_key);
       return;
     }
-    *entry = value;
+    *entry = held_.hold(std::move(value));
     --left;
   };
   Py_ssize_t at = 0;
-  PyObject *key, *value;
-  while (left > 0 && PyDict_Next(state, &at, &key, &value)) take(key, value);
+  py::object key, value;
+  while (left > 0 && next_entry(state, at, key, value)) take(key.ptr(), std::move(value));
   if (left == 0) return true;
 
   const auto look_up = [&](PyObject* name) {
-    if (PyObject* const value = PyDict_GetItemWithError(state, name)) take(name, value);
+    if (py::object value = lookup(state, name)) take(name, std::move(value));
   };
   if (step_key != nullptr) look_up(step_key);
   for (int k = kFirstState; k < found.count; ++k) look_up(found.names[k]->object());
@@ -203,12 +207,11 @@ bool Plan::find_state(PyObject* state, const Group& group, const Place& place, F
 void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& found, size_t at) {
   Work& work = works_[at];
   Slot& slot = slots_[at];
-  const bool active = slot.grad != Py_None;
-  if (active && work.device == kIdle) disjoint_ = false;
+  const bool active = found.tensors[kGrad] != Py_None;
   work.device = kIdle;
   // Of all params: where one process has no grad, others may.
   walk.has_subclasses = walk.has_subclasses || !is_plain(found.tensors[kParam]);
-  if (!active) return;
+  if (!active) return keep_layout(walk, work, slot);
 
   const Hyper& hyper = group.source.values;
   const bool is_known = found.is_complete && work.num_operands == found.count &&
@@ -221,13 +224,13 @@ void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& foun
   if (uses_less || (unchanged == Unchanged::kNothing && has_unused_state(found, group)))
     changed_.append(py::make_tuple(place.group_index, place.index));
   if (unchanged != Unchanged::kAll) {
-    Operands operands;
-    take_over(group, place, found, operands, slot);
+    Operands operands(place, held_);
+    take_over(group, found, operands, slot);
     read_param_and_grad(operands, slot);
     const TensorView& grad = operands.views[kGrad];
     if (unchanged == Unchanged::kAllButGrad && work.dtypes[kGrad] == grad.dtype &&
         is_contiguous(grad) && is_contiguous(operands.views[kParam]))
-      work.data[kGrad] = grad.data;
+      work.data[kGrad] = grad.data;  // and slot.checked_grad may differ from it
     else
       read_rest(walk, operands, found.is_complete, work, slot);
     slot.recognizable = found.is_complete && work.layout == kDense &&
@@ -249,14 +252,27 @@ void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& foun
     work.scalars = schedule(walk, group, slot);
   }
   walk.has_gpu_counts = walk.has_gpu_counts || slot.step_on_gpu;
-  PyList_Append(walk.written.ptr(), found.tensors[kParam]);
+  if (!slot.is_disjoint) disjoint_ = false;
+  append(walk.written.ptr(), found.tensors[kParam]);
+}
+
+// A parameter that rests this time: how its memory lay when it was checked is not forgotten.
+void Plan::keep_layout(Walk& walk, Work& work, Slot& slot) const {
+  const Dims* const dims = dims_of(work);
+  if (dims == nullptr || !slot.is_disjoint) {
+    if (work.layout != kDense) slot.is_disjoint = false;
+    work.layout = kDense;
+    return;
+  }
+  work.layout = static_cast<int32_t>(walk.dims.size());
+  walk.dims.push_back(*dims);
 }
 
 // Whether a state has what another setting has left there.
 bool Plan::has_unused_state(const Found& found, const Group& group) const {
   if (found.state == nullptr) return false;
   const auto is_unused = [&](const Key& key, bool used) {
-    return !used && PyDict_GetItemWithError(found.state, key.object()) != nullptr;
+    return !used && lookup(found.state, key.object());
   };
   return is_unused(kMasterParam, found.master == Master::kFloat32) ||
          is_unused(kParamRemainder, found.master == Master::kSplit) ||
@@ -264,9 +280,8 @@ bool Plan::has_unused_state(const Found& found, const Group& group) const {
          is_unused(kStep, group.counts_steps);
 }
 
-void Plan::take_over(const Group& group, const Place& place, const Found& found, Operands& operands,
+void Plan::take_over(const Group& group, const Found& found, Operands& operands,
                      Slot& slot) const {
-  operands.place = place;
   operands.count = found.count;
   operands.step = found.step;
   operands.master = found.master;
@@ -285,21 +300,22 @@ void Plan::take_over(const Group& group, const Place& place, const Found& found,
 // What of a parameter's tensors is as it was in the step before, so that its work stands.
 Plan::Unchanged Plan::compare(const Found& found, bool is_known, Slot& slot) const {
   if (!has_fingerprints()) return Unchanged::kNothing;
-  bool same = is_known && slot.recognizable, same_grad = false;
-  for (int k = 0; k <= kMaxOperands; ++k) {
+  const auto print_of = [](PyObject* tensor) {
+    return is_plain(tensor) ? fingerprint(tensor) : kNoFingerprint;
+  };
+  uint64_t all = print_of(found.tensors[kParam]);
+  for (int k = kFirstState; k <= kMaxOperands; ++k) {
     PyObject* const tensor = k == kMaxOperands ? found.step : found.tensors[k];
-    if (tensor == nullptr) {
-      slot.fingerprints[k] = kNoFingerprint;
-      continue;
-    }
-    const uint64_t print = is_plain(tensor) ? fingerprint(tensor) : kNoFingerprint;
-    const bool equal = print == slot.fingerprints[k] && print != kNoFingerprint;
-    slot.fingerprints[k] = print;
-    if (k == kGrad)
-      same_grad = equal;
-    else
-      same = same && equal;
+    const uint64_t print = tensor == nullptr ? 1 : print_of(tensor);
+    all = all == kNoFingerprint || print == kNoFingerprint ? kNoFingerprint
+                                                           : join_fingerprints(all, print);
   }
+  const uint64_t grad = print_of(found.tensors[kGrad]);
+  const bool same = is_known && slot.recognizable && all == slot.fingerprint &&
+                    all != kNoFingerprint;
+  const bool same_grad = grad == slot.grad_fingerprint && grad != kNoFingerprint;
+  slot.fingerprint = all;
+  slot.grad_fingerprint = grad;
   if (!same) return Unchanged::kNothing;
   return same_grad ? Unchanged::kAll : Unchanged::kAllButGrad;
 }
@@ -318,17 +334,22 @@ void Plan::set_clock(Walk& walk, const Group& group, const Place& place, bool is
   if (group.counts_steps && !slot.step_on_gpu && !walk.is_second && !cuda::is_emulated() &&
       is_complete)
     walk.missing.append(py::make_tuple(place.group_index, place.index));
-  clocks_[at] = {slot.step,       static_cast<int32_t>(place.group_index),
-                 slot.step_dtype, true,
-                 slot.is_first,   slot.is_fresh};
+  clocks_[at] = {slot.step,
+                 static_cast<int32_t>(place.group_index),
+                 slot.step_type == StepType::kFloat64 ? DType::kFloat64 : DType::kFloat32,
+                 true,
+                 slot.is_first,
+                 slot.is_fresh};
 }
 
 void Plan::read_step(const Place& place, Slot& slot) const {
-  const double step = slot.step_dtype == DType::kFloat32 ? double{*static_cast<float*>(slot.step)}
-                                                         : *static_cast<double*>(slot.step);
+  const double step = slot.step_type == StepType::kFloat32 ? double{*static_cast<float*>(slot.step)}
+                      : slot.step_type == StepType::kFloat64
+                          ? *static_cast<double*>(slot.step)
+                          : static_cast<double>(*static_cast<int64_t*>(slot.step));
   if (!(step >= 0) || step != std::floor(step))
     throw py::value_error("step of " + place.text() + " is " + std::to_string(step) +
-                          ", but must be a whole number that is not negative");
+                          ", but must be a whole number that is not negative; round it");
   slot.next_step = step + 1;
 }
 
@@ -343,7 +364,7 @@ int32_t Plan::schedule(Walk& walk, Group& group, const Slot& slot) const {
   }
   if (index == static_cast<int32_t>(walk.scalars.size())) {
     if (group.numbers_gpu >= 0) {  // a parameter on the CPU needs to know what is on the GPU
-      GroupReader reader(group.dict, &group - walk.groups.data(), /*leave_on_gpu=*/false);
+      GroupReader reader(group.dict.ptr(), &group - walk.groups.data(), /*leave_on_gpu=*/false);
       group.host_values = row_.read(reader).values;
     }
     walk.scalars.push_back(scalars_for(row_.rule, group.host_values, key, walk.grads));

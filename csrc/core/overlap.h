@@ -78,6 +78,17 @@ class Marks {
     return clash;
   }
 
+  // True if one of the region's bytes has been marked.
+  bool meets(const Region& region) const {
+    bool found = false;
+    for_each_element(region, [&](int64_t at) {
+      const size_t first = region.base - low_ + static_cast<size_t>(at);
+      for (size_t byte = first; byte < first + static_cast<size_t>(region.item); ++byte)
+        found = found || seen_[byte];
+    });
+    return found;
+  }
+
  private:
   uintptr_t low_;
   std::vector<bool> seen_;

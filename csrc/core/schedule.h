@@ -82,10 +82,13 @@ FUSEDOPT_HD AdamScalars<double> schedule_rule(AdamFamily, const Hyper& hyper, Ti
   const double correction1 = 1.0 - power(hyper.beta1, time.step);
   const double sqrt_correction2 = std::sqrt(1.0 - power(hyper.beta2, time.step));
   const bool to_grad = hyper.beta1 <= 0.5;
+  // An eps that keeps the denominator from 0 must not become 0 itself (see also AdamScalars::as).
+  double eps = hyper.eps * sqrt_correction2;
+  if (hyper.eps > 0 && eps < kSmallestNormal<double>) eps = kSmallestNormal<double>;
   return {grad_factor(hyper, grads),    to_grad ? -hyper.beta1 : 1.0 - hyper.beta1,
           to_grad ? 1.0 : 0.0,          split(hyper.beta2),
           split(1.0 - hyper.beta2),     hyper.lr * sqrt_correction2 / correction1,
-          hyper.eps * sqrt_correction2, hyper.weight_decay,
+          eps,                          hyper.weight_decay,
           kept_by_decay(hyper)};
 }
 
@@ -94,7 +97,10 @@ FUSEDOPT_HD AdamScalars<double> schedule_rule(AdamFamily, const Hyper& hyper, Ti
 FUSEDOPT_HD double average_rate(const Hyper& hyper, Time time) {
   const double rate = 1.0 - hyper.ema_decay;
   if (time.step <= 1) return 1.0;
-  return hyper.ema_bias_correction ? rate / (1.0 - power(hyper.ema_decay, time.step)) : rate;
+  if (!hyper.ema_bias_correction) return rate;
+  // With a decay of 1, all steps weigh the same.
+  return rate > 0 ? rate / (1.0 - power(hyper.ema_decay, time.step))
+                  : 1.0 / static_cast<double>(time.step);
 }
 
 template <class Family>

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "core/factor.h"
 #include "core/macros.h"
@@ -10,6 +11,10 @@
 // and Beyond", 2018), L2 or decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101).
 namespace fusedopt {
 
+// Below this, numbers count as 0 where subnormal ones are flushed.
+template <class T>
+inline constexpr T kSmallestNormal = std::numeric_limits<T>::min();
+
 template <class T>
 struct AdamScalars {
   T grad_factor;      // -1 under maximize, times 1 / grad_scale
@@ -18,7 +23,7 @@ struct AdamScalars {
   Factor<T> beta2;
   Factor<T> one_minus_beta2;
   T step_size;     // lr sqrt(1 - beta2^t) / (1 - beta1^t)
-  T eps;           // eps sqrt(1 - beta2^t)
+  T eps;           // eps sqrt(1 - beta2^t), but never rounded to 0
   T weight_decay;  // the L2 penalty
   Factor<T> keep;  // what decoupled decay leaves, 1 - lr weight_decay
 
@@ -30,7 +35,7 @@ struct AdamScalars {
             beta2.template as<U>(),
             one_minus_beta2.template as<U>(),
             U(step_size),
-            U(eps),
+            eps > 0 && U(eps) < kSmallestNormal<U> ? kSmallestNormal<U> : U(eps),
             U(weight_decay),
             keep.template as<U>()};
   }

@@ -1,0 +1,75 @@
+#include "bindings/python.h"
+
+#include <string>
+
+namespace py = pybind11;
+
+namespace fusedopt {
+
+py::object lookup(PyObject* dict, PyObject* key) {
+#if PY_VERSION_HEX >= 0x030d0000
+  PyObject* value = nullptr;
+  if (PyDict_GetItemRef(dict, key, &value) < 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+#else
+  PyObject* const value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return py::reinterpret_borrow<py::object>(value);
+#endif
+}
+
+bool next_entry(PyObject* dict, Py_ssize_t& position, py::object& key, py::object& value) {
+  PyObject *next_key = nullptr, *next_value = nullptr;
+#if defined(Py_GIL_DISABLED)
+  Py_BEGIN_CRITICAL_SECTION(dict);
+#endif
+  if (PyDict_Next(dict, &position, &next_key, &next_value)) {
+    Py_INCREF(next_key);
+    Py_INCREF(next_value);
+  }
+#if defined(Py_GIL_DISABLED)
+  Py_END_CRITICAL_SECTION();
+#endif
+  key = py::reinterpret_steal<py::object>(next_key);
+  value = py::reinterpret_steal<py::object>(next_value);
+  return next_key != nullptr;
+}
+
+py::object as_dict(PyObject* mapping, const char* what) {
+  if (PyDict_CheckExact(mapping)) return py::reinterpret_borrow<py::object>(mapping);
+  if (!PyMapping_Check(mapping) || !py::hasattr(mapping, "keys"))
+    throw py::type_error(std::string(what) + " must be a dict or another mapping, got " +
+                         std::string(py::repr(py::type::of(mapping))));
+  py::dict copy;
+  for (const py::handle key : py::handle(mapping).attr("keys")())
+    copy[key] = py::handle(mapping)[key];
+  return std::move(copy);
+}
+
+bool is_plain_dict(PyObject* mapping) {
+  static PyObject* const default_dict =
+      py::object(py::module_::import("collections").attr("defaultdict")).release().ptr();
+  return PyDict_CheckExact(mapping) ||
+         Py_TYPE(mapping) == reinterpret_cast<PyTypeObject*>(default_dict);
+}
+
+py::object find_in_mapping(PyObject* mapping, PyObject* key) {
+  const int is_there = PySequence_Contains(mapping, key);
+  if (is_there < 0) throw py::error_already_set();
+  if (is_there == 0) return {};
+  PyObject* const value = PyObject_GetItem(mapping, key);
+  if (value == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+py::object as_tuple(PyObject* sequence) {
+  PyObject* const tuple = PySequence_Tuple(sequence);
+  if (tuple == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(tuple);
+}
+
+void append(PyObject* list, PyObject* object) {
+  if (PyList_Append(list, object) < 0) throw py::error_already_set();
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,60 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <utility>
+#include <vector>
+
+// CPython's containers as a step reads them. Other threads may change them meanwhile (a step gives
+// up the GIL, and free-threaded builds of Python have none), so whatever is read is held.
+namespace fusedopt {
+
+// References that a step keeps until it ends: to all that it reads and writes.
+class References {
+ public:
+  References() = default;
+  References(References&&) = default;
+  References& operator=(References&&) = default;
+
+  PyObject* hold(pybind11::object object) {
+    objects_.push_back(std::move(object));
+    return objects_.back().ptr();
+  }
+  void hold_all(References&& others) {
+    for (pybind11::object& object : others.objects_) hold(std::move(object));
+    others.objects_.clear();
+  }
+  // May run code of the user's: whatever a weak reference or a destructor calls.
+  void clear() { objects_.clear(); }
+  // Empties this; the references live on in what is returned.
+  References take() { return std::exchange(*this, References()); }
+  void reserve(size_t count) { objects_.reserve(count); }
+  size_t capacity_bytes() const { return objects_.capacity() * sizeof(pybind11::object); }
+
+ private:
+  std::vector<pybind11::object> objects_;
+};
+
+// The value of that key in a dict, or a null object. Raises what hashing or comparing raises.
+pybind11::object lookup(PyObject* dict, PyObject* key);
+
+// As PyDict_Next(), with references. False at the end.
+bool next_entry(PyObject* dict, Py_ssize_t& position, pybind11::object& key,
+                pybind11::object& value);
+
+// A dict with a mapping's entries as its [] gives them: itself if it is a dict of Python's own, else
+// a copy. Raises TypeError, beginning with `what`, for what is no mapping.
+pybind11::object as_dict(PyObject* mapping, const char* what);
+
+// Whether a mapping's [] does nothing but look up what PyDict_Next() finds: a dict or defaultdict.
+bool is_plain_dict(PyObject* mapping);
+
+// The value of that key in any mapping, or a null object if it has none.
+pybind11::object find_in_mapping(PyObject* mapping, PyObject* key);
+
+// What a sequence (or another iterable) holds, in a tuple, which nobody changes.
+pybind11::object as_tuple(PyObject* sequence);
+
+void append(PyObject* list, PyObject* object);
+
+}  // namespace fusedopt

@@ -8,7 +8,8 @@
 #   make cuda       all tests with a build for CUDA under a CUDA build of torch (in .venv-cuda), and
 #                   a look at the kernels' machine code; needs no GPU
 #   make wheel      a wheel in dist/
-#   make gpu        all that needs a GPU, in under ten minutes, into GPU_OUT (GPU="--parts build step")
+#   make gpu        all that needs a GPU, within twelve minutes, into GPU_OUT (GPU="--parts build step",
+#                   each part alone within four; GPU="--wheel FILE" installs that and builds nothing)
 # make gpu alone uses no .venv: it installs into the Python it finds (PYTHON), which must have torch
 # with CUDA, pytest, hypothesis, pybind11 and ninja, and needs no network.
 # TORCH=torch takes the newest torch instead of the version the project is developed with.

@@ -44,6 +44,8 @@ class Runner:
     out: Path
     scratch: Path
     dry: bool = False
+    wheel: Path | None = None  # to install in place of a build
+    archs: str | None = None  # compute capabilities of the GPUs here, as FUSEDOPT_CUDA_ARCHS
     deadline: float = 0.0
     commands: list[str] = field(default_factory=list)
 
@@ -82,7 +84,7 @@ class Runner:
         shown = " ".join([*(f"{key}={value}" for key, value in (extra or {}).items()), shown])
         self.commands.append(without_folders(shown))
         if self.dry:
-            print(f"  {shown}")
+            print(f"  {shown}  # {timeout:.0f} s at most")
             return Finished("", 0, 0.0)
         start = time.monotonic()
         with self.log.open("ab") as log:

@@ -3,6 +3,7 @@
 Examples:
     python bench/readme_training.py bench/results/training-step-cpu.json
     python bench/readme_training.py bench/results/precision-cpu.json
+    python bench/readme_training.py bench/results/training-step-cuda.json
 """
 
 from __future__ import annotations
@@ -35,6 +36,31 @@ def training_table(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+def share_table(content: dict[str, Any]) -> list[str]:
+    """For a GPU: how near each setting comes to a copy, and to torch for the same work."""
+    lines = ["| work | fusedopt | share of a copy | torch's time / fusedopt's | target |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for row in content["rows"]:
+        for name, mine in row.get("contenders", {}).items():
+            about = [found for found in row["comparisons"] if found["of"] == name]
+            times = [f"{c['value']['median']:.3g}" for c in about if c["against"] == "torch"]
+            if times:
+                lines.append(
+                    f"| {row['title']} | {mine['dtype']} `{mine['what']}` "
+                    f"| {mine['percent_of_copy']:.0f} % | {times[0]} | {_targets(about) or '-'} |"
+                )
+    return lines
+
+
+def _targets(comparisons: list[dict[str, Any]]) -> str:
+    return "; ".join(
+        (f">= {c['target']:g}" if c["by"] == "time" else f">= {c['target']:.0%} of fp32's bytes/s")
+        + ("" if c["good"] else ", missed")
+        for c in comparisons
+        if c["target"] is not None
+    )
+
+
 def precision_table(content: dict[str, Any]) -> list[str]:
     """Columns in which everything is zero are left out."""
     settings = content["settings"]
@@ -60,6 +86,13 @@ def _loss(over_seeds: dict[str, Any], shape: str) -> str:
     return text if deviation is None else f"{text} ± {deviation:.4f}"
 
 
+def table_of(content: dict[str, Any]) -> list[str]:
+    if "rows" not in content:
+        return precision_table(content)
+    on_cpu = content["machine"]["device"] == "cpu"
+    return training_table(content) if on_cpu else share_table(content)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,8 +100,7 @@ def main() -> int:
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of either program")
     for path in parser.parse_args().results:
         content = json.loads(path.read_text())
-        table = training_table if "rows" in content else precision_table
-        print("\n".join(table(content)), end="\n\n")
+        print("\n".join(table_of(content)), end="\n\n")
     return 0
 
 

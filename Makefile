@@ -11,7 +11,8 @@
 #   make gpu        all that needs a GPU, within twelve minutes, into GPU_OUT (GPU="--parts build step",
 #                   each part alone within four; GPU="--wheel FILE" installs that and builds nothing)
 # make gpu alone uses no .venv: it installs into the Python it finds (PYTHON), which must have torch
-# with CUDA, pytest, hypothesis, pybind11 and ninja, and needs no network.
+# with CUDA, pytest, hypothesis, matplotlib, pybind11, ninja and setuptools >= 77 (without --wheel),
+# and needs no network. All tests in its time need pytest-xdist, too.
 # TORCH=torch takes the newest torch instead of the version the project is developed with.
 
 PYTHON ?= python3

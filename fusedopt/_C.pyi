@@ -8,6 +8,7 @@ class BuildInfo(TypedDict):
     isas: list[str]
     openmp: int
     fingerprints: bool
+    lazy_keys: bool
     cuda_unavailable: str | None
     cuda_archs: str
 
@@ -26,6 +27,7 @@ class Plan:
     @property
     def verdict(self) -> Tensor | None: ...
     def bookkeeping_bytes(self) -> int: ...
+    def overlap_checks(self) -> int: ...
 
 def check_group(
     optimizer: str, group: dict[str, Any], index: int, is_construction: bool = False

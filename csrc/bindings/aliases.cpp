@@ -79,6 +79,7 @@ std::string Plan::name_of_state(const Work& work, int operand) const {
 // looked at too if they have been before, so that the answer stands when their turn comes.
 void Plan::refuse_overlap(const Walk& walk) {
   if (disjoint_) return;
+  ++overlap_checks_;
   std::vector<Region> regions;
   const auto collect = [&](bool with_resting) {
     regions.clear();

@@ -172,8 +172,10 @@ void learn_fingerprints() {
   }
 }
 
+bool has_dispatch_keys() { return g_offsets.trusted && g_offsets.keys != 0; }
+
 uint64_t dispatch_keys(PyObject* tensor) {
-  if (!g_offsets.trusted || g_offsets.keys == 0) return kNoKeys;
+  if (!has_dispatch_keys()) return kNoKeys;
   return word_at(pointer_at(tensor, g_offsets.description), g_offsets.keys);
 }
 

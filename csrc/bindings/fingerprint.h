@@ -37,6 +37,7 @@ inline uint64_t join_fingerprints(uint64_t first, uint64_t second) {
 // found. Being lazily negated or conjugated is one of them.
 inline constexpr uint64_t kNoKeys = 0;
 uint64_t dispatch_keys(PyObject* tensor);
+bool has_dispatch_keys();
 
 // Ask for the memory that fingerprint() will read, in two steps: the second reads what the first
 // has asked for. Of any tensor.

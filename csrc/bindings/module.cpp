@@ -20,6 +20,7 @@ py::dict build_info() {
   info["isas"] = isas;  // rising; the last is the best
   info["openmp"] = cpu::openmp_version();
   info["fingerprints"] = has_fingerprints();
+  info["lazy_keys"] = has_dispatch_keys();
   const char* const reason = cuda::unavailable_reason();
   info["cuda_unavailable"] = reason == nullptr ? py::object(py::none()) : py::str(reason);
   info["cuda_archs"] = cuda::architectures();
@@ -59,7 +60,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("grad_scale"), py::arg("found_inf"), py::arg("create_state"),
            py::arg("num_threads"), py::arg("checks_grads"))
       .def_property_readonly("verdict", &fusedopt::Plan::verdict)
-      .def("bookkeeping_bytes", &fusedopt::Plan::bookkeeping_bytes);
+      .def("bookkeeping_bytes", &fusedopt::Plan::bookkeeping_bytes)
+      .def("overlap_checks", &fusedopt::Plan::overlap_checks);
   m.def("check_group", &check_group, py::arg("optimizer"), py::arg("group"), py::arg("index"),
         py::arg("is_construction") = false);
   m.def("check_state", &check_state, py::arg("optimizer"), py::arg("state"), py::arg("group"),

@@ -47,6 +47,9 @@ class Plan {
   // Bytes that the plan keeps between steps.
   int64_t bookkeeping_bytes() const;
 
+  // How often all written memory has been compared so far, which takes long for sliced tensors.
+  int64_t overlap_checks() const { return overlap_checks_; }
+
  private:
   struct Group {
     pybind11::object dict;
@@ -219,6 +222,7 @@ class Plan {
   std::vector<int64_t> leaf_sizes_;  // these sizes
   std::vector<Written> written_;     // all operands that works_ write, by address, as refuse_overlap()
   bool disjoint_ = false;            // left it, which stands if this is true: they do not overlap
+  int64_t overlap_checks_ = 0;
   bool in_order_ = false;            // in this step, the order of the parameters counts
   bool walked_ = true;               // the last walk came to its end
   bool chunked_ = false;             // chunks_ fit works_

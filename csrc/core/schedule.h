@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/normal.h"
 #include "core/power.h"
 #include "core/rules.h"
 #include "core/stochastic.h"

@@ -1,19 +1,15 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "core/factor.h"
 #include "core/macros.h"
+#include "core/normal.h"
 #include "core/rules/decay.h"
 
 // Adam (Kingma and Ba, arXiv 1412.6980), with AMSGrad (Reddi et al., "On the Convergence of Adam
 // and Beyond", 2018), L2 or decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101).
 namespace fusedopt {
-
-// Below this, numbers count as 0 where subnormal ones are flushed.
-template <class T>
-inline constexpr T kSmallestNormal = std::numeric_limits<T>::min();
 
 template <class T>
 struct AdamScalars {

@@ -24,8 +24,8 @@ def wrapping(tensor_type: type[torch.Tensor]) -> tuple[str | None, bool]:
     if tensor_type.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise TypeError(
             f"{tensor_type.__module__}.{tensor_type.__qualname__}, a tensor subclass with a "
-            "__torch_dispatch__ of its own, and may have no memory of its own; fusedopt steps plain "
-            "tensors and DTensors of plain tensors"
+            "__torch_dispatch__ of its own, and may have no memory of its own; fusedopt steps "
+            "plain tensors and DTensors of plain tensors"
         )
     return None, False
 

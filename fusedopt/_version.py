@@ -29,9 +29,9 @@ def check_build() -> None:
     folder = Path(__file__).resolve().parent
     is_source = (folder.parent / "setup.py").exists()
     advice = (
-        f"it was imported from its sources in {folder.parent}, where it has not been built for this "
-        f"Python: run `pip install -e {folder.parent}`, or start Python in another folder to use an "
-        "installed fusedopt"
+        f"it was imported from its sources in {folder.parent}, where it has not been built for "
+        f"this Python: run `pip install -e {folder.parent}`, or start Python in another folder to "
+        "use an installed fusedopt"
         if is_source
         else f"{folder} has no compiled extension for this Python; install it again with pip"
     )

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +194,26 @@ def test_import_without_torch_says_what_to_do() -> None:
         "except ImportError as error:\n    print(error)"
     )
     assert re.search(r"needs torch >= 2\.10; run: pip install torch", run_python(code))
+
+
+@pytest.mark.parametrize("kind", ["sources", "installed"])
+def test_import_without_a_build_says_what_to_do(kind: str, tmp_path: Path) -> None:
+    """Started in a folder of sources that were never built, or built for another Python."""
+    package = tmp_path / "fusedopt"
+    package.mkdir()
+    for path in PACKAGE.glob("*.py"):
+        shutil.copy(path, package)
+    (package / "_C.cpython-27-other.so").touch()
+    if kind == "sources":
+        (tmp_path / "setup.py").touch()
+    code = "try:\n    import fusedopt\nexcept ImportError as error:\n    print(error)"
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    advice = rf"run `pip install -e {tmp_path}`" if kind == "sources" else "again with pip"
+    assert re.search(rf"^fusedopt is not built: .*{advice}", said), said
+    assert "partially initialized" not in said
 
 
 def public(names: Any) -> set[str]:

@@ -69,7 +69,9 @@ COMPLEX_GRADS: dict[str, Callable[[Parameter], Tensor]] = {
 }
 
 
-def compare(case: Case, dtype: torch.dtype, make: Callable[[Parameter], Tensor], **more: Any) -> None:
+def compare(
+    case: Case, dtype: torch.dtype, make: Callable[[Parameter], Tensor], **more: Any
+) -> None:
     """Such a grad as the first, after ordinary ones, and again, against its plain copy."""
     results = []
     for is_plain in (False, True):
@@ -284,7 +286,7 @@ def test_fake_tensor_inside_a_dtensor_is_refused(mesh: Any) -> None:
     optimizer = fusedopt.SGD([("fake", param)], lr=0.1)
     param.grad = shard(mesh, torch.ones(4, 3))
     param.grad._local_tensor = fake
-    with pytest.raises(TypeError, match="grad of parameter 'fake'.*FakeTensor"):
+    with pytest.raises(TypeError, match=r"grad of parameter 'fake'.*FakeTensor"):
         optimizer.step()
 
 
@@ -330,7 +332,7 @@ def test_unknown_wrapper_is_refused_every_time() -> None:
     for _ in range(3):
         param.grad = Wrapper(numbers())
         before = snapshot(optimizer)["param 0.0"]
-        with pytest.raises(TypeError, match="grad of parameter 'wrapped'.*Wrapper"):
+        with pytest.raises(TypeError, match=r"grad of parameter 'wrapped'.*Wrapper"):
             optimizer.step()
         assert snapshot(optimizer)["param 0.0"] == before
 

@@ -10,7 +10,9 @@ namespace py = pybind11;
 namespace fusedopt {
 namespace {
 
-int64_t owner_of(size_t at, int operand) { return static_cast<int64_t>(at) * kMaxOperands + operand; }
+int64_t owner_of(size_t at, int operand) {
+  return static_cast<int64_t>(at) * kMaxOperands + operand;
+}
 
 bool have_common_bytes(const Region& a, const Region& b) {
   return a.base < end_of(b) && b.base < end_of(a);
@@ -62,8 +64,7 @@ std::string Plan::name_of(const Walk& walk, int64_t owner) const {
   size_t g = 0;
   for (; at >= PyTuple_GET_SIZE(walk.groups[g].params.ptr()); ++g)
     at -= PyTuple_GET_SIZE(walk.groups[g].params.ptr());
-  const std::string param =
-      Place{walk.groups[g].dict.ptr(), static_cast<int64_t>(g), at}.text();
+  const std::string param = Place{walk.groups[g].dict.ptr(), static_cast<int64_t>(g), at}.text();
   if (operand == kParam) return param;
   return name_of_state(works_[static_cast<size_t>(owner / kMaxOperands)], operand) + " of " + param;
 }
@@ -151,8 +152,8 @@ bool Plan::meets_written(const Region& region, size_t& guess) const {
   const uintptr_t end = end_of(region);
   const auto is_before = [&](size_t i) {
     const auto owner = static_cast<size_t>(written_[i].owner);
-    return reinterpret_cast<uintptr_t>(
-               works_[owner / kMaxOperands].data[owner % kMaxOperands]) < end;
+    return reinterpret_cast<uintptr_t>(works_[owner / kMaxOperands].data[owner % kMaxOperands]) <
+           end;
   };
   const bool good = guess <= written_.size() && (guess == 0 || is_before(guess - 1)) &&
                     (guess == written_.size() || !is_before(guess));

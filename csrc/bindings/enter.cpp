@@ -101,9 +101,9 @@ void Plan::find_step(const Operands& operands, Slot& slot) const {
                           ", but must be one float32 or float64 number on the CPU or on the "
                           "parameter's device; load_state_dict() makes it that");
   slot.step = view.data;
-  slot.step_type = is_int                            ? StepType::kInt64
+  slot.step_type = is_int                          ? StepType::kInt64
                    : view.dtype == DType::kFloat32 ? StepType::kFloat32
-                                                     : StepType::kFloat64;
+                                                   : StepType::kFloat64;
   slot.step_on_gpu = view.device_type != kDlCpu;
 }
 

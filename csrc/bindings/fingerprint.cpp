@@ -83,7 +83,7 @@ bool find_offsets(const py::object& tensor) {
   const auto* const described = reinterpret_cast<const void*>(description);
   const auto* const stored = reinterpret_cast<const void*>(storage);
   const auto object_size = static_cast<size_t>(Py_TYPE(tensor.ptr())->tp_basicsize);
-  if (!allocated_at_least(described, kNumWords * kWord) || 
+  if (!allocated_at_least(described, kNumWords * kWord) ||
       !allocated_at_least(stored, (kStorageWords + kDataWords) * kWord))
     return false;
   g_offsets.description = find_word(tensor.ptr(), object_size, description);

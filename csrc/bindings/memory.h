@@ -33,5 +33,4 @@ Contents contents_of(PyObject* memory, const TensorView& view);
 // The same values in memory of their own, for kLazy and kZeros; a new reference.
 pybind11::object materialize(PyObject* memory);
 
-
 }  // namespace fusedopt

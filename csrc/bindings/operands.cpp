@@ -70,10 +70,11 @@ void read_operand(Operands& operands, int k) {
     operands.tensors[k] = operands.held.hold(materialize(view.memory));
     return read_operand(operands, k);
   }
-  throw py::value_error(subject(operands, k) + (contents == Contents::kLazy
-                            ? "lazily conjugated or negated, so that its memory does not hold its "
-                              "values; call resolve_conj() or resolve_neg() first"
-                            : "a tensor of zeros without memory; clone() it first"));
+  throw py::value_error(subject(operands, k) +
+                        (contents == Contents::kLazy
+                             ? "lazily conjugated or negated, so that its memory does not hold its "
+                               "values; call resolve_conj() or resolve_neg() first"
+                             : "a tensor of zeros without memory; clone() it first"));
 }
 
 void check_against_param(const Operands& operands, int k) {

@@ -60,8 +60,7 @@ void read_common(GroupReader& group, cuda::HyperSource& source) {
     group.fail("lr_independent_weight_decay needs decoupled_weight_decay");
   read_additions(group, hyper);
   group.require_at_first(hyper.lr >= 0, "Invalid learning rate", hyper.lr);
-  group.require_at_first(hyper.weight_decay >= 0, "Invalid weight_decay value",
-                         hyper.weight_decay);
+  group.require_at_first(hyper.weight_decay >= 0, "Invalid weight_decay value", hyper.weight_decay);
   if (group.flag(kDifferentiable))
     group.fail("differentiable=True is not supported: the step is not recorded by autograd");
 }
@@ -133,7 +132,8 @@ constexpr double kUnknownNumber = 0.5;
 
 bool GroupReader::find_on_gpu(py::handle value, const char* name, cuda::DeviceNumber& on_gpu) {
   TensorView view;
-  if (!is_tensor(value.ptr()) || !read_tensor(value.ptr(), view, held_) || !is_on_gpu(view)) return false;
+  if (!is_tensor(value.ptr()) || !read_tensor(value.ptr(), view, held_) || !is_on_gpu(view))
+    return false;
   if (cuda::is_emulated() && !is_capturable()) return false;
   if (!view.is_supported || view.is_complex || item_size(view.dtype) < 4 ||
       count_elements(view) != 1)
@@ -247,9 +247,9 @@ void refuse_partial(const OptimizerRow& row, PyObject* state, const Place& place
   std::string others;
   Py_ssize_t at = 0;
   for (py::object key, value; next_entry(state, at, key, value);) {
-    const bool is_optional =
-        key.equal(py::str(kMasterParam.name())) || key.equal(py::str(kParamRemainder.name())) ||
-        key.equal(py::str(kEmaParam.name()));
+    const bool is_optional = key.equal(py::str(kMasterParam.name())) ||
+                             key.equal(py::str(kParamRemainder.name())) ||
+                             key.equal(py::str(kEmaParam.name()));
     if (!is_optional && !value.is_none())
       others += (others.empty() ? "" : ", ") + std::string(py::repr(key));
   }

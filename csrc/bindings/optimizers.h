@@ -30,8 +30,8 @@ inline const Key kStep("step");
 inline const Key kMasterParam("master_param"), kParamRemainder("param_remainder");
 inline const Key kEmaParam("ema_param");
 
-// Which values of options are refused. torch looks at an optimizer's defaults when it is made, and at
-// nothing later: schedules may leave the ranges, if only by rounding.
+// Which values of options are refused. torch looks at an optimizer's defaults when it is made, and
+// at nothing later: schedules may leave the ranges, if only by rounding.
 enum class Ranges {
   kOfTorch,
   kSensible,  // what a step can compute with
@@ -93,8 +93,8 @@ struct OptimizerRow {
 // Whether a parameter's state has "step".
 bool counts_steps(const OptimizerRow& row, const Hyper& hyper);
 
-// Raises ValueError for a state that lacks some of what every step of the optimizer leaves there, but
-// holds other things: it is another optimizer's, or was cut short. What an option needs may be
+// Raises ValueError for a state that lacks some of what every step of the optimizer leaves there,
+// but holds other things: it is another optimizer's, or was cut short. What an option needs may be
 // missing, since it may have been switched on later.
 void refuse_partial(const OptimizerRow& row, PyObject* state, const Place& place);
 

@@ -125,13 +125,12 @@ Plan::Walk Plan::start_walk(const py::object& param_groups, const py::object& st
     GroupReader reader(group.ptr(), index, /*leave_on_gpu=*/true);
     const cuda::HyperSource source = row_.read(reader);
     held_.hold(py::cast<py::object>(group));
-    walk.groups.push_back({group, reader.params(), source, reader.numbers_gpu(),
-                           row_.num_states(source.values),
-                           static_cast<uint8_t>(with_family(
-                               row_.rule,
-                               [&](auto family) { return variant(family, source.values); })),
-                           reader.is_capturable(), reader.master_weights(),
-                           counts_steps(row_, source.values), reader.errs_if_nonfinite()});
+    walk.groups.push_back(
+        {group, reader.params(), source, reader.numbers_gpu(), row_.num_states(source.values),
+         static_cast<uint8_t>(
+             with_family(row_.rule, [&](auto family) { return variant(family, source.values); })),
+         reader.is_capturable(), reader.master_weights(), counts_steps(row_, source.values),
+         reader.errs_if_nonfinite()});
     held_.hold_all(std::move(reader.held()));
     walk.clips = walk.clips || source.values.max_grad_norm > 0;
   }
@@ -299,8 +298,8 @@ int64_t Plan::bookkeeping_bytes() const {
   size_t bytes = sizeof(*this) + works_.capacity() * sizeof(Work) +
                  slots_.capacity() * sizeof(Slot) +
                  (chunks_.capacity() + leaves_.capacity()) * sizeof(ChunkStart) +
-                 leaf_sizes_.capacity() * sizeof(int64_t) +
-                 written_.capacity() * sizeof(Written) + held_.capacity_bytes();
+                 leaf_sizes_.capacity() * sizeof(int64_t) + written_.capacity() * sizeof(Written) +
+                 held_.capacity_bytes();
   for (const Dims& dims : dims_) bytes += sizeof(Dims) + dims.capacity() * sizeof(Dim);
   return static_cast<int64_t>(bytes);
 }

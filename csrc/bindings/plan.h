@@ -220,8 +220,8 @@ class Plan {
   std::vector<ChunkStart> chunks_;
   std::vector<ChunkStart> leaves_;   // of the norm, if it was needed, for grads of
   std::vector<int64_t> leaf_sizes_;  // these sizes
-  std::vector<Written> written_;     // all operands that works_ write, by address, as refuse_overlap()
-  bool disjoint_ = false;            // left it, which stands if this is true: they do not overlap
+  std::vector<Written> written_;  // all operands that works_ write, by address, as refuse_overlap()
+  bool disjoint_ = false;         // left it, which stands if this is true: they do not overlap
   int64_t overlap_checks_ = 0;
   bool in_order_ = false;            // in this step, the order of the parameters counts
   bool walked_ = true;               // the last walk came to its end

@@ -42,8 +42,8 @@ pybind11::object lookup(PyObject* dict, PyObject* key);
 bool next_entry(PyObject* dict, Py_ssize_t& position, pybind11::object& key,
                 pybind11::object& value);
 
-// A dict with a mapping's entries as its [] gives them: itself if it is a dict of Python's own, else
-// a copy. Raises TypeError, beginning with `what`, for what is no mapping.
+// A dict with a mapping's entries as its [] gives them: itself if it is a dict of Python's own,
+// else a copy. Raises TypeError, beginning with `what`, for what is no mapping.
 pybind11::object as_dict(PyObject* mapping, const char* what);
 
 // Whether a mapping's [] does nothing but look up what PyDict_Next() finds: a dict or defaultdict.

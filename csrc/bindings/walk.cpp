@@ -18,7 +18,8 @@ void refuse_entry(const Place& place, PyObject* key, PyObject* value, bool is_st
   if (value == Py_None) return;
   const char* const advice = is_step ? "; load_state_dict() makes tensors of numbers" : "";
   throw py::type_error(subject(place, py::str(py::handle(key))) +
-                       std::string(py::repr(py::handle(value))) + ", but must be a tensor" + advice);
+                       std::string(py::repr(py::handle(value))) + ", but must be a tensor" +
+                       advice);
 }
 
 void refuse_unless_tensor(PyObject* object, const Place& place, const char* name) {
@@ -136,7 +137,8 @@ void Plan::walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t 
   for (int j = 0; j < n; ++j) for_each_state(found[j], prefetch_description);
   for (int j = 0; j < n; ++j) for_each_state(found[j], prefetch_storage);
   for (int j = 0; j < n; ++j)
-    visit(walk, group, {group.dict.ptr(), group_index, first + j}, found[j], at + static_cast<size_t>(j));
+    visit(walk, group, {group.dict.ptr(), group_index, first + j}, found[j],
+          at + static_cast<size_t>(j));
 }
 
 // The dict of a parameter's state, held, or nullptr. State was created in the order of the
@@ -148,8 +150,7 @@ PyObject* Plan::find_state_dict(Walk& walk, const Group& group, PyObject* param,
   if (!walk.state_is_plain) {
     if (active) state = find_in_mapping(walk.state, param);
   } else {
-    if (!walk.next_param)
-      next_entry(walk.state, walk.state_at, walk.next_param, walk.next_state);
+    if (!walk.next_param) next_entry(walk.state, walk.state_at, walk.next_param, walk.next_state);
     if (walk.next_param.ptr() == param) {
       state = std::move(walk.next_state);
       walk.next_param = py::object();
@@ -280,8 +281,7 @@ bool Plan::has_unused_state(const Found& found, const Group& group) const {
          is_unused(kStep, group.counts_steps);
 }
 
-void Plan::take_over(const Group& group, const Found& found, Operands& operands,
-                     Slot& slot) const {
+void Plan::take_over(const Group& group, const Found& found, Operands& operands, Slot& slot) const {
   operands.count = found.count;
   operands.step = found.step;
   operands.master = found.master;
@@ -311,8 +311,8 @@ Plan::Unchanged Plan::compare(const Found& found, bool is_known, Slot& slot) con
                                                            : join_fingerprints(all, print);
   }
   const uint64_t grad = print_of(found.tensors[kGrad]);
-  const bool same = is_known && slot.recognizable && all == slot.fingerprint &&
-                    all != kNoFingerprint;
+  const bool same =
+      is_known && slot.recognizable && all == slot.fingerprint && all != kNoFingerprint;
   const bool same_grad = grad == slot.grad_fingerprint && grad != kNoFingerprint;
   slot.fingerprint = all;
   slot.grad_fingerprint = grad;

@@ -86,10 +86,14 @@ FUSEDOPT_HD AdamScalars<double> schedule_rule(AdamFamily, const Hyper& hyper, Ti
   // An eps that keeps the denominator from 0 must not become 0 itself (see also AdamScalars::as).
   double eps = hyper.eps * sqrt_correction2;
   if (hyper.eps > 0 && eps < kSmallestNormal<double>) eps = kSmallestNormal<double>;
-  return {grad_factor(hyper, grads),    to_grad ? -hyper.beta1 : 1.0 - hyper.beta1,
-          to_grad ? 1.0 : 0.0,          split(hyper.beta2),
-          split(1.0 - hyper.beta2),     hyper.lr * sqrt_correction2 / correction1,
-          eps,                          hyper.weight_decay,
+  return {grad_factor(hyper, grads),
+          to_grad ? -hyper.beta1 : 1.0 - hyper.beta1,
+          to_grad ? 1.0 : 0.0,
+          split(hyper.beta2),
+          split(1.0 - hyper.beta2),
+          hyper.lr * sqrt_correction2 / correction1,
+          eps,
+          hyper.weight_decay,
           kept_by_decay(hyper)};
 }
 

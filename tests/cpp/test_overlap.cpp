@@ -3,10 +3,12 @@
 
 #include "core/overlap.h"
 
+#include <algorithm>
 #include <deque>
 #include <map>
 #include <optional>
 #include <random>
+#include <set>
 #include <vector>
 
 using namespace fusedopt;
@@ -44,6 +46,26 @@ class Regions {
       });
     }
     return found;
+  }
+
+  // Marks against a set of bytes, for every two regions.
+  void check_marks() const {
+    for (const Region& a : regions_)
+      for (const Region& b : regions_) {
+        Marks marks(std::min(a.base, b.base), std::max(end_of(a), end_of(b)));
+        marks.add(a);
+        std::set<uintptr_t> bytes;
+        for_each_element(a, [&](int64_t at) {
+          for (int64_t byte = 0; byte < a.item; ++byte)
+            bytes.insert(a.base + static_cast<uintptr_t>(at + byte));
+        });
+        bool meets = false;
+        for_each_element(b, [&](int64_t at) {
+          for (int64_t byte = 0; byte < b.item; ++byte)
+            meets = meets || bytes.count(b.base + static_cast<uintptr_t>(at + byte)) > 0;
+        });
+        CHECK(marks.meets(b) == meets);
+      }
   }
 
   bool any_share() const {
@@ -138,6 +160,7 @@ void test_random_regions() {
     const auto found = regions.find();
     CHECK(found.has_value() == regions.any_share());
     if (found) CHECK(regions.share(found->first, found->second));
+    regions.check_marks();
     overlapping += found.has_value();
   }
   CHECK(overlapping > 100 && overlapping < 400);  // else the test would say little

@@ -206,7 +206,11 @@ def test_import_without_a_build_says_what_to_do(kind: str, tmp_path: Path) -> No
     (package / "_C.cpython-27-other.so").touch()
     if kind == "sources":
         (tmp_path / "setup.py").touch()
-    code = "try:\n    import fusedopt\nexcept ImportError as error:\n    print(error)"
+    code = (
+        "import sys\n"  # an editable install would lend its extension
+        "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)]\n"
+        "try:\n    import fusedopt\nexcept ImportError as error:\n    print(error)"
+    )
     said = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True, text=True, check=True,

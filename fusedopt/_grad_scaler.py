@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._optimizer import FusedOptimizer
+from ._optimizer import FusedOptimizer, skip_flag
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -33,7 +33,7 @@ class GradScaler(torch.amp.GradScaler):
             if optimizer._checks_grads:
                 optimizer._checks_grads = False
                 if optimizer._verdict is not None:
-                    flag = optimizer._skip_flag().clone()  # torch adds those of others to it
+                    flag = skip_flag(optimizer._verdict).clone()  # torch adds those of others to it
                     self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {
                         flag.device: flag
                     }

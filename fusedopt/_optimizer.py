@@ -159,7 +159,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         state = self.state[group["params"][index]]
         for name in unused_entries(group["params"][index], state, group):
-            del state[name]
+            state.pop(name, None)
         if not self._counts_steps(group):
             state.pop("step", None)
 
@@ -171,7 +171,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for a GPU; None if the step did not read the grads first: without ``max_grad_norm`` and
         ``fusedopt.GradScaler``.
         """
-        return None if self._verdict is None else self._verdict[0]
+        verdict = self._verdict  # once: another thread may be stepping
+        return None if verdict is None else verdict[0]
 
     @property
     def nonfinite_grads(self) -> Tensor | None:
@@ -179,7 +180,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         An int64 tensor of one element on the parameters' device; None as ``grad_norm``.
         """
-        return None if self._verdict is None else self._verdict[1:2].view(torch.int64)[0]
+        verdict = self._verdict
+        return None if verdict is None else verdict[1:2].view(torch.int64)[0]
 
     @property
     def skipped(self) -> Tensor:
@@ -187,14 +189,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         A bool tensor of one element; on the parameters' device if that is what knows.
         """
-        if self._verdict is not None:
-            return self._skip_flag() > 0
-        found_inf = self._found_inf
+        verdict, found_inf = self._verdict, self._found_inf
+        if verdict is not None:
+            return skip_flag(verdict) > 0
         return found_inf.sum() > 0 if isinstance(found_inf, Tensor) else torch.tensor(False)
-
-    def _skip_flag(self) -> Tensor:
-        assert self._verdict is not None
-        return self._verdict[2:3].view(torch.float32)[0]
 
     def fp32_params(self) -> list[Tensor]:
         """Copies of all weights, in the order of the param groups.
@@ -317,7 +315,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _plan(self) -> _C.Plan:
         plan: _C.Plan | None = self.__dict__.get("_plan_")
         if plan is None:
-            plan = self._plan_ = _C.Plan(self._row, cpu_isa())
+            # Two threads in their first step get the same one, which refuses one of them.
+            plan = self.__dict__.setdefault("_plan_", _C.Plan(self._row, cpu_isa()))
         return plan
 
     def _create_state(
@@ -350,8 +349,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         def discard() -> None:
             for param, before, _ in created:
                 if before is None:
-                    del self.state[param]
-                else:
+                    self.state.pop(param, None)
+                elif param in self.state:
                     self.state[param].clear()
                     self.state[param].update(before)
 
@@ -369,6 +368,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for name in names
                 if present.get(name) is None
             }
+
+
+def skip_flag(verdict: Tensor) -> Tensor:
+    return verdict[2:3].view(torch.float32)[0]
 
 
 def _entries(state: Any) -> State:

@@ -98,7 +98,13 @@ bool Plan::measure(Walk& walk, const py::object& reductions, const Scaling& scal
     driver_->measure(share);
   }
   if (!is_alone) combine(launches, reductions, numbers, data);
-  set_verdict(numbers.front());
+  if (uses_cpu) {
+    const double* const totals = data.front() + kVerdictNumbers;
+    const Verdict verdict = judge(totals[0], static_cast<int64_t>(totals[1]), walk.grads.scale,
+                                  /*found_inf=*/false, walk.clips);
+    std::memcpy(data.front(), &verdict, sizeof(verdict));
+  }
+  set_verdict(numbers.front());  // from now on, other threads may read it
   for (const py::object& tensor : numbers) {
     launches.kept.push_back(tensor);
     if (launches.captured) captured_.push_back(tensor);
@@ -107,12 +113,6 @@ bool Plan::measure(Walk& walk, const py::object& reductions, const Scaling& scal
   const bool errs = std::any_of(walk.groups.begin(), walk.groups.end(),
                                 [](const Group& group) { return group.errs_if_nonfinite; });
   if (!uses_cpu && !errs) return false;
-  if (uses_cpu) {
-    const double* const totals = data.front() + kVerdictNumbers;
-    const Verdict verdict = judge(totals[0], static_cast<int64_t>(totals[1]), walk.grads.scale,
-                                  /*found_inf=*/false, walk.clips);
-    std::memcpy(data.front(), &verdict, sizeof(verdict));
-  }
   const Verdict verdict = read_verdict(numbers.front());
   const bool is_bad = verdict.nonfinite > 0 || is_nonfinite(verdict.grad_norm);
   const bool is_overflow = checks_grads && verdict.nonfinite > 0;  // of a GradScaler's scale

@@ -50,7 +50,7 @@ const fusedopt::cuda::Emulation& emulation() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   fusedopt::connect_to_torch();
   fusedopt::learn_fingerprints();
   py::class_<fusedopt::Plan>(m, "Plan")

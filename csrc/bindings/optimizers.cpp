@@ -185,12 +185,13 @@ bool GroupReader::has(const Key& key) const {
 }
 
 double GroupReader::number_or(const Key& key, double otherwise) {
-  return has(key) ? to_number(find(key), key.name(), nullptr) : otherwise;
+  const py::object value = find(key);  // once: another thread may take it out
+  return value && !value.is_none() ? to_number(value, key.name(), nullptr) : otherwise;
 }
 
 Master GroupReader::master_weights() const {
-  if (!has(kMasterWeights)) return Master::kNone;
   const py::object value = find(kMasterWeights);
+  if (!value || value.is_none()) return Master::kNone;
   if (PyUnicode_Check(value.ptr())) {
     if (PyUnicode_CompareWithASCIIString(value.ptr(), "float32") == 0) return Master::kFloat32;
     if (PyUnicode_CompareWithASCIIString(value.ptr(), "split") == 0) return Master::kSplit;
@@ -199,9 +200,10 @@ Master GroupReader::master_weights() const {
 }
 
 void GroupReader::check_state_dtype() const {
-  if (has(kStateDtype) && !is_state_dtype(find(kStateDtype).ptr()))
+  const py::object value = find(kStateDtype);
+  if (value && !value.is_none() && !is_state_dtype(value.ptr()))
     fail("state_dtype must be torch.float32, torch.bfloat16 or None, got " +
-         std::string(py::repr(find(kStateDtype))));
+         std::string(py::repr(value)));
 }
 
 bool GroupReader::errs_if_nonfinite() const { return flag(kErrorIfNonfinite); }
@@ -226,9 +228,9 @@ bool GroupReader::is_capturable() const { return flag(kCapturable); }
 
 void GroupReader::betas(cuda::HyperSource& source) {
   const py::object pair = find(kBetas);
-  if (!pair || !PySequence_Check(pair.ptr()) || py::len(pair) != 2)
-    fail("betas must be a pair of numbers");
-  const auto values = as_tuple(pair.ptr()).cast<py::tuple>();
+  py::tuple values;
+  if (pair && PySequence_Check(pair.ptr())) values = as_tuple(pair.ptr());
+  if (values.size() != 2) fail("betas must be a pair of numbers");
   source.values.beta1 = to_number(values[0], "betas[0]", &source.beta1);
   source.values.beta2 = to_number(values[1], "betas[1]", &source.beta2);
 }

@@ -38,11 +38,16 @@ Plan::Plan(const std::string& optimizer, const std::string& isa, int64_t chunk_e
   if (chunk_elements < 0) throw py::value_error("chunk_elements must not be negative");
 }
 
+// Of all that a plan does, one thing at a time. To be ended by running_.clear().
+void Plan::begin() {
+  if (running_.test_and_set(std::memory_order_acquire))
+    throw std::runtime_error("step() of this optimizer is already running in another thread");
+}
+
 py::object Plan::step(const py::object& param_groups, const py::object& state,
                       const py::object& grad_scale, const py::object& found_inf,
                       const py::function& create_state, int num_threads, bool checks_grads) {
-  if (running_.test_and_set(std::memory_order_acquire))
-    throw std::runtime_error("step() of this optimizer is already running in another thread");
+  begin();
   const AtExit at_exit([this] {
     const References done = held_.take();  // to be let go of last, for that may run anything
     running_.clear(std::memory_order_release);
@@ -294,7 +299,9 @@ void Plan::set_verdict(py::object verdict) {
   std::swap(verdict_, verdict);
 }
 
-int64_t Plan::bookkeeping_bytes() const {
+int64_t Plan::bookkeeping_bytes() {
+  begin();
+  const AtExit at_exit([this] { running_.clear(std::memory_order_release); });
   size_t bytes = sizeof(*this) + works_.capacity() * sizeof(Work) +
                  slots_.capacity() * sizeof(Slot) +
                  (chunks_.capacity() + leaves_.capacity()) * sizeof(ChunkStart) +

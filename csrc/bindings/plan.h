@@ -45,7 +45,7 @@ class Plan {
   pybind11::object verdict() const;
 
   // Bytes that the plan keeps between steps.
-  int64_t bookkeeping_bytes() const;
+  int64_t bookkeeping_bytes();
 
   // How often all written memory has been compared so far, which takes long for sliced tensors.
   int64_t overlap_checks() const { return overlap_checks_; }
@@ -157,6 +157,7 @@ class Plan {
     bool is_complete = false;
   };
 
+  void begin();
   Walk start_walk(const pybind11::object& param_groups, const pybind11::object& state,
                   const GradFacts& grads, bool is_second);
   void walk(Walk& walk);

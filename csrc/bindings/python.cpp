@@ -1,5 +1,7 @@
 #include "bindings/python.h"
 
+#include <pybind11/gil_safe_call_once.h>
+
 #include <string>
 
 namespace py = pybind11;
@@ -21,7 +23,7 @@ py::object lookup(PyObject* dict, PyObject* key) {
 bool next_entry(PyObject* dict, Py_ssize_t& position, py::object& key, py::object& value) {
   PyObject *next_key = nullptr, *next_value = nullptr;
 #if defined(Py_GIL_DISABLED)
-  Py_BEGIN_CRITICAL_SECTION(dict);
+  Py_BEGIN_CRITICAL_SECTION(dict);  // opens a scope
 #endif
   if (PyDict_Next(dict, &position, &next_key, &next_value)) {
     Py_INCREF(next_key);
@@ -47,10 +49,12 @@ py::object as_dict(PyObject* mapping, const char* what) {
 }
 
 bool is_plain_dict(PyObject* mapping) {
-  static PyObject* const default_dict =
-      py::object(py::module_::import("collections").attr("defaultdict")).release().ptr();
-  return PyDict_CheckExact(mapping) ||
-         Py_TYPE(mapping) == reinterpret_cast<PyTypeObject*>(default_dict);
+  // A plain static would wait for another thread's import without giving up the GIL.
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> default_dict;
+  if (PyDict_CheckExact(mapping)) return true;
+  default_dict.call_once_and_store_result(
+      [] { return py::object(py::module_::import("collections").attr("defaultdict")); });
+  return py::type::handle_of(mapping).is(default_dict.get_stored());
 }
 
 py::object find_in_mapping(PyObject* mapping, PyObject* key) {

@@ -1,3 +1,4 @@
+#include <atomic>
 #include <cstdlib>
 #include <functional>
 #include <stdexcept>
@@ -10,9 +11,9 @@
 namespace fusedopt::cuda {
 namespace {
 
-bool g_emulates = false;
-bool g_captures = false;
-std::vector<std::function<void()>> g_recorded;
+std::atomic<bool> g_emulates{false};
+std::atomic<bool> g_captures{false};
+std::vector<std::function<void()>> g_recorded;  // by one thread at a time
 
 void enqueue(std::function<void()> work) {
   if (g_captures)

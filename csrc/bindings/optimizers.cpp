@@ -246,14 +246,18 @@ void refuse_partial(const OptimizerRow& row, PyObject* state, const Place& place
       missing = &row.state_names[static_cast<size_t>(s)];
   if (missing == nullptr && row.always_counts && !has(kStep)) missing = &kStep;
   if (missing == nullptr) return;
-  std::string others;
+  References keys;
   Py_ssize_t at = 0;
-  for (py::object key, value; next_entry(state, at, key, value);) {
+  visit_entries(state, at, [&](PyObject* key, PyObject* value) {
+    if (value != Py_None) keys.hold(key);
+    return true;
+  });
+  std::string others;
+  for (const py::object& key : keys) {
     const bool is_optional = key.equal(py::str(kMasterParam.name())) ||
                              key.equal(py::str(kParamRemainder.name())) ||
                              key.equal(py::str(kEmaParam.name()));
-    if (!is_optional && !value.is_none())
-      others += (others.empty() ? "" : ", ") + std::string(py::repr(key));
+    if (!is_optional) others += (others.empty() ? "" : ", ") + std::string(py::repr(key));
   }
   if (others.empty()) return;  // a parameter that has not been stepped
   throw py::value_error("the state of " + place.text() + " has no '" + missing->name() +

@@ -132,8 +132,8 @@ class Plan {
     bool gpu_counts;          // GPUs count the steps of their parameters and compute the scalars
     bool is_second;           // after the creation of missing state
     Py_ssize_t state_at = 0;  // PyDict_Next's position in `state`, whose order is nearly always
-    pybind11::object next_param = {};  // that of the parameters: the entry there
-    pybind11::object next_state = {};
+    // of the parameters: the parameter whose entry was found there in place of another's
+    pybind11::object next_param = {};
     std::vector<Dims> dims = {};
     std::vector<Scalars> scalars = {};
     std::vector<ScalarsKey> scalars_keys = {};  // what each of them is for

@@ -20,23 +20,6 @@ py::object lookup(PyObject* dict, PyObject* key) {
 #endif
 }
 
-bool next_entry(PyObject* dict, Py_ssize_t& position, py::object& key, py::object& value) {
-  PyObject *next_key = nullptr, *next_value = nullptr;
-#if defined(Py_GIL_DISABLED)
-  Py_BEGIN_CRITICAL_SECTION(dict);  // opens a scope
-#endif
-  if (PyDict_Next(dict, &position, &next_key, &next_value)) {
-    Py_INCREF(next_key);
-    Py_INCREF(next_value);
-  }
-#if defined(Py_GIL_DISABLED)
-  Py_END_CRITICAL_SECTION();
-#endif
-  key = py::reinterpret_steal<py::object>(next_key);
-  value = py::reinterpret_steal<py::object>(next_value);
-  return next_key != nullptr;
-}
-
 py::object as_dict(PyObject* mapping, const char* what) {
   if (PyDict_CheckExact(mapping)) return py::reinterpret_borrow<py::object>(mapping);
   if (!PyMapping_Check(mapping) || !py::hasattr(mapping, "keys"))

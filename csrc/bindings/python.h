@@ -24,10 +24,15 @@ class References {
     for (pybind11::object& object : others.objects_) hold(std::move(object));
     others.objects_.clear();
   }
+  PyObject* hold(PyObject* borrowed) {
+    return hold(pybind11::reinterpret_borrow<pybind11::object>(borrowed));
+  }
   // May run code of the user's: whatever a weak reference or a destructor calls.
   void clear() { objects_.clear(); }
   // Empties this; the references live on in what is returned.
   References take() { return std::exchange(*this, References()); }
+  auto begin() const { return objects_.begin(); }
+  auto end() const { return objects_.end(); }
   void reserve(size_t count) { objects_.reserve(count); }
   size_t capacity_bytes() const { return objects_.capacity() * sizeof(pybind11::object); }
 
@@ -38,9 +43,20 @@ class References {
 // The value of that key in a dict, or a null object. Raises what hashing or comparing raises.
 pybind11::object lookup(PyObject* dict, PyObject* key);
 
-// As PyDict_Next(), with references. False at the end.
-bool next_entry(PyObject* dict, Py_ssize_t& position, pybind11::object& key,
-                pybind11::object& value);
+// Calls `visit` with keys and values of a dict, borrowed, from that position on, until it returns
+// false or the end is reached. `visit` may neither throw nor run code of Python's.
+template <class Visit>
+void visit_entries(PyObject* dict, Py_ssize_t& position, const Visit& visit) {
+  PyObject *key = nullptr, *value = nullptr;
+#if defined(Py_GIL_DISABLED)
+  Py_BEGIN_CRITICAL_SECTION(dict);  // opens a scope
+#endif
+  while (PyDict_Next(dict, &position, &key, &value))
+    if (!visit(key, value)) break;
+#if defined(Py_GIL_DISABLED)
+  Py_END_CRITICAL_SECTION();
+#endif
+}
 
 // A dict with a mapping's entries as its [] gives them: itself if it is a dict of Python's own,
 // else a copy. Raises TypeError, beginning with `what`, for what is no mapping.

@@ -13,9 +13,8 @@ namespace {
 // Parameters that are walked together.
 constexpr int kBlock = 8;
 
-// Raises TypeError for a value of the state that is no tensor. None stands for what is not there.
-void refuse_entry(const Place& place, PyObject* key, PyObject* value, bool is_step) {
-  if (value == Py_None) return;
+// Raises TypeError for a value of the state that is no tensor.
+[[noreturn]] void refuse_entry(const Place& place, PyObject* key, PyObject* value, bool is_step) {
   const char* const advice = is_step ? "; load_state_dict() makes tensors of numbers" : "";
   throw py::type_error(subject(place, py::str(py::handle(key))) +
                        std::string(py::repr(py::handle(value))) + ", but must be a tensor" +
@@ -150,13 +149,17 @@ PyObject* Plan::find_state_dict(Walk& walk, const Group& group, PyObject* param,
   if (!walk.state_is_plain) {
     if (active) state = find_in_mapping(walk.state, param);
   } else {
-    if (!walk.next_param) next_entry(walk.state, walk.state_at, walk.next_param, walk.next_state);
-    if (walk.next_param.ptr() == param) {
-      state = std::move(walk.next_state);
+    if (!walk.next_param)
+      visit_entries(walk.state, walk.state_at, [&](PyObject* key, PyObject* value) {
+        if (key == param)
+          state = py::reinterpret_borrow<py::object>(value);
+        else
+          walk.next_param = py::reinterpret_borrow<py::object>(key);
+        return false;
+      });
+    else if (walk.next_param.ptr() == param)
       walk.next_param = py::object();
-    } else if (active) {
-      state = lookup(walk.state, param);
-    }
+    if (!state && active) state = lookup(walk.state, param);
   }
   if (!active || !state) return nullptr;
   if (PyDict_CheckExact(state.ptr())) return held_.hold(std::move(state));
@@ -180,25 +183,29 @@ bool Plan::find_state(PyObject* state, const Group& group, const Place& place, F
   // Keys are interned as a rule, so going through the few entries is cheaper than three lookups.
   PyObject* const step_key = group.counts_steps ? kStep.object() : nullptr;
   int left = found.count - kFirstState + (group.counts_steps ? 1 : 0);
-  const auto take = [&](PyObject* key, py::object value) {
+  PyObject *bad_key = nullptr, *bad_value = nullptr;
+  const auto take = [&](PyObject* key, PyObject* value) {
     PyObject** entry = key == step_key ? &found.step : nullptr;
     for (int k = kFirstState; entry == nullptr && k < found.count; ++k)
       if (key == found.names[k]->object()) entry = &found.tensors[k];
-    if (entry == nullptr || *entry != nullptr) return;
-    if (!is_tensor(value.ptr())) {
-      refuse_entry(place, key, value.ptr(), key == step_key);
-      return;
+    if (entry == nullptr || *entry != nullptr || value == Py_None) return true;
+    if (!is_tensor(value)) {
+      bad_key = held_.hold(key);
+      bad_value = held_.hold(value);
+      return false;
     }
-    *entry = held_.hold(std::move(value));
-    --left;
+    *entry = held_.hold(value);
+    return --left > 0;
   };
   Py_ssize_t at = 0;
-  py::object key, value;
-  while (left > 0 && next_entry(state, at, key, value)) take(key.ptr(), std::move(value));
+  if (left > 0) visit_entries(state, at, take);
+  if (bad_key != nullptr) refuse_entry(place, bad_key, bad_value, bad_key == step_key);
   if (left == 0) return true;
 
   const auto look_up = [&](PyObject* name) {
-    if (py::object value = lookup(state, name)) take(name, std::move(value));
+    const py::object value = lookup(state, name);
+    if (value) take(name, value.ptr());
+    if (bad_key != nullptr) refuse_entry(place, bad_key, bad_value, bad_key == step_key);
   };
   if (step_key != nullptr) look_up(step_key);
   for (int k = kFirstState; k < found.count; ++k) look_up(found.names[k]->object());

@@ -309,7 +309,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 entries = self.state.get(param)
-                if isinstance(entries, MutableMapping) and "step" in entries:
+                if isinstance(entries, (dict, MutableMapping)) and "step" in entries:
                     entries["step"] = to_step(entries["step"], step_device(param, group))
 
     def _plan(self) -> _C.Plan:

@@ -38,8 +38,7 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
     state: defaultdict[Any, Any] = defaultdict(dict)
     for key, entries in state_dict["state"].items():
         if key in params:
-            moved = _move(entries, params[key])
-            state[params[key]] = dict(moved) if isinstance(moved, Mapping) else moved
+            state[params[key]] = _move(entries, params[key])
         else:  # of no parameter: kept as it is, as torch does
             state[key] = entries
     new_values: list[tuple[Tensor, Tensor]] = []
@@ -53,12 +52,13 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
             if key in group:
                 saved[key] = group[key]
         optimizer._check_group(saved, index)
+        counts_steps = optimizer._counts_steps(saved)
         for at, param in enumerate(group["params"]):
             entries = state.get(param)
             if isinstance(entries, dict):
                 _C.check_state(optimizer._row, entries, saved, index, at)
                 place = _place(saved, index, at)
-                if not optimizer._counts_steps(saved):
+                if not counts_steps:
                     entries.pop("step", None)
                 if entries.get("step") is not None:
                     entries["step"] = _checked_step(entries["step"], place)
@@ -94,7 +94,7 @@ def _place(group: dict[str, Any], group_index: int, index: int) -> str:
 def _checked_step(step: Any, place: str) -> Tensor:
     """A step count as a step takes it; TypeError or ValueError for what it would refuse."""
     count = to_step(step, torch.device("cpu"))
-    if count.numel() != 1 or not (count >= 0) or count != count.floor():
+    if count.numel() != 1 or not 0 <= (number := float(count)) < 9.2e18 or number % 1 != 0:
         raise ValueError(
             f"step of {place} is {step!r} in the loaded state dict, but must be one whole number "
             "that is not negative; round it"
@@ -124,7 +124,7 @@ def _move(value: Any, param: Tensor, key: Any = None) -> Any:
     """
     if isinstance(value, Tensor):
         return value if key == "step" else _laid_out_as(param, value.to(device=param.device))
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):  # a dict is found out faster than other mappings
         return {name: _move(value[name], param, name) for name in value}
     if isinstance(value, Iterable) and not isinstance(value, str):
         return type(value)(_move(entry, param) for entry in value)  # type: ignore[call-arg]

@@ -142,7 +142,9 @@ class Honest:
             value.copy_(value.to(dtype))
             return
         integers = value.to(FLOAT32).view(torch.int32)
-        draws = torch.randint(65536, value.shape, generator=self.generator, dtype=torch.int32)
+        draws = torch.randint(
+            65536, value.shape, generator=self.generator, dtype=torch.int32, device="cpu"
+        )
         value.copy_(((integers + draws) & -65536).view(FLOAT32))
 
 

@@ -1,4 +1,7 @@
-"""torch.amp.GradScaler: step() unscales and skips by itself (`_step_supports_amp_scaling`)."""
+"""torch.amp.GradScaler: step() of an optimizer made with fused=True unscales and skips by itself.
+
+It says so with `_step_supports_amp_scaling`; for all others, as in torch, the scaler does both.
+"""
 
 import copy
 from typing import Any
@@ -23,6 +26,8 @@ from device import DEVICE, STEPS_ON_DEVICE
 
 EVERY_CASE = pytest.mark.parametrize("case", **by_id(CASES))
 MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
+WAYS: dict[str, dict[str, Any]] = {"in the step": {"fused": True}, "before it": {}}
+EACH_WAY = pytest.mark.parametrize("options", **by_id(WAYS))
 OVERFLOWS = pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 
 
@@ -54,12 +59,13 @@ def scaled_step(
 
 
 @EVERY_CASE
+@EACH_WAY
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "unscaled and clipped by the user"])
-def test_scaled_training(case: Case, clip: float | None) -> None:
+def test_scaled_training(case: Case, options: dict[str, Any], clip: float | None) -> None:
     """With an overflow in the middle, which shrinks the scale; torch's twin is unfused."""
     results = []
-    for build in (case.ours, case.torchs):
-        optimizer, scaler = build(make_params()), new_scaler()
+    for build, more in ((case.ours, options), (case.torchs, {})):
+        optimizer, scaler = build(make_params(), **more), new_scaler()
         for seed in range(6):
             scaled_step(scaler, optimizer, seed, float("inf") if seed == 3 else None, clip)
         results.append((params_of(optimizer), scaler.get_scale(), scaler.state_dict()))
@@ -68,11 +74,14 @@ def test_scaled_training(case: Case, clip: float | None) -> None:
 
 
 @EVERY_CASE
+@EACH_WAY
 @OVERFLOWS
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "clipped"])
-def test_overflow_on_the_first_step(case: Case, value: float, clip: float | None) -> None:
+def test_overflow_on_the_first_step(
+    case: Case, options: dict[str, Any], value: float, clip: float | None
+) -> None:
     """A peer left its momentum uninitialised when the first step was skipped."""
-    optimizer, scaler = case.ours(make_params()), new_scaler()
+    optimizer, scaler = case.ours(make_params(), **options), new_scaler()
     params = optimizer.param_groups[0]["params"]
     before = [photograph(param, values_only=STEPS_ON_DEVICE) for param in params]
     scaled_step(scaler, optimizer, 0, overflow=value, clip=clip)
@@ -87,9 +96,10 @@ def test_overflow_on_the_first_step(case: Case, value: float, clip: float | None
 
 
 @EVERY_CASE
+@EACH_WAY
 @OVERFLOWS
-def test_overflow_on_a_later_step(case: Case, value: float) -> None:
-    optimizer, scaler = case.ours(make_params()), new_scaler()
+def test_overflow_on_a_later_step(case: Case, options: dict[str, Any], value: float) -> None:
+    optimizer, scaler = case.ours(make_params(), **options), new_scaler()
     for seed in range(2):
         scaled_step(scaler, optimizer, seed)
     before = without_grads(optimizer)
@@ -161,8 +171,9 @@ def test_grad_scale_divides_the_grads(case: Case, dtype: torch.dtype, scale: flo
 
 
 @MAIN_CASE
-def test_scaler_leaves_no_attributes_behind(case: Case) -> None:
-    optimizer, scaler = case.ours(make_params()), new_scaler()
+@EACH_WAY
+def test_scaler_leaves_no_attributes_behind(case: Case, options: dict[str, Any]) -> None:
+    optimizer, scaler = case.ours(make_params(), **options), new_scaler()
     scaled_step(scaler, optimizer, 0)
     assert not hasattr(optimizer, "found_inf")
     assert not hasattr(optimizer, "grad_scale")
@@ -174,8 +185,9 @@ def test_scaler_leaves_no_attributes_behind(case: Case) -> None:
 
 
 @MAIN_CASE
-def test_disabled_scaler(case: Case) -> None:
-    optimizer, plain = case.ours(make_params()), case.ours(make_params())
+@EACH_WAY
+def test_disabled_scaler(case: Case, options: dict[str, Any]) -> None:
+    optimizer, plain = case.ours(make_params(), **options), case.ours(make_params())
     scaler = new_scaler(enabled=False)
     for seed in range(3):
         set_grads(optimizer.param_groups[0]["params"], seed)
@@ -186,7 +198,8 @@ def test_disabled_scaler(case: Case) -> None:
 
 
 @MAIN_CASE
-def test_amp_training_end_to_end(case: Case) -> None:
+@EACH_WAY
+def test_amp_training_end_to_end(case: Case, options: dict[str, Any]) -> None:
     """Autocast, backward, scaler; float16 grads overflow in the first step by the scale alone."""
     torch.manual_seed(0)
     with torch.device("cpu"):  # the same numbers on every device
@@ -194,9 +207,9 @@ def test_amp_training_end_to_end(case: Case) -> None:
         inputs, targets = torch.randn(16, 4), torch.randn(16, 1)
     first, inputs, targets = first.to(DEVICE), inputs.to(DEVICE), targets.to(DEVICE)
     results = []
-    for build in (case.ours, case.torchs):
+    for build, more in ((case.ours, options), (case.torchs, {})):
         model = copy.deepcopy(first)
-        optimizer = build(model.parameters())
+        optimizer = build(model.parameters(), **more)
         scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**24)
         scales = []
         for _ in range(12):

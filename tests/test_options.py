@@ -36,7 +36,7 @@ VALUES: dict[str, tuple[Options, str]] = {
     f"{name}={value}": ({name: value}, f"{name}.*{value}")
     for name, bad in {
         "max_grad_norm": (0.0, -1.0, NAN, -INF, 0),
-        "ema_decay": (1.0, -0.1, 1.5, NAN, INF, 1),
+        "ema_decay": (1.001, -0.1, 1.5, NAN, INF, 2),
         "rounding_seed": (-1, 2**32),
         "master_weights": ("fp32", "float16", "SPLIT", ""),
         "state_dtype": (torch.float16, torch.float64, torch.int16, torch.complex64),
@@ -124,6 +124,48 @@ def test_in_groups(name: str, options: Options, exception: Any, pattern: str) ->
     assert snapshot(optimizer) == before
 
 
+# Ends of a schedule of the decay, reached or missed by rounding: what a step takes them for.
+DECAYS: dict[str, tuple[Any, float]] = {
+    "one": (1.0, 1.0),
+    "whole one": (1, 1.0),
+    "above one": (1 + 1e-9, 1.0),
+    "below zero": (-1e-17, 0.0),
+}
+
+
+@each_name
+@pytest.mark.parametrize(("decay", "meant"), **by_id(DECAYS))
+@pytest.mark.parametrize("corrected", [False, True], ids=["plain", "bias-corrected"])
+def test_decay_at_the_ends(name: str, decay: Any, meant: float, corrected: bool) -> None:
+    """Refused when the optimizer is made; later the average rests, or is the weight."""
+    found = []
+    for where in ("defaults", "group", "added", "edited"):
+        params, options = [values(40, seed=0), values(40, seed=1)], {"ema_decay": decay}
+        make: Any = getattr(fusedopt, name)
+        shared = {"lr": 0.1, "ema_decay": 0.5, "ema_bias_correction": corrected}
+        if where == "defaults":
+            with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\)"):
+                make(params, **{**shared, **options})
+            continue
+        first: Options = {"params": params[:1]}
+        second: Options = {"params": params[1:], **({} if where == "edited" else options)}
+        optimizer = make([first, *([] if where == "added" else [second])], **shared)
+        if where == "added":
+            optimizer.add_param_group(second)
+        optimizer.param_groups[1].update(options)
+        weights = []
+        for seed in range(4):
+            step_with(optimizer, [values(40, seed=2 + seed)])
+            weights.append(params[1].clone())
+        found.append(optimizer.state[params[1]]["ema_param"])
+        if meant == 0.0:
+            expected = weights[-1]
+        else:
+            expected = torch.stack(weights).double().mean(0).float() if corrected else weights[0]
+        torch.testing.assert_close(found[-1], expected, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
 @bad_option
 @pytest.mark.parametrize("warm", [False, True], ids=["first step", "later step"])
 def test_set_later(name: str, options: Options, exception: Any, pattern: str, warm: bool) -> None:
@@ -158,7 +200,7 @@ def test_loading_keeps_the_own_values(
 
 
 @each_name
-@pytest.mark.parametrize("bad", [{"lr": -1.0}, {"weight_decay": NAN}], ids=str)
+@pytest.mark.parametrize("bad", [{"lr": NAN}, {"weight_decay": INF}], ids=str)
 def test_a_bad_group_of_a_checkpoint_changes_nothing(name: str, bad: Options) -> None:
     """Not the params either, which a conversion of masters rewrites."""
     made = []

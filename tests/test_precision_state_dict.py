@@ -168,6 +168,7 @@ def test_from_each_setting_to_each(case: Case, averages: str, row: Row, other: R
     other[0].but(**wanted_ema).assert_state_of(loaded, case, param_of(loaded), kept)
 
 
+NAN, INF = float("nan"), float("inf")
 # What is wrong with the second of two params; the kinds of masters that are saved and wanted.
 WRONG: dict[str, tuple[str, str, Any]] = {
     "option": ("float32", "split", None),
@@ -190,7 +191,7 @@ def test_a_refused_checkpoint_changes_nothing(kind: str, wanted: str, wrong: Any
     saved.load_fp32_params([TIES, TIES])
     checkpoint = through_a_file(saved.state_dict())
     if wrong is None:
-        checkpoint["param_groups"][1]["lr"] = -1.0
+        checkpoint["param_groups"][1]["lr"] = NAN
     else:
         checkpoint["state"][1]["master_param" if kind == "float32" else "param_remainder"] = wrong
     before = snapshot(optimizer)
@@ -199,14 +200,13 @@ def test_a_refused_checkpoint_changes_nothing(kind: str, wanted: str, wrong: Any
     assert snapshot(optimizer) == before
 
 
-NAN, INF = float("nan"), float("inf")
 BAD: dict[str, dict[str, Any]] = {
     **{f"state_dtype={d}": {"state_dtype": d} for d in (FLOAT16, FLOAT64, torch.int16, "float32")},
     **{f"master_weights={m}": {"master_weights": m} for m in ("bfloat16", "", True, 32, FLOAT32)},
     "rounded-masters": {"master_weights": "float32", "stochastic_rounding": True},
     "rounded-split-masters": {"master_weights": "split", "stochastic_rounding": True},
     **{f"rounding_seed={s}": {"rounding_seed": s} for s in (-1, 2**32, 2**64, 0.5, NAN, "1")},
-    **{f"ema_decay={d}": {"ema_decay": d} for d in (1.0, -0.1, 2, NAN, INF, "0.9")},
+    **{f"ema_decay={d}": {"ema_decay": d} for d in (1.001, -0.1, 2, NAN, INF, "0.9")},
 }
 BAD_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name}-{key}": (name, options) for name in NAMES for key, options in BAD.items()},

@@ -354,7 +354,8 @@ void Plan::read_step(const Place& place, Slot& slot) const {
                       : slot.step_type == StepType::kFloat64
                           ? *static_cast<double*>(slot.step)
                           : static_cast<double>(*static_cast<int64_t*>(slot.step));
-  if (!(step >= 0) || step != std::floor(step))
+  constexpr double kTooLarge = 9.2e18;  // for the integers it becomes
+  if (!(step >= 0 && step < kTooLarge) || step != std::floor(step))
     throw py::value_error("step of " + place.text() + " is " + std::to_string(step) +
                           ", but must be a whole number that is not negative; round it");
   slot.next_step = step + 1;

@@ -77,9 +77,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group`` does.
 
-        Raises ValueError for a parameter that is given twice and for hyper-parameters that are NaN
-        or infinite. The ranges of torch hold for the defaults only, as in torch: a group may ascend
-        with a negative ``lr``. Nothing is added if it raises.
+        Raises ValueError for a parameter that is given twice and for hyper-parameters that are NaN,
+        infinite or make no sense. The ranges of torch hold for the defaults only, as in torch: a
+        group may ascend with a negative ``lr``. Nothing is added if it raises.
         """
         if isinstance(param_group, dict) and "params" in param_group:
             params = param_group["params"]

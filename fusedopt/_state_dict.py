@@ -75,7 +75,7 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
 
 
 def _laid_out_as(param: Tensor, value: Tensor) -> Tensor:
-    """The value with its param's strides (those of channels_last, say): so steps are fastest."""
+    """The value with its param's strides (channels_last, say), with which steps are fastest."""
     if type(value) is not Tensor or value.layout != torch.strided or value.shape != param.shape:
         return value
     if type(param) not in (Tensor, torch.nn.Parameter) or value.stride() == param.stride():

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -260,7 +261,7 @@ def test_wrong_sizes(case: Case, counts: list[int], message: str) -> None:
 
 @MAIN_CASE
 @pytest.mark.parametrize(
-    "options", [{"lr": float("inf")}, {"lr": float("nan")}, {"weight_decay": -float("inf")}]
+    "options", [{"lr": math.inf}, {"lr": math.nan}, {"weight_decay": -math.inf}], ids=str
 )
 def test_bad_options_are_refused(case: Case, options: dict[str, Any]) -> None:
     saved = case.ours(make_params()).state_dict()

@@ -48,7 +48,9 @@ py::object Plan::step(const py::object& param_groups, const py::object& state,
                       const py::object& grad_scale, const py::object& found_inf,
                       const py::function& create_state, int num_threads, bool checks_grads) {
   begin();
+  held_.reserve(num_held_);
   const AtExit at_exit([this] {
+    num_held_ = held_.size();
     const References done = held_.take();  // to be let go of last, for that may run anything
     running_.clear(std::memory_order_release);
   });

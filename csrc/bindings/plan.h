@@ -212,7 +212,8 @@ class Plan {
   const cpu::Isa isa_;
   const int64_t chunk_elements_;
   std::atomic_flag running_ = ATOMIC_FLAG_INIT;
-  References held_;  // all that the step touches, until it ends
+  size_t num_held_ = 0;  // in the step before
+  References held_;      // all that the step touches, until it ends
 
   // One entry for each parameter, in the order of the groups.
   std::vector<Work> works_;

@@ -33,6 +33,7 @@ class References {
   References take() { return std::exchange(*this, References()); }
   auto begin() const { return objects_.begin(); }
   auto end() const { return objects_.end(); }
+  size_t size() const { return objects_.size(); }
   void reserve(size_t count) { objects_.reserve(count); }
   size_t capacity_bytes() const { return objects_.capacity() * sizeof(pybind11::object); }
 

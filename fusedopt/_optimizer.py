@@ -146,22 +146,24 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
         finally:
             self._verdict = plan.verdict
-        for group_index, index in changed or ():
-            self._drop_unused(group_index, index)
+        if changed:
+            self._drop_unused(changed)
         return loss
 
-    def _drop_unused(self, group_index: int, index: int) -> None:
-        """Of a parameter whose settings have changed: what is no longer kept up to date."""
-        if group_index >= len(self.param_groups):
-            return  # since then, they have been replaced
-        group = self.param_groups[group_index]
-        if index >= len(group["params"]) or group["params"][index] not in self.state:
-            return
-        state = self.state[group["params"][index]]
-        for name in unused_entries(group["params"][index], state, group):
-            state.pop(name, None)
-        if not self._counts_steps(group):
-            state.pop("step", None)
+    def _drop_unused(self, changed: list[tuple[int, int]]) -> None:
+        """Of parameters whose settings have changed: what is no longer kept up to date."""
+        params = [tuple(group["params"]) for group in self.param_groups]
+        for group_index, index in changed:
+            if group_index >= len(params) or index >= len(params[group_index]):
+                continue  # since then, they have been replaced
+            group, param = self.param_groups[group_index], params[group_index][index]
+            if param not in self.state:
+                continue
+            state = self.state[param]
+            for name in unused_entries(param, state, group):
+                state.pop(name, None)
+            if not self._counts_steps(group):
+                state.pop("step", None)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -328,9 +330,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         there. Returns a function that undoes it all.
         """
         created: list[tuple[Tensor, State | None, State]] = []
+        params = {at: tuple(self.param_groups[at]["params"]) for at in {at for at, _ in missing}}
         for group_index, index in missing:
-            group = self.param_groups[group_index]
-            param = group["params"][index]
+            param = params[group_index][index]
             before = _entries(self.state[param]) if param in self.state else None
             created.append((param, before, {}))
         place_steps(

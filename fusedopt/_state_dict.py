@@ -122,8 +122,10 @@ def _move(value: Any, param: Tensor, key: Any = None) -> Any:
 
     ``step`` is dealt with by ``__setstate__``.
     """
+    if key == "step":
+        return value
     if isinstance(value, Tensor):
-        return value if key == "step" else _laid_out_as(param, value.to(device=param.device))
+        return _laid_out_as(param, value.to(device=param.device))
     if isinstance(value, (dict, Mapping)):  # a dict is found out faster than other mappings
         return {name: _move(value[name], param, name) for name in value}
     if isinstance(value, Iterable) and not isinstance(value, str):

@@ -122,6 +122,7 @@ py::object Plan::step(const py::object& param_groups, const py::object& state,
 Plan::Walk Plan::start_walk(const py::object& param_groups, const py::object& state,
                             const GradFacts& grads, bool is_second) {
   Walk walk{{}, state.ptr(), is_plain_dict(state.ptr()), grads, gpu_counts_, is_second};
+  if (!walk.state_is_plain) refuse_unless_mapping(state.ptr(), "state");
   const auto groups = as_tuple(param_groups.ptr()).cast<py::tuple>();
   walk.groups.reserve(groups.size());
   walk.scalars.reserve(groups.size());

@@ -20,11 +20,15 @@ py::object lookup(PyObject* dict, PyObject* key) {
 #endif
 }
 
+void refuse_unless_mapping(PyObject* object, const char* what) {
+  if (!PyMapping_Check(object) || !py::hasattr(object, "keys"))
+    throw py::type_error(std::string(what) + " must be a dict or another mapping, got " +
+                         std::string(py::repr(py::type::of(object))));
+}
+
 py::object as_dict(PyObject* mapping, const char* what) {
   if (PyDict_CheckExact(mapping)) return py::reinterpret_borrow<py::object>(mapping);
-  if (!PyMapping_Check(mapping) || !py::hasattr(mapping, "keys"))
-    throw py::type_error(std::string(what) + " must be a dict or another mapping, got " +
-                         std::string(py::repr(py::type::of(mapping))));
+  refuse_unless_mapping(mapping, what);
   py::dict copy;
   for (const py::handle key : py::handle(mapping).attr("keys")())
     copy[key] = py::handle(mapping)[key];

@@ -13,8 +13,8 @@ class GradScaler(torch.amp.GradScaler):
 
     torch reads and writes all grads to find out whether any is infinite or NaN, before the step
     reads them again. Here ``step()`` of an optimizer of fusedopt reads them once for that, which
-    ``max_grad_norm`` shares, and writes none. After ``unscale_()``, and for other optimizers,
-    all is as in torch.
+    ``max_grad_norm`` shares, and writes none, whether it was made with ``fused=True`` or not. After
+    ``unscale_()``, and for other optimizers (wrappers of ours included), all is as in torch.
     """
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:

@@ -110,7 +110,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 or of a tensor subclass without memory of its own.
             ValueError: a grad or state does not fit its parameter in shape or device, a state is
                 incomplete, parameters share memory with each other or with a grad that is not
-                exactly theirs, or a hyper-parameter is NaN or infinite.
+                exactly theirs, or a hyper-parameter is NaN or infinite or makes no sense.
             RuntimeError: a parameter is on a device that this build does not step, ``step`` of the
                 same optimizer is running in another thread or inside ``swap_ema()``, grads are
                 infinite or NaN and ``error_if_nonfinite`` is True, a CUDA graph is captured
@@ -288,11 +288,15 @@ class FusedOptimizer(torch.optim.Optimizer):
           the nearest values of their dtype (load the model first); without any, the next step
           makes them from the parameters, as it does averages. What the options have no use for is
           dropped;
+        - a ``step`` of any number type, numpy's too, becomes a floating-point tensor;
         - the time is linear in the number of parameters.
 
         Raises:
-            ValueError: the groups differ in number or in length from this optimizer's, or a
-                hyper-parameter is out of range.
+            TypeError: a ``step`` is neither a number nor a tensor.
+            ValueError: the groups differ in number or in length from this optimizer's, a
+                hyper-parameter is NaN or infinite or makes no sense, the state of a parameter is
+                incomplete or another optimizer's, or a ``step`` is not one whole number that is
+                not negative.
             RuntimeError: inside ``swap_ema()``.
         """
         self._refuse_swapped("load_state_dict()")

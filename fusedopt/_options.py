@@ -42,7 +42,8 @@ class Additions(TypedDict, total=False):
     Averaging:
         ema_decay: keeps an exponential moving average of the weights, ``ema_param`` of the state
             (float32 for 16-bit parameters), with this decay in [0, 1); see ``swap_ema()``. The
-            first step sets it, as ``torch.optim.swa_utils.AveragedModel`` does.
+            first step sets it, as ``torch.optim.swa_utils.AveragedModel`` does. A decay that is
+            set later may be 1: the average rests then.
         ema_bias_correction: weigh all steps as if they had been there from the start, with
             ``(1 - decay) / (1 - decay**t)`` in place of ``1 - decay``.
 

@@ -30,12 +30,15 @@ class Adam(FusedOptimizer):
             float64, bfloat16, float16 or complex dtype, of any shape and strides.
         lr: learning rate :math:`\gamma`, a number or a tensor of one element. A tensor on the
             parameters' GPU is read there, in the step; its value is then not checked.
-        betas: decay rates :math:`\beta_1, \beta_2` of the moments, each in [0, 1).
-        eps: :math:`\epsilon`, added to the denominator.
+        betas: decay rates :math:`\beta_1, \beta_2` of the moments, each in [0, 1). A
+            :math:`\beta_2` of 1 set later keeps the second moment as it is, and the params at rest.
+        eps: :math:`\epsilon`, added to the denominator. If it is above 0, the denominator is, too.
         weight_decay: :math:`\lambda`.
         amsgrad: divide by the largest second moment so far (Reddi et al., "On the Convergence of
             Adam and Beyond", 2018).
-        foreach, fused: accepted for torch's sake; every step is fused.
+        foreach, fused: accepted for torch's sake; every step is fused. ``fused=True`` lets
+            ``torch.amp.GradScaler`` leave unscaling and skipping to ``step()``, and excludes
+            ``foreach=True``.
         maximize: ascend instead of descend.
         capturable: allow ``step()`` to be captured into a CUDA graph: ``step`` then lies on the
             GPU. Options that are tensors on the GPU may change between replays. It makes no
@@ -50,7 +53,9 @@ class Adam(FusedOptimizer):
 
     Raises:
         ValueError: a hyper-parameter is NaN, infinite or out of range, a parameter is given twice,
-            or ``differentiable`` is True.
+            or ``differentiable`` is True. What param groups set for themselves, and what is set
+            later, may leave torch's ranges as long as a step can compute with it.
+        RuntimeError: ``fused`` and ``foreach`` are both True.
     """
 
     _row = "Adam"

@@ -33,9 +33,12 @@ class SGD(FusedOptimizer):
         momentum: momentum factor :math:`\mu`.
         dampening: dampening :math:`\tau` of what the grad adds to the momentum.
         weight_decay: L2 penalty :math:`\lambda`; with ``decoupled_weight_decay`` the decay.
-        nesterov: use Nesterov momentum; needs a momentum and no dampening.
+        nesterov: use Nesterov momentum; needs a momentum and no dampening when the optimizer is
+            made.
         maximize: ascend instead of descend.
-        foreach, fused: accepted for torch's sake; every step is fused.
+        foreach, fused: accepted for torch's sake; every step is fused. ``fused=True`` lets
+            ``torch.amp.GradScaler`` leave unscaling and skipping to ``step()``, and excludes
+            ``foreach=True``.
         differentiable: must be False.
         capturable: allow ``step()`` to be captured into a CUDA graph. Options that are tensors on
             the GPU may then change between replays.
@@ -50,7 +53,9 @@ class SGD(FusedOptimizer):
 
     Raises:
         ValueError: a hyper-parameter is NaN, infinite or out of range, a parameter is given twice,
-            or ``differentiable`` is True.
+            or ``differentiable`` is True. What param groups set for themselves, and what is set
+            later, may leave torch's ranges as long as a step can compute with it.
+        RuntimeError: ``fused`` and ``foreach`` are both True.
     """
 
     _row = "SGD"

@@ -21,7 +21,7 @@ from api_helpers import (
     snapshot,
     train,
 )
-from device import DEVICE, STEPS_ON_DEVICE
+from device import STEPS_ON_DEVICE
 from torch import Tensor
 from torch.nn import Parameter, ParameterList
 
@@ -348,7 +348,7 @@ def test_no_numbers_at_all(name: str, step: Any) -> None:
     assert snapshot(optimizer) == before
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU counts in floating-point numbers")
+@pytest.mark.skipif(STEPS_ON_DEVICE, reason="a GPU counts in floating-point numbers")
 @COUNTING
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 def test_int64_counts_step_in_place(name: str, shape: tuple[int, ...]) -> None:

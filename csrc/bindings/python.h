@@ -62,8 +62,8 @@ void visit_entries(PyObject* dict, Py_ssize_t& position, const Visit& visit) {
 // Raises TypeError, beginning with `what`, for what is no mapping.
 void refuse_unless_mapping(PyObject* object, const char* what);
 
-// A dict with a mapping's entries as its [] gives them: itself if it is a dict of Python's own, else
-// a copy. Raises TypeError, beginning with `what`, for what is no mapping.
+// A dict with a mapping's entries as its [] gives them: itself if it is a dict of Python's own,
+// else a copy. Raises TypeError, beginning with `what`, for what is no mapping.
 pybind11::object as_dict(PyObject* mapping, const char* what);
 
 // Whether a mapping's [] does nothing but look up what PyDict_Next() finds: a dict or defaultdict.

@@ -30,14 +30,19 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 
+# Tests run in a process per core, whose threads must not take the cores from each other: they do
+# not spin while they wait. Tests still have as many threads as they ask for.
+WORKERS = -n auto --maxprocesses 8 --dist worksteal
+TESTS = OMP_WAIT_POLICY=passive $(BIN)/pytest $(WORKERS)
+
 .PHONY: train test bench gpu lint format sanitize cuda wheel clean
 
 train: $(VENV)/built
 	$(BIN)/python bench/train_gpt.py $(TRAIN)
 
 test: $(VENV)/built build/emulated/built
-	$(BIN)/python -m pytest $(PYTEST)
-	PYTHONPATH=build/emulated/lib $(BIN)/pytest --device emulated $(PYTEST)
+	$(TESTS) $(PYTEST)
+	PYTHONPATH=build/emulated/lib $(TESTS) --device emulated $(PYTEST)
 
 bench: $(VENV)/built
 	$(BIN)/python bench/step.py $(BENCH)

@@ -1,6 +1,7 @@
 """The torch-free C++ tests of the core and the drivers, and what the compiler makes of csrc/."""
 
 import ast
+import fcntl
 import os
 import platform
 import re
@@ -72,8 +73,22 @@ def isa_source(isa: str) -> Path:
     return ROOT / f"csrc/cpu/isa_{isa}.cpp"
 
 
-def build(compiler: str, sources: dict[Path, list[str]], target: Path) -> Path:
-    """Compiles each source with its flags beside `target` and links them."""
+def build(
+    compiler: str, sources: dict[Path, list[str]], name: str, factory: pytest.TempPathFactory
+) -> Path:
+    """Compiles each source with its flags and links them: once, for all workers of pytest-xdist."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    target = folder / "test_core"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            compile_and_link(compiler, sources, target)
+    return target
+
+
+def compile_and_link(compiler: str, sources: dict[Path, list[str]], target: Path) -> None:
     objects = {source: object_of(target, source) for source in sources}
 
     def compile_one(source: Path) -> None:
@@ -83,7 +98,6 @@ def build(compiler: str, sources: dict[Path, list[str]], target: Path) -> Path:
         list(pool.map(compile_one, sources))
     link = [*SETUP["OPENMP"], *(f for f in next(iter(sources.values())) if "sanitize" in f)]
     must_run(compiler, *objects.values(), *link, "-o", target)
-    return target
 
 
 @pytest.fixture(scope="session")
@@ -94,20 +108,20 @@ def as_built(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = {isa_source(isa): flags + SETUP["ISA_FLAGS"][isa] for isa in ISAS}
     sources[ROOT / "csrc/cpu/driver.cpp"] = flags
     sources |= {source: [*flags, *FAST.get(source, ["-O1"])] for source in [*CUDA, *TESTS]}
-    return build(compiler, sources, tmp_path_factory.mktemp("as_built") / "test_core")
+    return build(compiler, sources, "as_built", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def sanitized(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same under ASan and UBSan, for the instruction set that every machine has."""
-    folder = tmp_path_factory.mktemp("sanitized")
+    folder = tmp_path_factory.mktemp("probe")
     (folder / "probe.cpp").write_text("int main() {}")
     if run(compiler, *SANITIZE, folder / "probe.cpp", "-o", folder / "probe").returncode != 0:
         pytest.skip(f"{compiler} has no address and undefined-behaviour sanitizers here")
     flags = [*SETUP["EXACT"], *SANITIZE]
     cpu = [isa_source("baseline"), ROOT / "csrc/cpu/driver.cpp"]
     sources = {source: [*flags, *FAST.get(source, [])] for source in [*CUDA, *cpu, *TESTS]}
-    return build(compiler, sources, folder / "test_core")
+    return build(compiler, sources, "sanitized", tmp_path_factory)
 
 
 @pytest.mark.parametrize("suite", SUITES)

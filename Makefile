@@ -65,7 +65,7 @@ format: $(VENV)/linters
 # keep memory until the process ends.
 SANITIZED = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-    PYTHONPATH=build/sanitize/lib $(BIN)/pytest -m "not unsanitized"
+    PYTHONPATH=build/sanitize/lib $(TESTS) -m "not unsanitized"
 
 sanitize: $(VENV)/built
 	FUSEDOPT_SANITIZE=address,undefined FUSEDOPT_CUDA=emulated $(BIN)/python setup.py -q build \
@@ -74,14 +74,21 @@ sanitize: $(VENV)/built
 	$(SANITIZED) --device emulated tests/test_cuda*.py tests/test_clip_history.py \
 	    tests/test_masters.py $(PYTEST)
 
-# An installed wheel, and not the sources.
-cuda:
-	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/python -m pip --disable-pip-version-check install -q "$(TORCH_CUDA)"
+# An installed wheel, and not the sources. What the CPU driver computes is tested by make test.
+CUDA_TESTS = $(wildcard tests/test_api_*.py tests/test_cuda*.py tests/test_errors*.py) \
+    $(patsubst %,tests/test_%.py,build hypothesis install interrupted layers layouts readme sass \
+    state_dict worked_examples)
+
+cuda: .venv-cuda/torch
 	FUSEDOPT_CUDA=1 FUSEDOPT_STRICT=1 .venv-cuda/bin/python -m pip --disable-pip-version-check \
 	    install -q ".[test,bench]" pybind11
-	PYTHONSAFEPATH=1 .venv-cuda/bin/pytest $(PYTEST)
+	OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 .venv-cuda/bin/pytest $(WORKERS) $(CUDA_TESTS) $(PYTEST)
 	.venv-cuda/bin/python tests/sass.py
+
+.venv-cuda/torch:
+	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip --disable-pip-version-check install -q "$(TORCH_CUDA)"
+	touch $@
 
 wheel: $(VENV)/built
 	$(PIP) build

@@ -1,6 +1,6 @@
 """Where tests run: `--device cuda` needs a GPU; `--device emulated`, a build with
 FUSEDOPT_CUDA=emulated, steps tensors on the CPU with the code of the CUDA driver. Tests marked
-cpu_only are skipped in both."""
+cpu_only are skipped in both, those marked unemulated in the latter."""
 
 import functools
 from collections.abc import Callable
@@ -42,7 +42,12 @@ def with_default_device(device: str, function: Callable[..., Any]) -> Callable[.
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {}
     if config.getoption("device") != "cpu":
-        for item in items:
-            if item.get_closest_marker("cpu_only"):
-                item.add_marker(pytest.mark.skip(reason="about the CPU, not about CUDA"))
+        reasons["cpu_only"] = "about the CPU, not about CUDA"
+    if config.getoption("device") == "emulated":
+        reasons["unemulated"] = "the emulation would give the same numbers"
+    for item in items:
+        for mark, reason in reasons.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,8 +53,8 @@ def run(*command: object, **options: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
 
 
-def must_run(*command: object) -> str:
-    done = run(*command)
+def must_run(*command: object, **options: object) -> str:
+    done = run(*command, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -69,26 +71,29 @@ def object_of(program: Path, source: Path) -> Path:
     return program.with_name(f"{source.parent.name}_{source.stem}.o")
 
 
+def built_object(folder: Path, source: Path) -> Path:
+    return folder / f"{source.parent.name}_{source.name}.o"
+
+
 def isa_source(isa: str) -> Path:
     return ROOT / f"csrc/cpu/isa_{isa}.cpp"
 
 
-def build(
-    compiler: str, sources: dict[Path, list[str]], name: str, factory: pytest.TempPathFactory
-) -> Path:
-    """Compiles each source with its flags and links them: once, for all workers of pytest-xdist."""
+@contextmanager
+def shared_folder(name: str, factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """For what one worker of pytest-xdist builds for all, while those that need it wait."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     folder.mkdir(exist_ok=True)
-    target = folder / "test_core"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            compile_and_link(compiler, sources, target)
-    return target
+        yield folder
 
 
-def compile_and_link(compiler: str, sources: dict[Path, list[str]], target: Path) -> None:
+def build(
+    compiler: str, sources: dict[Path, list[str]], target: Path, built: Iterable[Path] = ()
+) -> None:
+    """Compiles each source with its flags beside `target` and links them with what is built."""
     objects = {source: object_of(target, source) for source in sources}
 
     def compile_one(source: Path) -> None:
@@ -97,18 +102,38 @@ def compile_and_link(compiler: str, sources: dict[Path, list[str]], target: Path
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, sources))
     link = [*SETUP["OPENMP"], *(f for f in next(iter(sources.values())) if "sanitize" in f)]
-    must_run(compiler, *objects.values(), *link, "-o", target)
+    must_run(compiler, *objects.values(), *built, *link, "-o", target)
 
 
 @pytest.fixture(scope="session")
-def as_built(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tests with every instruction set, compiled as setup.py compiles it."""
+def emulated_build(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The objects of the build that `make test` has made for --device emulated; made if need be."""
+    for tool in ("setuptools", "pybind11", "ninja"):
+        pytest.importorskip(tool, reason=f"{tool} is a build requirement only")
+    folder = Path("build/emulated")
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", folder]
+    with shared_folder("emulated_build", tmp_path_factory):
+        must_run(
+            *command, "--build-lib", folder / "lib", env={**os.environ, "FUSEDOPT_CUDA": "emulated"}
+        )
+    python = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    return ROOT / folder / f"temp.{python}"
+
+
+@pytest.fixture(scope="session")
+def as_built(
+    compiler: str, emulated_build: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tests with every instruction set, as setup.py compiles it."""
+    sources = [*(isa_source(isa) for isa in ISAS), ROOT / "csrc/cpu/driver.cpp", *CUDA]
+    built = [built_object(emulated_build, source) for source in sources]
     defines = ["-DFUSEDOPT_X86_64"] if SETUP["X86_64"] else []
-    flags = [*SETUP["EXACT"], *defines]
-    sources = {isa_source(isa): flags + SETUP["ISA_FLAGS"][isa] for isa in ISAS}
-    sources[ROOT / "csrc/cpu/driver.cpp"] = flags
-    sources |= {source: [*flags, *FAST.get(source, ["-O1"])] for source in [*CUDA, *TESTS]}
-    return build(compiler, sources, "as_built", tmp_path_factory)
+    flags = [*SETUP["EXACT"], *defines, "-O1"]
+    with shared_folder("as_built", tmp_path_factory) as folder:
+        target = folder / "test_core"
+        if not target.exists():
+            build(compiler, dict.fromkeys(TESTS, flags), target, built)
+    return target
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +146,11 @@ def sanitized(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = [*SETUP["EXACT"], *SANITIZE]
     cpu = [isa_source("baseline"), ROOT / "csrc/cpu/driver.cpp"]
     sources = {source: [*flags, *FAST.get(source, [])] for source in [*CUDA, *cpu, *TESTS]}
-    return build(compiler, sources, "sanitized", tmp_path_factory)
+    with shared_folder("sanitized", tmp_path_factory) as folder:
+        target = folder / "test_core"
+        if not target.exists():
+            build(compiler, sources, target)
+    return target
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -152,11 +181,11 @@ def require(tool: str) -> None:
 
 
 @each_isa
-def test_object_exports_its_entry_alone(as_built: Path, isa: str) -> None:
+def test_object_exports_its_entry_alone(emulated_build: Path, isa: str) -> None:
     # A weak symbol (an inline function or a template of a library) could be the copy that the
     # linker keeps for all: AVX-512 code on a machine without it.
     require("nm")
-    built = object_of(as_built, isa_source(isa))
+    built = built_object(emulated_build, isa_source(isa))
     lines = must_run("nm", "--defined-only", "--extern-only", built)
     symbols = [line.split()[-2:] for line in lines.splitlines()]
     assert len(symbols) == 1, symbols
@@ -166,12 +195,12 @@ def test_object_exports_its_entry_alone(as_built: Path, isa: str) -> None:
 
 
 @pytest.mark.parametrize(("isa", "register"), [("avx2", "ymm"), ("avx512", "zmm")])
-def test_loops_are_vectorised(as_built: Path, isa: str, register: str) -> None:
+def test_loops_are_vectorised(emulated_build: Path, isa: str, register: str) -> None:
     # A square root is in every loop of Adam and in nothing else: tails have scalar ones only.
     require("objdump")
     if isa not in ISAS:
         pytest.skip(f"no {isa} in builds for {platform.machine()}")
-    code = must_run("objdump", "-d", object_of(as_built, isa_source(isa)))
+    code = must_run("objdump", "-d", built_object(emulated_build, isa_source(isa)))
     functions = [text for text in re.split(r"\n\n", code) if "sqrts" in text]
     assert len(functions) >= 24  # 6 variants in 4 formats
     assert all(re.search(rf"vsqrtp[sd]\s.*%{register}", text) for text in functions)

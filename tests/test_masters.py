@@ -113,6 +113,8 @@ STEPS = 2000
 EDGES = (0.0, -0.0, 1e-45, -3e-39, 1e-20, 3e38, -3e38, 1 + 2**-8, -1 - 2**-8)
 
 
+@pytest.mark.unemulated
+@pytest.mark.unsanitized  # no other accesses than in fewer steps
 @pytest.mark.parametrize(
     ("ema_decay", "grad_dtype"), [(None, FLOAT32), (0.99, BFLOAT16)], ids=["wide-grads", "ema"]
 )

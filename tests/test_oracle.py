@@ -53,6 +53,8 @@ def test_error_is_at_most_that_of_unfused_torch(case: Case, dtype: torch.dtype) 
         assert ours[name].max() <= tolerance.factor * theirs[name].max() + floor, name
 
 
+@pytest.mark.unemulated
+@pytest.mark.unsanitized  # no other accesses than in fewer steps
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
 @some_cases(
     *("sgd-l2", "momentum", "momentum-damped", "nesterov-l2"),

@@ -368,9 +368,9 @@ def test_loading_is_linear() -> None:
     saved = optimizer.state_dict()
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.thread_time()  # other tests may run at the same time
         optimizer.load_state_dict(saved)
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     assert min(times) < 0.2, times
     assert len(optimizer.state) == 8000
     set_grads(params[:1], 0)

@@ -80,6 +80,8 @@ def assert_fair(up: Tensor, probability: float) -> None:
     assert abs(found / (block * variance) - 1) <= 5 * math.sqrt(2 / len(sums))
 
 
+@pytest.mark.unemulated
+@pytest.mark.unsanitized  # no other accesses than of fewer elements
 @pytest.mark.parametrize("lower", LOWER, ids=hex)
 @pytest.mark.parametrize("upper", UPPER, ids=hex)
 def test_mean_and_variance(upper: int, lower: int) -> None:
@@ -89,6 +91,8 @@ def test_mean_and_variance(upper: int, lower: int) -> None:
     assert_fair(is_up(rounder.momentum(), number), lower / 65536)
 
 
+@pytest.mark.unemulated
+@pytest.mark.unsanitized  # no other accesses than of fewer elements
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=["float32", "float64"])
 @pytest.mark.parametrize("lower", LOWER, ids=hex)
 def test_states_of_wide_params(lower: int, dtype: torch.dtype) -> None:

@@ -5,8 +5,8 @@
 #                   bench/training_step.py and bench/precision.py: clipping, averages, precision
 #   make lint       ruff, mypy, clang-format
 #   make sanitize   the same under the address and undefined-behaviour sanitizers
-#   make cuda       all tests with a build for CUDA under a CUDA build of torch (in .venv-cuda), and
-#                   a look at the kernels' machine code; needs no GPU
+#   make cuda       a build for CUDA under a CUDA build of torch (in .venv-cuda): the tests of what
+#                   these could break, and a look at the kernels' machine code; needs no GPU
 #   make wheel      a wheel in dist/
 #   make gpu        all that needs a GPU, within twelve minutes, into GPU_OUT (GPU="--parts build step",
 #                   each part alone within four; GPU="--wheel FILE" installs that and builds nothing)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.cpu_only
+# Of the sources and the build alone.
+pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
 ROOT = Path(__file__).parent.parent
 LISTED = "compute_75\ncompute_80\ncompute_90\ncompute_100\n"

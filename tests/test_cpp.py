@@ -112,18 +112,15 @@ def emulated_build(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> P
         pytest.importorskip(tool, reason=f"{tool} is a build requirement only")
     folder = Path("build/emulated")
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", folder]
+    environment = {**os.environ, "FUSEDOPT_CUDA": "emulated", "CXX": compiler}
     with shared_folder("emulated_build", tmp_path_factory):
-        must_run(
-            *command, "--build-lib", folder / "lib", env={**os.environ, "FUSEDOPT_CUDA": "emulated"}
-        )
+        must_run(*command, "--build-lib", folder / "lib", env=environment)
     python = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     return ROOT / folder / f"temp.{python}"
 
 
 @pytest.fixture(scope="session")
-def as_built(
-    compiler: str, emulated_build: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def as_built(compiler: str, emulated_build: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tests with every instruction set, as setup.py compiles it."""
     sources = [*(isa_source(isa) for isa in ISAS), ROOT / "csrc/cpu/driver.cpp", *CUDA]
     built = [built_object(emulated_build, source) for source in sources]

@@ -153,6 +153,7 @@ print("runtimes", len(fusedopt._config._openmp_runtimes()))
 """
 
 
+@pytest.mark.unsanitized  # counts threads and wake-ups
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads Linux's /proc")
 def test_threads() -> None:
     """A step of n threads uses the caller and n - 1 workers, which it shares with torch."""
@@ -179,6 +180,7 @@ print(*sorted(set(sys.modules) - before))
 """
 
 
+@pytest.mark.unsanitized  # imports, and no more
 def test_import_is_light_and_checks_torch_first() -> None:
     """Importing takes in nothing heavy: dynamo alone costs a second."""
     error, modules = run_python(IMPORTS).splitlines()
@@ -187,6 +189,7 @@ def test_import_is_light_and_checks_torch_first() -> None:
     assert [name for name in modules.split() if not name.startswith("fusedopt")] == []
 
 
+@pytest.mark.unsanitized  # imports, and no more
 def test_import_without_torch_says_what_to_do() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"

@@ -9,7 +9,8 @@ import pytest
 
 import fusedopt
 
-pytestmark = pytest.mark.cpu_only
+# Of the sources and the build alone.
+pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for path in ROOT.glob("csrc/**/*") if path.is_file())

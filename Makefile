@@ -80,6 +80,7 @@ CUDA_TESTS = $(wildcard tests/test_api_*.py tests/test_cuda*.py tests/test_error
     state_dict worked_examples)
 
 cuda: .venv-cuda/torch
+	.venv-cuda/bin/python -m pip --disable-pip-version-check install -q "$(TORCH_CUDA)"
 	FUSEDOPT_CUDA=1 FUSEDOPT_STRICT=1 .venv-cuda/bin/python -m pip --disable-pip-version-check \
 	    install -q ".[test,bench]" pybind11
 	OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 .venv-cuda/bin/pytest $(WORKERS) $(CUDA_TESTS) $(PYTEST)

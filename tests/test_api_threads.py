@@ -141,18 +141,25 @@ def memory_of(optimizer: Any) -> list[Tensor]:
     return [param.detach() for param in optimizer.param_groups[0]["params"]]
 
 
-def step_disturbed(optimizer: Any, act: Callable[[], Any]) -> list[str] | None:
+def step_disturbed(
+    optimizer: Any, act: Callable[[], Any], rehearse: Callable[[], Any]
+) -> list[str] | None:
     """Makes a step during which another thread acts. What was then gone of what the step touches.
 
-    None if the step had ended by then.
+    None if the step had ended by then. `rehearse` is called before, for what takes time only once.
     """
     memory, touched = memory_of(optimizer), tensors_of(optimizer)
     first, end = (values[-1].item() for values in memory)
     gone: list[str] = []
     acted_in_time = False
+    is_ready = threading.Event()
 
     def other() -> None:
         nonlocal gone, acted_in_time
+        try:
+            rehearse()
+        finally:
+            is_ready.set()
         while memory[0][-1].item() == first:
             time.sleep(0)
         act()
@@ -161,6 +168,7 @@ def step_disturbed(optimizer: Any, act: Callable[[], Any]) -> list[str] | None:
 
     thread = threading.Thread(target=other)
     thread.start()
+    is_ready.wait()
     optimizer.step()
     thread.join()
     return gone if acted_in_time else None
@@ -170,10 +178,14 @@ def step_disturbed(optimizer: Any, act: Callable[[], Any]) -> list[str] | None:
 def test_what_a_step_touches_is_held_until_it_ends(row: Row) -> None:
     for size in SIZES:
         undisturbed, optimizer = build(row, size), build(row, size)
-        saved = copy.deepcopy(undisturbed.state_dict())
+        saved, small = copy.deepcopy(undisturbed.state_dict()), build(row, 1024)
         undisturbed.step()
         memory, touched = memory_of(optimizer), tensors_of(optimizer)
-        gone = step_disturbed(optimizer, lambda: row.act(optimizer, saved))  # noqa: B023
+        gone = step_disturbed(
+            optimizer,
+            lambda: row.act(optimizer, saved),  # noqa: B023
+            lambda: row.act(small, copy.deepcopy(small.state_dict())),  # noqa: B023
+        )
         assert_equal(memory, memory_of(undisturbed))
         if gone is not None:
             assert gone == []

@@ -183,7 +183,7 @@ def _remark(part: Result) -> str:
     if "why" in part:
         return str(part["why"])
     inner = {name: row for name, row in part.items() if isinstance(row, dict)}
-    if "all" in part:
+    if "others" in part:
         return "; ".join(f"{name}: {row['passed']} passed, {row['failed']} failed, "
                          f"{row['skipped']} skipped" for name, row in inner.items())  # fmt: skip
     if "memcheck" in part:

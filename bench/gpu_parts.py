@@ -60,7 +60,7 @@ def build(runner: Runner) -> Result:
 
 
 def tests(runner: Runner) -> Result:
-    """First those of the CUDA driver, then all."""
+    """First those of the CUDA driver, then the others."""
     cores = len(os.sched_getaffinity(0))
     count = min(max(cores - 2, 2), MAX_WORKERS) if importlib.util.find_spec("xdist") else 0
     workers = ("-n", str(count)) if count else ()
@@ -68,12 +68,13 @@ def tests(runner: Runner) -> Result:
     result: Result = {"workers": count}
     first = runner.python(*PYTEST, *workers, *CUDA_TESTS, share=0.3, installed=True, env=threads)
     result["cuda"] = pytest_counts(first.text) | {"seconds": first.seconds}
-    every = runner.python(*PYTEST, *workers, installed=True, env=threads)
-    result["all"] = pytest_counts(every.text) | {"seconds": every.seconds}
-    for name, run in (("cuda", first), ("all", every)):
+    rest = [f"--ignore={name}" for name in CUDA_TESTS]
+    others = runner.python(*PYTEST, *workers, *rest, installed=True, env=threads)
+    result["others"] = pytest_counts(others.text) | {"seconds": others.seconds}
+    for name, run in (("cuda", first), ("others", others)):
         if not result[name]["finished"]:
             result[name]["tail"] = run.tail()
-    return result | {"verdict": _verdict(first, every)}
+    return result | {"verdict": _verdict(first, others)}
 
 
 def sanitizer(runner: Runner) -> Result:

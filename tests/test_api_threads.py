@@ -1,8 +1,8 @@
-"""Other threads that change an optimizer while it steps: a watchdog that rolls back, an asynchronous
-loader of checkpoints. A step gives up the GIL; what it touches is held until it ends.
+"""Other threads that change an optimizer while it steps: a watchdog that rolls back, a loader of
+checkpoints. A step gives up the GIL; what it touches is held until it ends.
 
-A thread waits until the first parameter has changed, acts, and looks whether the last element of the
-last parameter has not: then the step was running when it acted.
+A thread waits until the first parameter has changed, acts, and looks whether the last element of
+the last parameter has not: then the step was running when it acted.
 """
 
 import copy
@@ -43,7 +43,7 @@ def _one_thread_for_each_step() -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """What the other thread does to an optimizer that has made a step, and to a state dict of it."""
+    """What the other thread does to an optimizer that has made a step, or to its state dict."""
 
     act: Callable[[Any, Any], Any]
     case: Case = CASES["adamw"]
@@ -246,7 +246,12 @@ def test_optimizers_that_share_a_parameters_grads_in_threads() -> None:
     grads = torch.randn(70_000, generator=torch.Generator().manual_seed(1))
     for optimizer in together + alone:
         last(optimizer).grad = grads
-    assert run_in_threads(lambda i: [together[i].step() for _ in range(5)][0], len(together)) == []
+
+    def make_steps(i: int) -> None:
+        for _ in range(5):
+            together[i].step()
+
+    assert run_in_threads(make_steps, len(together)) == []
     for optimizer in alone:
         for _ in range(5):
             optimizer.step()

@@ -38,6 +38,10 @@ def negated(tensor: Tensor) -> Tensor:
     return torch._neg_view(tensor)
 
 
+def zeros_without_memory(like: Tensor) -> Tensor:
+    return torch._efficientzerotensor(like.shape, dtype=like.dtype, device=like.device)
+
+
 def imag_of_conjugate(param: Parameter) -> Tensor:
     return torch.complex(numbers(), numbers()).to(param.dtype.to_complex()).conj().imag
 
@@ -51,8 +55,8 @@ def contiguous_imag_of_conjugate(param: Parameter) -> Tensor:
 # What a grad may be; its values are those that torch's operations on it see.
 GRADS: dict[str, Callable[[Parameter], Tensor]] = {
     "zeros of sgn": of_sgn,
-    "zeros without memory": lambda p: torch._efficientzerotensor(SHAPE, dtype=p.dtype),
-    "negated zeros": lambda p: negated(torch._efficientzerotensor(SHAPE, dtype=p.dtype)),
+    "zeros without memory": zeros_without_memory,
+    "negated zeros": lambda p: negated(zeros_without_memory(p)),
     "negated": lambda p: negated(numbers(dtype=p.dtype)),
     "negated twice": lambda p: negated(negated(numbers(dtype=p.dtype))),
     "negated and transposed": lambda p: negated(numbers((3, 4), dtype=p.dtype)).t(),
@@ -65,7 +69,7 @@ COMPLEX_GRADS: dict[str, Callable[[Parameter], Tensor]] = {
     "conjugate": lambda p: (numbers() * (1 + 2j)).to(p.dtype).conj(),
     "negated conjugate": lambda p: negated((numbers() * (1 + 2j)).to(p.dtype).conj()),
     "negated": lambda p: negated((numbers() * (1 + 2j)).to(p.dtype)),
-    "zeros without memory": lambda p: torch._efficientzerotensor(SHAPE, dtype=p.dtype),
+    "zeros without memory": zeros_without_memory,
 }
 
 
@@ -119,7 +123,7 @@ def freed(tensor: Tensor) -> Tensor:
 
 UNREADABLE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "negated": (lambda t: negated(t.clone()), "lazily"),
-    "no memory": (lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype), "without memory"),
+    "no memory": (zeros_without_memory, "without memory"),
     "freed": (freed, "without memory: its storage has been emptied"),
 }
 
@@ -210,19 +214,19 @@ dist = pytest.importorskip("torch.distributed")
 class Wrapper(torch.Tensor):
     """A tensor without memory of its own around another, as float8 and quantized tensors are."""
 
-    inner: Tensor
+    wrapped: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "Wrapper":
         wrapper = torch.Tensor._make_wrapper_subclass(
             cls, inner.shape, dtype=inner.dtype, device=inner.device
         )
-        wrapper.inner = inner
+        wrapper.wrapped = inner
         return wrapper
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        unwrapped = [arg.inner if isinstance(arg, Wrapper) else arg for arg in args]
+        unwrapped = [arg.wrapped if isinstance(arg, Wrapper) else arg for arg in args]
         out = func(*unwrapped, **(kwargs or {}))
         return Wrapper(out) if isinstance(out, Tensor) else out
 

@@ -41,7 +41,7 @@ train: $(VENV)/built
 	$(BIN)/python bench/train_gpt.py $(TRAIN)
 
 test: $(VENV)/built build/emulated/built
-	$(TESTS) $(PYTEST)
+	$(TESTS) -m "not builds_sanitized" $(PYTEST)
 	PYTHONPATH=build/emulated/lib $(TESTS) --device emulated $(PYTEST)
 
 bench: $(VENV)/built
@@ -70,6 +70,7 @@ SANITIZED = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-n
 sanitize: $(VENV)/built
 	FUSEDOPT_SANITIZE=address,undefined FUSEDOPT_CUDA=emulated $(BIN)/python setup.py -q build \
 	    --build-base build/sanitize --build-lib build/sanitize/lib
+	$(TESTS) -m builds_sanitized tests/test_cpp.py
 	$(SANITIZED) $(PYTEST)
 	$(SANITIZED) --device emulated tests/test_cuda*.py tests/test_clip_history.py \
 	    tests/test_masters.py $(PYTEST)

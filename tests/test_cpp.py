@@ -151,7 +151,9 @@ def sanitized(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("suite", SUITES)
-@pytest.mark.parametrize("program", ["as_built", "sanitized"])
+@pytest.mark.parametrize(
+    "program", ["as_built", pytest.param("sanitized", marks=pytest.mark.builds_sanitized)]
+)
 def test_core(program: str, suite: str, request: pytest.FixtureRequest) -> None:
     must_run(request.getfixturevalue(program), suite)
 

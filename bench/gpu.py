@@ -81,6 +81,8 @@ def parse_args() -> argparse.Namespace:
     add("--wheel", type=Path, metavar="FILE", help="install this; the part build builds nothing")
     add("--budget", type=float, metavar="S",
         help=f"in all, shared by the parts (default: {PART_S:g} a part, {ALL_S:g})")  # fmt: skip
+    add("--commit", metavar="ID",
+        help="of these sources, for a copy of them that git does not know")  # fmt: skip
     add("--dry-run", action="store_true", help="print the commands and run none")
     args = parser.parse_args()
     if args.wheel and "build" not in args.parts:
@@ -128,7 +130,7 @@ def run_all(args: argparse.Namespace, runner: Runner) -> dict[str, Any]:
     content: dict[str, Any] = {
         "command": without_folders(shlex.join(["python", "bench/gpu.py", *sys.argv[1:]])),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": about(runner),
+        "machine": about(runner) | ({"commit": args.commit} if args.commit else {}),
         "parts": {},
     }
     runner.archs = "THIS_GPU" if args.dry_run else content["machine"].get("archs")

@@ -40,11 +40,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = False
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
-        if defaults["fused"] and defaults["foreach"]:
+        if defaults.get("fused") and defaults.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         _C.check_group(self._row, defaults, 0, is_construction=True)
         super().__init__(cast(Any, params), defaults)
-        self._step_supports_amp_scaling = bool(defaults["fused"])
+        self._step_supports_amp_scaling = bool(defaults.get("fused"))
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -288,6 +288,11 @@ class FusedOptimizer(torch.optim.Optimizer):
           the nearest values of their dtype (load the model first); without any, the next step
           makes them from the parameters, as it does averages. What the options have no use for is
           dropped;
+        - the state of a parameter is there as a whole or not at all. Only what an option needs that
+          was switched on since may be missing, and is made by the next step: ``max_exp_avg_sq``
+          (from zeros), ``momentum_buffer``, a master weight, ``ema_param`` and SGD's ``step``;
+        - states take on the strides of their parameter (those of channels_last, say), with which
+          steps are fastest;
         - a ``step`` of any number type, numpy's too, becomes a floating-point tensor;
         - the time is linear in the number of parameters.
 

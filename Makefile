@@ -4,7 +4,7 @@
 #   make bench      the step benchmark (BENCH="--optimizer SGD --shapes resnet50" to choose);
 #                   bench/training_step.py and bench/precision.py: clipping, averages, precision
 #   make lint       ruff, mypy, clang-format
-#   make sanitize   the same under the address and undefined-behaviour sanitizers
+#   make sanitize   tests under the address and undefined-behaviour sanitizers
 #   make cuda       a build for CUDA under a CUDA build of torch (in .venv-cuda): the tests of what
 #                   these could break, and a look at the kernels' machine code; needs no GPU
 #   make wheel      a wheel in dist/

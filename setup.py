@@ -148,12 +148,11 @@ def cpp_sources(build_dir: Path, with_cuda: bool) -> list[tuple[Path, list[str]]
     # together take minutes, most of all for this file.
     quick = ["-O0" if SANITIZE else "-O2"] if cuda_mode() == "emulated" else []
     # Without NDEBUG, pybind11 asks at every count of references whether the GIL is held.
-    checks = ["-O1"] if SANITIZE else ["-DNDEBUG"]
-    sane = ["-O1"] if SANITIZE else []
+    binding = ["-O1"] if SANITIZE else ["-O2", "-DNDEBUG"]
     return [
-        (bindings, ["-O2", *checks, *(f"-isystem{path}" for path in python)]),
-        *((Path(f"csrc/cpu/isa_{isa}.cpp"), EXACT + sane + flags) for isa, flags in isas.items()),
-        (Path("csrc/cpu/driver.cpp"), EXACT + sane),
+        (bindings, [*binding, *(f"-isystem{path}" for path in python)]),
+        *((Path(f"csrc/cpu/isa_{isa}.cpp"), EXACT + flags) for isa, flags in isas.items()),
+        (Path("csrc/cpu/driver.cpp"), EXACT),
         *((Path(f"csrc/cuda/{name}.cpp"), EXACT + quick) for name in cuda),
     ]
 

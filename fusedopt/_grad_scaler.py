@@ -1,11 +1,13 @@
 """A GradScaler that leaves the search for infinite grads to the optimizer's step."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from ._optimizer import FusedOptimizer, skip_flag
+from ._optimizer import FusedOptimizer, forget_scaling, skip_flag
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -17,18 +19,21 @@ class GradScaler(torch.amp.GradScaler):
     ``unscale_()``, and for other optimizers (wrappers of ours included), all is as in torch.
     """
 
+    _stepping: FusedOptimizer | None = None  # whose step looks for infinite grads itself
+
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        if not isinstance(optimizer, FusedOptimizer):
+        if not isinstance(optimizer, FusedOptimizer) or _reads_grads_elsewhere(optimizer):
             return super().step(optimizer, *args, **kwargs)
         supported = optimizer._step_supports_amp_scaling
         optimizer._step_supports_amp_scaling = True
+        self._stepping = optimizer
         try:
             return super().step(optimizer, *args, **kwargs)
         except BaseException:
-            for name in ("grad_scale", "found_inf"):  # torch leaves them there
-                optimizer.__dict__.pop(name, None)
+            forget_scaling(optimizer)
             raise
         finally:
+            self._stepping = None
             optimizer._step_supports_amp_scaling = supported
             if optimizer._checks_grads:
                 optimizer._checks_grads = False
@@ -39,11 +44,18 @@ class GradScaler(torch.amp.GradScaler):
                     }
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
-        if not isinstance(optimizer, FusedOptimizer) or not optimizer._step_supports_amp_scaling:
+        if optimizer is not self._stepping:
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
-        optimizer._checks_grads = True
-        optimizer._verdict = None
+        self._stepping._checks_grads = True
+        self._stepping._verdict = None
         none_yet = {scale.device: torch.zeros((), dtype=torch.float32, device=scale.device)}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = none_yet
         return none_yet
+
+
+def _reads_grads_elsewhere(optimizer: FusedOptimizer) -> bool:
+    """Whether code of the user's runs in a step, which expects grads without the scale."""
+    overridden = inspect.unwrap(type(optimizer).step) is not inspect.unwrap(FusedOptimizer.step)
+    hooks = optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
+    return overridden or bool(hooks)

@@ -50,8 +50,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
         """As torch's, which wraps ``step`` to call its hooks; a step that fails leaves no scaling.
 
-        torch.amp.GradScaler hands its scale over in attributes, and forgets them on the optimizer
-        if the step or a hook raises, Ctrl-C included. The next step would obey them.
+        torch.amp.GradScaler hands its scale over in attributes, and leaves them on the optimizer if
+        the step or a hook raises, Ctrl-C included. The next step would obey them.
         """
         hooked = torch.optim.Optimizer.profile_hook_step(func)
 
@@ -60,8 +60,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             try:
                 return hooked(self, *args, **kwargs)
             except BaseException:
-                for name in ("grad_scale", "found_inf"):
-                    self.__dict__.pop(name, None)
+                forget_scaling(self)
                 raise
 
         return step
@@ -379,6 +378,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 for name in names
                 if present.get(name) is None
             }
+
+
+def forget_scaling(optimizer: torch.optim.Optimizer) -> None:
+    """Take off what torch.amp.GradScaler has handed over for one step."""
+    for name in ("grad_scale", "found_inf"):
+        optimizer.__dict__.pop(name, None)
 
 
 def skip_flag(verdict: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ class Additions(TypedDict, total=False):
             the L2 norm of all grads of all groups (and, of DTensors, of all their shards). A group
             with None is not clipped, its grads count; infinity only measures. A step whose norm is
             infinite or NaN is skipped.
-        error_if_nonfinite: raise RuntimeError instead of skipping, but not for the overflows that a
-            GradScaler looks for. Waits for the GPU.
+        error_if_nonfinite: raise RuntimeError instead of skipping, but not for the overflows that
+            ``fusedopt.GradScaler`` looks for, or torch's with ``fused=True``. Waits for the GPU.
 
     Averaging:
         ema_decay: keeps an exponential moving average of the weights, ``ema_param`` of the state

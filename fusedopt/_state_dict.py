@@ -53,11 +53,13 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
                 saved[key] = group[key]
         optimizer._check_group(saved, index)
         counts_steps = optimizer._counts_steps(saved)
+        names = optimizer._state_names({**optimizer._old_options, **saved})
         for at, param in enumerate(group["params"]):
             entries = state.get(param)
             if isinstance(entries, dict):
                 _C.check_state(optimizer._row, entries, saved, index, at)
                 place = _place(saved, index, at)
+                _check_shapes(entries, names, param, place)
                 if not counts_steps:
                     entries.pop("step", None)
                 if entries.get("step") is not None:
@@ -91,10 +93,28 @@ def _place(group: dict[str, Any], group_index: int, index: int) -> str:
     return f"parameter {names[index]!r} ({where})" if names else f"the parameter at {where}"
 
 
+def _check_shapes(entries: dict[str, Any], names: list[str], param: Tensor, place: str) -> None:
+    """Raise for states that no step of this parameter can use."""
+    for name in names:
+        entry = entries.get(name)
+        if entry is None:
+            continue
+        if not isinstance(entry, Tensor):
+            raise TypeError(
+                f"{name} of {place} is {entry!r} in the loaded state dict, but must be a tensor"
+            )
+        if entry.shape != param.shape:
+            raise ValueError(
+                f"{name} of {place} is of shape {tuple(entry.shape)} in the loaded state dict, but "
+                f"the parameter of shape {tuple(param.shape)}"
+            )
+
+
 def _checked_step(step: Any, place: str) -> Tensor:
     """A step count as a step takes it; TypeError or ValueError for what it would refuse."""
-    count = to_step(step, torch.device("cpu"))
-    if count.numel() != 1 or not 0 <= (number := float(count)) < 9.2e18 or number % 1 != 0:
+    is_one = not isinstance(step, Tensor) or step.numel() == 1
+    count = to_step(step, torch.device("cpu")) if is_one else torch.tensor(-1.0)
+    if not 0 <= (number := float(count)) < 9.2e18 or number % 1 != 0:
         raise ValueError(
             f"step of {place} is {step!r} in the loaded state dict, but must be one whole number "
             "that is not negative; round it"

@@ -31,7 +31,8 @@ class Adam(FusedOptimizer):
         lr: learning rate :math:`\gamma`, a number or a tensor of one element. A tensor on the
             parameters' GPU is read there, in the step; its value is then not checked.
         betas: decay rates :math:`\beta_1, \beta_2` of the moments, each in [0, 1). A
-            :math:`\beta_2` of 1 set later keeps the second moment as it is, and the params at rest.
+            :math:`\beta_2` of 1 set later keeps the second moment as it is; where that is above 0,
+            the params then change by their decay only.
         eps: :math:`\epsilon`, added to the denominator. If it is above 0, the denominator is, too.
         weight_decay: :math:`\lambda`.
         amsgrad: divide by the largest second moment so far (Reddi et al., "On the Convergence of

@@ -111,6 +111,67 @@ def test_load_refuses(name: str, damage: Callable[[dict[str, Any]], None], missi
     assert snapshot(other) == before
 
 
+WITHOUT_COUNT = r"'middle' \(group 0, index 1\) has no 'step', but has .*'ema_param'"
+
+
+def test_average_without_its_count_is_refused() -> None:
+    """It would start anew: the first step sets the average to the weight."""
+    optimizer, params = make("SGD", ema_decay=0.9)
+    step(optimizer, params, 3)
+    saved = optimizer.state_dict()
+    saved["state"] = {key: dict(entries) for key, entries in saved["state"].items()}
+    del saved["state"][1]["step"]
+    with pytest.raises(ValueError, match=WITHOUT_COUNT):
+        optimizer.load_state_dict(saved)
+    step(optimizer, params)
+    del optimizer.state[params[1]]["step"]
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=WITHOUT_COUNT):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+
+
+# What a state is replaced with in a checkpoint, and how it is refused.
+UNUSABLE: dict[str, tuple[Any, type[Exception], str]] = {
+    "longer": (torch.ones(5), ValueError, r"shape \(5,\).*\(4,\)"),
+    "of one element": (torch.ones(()), ValueError, r"shape \(\).*\(4,\)"),
+    "a number": (1.0, TypeError, r"1\.0.*must be a tensor"),
+    "a list": ([1.0] * 4, TypeError, "must be a tensor"),
+}
+
+
+@pytest.mark.parametrize(("value", "error", "pattern"), list(UNUSABLE.values()), ids=list(UNUSABLE))
+@pytest.mark.parametrize(
+    ("name", "options", "key"),
+    [("SGD", {"momentum": 0.9}, "momentum_buffer"), ("AdamW", {}, "exp_avg_sq"),
+     ("AdamW", {"amsgrad": True}, "max_exp_avg_sq")],
+    ids=["SGD", "AdamW", "amsgrad"],
+)  # fmt: skip
+def test_load_refuses_states_that_do_not_fit(
+    name: str, options: dict[str, Any], key: str, value: Any, error: type[Exception], pattern: str
+) -> None:
+    """As the next step would."""
+    optimizer, params = make(name, **options)
+    step(optimizer, params, 2)
+    saved = optimizer.state_dict()
+    saved["state"] = {at: dict(entries) for at, entries in saved["state"].items()}
+    saved["state"][1][key] = value
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=rf"^{key} of parameter 'middle'.*{pattern}"):
+        optimizer.load_state_dict(saved)
+    assert snapshot(optimizer) == before
+
+
+def test_step_count_of_two_elements_is_refused_by_name() -> None:
+    optimizer, params = make("AdamW")
+    step(optimizer, params)
+    saved = optimizer.state_dict()
+    saved["state"] = {at: dict(entries) for at, entries in saved["state"].items()}
+    saved["state"][1]["step"] = on_host([1, 2])
+    with pytest.raises(ValueError, match=r"^step of parameter 'middle'.*one whole number"):
+        optimizer.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("maker", ["Adamax", "RMSprop", "Adagrad", "SGD", "ASGD", "Adadelta"])
 @ADAMS
 def test_checkpoints_of_other_optimizers(name: str, maker: str) -> None:

@@ -334,3 +334,46 @@ def test_nothing_is_added_if_a_group_is_refused(name: str) -> None:
         set_grads([each.param_groups[-1]["params"][0]], 1)
         each.step()
     assert_equal(optimizer.param_groups[-1]["params"][0], twin.param_groups[-1]["params"][0])
+
+
+@pytest.mark.parametrize("end", [0.0, -1e-18], ids=["0", "rounded below 0"])
+def test_clipping_down_to_nothing(end: float) -> None:
+    """A schedule of max_grad_norm that ends at 0: as clip_grad_norm_ to 0 before each step."""
+    results = []
+    for is_ours in (True, False):
+        param = Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer: Any = (
+            fusedopt.SGD([param], lr=0.1, momentum=0.9, max_grad_norm=1.0)
+            if is_ours
+            else torch.optim.SGD([param], lr=0.1, momentum=0.9, foreach=False)
+        )
+        for norm in (1.0, 0.5, end, end):
+            param.grad = torch.full_like(param, 2.0)
+            if is_ours:
+                optimizer.param_groups[0]["max_grad_norm"] = norm
+            else:
+                torch.nn.utils.clip_grad_norm_([param], max(norm, 0.0))
+            optimizer.step()
+        results.append(param.detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "numpy", "tensor", "tensors"])
+def test_betas_of_any_sequence(kind: str) -> None:
+    betas: Any = {
+        "tuple": (0.8, 0.9),
+        "list": [0.8, 0.9],
+        "numpy": np.array([0.8, 0.9]),
+        "tensor": torch.tensor([0.8, 0.9], dtype=torch.float64, device="cpu"),
+        "tensors": (torch.tensor(0.8, device="cpu", dtype=torch.float64), 0.9),
+    }[kind]
+    results = []
+    for given in (betas, (0.8, 0.9)):
+        param = Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = fusedopt.Adam([param], lr=0.1)
+        for _ in range(3):
+            optimizer.param_groups[0]["betas"] = given
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        results.append(param.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -122,19 +122,23 @@ def test_fused_with_foreach(name: str) -> None:
 @MAIN_CASE
 @each_fused
 def test_our_scaler_borrows_the_claim(case: Case, options: dict[str, Any]) -> None:
-    """For its own steps, the hooks of the step included."""
+    """For its own steps, unless hooks look at the grads before."""
     optimizer, scaler, seen = (
         case.ours(make_params(), **options),
         new_scaler(fusedopt.GradScaler),
         [],
     )
-    for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
-        register(lambda each, *_: seen.append(each._step_supports_amp_scaling))
-    scale_grads(scaler, optimizer, 0)
-    scaler.step(optimizer)
-    set_grads(optimizer.param_groups[0]["params"], 1)
-    optimizer.step()
-    assert seen == [True, True, *[bool(options)] * 2]
+    optimizer.register_step_post_hook(lambda o, *_: seen.append(o._step_supports_amp_scaling))
+    for has_pre_hook in (False, True):
+        if has_pre_hook:
+            optimizer.register_step_pre_hook(lambda *_: None)
+        scale_grads(scaler, optimizer, 0)
+        scaler.step(optimizer)
+        scaler.update()
+        set_grads(optimizer.param_groups[0]["params"], 1)
+        optimizer.step()
+    claims = bool(options)
+    assert seen == [True, claims, claims, claims]
 
 
 class Wrapper:
@@ -272,7 +276,9 @@ def test_exception_in_a_scaled_step(
             scaler.step(optimizer)
         except (KeyboardInterrupt, ValueError):
             raised = True
-    is_called = bool(options) or scaler_type is fusedopt.GradScaler or not overflows
+    is_pre_hook = ending in (ENDS["pre-hook"][0], ENDS["global pre-hook"][0])
+    ours_takes_over = scaler_type is fusedopt.GradScaler and not is_pre_hook
+    is_called = bool(options) or ours_takes_over or not overflows
     reads_found_inf_first = ending in (broken_state, interrupted_walk) and (
         bool(options) and scaler_type is torch.amp.GradScaler and overflows and not STEPS_ON_DEVICE
     )
@@ -306,3 +312,63 @@ def test_exception_in_a_closure(case: Case, overflows: bool) -> None:
     for each in (optimizer, plain):
         train(each, steps=2)
     assert_equal(all_of(optimizer), all_of(plain))
+
+
+# Code of the user's that runs in a step and reads the grads there.
+
+
+def clip(optimizer: Any, *_: Any) -> None:
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+
+
+def with_hook(optimizer: Any) -> Callable[[], None]:
+    return optimizer.register_step_pre_hook(clip).remove
+
+
+def with_global_hook(optimizer: Any) -> Callable[[], None]:
+    def clip_this(other: Any, *_: Any) -> None:
+        if other is optimizer:
+            clip(other)
+
+    return register_optimizer_step_pre_hook(clip_this).remove
+
+
+def with_subclass(optimizer: Any) -> Callable[[], None]:
+    class Clipping(type(optimizer)):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> Any:
+            clip(self)
+            return super().step(closure)
+
+    optimizer.__class__ = Clipping
+    return lambda: None
+
+
+READERS: dict[str, Callable[[Any], Callable[[], None]]] = {
+    "hook": with_hook,
+    "global hook": with_global_hook,
+    "subclass": with_subclass,
+}
+
+
+@MAIN_CASE
+@each_scaler
+@pytest.mark.parametrize("overflows", [(), (1,)], ids=["finite", "overflow"])
+@pytest.mark.parametrize("add_reader", **by_id(READERS))
+def test_code_in_a_step_sees_unscaled_grads(
+    case: Case, scaler_type: Any, overflows: tuple[int, ...], add_reader: Any
+) -> None:
+    """Grads that still have the scale would be clipped to nothing."""
+    results = []
+    for build, scalers in ((case.ours, scaler_type), (case.torchs, torch.amp.GradScaler)):
+        optimizer = build(make_params())
+        remove = add_reader(optimizer)
+        scaler = new_scaler(scalers)
+        try:
+            for seed in range(3):
+                scale_grads(scaler, optimizer, seed, overflows=seed in overflows)
+                scaler.step(optimizer)
+                scaler.update()
+        finally:
+            remove()
+        results.append([params_of(optimizer), scaler.get_scale()])
+    assert_same_math(*results)

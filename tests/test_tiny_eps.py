@@ -19,6 +19,7 @@ EPS: dict[str, float] = {
     "float32's smallest": 2.0**-149,
     "below float32's": 1e-60,
     "float64's smallest normal": 2.0**-1022,
+    "float64's smallest": 5e-324,
     "small": 1e-30,
 }
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -330,6 +330,69 @@ def test_pending_collective_is_waited_for(
     assert_equal(*results)
 
 
+@pytest.mark.parametrize("master", ["float32", "split"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "dtensor"])
+def test_wrapped_param_with_a_master_is_refused_by_name(
+    master: str, sharded: bool, mesh: Any
+) -> None:
+    wrapper = Wrapper(numbers(dtype=torch.bfloat16))
+    param = Parameter(shard(mesh, wrapper) if sharded else wrapper)
+    param.grad = shard(mesh, numbers(dtype=torch.bfloat16)) if sharded else Wrapper(param.wrapped)
+    optimizer = fusedopt.AdamW([("wrapped", param)], master_weights=master)
+    with pytest.raises(TypeError, match=r"^parameter 'wrapped'.* is .*Wrapper, a tensor subclass"):
+        optimizer.step()
+
+
+STEPS: dict[str, tuple[Callable[[Tensor], Tensor], type[Exception], str]] = {
+    "wrapped": (Wrapper, TypeError, "Wrapper, a tensor subclass"),
+    "negated": (negated, ValueError, "does not hold its value; clone"),
+    "no memory": (zeros_without_memory, ValueError, "does not hold its value; clone"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "pattern"), **by_id(STEPS))
+def test_step_count_is_refused_by_name(
+    make: Callable[[Tensor], Tensor], error: type[Exception], pattern: str
+) -> None:
+    param = Parameter(numbers())
+    optimizer = fusedopt.AdamW([("first", param)])
+    param.grad = numbers()
+    optimizer.step()
+    optimizer.state[param]["step"] = make(torch.tensor(1.0, device="cpu"))
+    before = param.detach().clone()
+    with pytest.raises(error, match=f"^step of parameter 'first'.* is .*{pattern}"):
+        optimizer.step()
+    assert torch.equal(param.detach(), before)
+
+
+@pytest.mark.cpu_only
+def test_option_that_is_a_wrapper_is_read_as_a_number() -> None:
+    """Of a wrapper without ``__torch_dispatch__`` for item(), torch's own error comes through."""
+
+    class Number(torch.Tensor):
+        value: float
+
+        @staticmethod
+        def __new__(cls, value: float) -> "Number":
+            number = torch.Tensor._make_wrapper_subclass(cls, (), dtype=torch.float64)
+            number.value = value
+            return number
+
+        @classmethod
+        def __torch_dispatch__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            plain = [torch.tensor(a.value) if isinstance(a, Number) else a for a in args]
+            return func(*plain, **(kwargs or {}))
+
+    param = Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = fusedopt.SGD([param], lr=1.0)
+    optimizer.param_groups[0]["lr"] = Number(0.5)
+    param.grad = torch.ones(3, dtype=torch.float64)
+    optimizer.step()
+    assert param.tolist() == [0.5] * 3
+
+
 def test_unknown_wrapper_is_refused_every_time() -> None:
     param = Parameter(numbers())
     optimizer = fusedopt.SGD([("wrapped", param)], lr=0.1)

@@ -86,8 +86,16 @@ void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slo
 void Plan::find_step(const Operands& operands, Slot& slot) const {
   TensorView view;
   const TensorView& param = operands.views[kParam];
-  const bool readable = read_tensor(operands.step, view, operands.held) && view.data != nullptr &&
-                        contents_of(view.memory, view) == Contents::kValues;
+  const std::string subject = "step of " + operands.place.text() + " is ";
+  bool readable = false;
+  try {
+    readable = read_tensor(operands.step, view, operands.held);
+  } catch (const UnknownTensorType& error) {
+    throw py::type_error(subject + error.what());
+  }
+  if (readable && contents_of(view.memory, view) != Contents::kValues)
+    throw py::value_error(subject +
+                          "a tensor whose memory does not hold its value; clone() it first");
   const bool is_on_cpu = readable && view.device_type == kDlCpu;
   const bool is_beside_param =
       readable && view.device_type == param.device_type && view.device_id == param.device_id;
@@ -97,7 +105,7 @@ void Plan::find_step(const Operands& operands, Slot& slot) const {
   const bool is_int = is_on_cpu && view.is_int64 && !is_on_gpu(param);
   const bool usable = (is_float && (is_on_cpu || is_beside_param)) || is_int;
   if (!usable || count_elements(view) != 1)
-    throw py::value_error("step of " + operands.place.text() + " is " + describe(operands.step) +
+    throw py::value_error(subject + describe(operands.step) +
                           ", but must be one float32 or float64 number on the CPU or on the "
                           "parameter's device; load_state_dict() makes it that");
   slot.step = view.data;
@@ -118,10 +126,10 @@ void Plan::fill(Walk& walk, const Operands& operands, Work& work, Slot& slot) {
   work.stochastic_rounding = false;
   for (int k = 0; operands.stochastic_rounding && k < operands.count; ++k)
     if (k != kGrad && operands.views[k].dtype == DType::kBFloat16) work.stochastic_rounding = true;
+  bool same_grad = true;
   for (int k = 0; k < operands.count; ++k) {
-    bool ignored = true;
-    note(work.data[k], operands.views[k].data, k == kGrad ? ignored : same_memory);
-    note(work.dtypes[k], operands.views[k].dtype, k == kGrad ? ignored : same_memory);
+    note(work.data[k], operands.views[k].data, k == kGrad ? same_grad : same_memory);
+    note(work.dtypes[k], operands.views[k].dtype, k == kGrad ? same_grad : same_memory);
   }
   const Dims* const before = dims_of(work);
   lay_out(walk, operands, work);
@@ -129,7 +137,7 @@ void Plan::fill(Walk& walk, const Operands& operands, Work& work, Slot& slot) {
       work.layout == kDense ? nullptr : &walk.dims[static_cast<size_t>(work.layout)];
   const bool same_layout = before == nullptr ? now == nullptr : now != nullptr && *before == *now;
   slot.is_disjoint = slot.is_disjoint && same_memory && same_size && same_layout;
-  slot.checked_grad = nullptr;
+  if (!same_grad || !slot.is_disjoint) slot.checked_grad = nullptr;
   chunked_ = chunked_ && same_size;
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "bindings/memory.h"
 #include "bindings/torch_api.h"
 
 namespace py = pybind11;
@@ -21,15 +22,20 @@ const Key kStochasticRounding("stochastic_rounding"), kRoundingSeed("rounding_se
 const Key kMaxGradNorm("max_grad_norm"), kErrorIfNonfinite("error_if_nonfinite");
 const Key kEmaDecay("ema_decay"), kEmaBiasCorrection("ema_bias_correction");
 
+// By how much a schedule may leave the range of an option that torch lacks.
+constexpr double kRounding = 1e-6;
+
 // What a group adds to torch's options: all that is off has no effect.
 void read_additions(GroupReader& group, Hyper& hyper) {
   hyper.max_grad_norm = group.number_or(kMaxGradNorm, 0);
+  // A schedule may end at 0, and miss it by rounding: grads are then multiplied by nearly 0.
+  if (!group.is_strict() && group.has(kMaxGradNorm) && std::abs(hyper.max_grad_norm) < kRounding)
+    hyper.max_grad_norm = std::max(hyper.max_grad_norm, kSmallestNormal<double>);
   if (!(hyper.max_grad_norm > 0) && group.has(kMaxGradNorm))
     group.fail("max_grad_norm must be above 0, or None: " + std::to_string(hyper.max_grad_norm));
   hyper.ema_decay = group.number_or(kEmaDecay, -1);
   if (group.has(kEmaDecay)) {
     // A schedule may end at 1, where the average rests, and miss either end by rounding.
-    constexpr double kRounding = 1e-6;
     const char* const what = "ema_decay must be in [0, 1), or None";
     group.require_at_first(hyper.ema_decay >= 0 && hyper.ema_decay < 1, what, hyper.ema_decay);
     group.require(hyper.ema_decay >= -kRounding && hyper.ema_decay <= 1 + kRounding, what,
@@ -132,8 +138,12 @@ constexpr double kUnknownNumber = 0.5;
 
 bool GroupReader::find_on_gpu(py::handle value, const char* name, cuda::DeviceNumber& on_gpu) {
   TensorView view;
-  if (!is_tensor(value.ptr()) || !read_tensor(value.ptr(), view, held_) || !is_on_gpu(view))
-    return false;
+  try {
+    if (!is_tensor(value.ptr()) || !read_tensor(value.ptr(), view, held_)) return false;
+  } catch (const UnknownTensorType&) {
+    return false;  // item() will know
+  }
+  if (!is_on_gpu(view)) return false;
   if (cuda::is_emulated() && !is_capturable()) return false;
   if (!view.is_supported || view.is_complex || item_size(view.dtype) < 4 ||
       count_elements(view) != 1)
@@ -229,7 +239,8 @@ bool GroupReader::is_capturable() const { return flag(kCapturable); }
 void GroupReader::betas(cuda::HyperSource& source) {
   const py::object pair = find(kBetas);
   py::tuple values;
-  if (pair && PySequence_Check(pair.ptr())) values = as_tuple(pair.ptr());
+  if (pair && !PyUnicode_Check(pair.ptr()) && py::hasattr(pair, "__iter__"))
+    values = as_tuple(pair.ptr());
   if (values.size() != 2) fail("betas must be a pair of numbers");
   source.values.beta1 = to_number(values[0], "betas[0]", &source.beta1);
   source.values.beta2 = to_number(values[1], "betas[1]", &source.beta2);
@@ -244,7 +255,8 @@ void refuse_partial(const OptimizerRow& row, PyObject* state, const Place& place
   for (int s = 0; s < row.num_required && missing == nullptr; ++s)
     if (!has(row.state_names[static_cast<size_t>(s)]))
       missing = &row.state_names[static_cast<size_t>(s)];
-  if (missing == nullptr && row.always_counts && !has(kStep)) missing = &kStep;
+  if (missing == nullptr && !has(kStep) && (row.always_counts || has(kEmaParam)))
+    missing = &kStep;  // an average without its count would start anew
   if (missing == nullptr) return;
   References keys;
   Py_ssize_t at = 0;
@@ -254,10 +266,9 @@ void refuse_partial(const OptimizerRow& row, PyObject* state, const Place& place
   });
   std::string others;
   for (const py::object& key : keys) {
-    const bool is_optional = key.equal(py::str(kMasterParam.name())) ||
-                             key.equal(py::str(kParamRemainder.name())) ||
-                             key.equal(py::str(kEmaParam.name()));
-    if (!is_optional) others += (others.empty() ? "" : ", ") + std::string(py::repr(key));
+    const bool is_master =
+        key.equal(py::str(kMasterParam.name())) || key.equal(py::str(kParamRemainder.name()));
+    if (!is_master) others += (others.empty() ? "" : ", ") + std::string(py::repr(key));
   }
   if (others.empty()) return;  // a parameter that has not been stepped
   throw py::value_error("the state of " + place.text() + " has no '" + missing->name() +

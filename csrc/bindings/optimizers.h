@@ -84,7 +84,7 @@ struct OptimizerRow {
   const char* name;
   RuleId rule;
   std::array<Key, kMaxStates> state_names;        // the first num_states(hyper) are in use
-  int num_required;                               // of them, without which a state is a torso
+  int num_required;                               // of them, without which a state is incomplete
   bool always_counts;                             // the state has "step" whatever the options
   cuda::HyperSource (*read)(GroupReader& group);  // checks every value
   int (*num_states)(const Hyper& hyper);

@@ -100,7 +100,9 @@ py::object Plan::step(const py::object& param_groups, const py::object& state,
     if (!walk.missing.empty()) {
       discard = create_state(walk.missing, walk.gpu_counts);
       walk = start_walk(param_groups, state, walk.grads, true);
-      if (!walk.missing.empty()) throw std::runtime_error("state that was created is not there");
+      if (!walk.missing.empty())
+        throw std::runtime_error(
+            "state that was created is not there: another thread has taken it away");
       if (walk.gpu_counts && (measures || !found_inf.is_none())) count_first_steps(walk);
       if (measures) reductions = classify_grads(walk);
     }
@@ -308,8 +310,7 @@ int64_t Plan::bookkeeping_bytes() {
   size_t bytes = sizeof(*this) + works_.capacity() * sizeof(Work) +
                  slots_.capacity() * sizeof(Slot) +
                  (chunks_.capacity() + leaves_.capacity()) * sizeof(ChunkStart) +
-                 leaf_sizes_.capacity() * sizeof(int64_t) + written_.capacity() * sizeof(Written) +
-                 held_.capacity_bytes();
+                 leaf_sizes_.capacity() * sizeof(int64_t) + written_.capacity() * sizeof(Written);
   for (const Dims& dims : dims_) bytes += sizeof(Dims) + dims.capacity() * sizeof(Dim);
   return static_cast<int64_t>(bytes);
 }

@@ -27,15 +27,13 @@ class References {
   PyObject* hold(PyObject* borrowed) {
     return hold(pybind11::reinterpret_borrow<pybind11::object>(borrowed));
   }
-  // May run code of the user's: whatever a weak reference or a destructor calls.
-  void clear() { objects_.clear(); }
-  // Empties this; the references live on in what is returned.
+  // Empties this; the references live on in what is returned, whose end may run code of the
+  // user's: whatever a weak reference or a destructor calls.
   References take() { return std::exchange(*this, References()); }
   auto begin() const { return objects_.begin(); }
   auto end() const { return objects_.end(); }
   size_t size() const { return objects_.size(); }
   void reserve(size_t count) { objects_.reserve(count); }
-  size_t capacity_bytes() const { return objects_.capacity() * sizeof(pybind11::object); }
 
  private:
   std::vector<pybind11::object> objects_;

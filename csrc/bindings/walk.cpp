@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "bindings/fingerprint.h"
+#include "bindings/memory.h"
 #include "bindings/plan.h"
 
 // The part of Plan that goes through the parameters: about half a microsecond for each.
@@ -51,7 +52,11 @@ Scalars scalars_for(RuleId rule, const Hyper& hyper, std::pair<double, bool> key
 // What holds the rest of this param's weight. Params of 32 bits and more are their weights.
 Master master_of(Master wanted, PyObject* param, const Place& place, References& held) {
   TensorView view;
-  if (!read_tensor(param, view, held) || !view.is_supported) return Master::kNone;  // refused later
+  try {
+    if (!read_tensor(param, view, held) || !view.is_supported) return Master::kNone;
+  } catch (const UnknownTensorType&) {
+    return Master::kNone;  // read_operand() will refuse it, by name
+  }
   if (wanted == Master::kFloat32 && item_size(view.dtype) > 2) return Master::kNone;
   if (view.is_complex || (wanted == Master::kSplit && view.dtype != DType::kBFloat16))
     throw py::value_error(subject(place, "") + describe(param) + ", but master_weights='" +
@@ -238,7 +243,7 @@ void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& foun
     const TensorView& grad = operands.views[kGrad];
     if (unchanged == Unchanged::kAllButGrad && work.dtypes[kGrad] == grad.dtype &&
         is_contiguous(grad) && is_contiguous(operands.views[kParam]))
-      work.data[kGrad] = grad.data;  // and slot.checked_grad may differ from it
+      work.data[kGrad] = grad.data;  // so check_grads() looks at it again
     else
       read_rest(walk, operands, found.is_complete, work, slot);
     slot.recognizable = found.is_complete && work.layout == kDense &&

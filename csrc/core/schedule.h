@@ -85,7 +85,7 @@ FUSEDOPT_HD AdamScalars<double> schedule_rule(AdamFamily, const Hyper& hyper, Ti
   const bool to_grad = hyper.beta1 <= 0.5;
   // An eps that keeps the denominator from 0 must not become 0 itself (see also AdamScalars::as).
   double eps = hyper.eps * sqrt_correction2;
-  if (hyper.eps > 0 && eps < kSmallestNormal<double>) eps = kSmallestNormal<double>;
+  if (is_positive(hyper.eps) && eps < kSmallestNormal<double>) eps = kSmallestNormal<double>;
   return {grad_factor(hyper, grads),
           to_grad ? -hyper.beta1 : 1.0 - hyper.beta1,
           to_grad ? 1.0 : 0.0,

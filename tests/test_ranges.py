@@ -336,28 +336,6 @@ def test_nothing_is_added_if_a_group_is_refused(name: str) -> None:
     assert_equal(optimizer.param_groups[-1]["params"][0], twin.param_groups[-1]["params"][0])
 
 
-@pytest.mark.parametrize("end", [0.0, -1e-18], ids=["0", "rounded below 0"])
-def test_clipping_down_to_nothing(end: float) -> None:
-    """A schedule of max_grad_norm that ends at 0: as clip_grad_norm_ to 0 before each step."""
-    results = []
-    for is_ours in (True, False):
-        param = Parameter(torch.ones(3, dtype=torch.float64))
-        optimizer: Any = (
-            fusedopt.SGD([param], lr=0.1, momentum=0.9, max_grad_norm=1.0)
-            if is_ours
-            else torch.optim.SGD([param], lr=0.1, momentum=0.9, foreach=False)
-        )
-        for norm in (1.0, 0.5, end, end):
-            param.grad = torch.full_like(param, 2.0)
-            if is_ours:
-                optimizer.param_groups[0]["max_grad_norm"] = norm
-            else:
-                torch.nn.utils.clip_grad_norm_([param], max(norm, 0.0))
-            optimizer.step()
-        results.append(param.detach())
-    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("kind", ["tuple", "list", "numpy", "tensor", "tensors"])
 def test_betas_of_any_sequence(kind: str) -> None:
     betas: Any = {

@@ -4,6 +4,7 @@
 #include <malloc.h>
 #endif
 
+#include <algorithm>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -149,7 +150,14 @@ size_t find_keys(const py::module_& torch) {
     return keys_at(first) ^ keys_at(first + 1);
   };
   size_t found = 0;
-  for (size_t word = kFirstWord; word < kNumWords; ++word) {
+  size_t num_words = kNumWords;  // in builds without the GIL, the keys lie behind those
+  const auto has_more = [&](const py::object& tensor) {
+    return allocated_at_least(pointer_at(tensor.ptr(), g_offsets.description),
+                              (num_words + 1) * kWord);
+  };
+  while (num_words < kNumWords + 2 && std::all_of(tensors.begin(), tensors.end(), has_more))
+    ++num_words;
+  for (size_t word = kFirstWord; word < num_words; ++word) {
     const uint64_t conjugated = change(0, word), negated = change(2, word);
     bool is_keys = is_one_bit(conjugated) && is_one_bit(negated) && conjugated != negated;
     for (size_t i = 4; i < tensors.size(); i += 4)

@@ -22,20 +22,15 @@ const Key kStochasticRounding("stochastic_rounding"), kRoundingSeed("rounding_se
 const Key kMaxGradNorm("max_grad_norm"), kErrorIfNonfinite("error_if_nonfinite");
 const Key kEmaDecay("ema_decay"), kEmaBiasCorrection("ema_bias_correction");
 
-// By how much a schedule may leave the range of an option that torch lacks.
-constexpr double kRounding = 1e-6;
-
 // What a group adds to torch's options: all that is off has no effect.
 void read_additions(GroupReader& group, Hyper& hyper) {
   hyper.max_grad_norm = group.number_or(kMaxGradNorm, 0);
-  // A schedule may end at 0, and miss it by rounding: grads are then multiplied by nearly 0.
-  if (!group.is_strict() && group.has(kMaxGradNorm) && std::abs(hyper.max_grad_norm) < kRounding)
-    hyper.max_grad_norm = std::max(hyper.max_grad_norm, kSmallestNormal<double>);
   if (!(hyper.max_grad_norm > 0) && group.has(kMaxGradNorm))
     group.fail("max_grad_norm must be above 0, or None: " + std::to_string(hyper.max_grad_norm));
   hyper.ema_decay = group.number_or(kEmaDecay, -1);
   if (group.has(kEmaDecay)) {
     // A schedule may end at 1, where the average rests, and miss either end by rounding.
+    constexpr double kRounding = 1e-6;
     const char* const what = "ema_decay must be in [0, 1), or None";
     group.require_at_first(hyper.ema_decay >= 0 && hyper.ema_decay < 1, what, hyper.ema_decay);
     group.require(hyper.ema_decay >= -kRounding && hyper.ema_decay <= 1 + kRounding, what,

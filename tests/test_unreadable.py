@@ -11,6 +11,7 @@ import pytest
 import torch
 from api_helpers import MAIN_CASES, Case, assert_equal, by_id, photograph, snapshot
 from device import DEVICE
+from test_errors import Wrapper
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -209,26 +210,6 @@ def test_snapshot_that_is_copied_on_write(case: Case, of: str, dtype: torch.dtyp
 # Wrappers, alone and inside each other.
 
 dist = pytest.importorskip("torch.distributed")
-
-
-class Wrapper(torch.Tensor):
-    """A tensor without memory of its own around another, as float8 and quantized tensors are."""
-
-    wrapped: Tensor
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> "Wrapper":
-        wrapper = torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, dtype=inner.dtype, device=inner.device
-        )
-        wrapper.wrapped = inner
-        return wrapper
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        unwrapped = [arg.wrapped if isinstance(arg, Wrapper) else arg for arg in args]
-        out = func(*unwrapped, **(kwargs or {}))
-        return Wrapper(out) if isinstance(out, Tensor) else out
 
 
 @pytest.fixture(scope="module")

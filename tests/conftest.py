@@ -3,7 +3,7 @@ FUSEDOPT_CUDA=emulated, steps tensors on the CPU with the code of the CUDA drive
 cpu_only are skipped in both, those marked unemulated in the latter."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -51,3 +51,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for mark, reason in reasons.items():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A device mesh of this process alone, for DTensors."""
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available():
+        pytest.skip("torch was built without torch.distributed")
+    from device import DEVICE
+    from torch.distributed.device_mesh import init_device_mesh
+
+    backend = {"cpu": "gloo", "cuda": "nccl"}[DEVICE]
+    file = tmp_path_factory.mktemp(backend) / "init"
+    dist.init_process_group(backend, init_method=f"file://{file}", rank=0, world_size=1)
+    yield init_device_mesh(DEVICE, (1,))
+    dist.destroy_process_group()

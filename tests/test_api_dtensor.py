@@ -4,7 +4,6 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from api_helpers import (
     set_grads,
     train,
 )
-from device import DEVICE
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -29,7 +27,6 @@ dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():
     pytest.skip("torch was built without torch.distributed", allow_module_level=True)
 
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.tensor import (  # noqa: E402
     DTensor,
     Replicate,
@@ -39,15 +36,6 @@ from torch.distributed.tensor import (  # noqa: E402
 
 EVERY_CASE = pytest.mark.parametrize("case", **by_id(CASES))
 MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
-
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    backend = {"cpu": "gloo", "cuda": "nccl"}[DEVICE]
-    file = tmp_path_factory.mktemp(backend) / "init"
-    dist.init_process_group(backend, init_method=f"file://{file}", rank=0, world_size=1)
-    yield init_device_mesh(DEVICE, (1,))
-    dist.destroy_process_group()
 
 
 def shard(mesh: Any, tensor: Tensor) -> Any:

@@ -132,3 +132,17 @@ def test_sentences_about_the_gpu() -> None:
         f"take {1 / split:.1f} times as long as torch's plain step in bf16",
         f"{bars.count('pass')} of the {bars.count('pass') + bars.count('MISS')} measured ones",
     )
+
+
+@pytest.mark.cpu_only
+def test_checks_on_a_gpu() -> None:
+    parts = results("tests-cuda")["parts"]
+    cuda, whole = parts["tests"]["cuda"], parts["tests"]["all"]
+    tools = [parts["sanitizer"][name] for name in ("memcheck", "racecheck", "initcheck")]
+    assert {tool["errors_in_ours"] for tool in tools} == {0}
+    (chosen,) = {tool["passed"] for tool in tools}
+    assert_said(
+        f"{cuda['passed']} passed, {cuda['failed']} failed.",
+        f"{whole['passed']} passed, {whole['skipped']} skipped, {whole['failed']} failed,",
+        f"over {chosen} chosen tests: memcheck, racecheck and initcheck with 0 errors",
+    )

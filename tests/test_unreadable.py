@@ -4,13 +4,12 @@ Reports: grads without memory from torch.sgn (a crash in 0.1.0), NVIDIA/Transfor
 pytorch/ao#590 (wrappers inside DTensors), pytorch/pytorch#116122 (grads that are still under way).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from api_helpers import MAIN_CASES, Case, assert_equal, by_id, photograph, snapshot
-from device import DEVICE
 from test_errors import Wrapper
 from torch import Tensor
 from torch.nn import Parameter
@@ -208,19 +207,6 @@ def test_snapshot_that_is_copied_on_write(case: Case, of: str, dtype: torch.dtyp
 
 
 # Wrappers, alone and inside each other.
-
-dist = pytest.importorskip("torch.distributed")
-
-
-@pytest.fixture(scope="module")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    backend = {"cpu": "gloo", "cuda": "nccl"}[DEVICE]
-    file = tmp_path_factory.mktemp(backend) / "init"
-    dist.init_process_group(backend, init_method=f"file://{file}", rank=0, world_size=1)
-    yield init_device_mesh(DEVICE, (1,))
-    dist.destroy_process_group()
 
 
 def shard(mesh: Any, local: Tensor) -> Any:

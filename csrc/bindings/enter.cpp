@@ -86,15 +86,16 @@ void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slo
 void Plan::find_step(const Operands& operands, Slot& slot) const {
   TensorView view;
   const TensorView& param = operands.views[kParam];
-  const std::string subject = "step of " + operands.place.text() + " is ";
+  // Only where it is needed: the words take longer than the reading.
+  const auto subject_of_step = [&] { return subject(operands.place, "step"); };
   bool readable = false;
   try {
     readable = read_tensor(operands.step, view, operands.held);
   } catch (const UnknownTensorType& error) {
-    throw py::type_error(subject + error.what());
+    throw py::type_error(subject_of_step() + error.what());
   }
   if (readable && contents_of(view.memory, view) != Contents::kValues)
-    throw py::value_error(subject +
+    throw py::value_error(subject_of_step() +
                           "a tensor whose memory does not hold its value; clone() it first");
   const bool is_on_cpu = readable && view.device_type == kDlCpu;
   const bool is_beside_param =
@@ -105,7 +106,7 @@ void Plan::find_step(const Operands& operands, Slot& slot) const {
   const bool is_int = is_on_cpu && view.is_int64 && !is_on_gpu(param);
   const bool usable = (is_float && (is_on_cpu || is_beside_param)) || is_int;
   if (!usable || count_elements(view) != 1)
-    throw py::value_error(subject + describe(operands.step) +
+    throw py::value_error(subject_of_step() + describe(operands.step) +
                           ", but must be one float32 or float64 number on the CPU or on the "
                           "parameter's device; load_state_dict() makes it that");
   slot.step = view.data;

@@ -130,11 +130,13 @@ Plan::Walk Plan::start_walk(const py::object& param_groups, const py::object& st
   walk.scalars.reserve(groups.size());
   for (const py::handle given : groups) {
     const auto index = static_cast<int64_t>(walk.groups.size());
-    const std::string name = "param group " + std::to_string(index);
-    py::object group = as_dict(given.ptr(), name.c_str());
+    const py::object group =
+        PyDict_CheckExact(given.ptr())
+            ? py::reinterpret_borrow<py::object>(given)
+            : as_dict(given.ptr(), ("param group " + std::to_string(index)).c_str());
     GroupReader reader(group.ptr(), index, /*leave_on_gpu=*/true);
     const cuda::HyperSource source = row_.read(reader);
-    held_.hold(py::cast<py::object>(group));
+    held_.hold(group);
     walk.groups.push_back(
         {group, reader.params(), source, reader.numbers_gpu(), row_.num_states(source.values),
          static_cast<uint8_t>(

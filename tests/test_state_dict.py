@@ -357,6 +357,7 @@ def test_loading_leaves_the_dict_alone(case: Case) -> None:
     assert list(saved["state"]) == keys
 
 
+@pytest.mark.unsanitized  # sanitizers take half of the time
 @pytest.mark.cpu_only  # a default device slows down every call of torch
 def test_loading_is_linear() -> None:
     """8000 parameters under 0.2 s; torch's walks all ids once per parameter."""

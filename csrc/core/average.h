@@ -1,8 +1,9 @@
 #pragma once
 
-#include <cmath>
-
+#include "core/hyper.h"
+#include "core/lanes.h"
 #include "core/macros.h"
+#include "core/power.h"
 
 namespace fusedopt {
 
@@ -13,9 +14,10 @@ struct Average {
   T factor;     // rate, or rate - 1 when the interpolation starts from the weight
   T to_weight;  // not 0 if it does
 
-  FUSEDOPT_HD T operator()(T ema, T weight) const {
-    const T from = to_weight != 0 ? weight : ema;
-    return factor == 0 ? from : std::fma(factor, weight - ema, from);
+  template <class V>
+  FUSEDOPT_HD V operator()(V ema, V weight) const {
+    const V from = either(to_weight != 0, weight, ema);
+    return either(factor == 0, from, fma(V(factor), weight - ema, from));
   }
 
   template <class U>
@@ -26,6 +28,17 @@ struct Average {
 
 FUSEDOPT_HD Average<double> average_at(double rate) {
   return rate <= 0.5 ? Average<double>{rate, 0} : Average<double>{rate - 1, 1};
+}
+
+// The bias correction makes the weights of all steps so far add up to 1. Without it the first step
+// sets the average, as torch.optim.swa_utils.AveragedModel does.
+FUSEDOPT_HD double average_rate(const Hyper& hyper, Time time) {
+  const double rate = 1.0 - hyper.ema_decay;
+  if (time.step <= 1) return 1.0;
+  if (!hyper.ema_bias_correction) return rate;
+  // With a decay of 1, all steps weigh the same.
+  return rate > 0 ? rate / (1.0 - power(hyper.ema_decay, time.step))
+                  : 1.0 / static_cast<double>(time.step);
 }
 
 }  // namespace fusedopt

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "core/bits.h"
+#include "core/lanes.h"
 #include "core/macros.h"
 #include "core/narrow.h"
 
@@ -10,9 +10,14 @@
 // takes part); narrower formats exist in memory only.
 namespace fusedopt {
 
-enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kRemainder };
-inline constexpr int kNumDTypes =
-    4;  // that hold numbers; a remainder means something beside a param
+enum class DType : uint8_t {
+  kAbsent,  // there is no such operand
+  kFloat32,
+  kFloat64,
+  kBFloat16,
+  kFloat16,
+  kRemainder,  // what a bfloat16 param lacks of its weight (core/weight.h)
+};
 
 struct BFloat16 {
   uint16_t bits;
@@ -33,67 +38,57 @@ struct Compute<double> {
 };
 
 FUSEDOPT_HD constexpr int64_t item_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+  return dtype == DType::kFloat64   ? 8
+         : dtype == DType::kFloat32 ? 4
+         : dtype == DType::kAbsent  ? 0
+                                    : 2;
 }
 
-// Calls `f` with a value of the storage type that `dtype` names.
-template <class F>
+// Calls `f` with a value of the storage type that `dtype` names, which is one of those that T
+// computes with.
+template <class T, class F>
 FUSEDOPT_HD void with_storage(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-    case DType::kFloat16:
-      return f(Float16{});
-    case DType::kRemainder:
-      break;
+  if (dtype == DType::kFloat32) return f(float{});
+  if (dtype == DType::kBFloat16) return f(BFloat16{});
+  if constexpr (sizeof(T) == sizeof(double)) {
+    if (dtype == DType::kFloat64) return f(double{});
   }
+  f(Float16{});
 }
 
-FUSEDOPT_HD float to_float(float value) { return value; }
-
-FUSEDOPT_HD float to_float(double value) { return static_cast<float>(value); }
-
-FUSEDOPT_HD float to_float(BFloat16 value) {
-  return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+// Converts a stored number to T, and back to nearest with ties to even.
+template <class T>
+FUSEDOPT_HD T load(float from) {
+  return static_cast<T>(from);
 }
-
-FUSEDOPT_HD float to_float(Float16 value) { return float_from_half(value.bits); }
-
-// Converts a computed value to a storage format, to nearest with ties to even.
-template <class Storage, class T>
-struct Rounding {
-  static FUSEDOPT_HD Storage apply(T value) { return static_cast<Storage>(value); }
-};
+template <class T>
+FUSEDOPT_HD T load(double from) {
+  return static_cast<T>(from);
+}
+template <class T>
+FUSEDOPT_HD T load(BFloat16 from) {
+  return static_cast<T>(float_from_bfloat16(from.bits));
+}
+template <class T>
+FUSEDOPT_HD T load(Float16 from) {
+  return static_cast<T>(float_from_half(from.bits));
+}
 
 template <class T>
-struct Rounding<BFloat16, T> {
-  static FUSEDOPT_HD BFloat16 apply(T value) {
-    return {bfloat16_from_float(static_cast<float>(value))};
-  }
-};
-
+FUSEDOPT_HD void store(float& to, T value) {
+  to = static_cast<float>(value);
+}
 template <class T>
-struct Rounding<Float16, T> {
-  static FUSEDOPT_HD Float16 apply(T value) { return {half_from_float(static_cast<float>(value))}; }
-};
-
-template <class T, class Storage>
-FUSEDOPT_HD T load(const Storage& from) {
-  return static_cast<T>(to_float(from));
+FUSEDOPT_HD void store(double& to, T value) {
+  to = static_cast<double>(value);
 }
-
-template <>
-FUSEDOPT_HD double load<double, double>(const double& from) {
-  return from;
+template <class T>
+FUSEDOPT_HD void store(BFloat16& to, T value) {
+  to.bits = bfloat16_from_float(static_cast<float>(value));
 }
-
-template <class Storage, class T>
-FUSEDOPT_HD void store(Storage& to, T value) {
-  to = Rounding<Storage, T>::apply(value);
+template <class T>
+FUSEDOPT_HD void store(Float16& to, T value) {
+  to.bits = half_from_float(static_cast<float>(value));
 }
 
 }  // namespace fusedopt

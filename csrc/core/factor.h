@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/bits.h"
+#include "core/lanes.h"
 #include "core/macros.h"
 
 namespace fusedopt {
@@ -17,7 +18,10 @@ struct Factor {
   T high;
   T rest;
 
-  FUSEDOPT_HD T times(T x) const { return std::fma(high, x, rest * x); }
+  template <class V>
+  FUSEDOPT_HD V times(V x) const {
+    return fma(V(high), x, V(rest) * x);
+  }
 
   template <class U>
   FUSEDOPT_HD Factor<U> as() const {

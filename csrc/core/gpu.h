@@ -5,7 +5,6 @@
 #include <memory>
 #include <string>
 
-#include "core/schedule.h"
 #include "core/step.h"
 
 // The CUDA driver as the bindings see it. The build chooses what stands behind it: the driver
@@ -37,9 +36,8 @@ struct Clock {
 
 // One device's share of a step. Pointers into host memory are borrowed for the call.
 struct Share {
-  int gpu;       // CUDA's number of the device
-  void* stream;  // a cudaStream_t
-  RuleId rule;
+  int gpu;            // CUDA's number of the device
+  void* stream;       // a cudaStream_t
   const Work* works;  // of the whole optimizer; the others are left alone
   int64_t num_works;
   const Layout* layouts;

@@ -9,12 +9,14 @@
 // How the operands of one parameter lie in memory when plain consecutive order does not fit them.
 namespace fusedopt {
 
-// Operands of an update, in this order: param, grad, the states, and what else there is of a
-// master weight (core/weight.h) and an average (core/average.h).
+// Operands of an update, each in a place of its own: param, grad, the states as the rule numbers
+// them, what else there is of a master weight (core/weight.h) and an average (core/average.h).
 inline constexpr int kParam = 0;
 inline constexpr int kGrad = 1;
 inline constexpr int kFirstState = 2;
-inline constexpr int kMaxOperands = kFirstState + kMaxStates + 2;
+inline constexpr int kMaster = kFirstState + kMaxStates;
+inline constexpr int kAverage = kMaster + 1;
+inline constexpr int kMaxOperands = kAverage + 1;
 // Strides have one entry more, for the number of an element within its tensor.
 inline constexpr int kIndex = kMaxOperands;
 
@@ -26,6 +28,13 @@ struct Dim {
     return a.size == b.size && std::equal(a.strides, a.strides + kMaxOperands + 1, b.strides);
   }
 };
+
+// That of operands which lie consecutively.
+inline Dim consecutive(int64_t size) {
+  Dim dim = {size, {}};
+  for (int64_t& stride : dim.strides) stride = 1;
+  return dim;
+}
 
 // Outermost first; the empty list is one element.
 using Dims = std::vector<Dim>;
@@ -61,13 +70,14 @@ inline void coalesce(Dims& dims) {
   if (!dims.empty()) dims.resize(last + 1);
 }
 
-// True if coalesced dims are one run of consecutive elements in each of `num_operands` operands.
-inline bool is_dense(const Dims& dims, int num_operands) {
+// True if coalesced dims are one run of consecutive elements in each of these operands, a bit for
+// each.
+inline bool is_dense(const Dims& dims, unsigned operands) {
   if (dims.empty()) return true;
-  if (dims.size() > 1) return false;
-  const int64_t* const strides = dims[0].strides;
-  if (strides[kIndex] > 1) return false;
-  return std::all_of(strides, strides + num_operands, [](int64_t stride) { return stride == 1; });
+  if (dims.size() > 1 || dims[0].strides[kIndex] > 1) return false;
+  for (int k = 0; k < kMaxOperands; ++k)
+    if ((operands >> k & 1) != 0 && dims[0].strides[k] != 1) return false;
+  return true;
 }
 
 // Number of elements from an operand's first to its last, both included.

@@ -2,31 +2,53 @@
 
 #include <cstdint>
 
-#include "core/bits.h"
-#include "core/macros.h"
+#include "core/lanes.h"
 
-// Conversions between float and the bits of 16-bit formats, to nearest with ties to even. GPUs have
-// instructions for them, which give the same numbers; a NaN stays a NaN, its payload is not kept.
+// Conversions between float and the bits of 16-bit formats, in the lower half of a word, to nearest
+// with ties to even. GPUs and some CPUs have instructions for them, which give the same numbers; a
+// NaN stays a NaN, its payload is not kept. They do not depend on whether subnormals are flushed,
+// but for subnormal floats, which may count as zero.
 namespace fusedopt {
 
-// Exact for every half, subnormals included, and without ever forming a float subnormal, so that
-// flush-to-zero modes do not matter. Selections instead of branches: the loop stays vectorised.
+FUSEDOPT_HD float float_from_bfloat16(uint16_t bits) { return as_float(uint32_t{bits} << 16); }
+
+// Exact for every half, subnormals included, and without ever forming a float subnormal. `half` is
+// a word, or several.
+template <class Bits>
+FUSEDOPT_HD auto float_from_half_bits(Bits half) {
+  const Bits exponents = 0x7c00u << 13, smallest = 113u << 23;
+  const Bits magnitude = (half & 0x7fffu) << 13;
+  const Bits exponent = magnitude & exponents;
+  const Bits normal = magnitude + (112u << 23);
+  const Bits special = magnitude + (224u << 23);  // inf and NaN keep their payload
+  const auto subnormal = as_float(magnitude + smallest) - as_float(smallest);
+  const Bits finite = select(exponent == Bits(0u), as_bits(subnormal), normal);
+  return as_float(select(exponent == exponents, special, finite) | ((half & 0x8000u) << 16));
+}
+
 FUSEDOPT_HD float float_from_half(uint16_t half) {
 #if defined(__CUDA_ARCH__)
   float result;
   asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(half));
   return result;
 #else
-  constexpr uint32_t kExponent = 0x7c00u << 13;
-  const uint32_t magnitude = (half & 0x7fffu) << 13;
-  const uint32_t exponent = magnitude & kExponent;
-  const uint32_t normal = magnitude + (112u << 23);
-  const uint32_t special = magnitude + (224u << 23);  // inf and NaN keep their payload
-  const float subnormal = bit_cast<float>(magnitude + (113u << 23)) - bit_cast<float>(113u << 23);
-  const uint32_t finite = exponent == 0 ? bit_cast<uint32_t>(subnormal) : normal;
-  const uint32_t result = exponent == kExponent ? special : finite;
-  return bit_cast<float>(result | (static_cast<uint32_t>(half & 0x8000u) << 16));
+  return float_from_half_bits(uint32_t{half});
 #endif
+}
+
+template <class Float>
+FUSEDOPT_HD auto half_bits_from_float(Float value) {
+  using Bits = typename Lanes<Float>::Bits;
+  const Bits magic = 126u << 23;  // 0.5f: its last bit weighs 2^-24, half's smallest
+  const Bits bits = as_bits(value);
+  const Bits magnitude = bits & 0x7fffffffu;
+  const Bits normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const Bits subnormal = as_bits(as_float(magnitude) + as_float(magic)) - magic;
+  const Bits finite = select(magnitude < Bits(113u << 23), subnormal, normal);
+  const Bits nan = ((magnitude >> 13) & 0x3ffu) | 0x7e00u;
+  const Bits overflow = select(magnitude > Bits(0x7f800000u), nan, Bits(0x7c00u));
+  const Bits rounded = select(magnitude < Bits(0x477ff000u), finite, overflow);  // below 65520
+  return rounded | ((bits >> 16) & 0x8000u);
 }
 
 FUSEDOPT_HD uint16_t half_from_float(float value) {
@@ -35,18 +57,17 @@ FUSEDOPT_HD uint16_t half_from_float(float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(value));
   return half;
 #else
-  constexpr uint32_t kMagic = 126u << 23;  // 0.5f: its last bit weighs 2^-24, half's smallest
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const uint32_t subnormal =
-      bit_cast<uint32_t>(bit_cast<float>(magnitude) + bit_cast<float>(kMagic)) - kMagic;
-  const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
-  const uint32_t nan = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
-  const uint32_t overflow = magnitude > 0x7f800000u ? nan : 0x7c00u;
-  const uint32_t result = magnitude >= 0x477ff000u ? overflow : finite;  // 65520 and above
-  return static_cast<uint16_t>(result | ((bits >> 16) & 0x8000u));
+  return static_cast<uint16_t>(half_bits_from_float(value));
 #endif
+}
+
+// The bits are the upper half of the word; the lower one is what is left over.
+template <class Float>
+FUSEDOPT_HD auto rounded_to_bfloat16(Float value) {
+  const auto bits = as_bits(value);
+  const auto rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const auto nan = bits | 0x400000u;  // quiet, and never rounded up to infinity
+  return select(value != value, nan, rounded);
 }
 
 FUSEDOPT_HD uint16_t bfloat16_from_float(float value) {
@@ -55,10 +76,7 @@ FUSEDOPT_HD uint16_t bfloat16_from_float(float value) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
   return result;
 #else
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const uint32_t nan = bits | 0x400000u;  // quiet, and never rounded up to infinity
-  return static_cast<uint16_t>((value != value ? nan : rounded) >> 16);
+  return static_cast<uint16_t>(rounded_to_bfloat16(value) >> 16);
 #endif
 }
 

@@ -1,74 +1,58 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
-#include "core/average.h"
 #include "core/rules/adam.h"
 #include "core/rules/sgd.h"
 
-// The list of all update rules; drivers walk it and name none of them.
+// The list of all update rules; all else follows from it, and drivers name none of them.
 namespace fusedopt {
 
-enum class RuleId : uint8_t { kSgd, kAdam };
+template <class... Rule>
+struct RuleList {
+  static constexpr int kSize = sizeof...(Rule);
+  static constexpr int kMaxStates = std::max({int{Rule::kNumStates}...});
+  template <template <class> class SizeOf>
+  static constexpr size_t kMaxSize = std::max({SizeOf<Rule>::value...});
 
-// Per-step scalars of one (param group, step) that are the same for all rules.
-template <class T>
-struct CommonScalars {
-  Average<T> average;
-  uint32_t rounding_key;  // of stochastic rounding
-  uint32_t unused;
+  template <class Wanted>
+  static constexpr int find() {
+    int at = 0, found = -1;
+    ((found = std::is_same_v<Rule, Wanted> ? at : found, ++at), ...);
+    return found;
+  }
 
-  template <class U>
-  FUSEDOPT_HD CommonScalars<U> as() const {
-    return {average.template as<U>(), rounding_key, 0};
+  // Calls `f` with the rule of this number. On the host: device code is compiled for each rule.
+  template <class F>
+  static void call(int number, const F& f) {
+    int at = 0;
+    ((at++ == number ? f(Rule{}) : void()), ...);
   }
 };
 
-// Those of a rule and the common ones, in the type that computes.
-template <class Family, class T>
-struct StepScalars {
-  typename Family::template Scalars<T> rule;
-  CommonScalars<T> common;
+using Rules = RuleList<Sgd, Adam>;
 
-  template <class U>
-  FUSEDOPT_HD StepScalars<Family, U> as() const {
-    return {rule.template as<U>(), common.template as<U>()};
-  }
-};
+// A rule's place in the list.
+using RuleId = uint8_t;
+template <class Rule>
+inline constexpr RuleId kIdOf = static_cast<RuleId>(Rules::find<Rule>());
 
-// The same in double; which member is set follows the RuleId.
-union Scalars {
-  StepScalars<SgdFamily, double> sgd;
-  StepScalars<AdamFamily, double> adam;
-};
+inline constexpr int kMaxStates = Rules::kMaxStates;
 
-FUSEDOPT_HD const StepScalars<SgdFamily, double>& scalars_of(SgdFamily, const Scalars& all) {
-  return all.sgd;
-}
-FUSEDOPT_HD const StepScalars<AdamFamily, double>& scalars_of(AdamFamily, const Scalars& all) {
-  return all.adam;
-}
-
-inline void set_scalars(Scalars& all, const StepScalars<SgdFamily, double>& scalars) {
-  all.sgd = scalars;
-}
-inline void set_scalars(Scalars& all, const StepScalars<AdamFamily, double>& scalars) {
-  all.adam = scalars;
-}
-
-inline constexpr int kMaxStates = 3;
-
-// Calls `f` with the rule family that `id` names. On the host: device code is compiled for each
-// family.
 template <class F>
-inline __attribute__((always_inline)) decltype(auto) with_family(RuleId id, F&& f) {
-  switch (id) {
-    case RuleId::kSgd:
-      return f(SgdFamily{});
-    case RuleId::kAdam:
-      break;
+void with_rule(RuleId id, const F& f) {
+  Rules::call(id, f);
+}
+
+// Calls `f` with the variant of this number as a constant.
+template <class Rule, int kVariant = 0, class F>
+FUSEDOPT_HD void with_variant(int variant, const F& f) {
+  if constexpr (kVariant < Rule::kNumVariants) {
+    if (variant == kVariant) return f(std::integral_constant<int, kVariant>{});
+    with_variant<Rule, kVariant + 1>(variant, f);
   }
-  return f(AdamFamily{});
 }
 
 }  // namespace fusedopt

@@ -5,30 +5,26 @@
 #include <vector>
 
 #include "core/chunks.h"
-#include "core/dtypes.h"
+#include "core/element.h"
 #include "core/layout.h"
 #include "core/norm.h"
-#include "core/rules.h"
-#include "core/weight.h"
+#include "core/schedule.h"
 
 // What the bindings hand to a driver: one step of a whole optimizer, checked and ready to run.
 namespace fusedopt {
 
 // One parameter's share of a step. A complex tensor counts as twice as many real elements.
 struct alignas(32) Work {
-  void* data[kMaxOperands];  // as in core/layout.h, without gaps
+  void* data[kMaxOperands];  // as in core/layout.h; nullptr where `formats` has none
   int64_t numel;
   int32_t scalars;  // index into Step::scalars
   int32_t layout;   // index into Step::layouts, or kDense
-  DType dtypes[kMaxOperands];
-  uint8_t num_operands;
-  uint8_t variant;           // of the rule
-  uint8_t device;            // kIdle, kCpu or the number of a GPU above kFirstGpu
-  Master master;             // behind the states comes the operand of that, if any,
-  bool has_ema;              // then the average
-  bool stochastic_rounding;  // stochastic rounding of operands in bfloat16
-  uint8_t norm_class;        // grads of one class have a sum of their own in the global norm
-  uint8_t unused[10];
+  Formats formats;
+  RuleId rule;
+  uint8_t variant;     // of the rule
+  uint8_t device;      // kIdle, kCpu or the number of a GPU above kFirstGpu
+  uint8_t norm_class;  // grads of one class have a sum of their own in the global norm
+  uint8_t unused[12];
 };
 inline constexpr int32_t kDense = -1;
 inline constexpr uint8_t kIdle = 0;  // no grad this time, nothing to do
@@ -37,33 +33,15 @@ inline constexpr uint8_t kFirstGpu = 2;
 inline constexpr int kMaxGpus = 255 - kFirstGpu;
 static_assert(sizeof(Work) == 96, "whole halves of cache lines, and whole vectors of a GPU");
 
-FUSEDOPT_HD int ema_operand(const Work& work) { return work.num_operands - 1; }
-FUSEDOPT_HD int master_operand(const Work& work) {
-  return work.num_operands - (work.has_ema ? 2 : 1);
-}
-
-// The ways a work can be computed: each format that all operands can share if they lie
-// consecutively and are nothing but param, grad and states; then anything else in float, or in
-// double if one operand is float64.
-inline constexpr int kMixedFloat = kNumDTypes;
-inline constexpr int kMixedDouble = kNumDTypes + 1;
-inline constexpr int kNumColumns = kNumDTypes + 2;
-
-FUSEDOPT_HD int column_of(const Work& work) {
-  bool same = work.layout == kDense && work.master == Master::kNone && !work.has_ema &&
-              !work.stochastic_rounding;
-  bool is_double = false;
-  for (int k = 0; k < work.num_operands; ++k) {
-    same = same && work.dtypes[k] == work.dtypes[kParam];
-    is_double = is_double || work.dtypes[k] == DType::kFloat64;
-  }
-  if (same) return static_cast<int>(work.dtypes[kParam]);
-  return is_double ? kMixedDouble : kMixedFloat;
+// Whether a work is computed in double, or in float.
+FUSEDOPT_HD bool is_in_double(const Work& work) {
+  bool found = false;
+  for (const DType dtype : work.formats.dtypes) found = found || dtype == DType::kFloat64;
+  return found;
 }
 
 // Every pointer is borrowed for the call. `chunks` has `num_chunks + 1` entries.
 struct Step {
-  RuleId rule;
   const Work* works;
   const Scalars* scalars;
   const Layout* layouts;

@@ -2,21 +2,23 @@
 
 #include <cstdint>
 
-#include "core/bits.h"
+#include "core/lanes.h"
+#include "core/layout.h"
 #include "core/macros.h"
 
 // Stochastic rounding to bfloat16: up or down with the probabilities that make the mean right. The
 // draws come from a counter-based generator, so a resumed run repeats them: a hash of seed, step,
-// number of the element in its tensor, operand, and the upper half of the number to be rounded.
-// That half keeps tensors of one shape from all being rounded the same way; the lower half, which
-// the draw decides on, has no part in it.
+// number of the element in its tensor, and the element's new weight before it is rounded. The
+// weight keeps tensors of one shape from all being rounded the same way. What costs most is shared:
+// two neighbours have the first half of the work in common, the operands of an element the second.
 namespace fusedopt {
 
 // Every input bit changes every output bit with a probability of nearly one half (C. Wellons, "Hash
-// function prospector", 2018: the function he names lowbias32).
-FUSEDOPT_HD uint32_t hash(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
+// function prospector", 2018: the function he names lowbias32). Of words, or of several at once.
+template <class Bits>
+FUSEDOPT_HD Bits hash(Bits x) {
+  x = (x ^ (x >> 16)) * Bits(0x7feb352du);
+  x = (x ^ (x >> 15)) * Bits(0x846ca68bu);
   return x ^ (x >> 16);
 }
 
@@ -25,31 +27,48 @@ FUSEDOPT_HD uint32_t rounding_key(uint32_t seed, uint64_t step) {
   return hash(seed ^ hash(static_cast<uint32_t>(step) ^ high));
 }
 
-// What the draws for the operands of one element have in common. `key` as draw_key() gives it for
-// the upper half of the element's number, `element` the lower half.
+// For the elements whose numbers have the same upper half as `element`.
 FUSEDOPT_HD uint32_t draw_key(uint32_t rounding_key, uint64_t element) {
-  return rounding_key ^ static_cast<uint32_t>(element >> 32) * 0x9e3779b1u;
+  return rounding_key ^ static_cast<uint32_t>(element >> 33) * 0x9e3779b1u;
 }
 
-FUSEDOPT_HD uint32_t element_draw(uint32_t key, uint32_t element) { return hash(element + key); }
-
-// A whole hash once more: with less, numbers whose kept bits differ in a few places are rounded
-// alike more often than by chance.
-FUSEDOPT_HD uint32_t draw_for(uint32_t element_draw, uint32_t kept_bits, int operand) {
-  const uint32_t salt = static_cast<uint32_t>(operand) * 0x9e3779b9u;
-  return hash(element_draw + kept_bits * 0x85ebca6bu + salt) >> 16;
+// What elements 2 `pair` and 2 `pair` + 1 have in common; `pair` is its lower 32 bits.
+template <class Bits>
+FUSEDOPT_HD Bits pair_draw(uint32_t key, Bits pair) {
+  return hash(pair + Bits(key));
 }
 
-// A finite number never becomes infinite, infinities stay and NaNs stay NaNs. The result is a
-// bfloat16, still as a float.
-FUSEDOPT_HD float round_stochastically(float value, uint32_t element_draw, int operand) {
-  const uint32_t bits = bit_cast<uint32_t>(value);
-  const uint32_t draw = draw_for(element_draw, bits >> 16, operand);
-  const uint32_t down = bits & 0xffff0000u;
-  const uint32_t rounded = (bits + draw) & 0xffff0000u;
-  const uint32_t overflows = (rounded & 0x7f800000u) == 0x7f800000u;
-  const uint32_t nan = down | 0x400000u;
-  return bit_cast<float>(value != value ? nan : overflows ? down : rounded);
+template <class Bits>
+FUSEDOPT_HD Bits second_of_pair(Bits pair_draw) {
+  return (pair_draw << 16) | (pair_draw >> 16);
+}
+
+// What the draws of an element's operands are made of. Less mixing, and weights that differ in a
+// few bits would be rounded alike more often than by chance.
+template <class Bits>
+FUSEDOPT_HD Bits element_draw(Bits draw, Bits weight) {
+  Bits x = draw + weight * Bits(0x85ebca6bu);
+  x = (x ^ (x >> 15)) * Bits(0x2c1b3c6du);
+  return x ^ (x >> 16);
+}
+
+// 16 bits; any two operands' are independent of each other. The cheapest are those of the states
+// that are rounded most often.
+template <class Bits>
+FUSEDOPT_HD Bits draw_for(Bits element_draw, int operand) {
+  if (operand == kFirstState + 1) return element_draw >> 16;
+  if (operand == kFirstState) return element_draw & 0xffffu;
+  return (element_draw * Bits(0x297a2d39u + 0x61c88646u * static_cast<uint32_t>(operand))) >> 16;
+}
+
+// A finite number never becomes infinite, infinities and NaNs stay. The result is a bfloat16, still
+// as a float. `value` is a result of arithmetic: a NaN then has a bit in its upper half.
+template <class Float, class Bits>
+FUSEDOPT_HD Float round_stochastically(Float value, Bits element_draw, int operand) {
+  const Bits bits = as_bits(value);
+  const auto stays = (bits & 0x7fffffffu) > Bits(0x7f7effffu);  // the last finite one, and more
+  const Bits moved = bits + draw_for(element_draw, operand);
+  return as_float(select(stays, bits, moved) & 0xffff0000u);
 }
 
 }  // namespace fusedopt

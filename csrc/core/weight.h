@@ -2,7 +2,8 @@
 
 #include <cstdint>
 
-#include "core/bits.h"
+#include "core/dtypes.h"
+#include "core/lanes.h"
 #include "core/macros.h"
 
 // Weights kept in float32 although the param is narrower, so that small updates are not lost.
@@ -15,26 +16,37 @@ enum class Master : uint8_t {
   kSplit,    // a bfloat16 param and a remainder of 16 bits are, together
 };
 
+FUSEDOPT_HD Master master_of(DType dtype) {
+  return dtype == DType::kAbsent      ? Master::kNone
+         : dtype == DType::kRemainder ? Master::kSplit
+                                      : Master::kFloat32;
+}
+
 // A float in two parts: the nearest bfloat16, and what its bits lack, between -0x8000 and 0x7fff.
 // Exact for all numbers and infinities. Ties go away from zero: to even, one bfloat16 would have to
 // be the param of 65537 floats. NaNs stay NaNs, in the param alone and joined.
+template <class Float>
 struct SplitWeight {
-  uint16_t param;
-  int16_t remainder;
+  using Bits = typename Lanes<Float>::Bits;
+  Float param;     // a bfloat16
+  Bits remainder;  // in the lower half of each word
 };
 
-FUSEDOPT_HD SplitWeight split_weight(float weight) {
-  const uint32_t bits = bit_cast<uint32_t>(weight);
-  const uint32_t nearest = (bits + 0x8000u) & 0xffff0000u;
-  const uint32_t nan = (bits & 0xffff0000u) | 0x400000u;  // quiet, whatever the lower half
-  const bool is_nan = weight != weight;
-  return {static_cast<uint16_t>((is_nan ? nan : nearest) >> 16),
-          static_cast<int16_t>(is_nan ? 0u : bits - nearest)};
+template <class Float>
+FUSEDOPT_HD SplitWeight<Float> split_weight(Float weight) {
+  using Bits = typename Lanes<Float>::Bits;
+  const Bits bits = as_bits(weight);
+  const Bits nearest = (bits + 0x8000u) & 0xffff0000u;
+  const Bits nan = (bits & 0xffff0000u) | 0x400000u;  // quiet, whatever the lower half
+  const auto is_nan = weight != weight;
+  return {as_float(select(is_nan, nan, nearest)), select(is_nan, Bits(0u), bits - nearest)};
 }
 
-FUSEDOPT_HD float join_weight(SplitWeight parts) {
-  const auto remainder = static_cast<uint32_t>(static_cast<int32_t>(parts.remainder));
-  return bit_cast<float>((static_cast<uint32_t>(parts.param) << 16) + remainder);
+// The upper halves of the remainder's words do not count.
+template <class Float, class Bits>
+FUSEDOPT_HD Float join_weight(Float param, Bits remainder) {
+  const Bits low = remainder & 0xffffu;
+  return as_float(as_bits(param) + low - ((low & 0x8000u) << 1));
 }
 
 }  // namespace fusedopt

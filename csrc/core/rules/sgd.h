@@ -1,10 +1,9 @@
 #pragma once
 
-#include <cmath>
-
 #include "core/factor.h"
+#include "core/hyper.h"
+#include "core/lanes.h"
 #include "core/macros.h"
-#include "core/rules/decay.h"
 
 // Momentum SGD in torch.optim.SGD's form: v <- momentum v + (1 - dampening) g, p <- p - lr v, where
 // lr scales the buffer when it is applied and not when it is filled. Nesterov as in Sutskever et
@@ -12,56 +11,74 @@
 // an L2 penalty, or decoupled (SGDW: Loshchilov and Hutter, arXiv 1711.05101).
 namespace fusedopt {
 
-template <class T>
-struct SgdScalars {
-  T grad_factor;  // -1 under maximize, times 1 / grad_scale
-  T lr;
-  T momentum;
-  T grad_weight;   // 1 - dampening; 1 on a parameter's first step
-  T weight_decay;  // the L2 penalty
-  Factor<T> keep;  // what decoupled decay leaves, 1 - lr weight_decay
-
-  template <class U>
-  FUSEDOPT_HD SgdScalars<U> as() const {
-    return {U(grad_factor), U(lr),           U(momentum),
-            U(grad_weight), U(weight_decay), keep.template as<U>()};
-  }
-};
-
-enum class Momentum { kNone, kHeavyBall, kNesterov };
-
-// One element. Terms that torch skips are absent at compile time, so inf and NaN act as in torch.
-template <class T, Momentum kMomentum, Decay kDecay>
 struct Sgd {
-  static constexpr int kNumStates = kMomentum == Momentum::kNone ? 0 : 1;
-  SgdScalars<T> scalars;
+  enum State { kMomentumBuffer, kNumStates };
+  static constexpr bool is_second_moment(int) { return false; }
 
-  // Takes kMaxStates states, as every rule does; one that a variant lacks is left alone.
-  FUSEDOPT_HD void operator()(T& param, T grad, T& momentum_buffer, T&, T&) const {
-    grad *= scalars.grad_factor;
-    if constexpr (kDecay == Decay::kL2) grad = std::fma(scalars.weight_decay, param, grad);
-    if constexpr (kMomentum != Momentum::kNone) {
-      momentum_buffer = std::fma(scalars.momentum, momentum_buffer, scalars.grad_weight * grad);
-      grad = kMomentum == Momentum::kNesterov ? std::fma(scalars.momentum, momentum_buffer, grad)
-                                              : momentum_buffer;
-    }
-    if constexpr (kDecay == Decay::kDecoupled) param = scalars.keep.times(param);
-    param = std::fma(-scalars.lr, grad, param);
-  }
-};
-
-// The rule as drivers see it: its variants by number, to be compiled one by one.
-struct SgdFamily {
   template <class T>
-  using Scalars = SgdScalars<T>;
-  static constexpr int kMaxStates = 1;  // of a variant
-  static constexpr int kNumVariants = 9;
-  static constexpr int variant(Momentum momentum, Decay decay) {
-    return static_cast<int>(momentum) * kNumDecays + static_cast<int>(decay);
+  struct Scalars {
+    T grad_factor;  // -1 under maximize, times 1 / grad_scale
+    T lr;
+    T momentum;
+    T grad_weight;   // 1 - dampening; 1 on a parameter's first step
+    T weight_decay;  // the L2 penalty
+    Factor<T> keep;  // what decoupled decay leaves, 1 - lr weight_decay
+
+    template <class U>
+    FUSEDOPT_HD Scalars<U> as() const {
+      return {U(grad_factor), U(lr),           U(momentum),
+              U(grad_weight), U(weight_decay), keep.template as<U>()};
+    }
+  };
+
+  static FUSEDOPT_HD Scalars<double> scalars(const Hyper& hyper, Time time,
+                                             const GradFacts& grads) {
+    return {grad_factor(hyper, grads),
+            hyper.lr,
+            hyper.momentum,
+            time.is_first ? 1.0 : 1.0 - hyper.dampening,
+            hyper.weight_decay,
+            kept_by_decay(hyper)};
   }
-  template <class T, int kVariant>
-  using Rule = Sgd<T, static_cast<Momentum>(kVariant / kNumDecays),
-                   static_cast<Decay>(kVariant % kNumDecays)>;
+
+  enum class Momentum { kNone, kHeavyBall, kNesterov };
+
+  // Terms that torch skips are absent at compile time, so that inf and NaN act as in torch.
+  struct Variant {
+    Momentum momentum;
+    Decay decay;
+
+    constexpr int number() const {
+      return static_cast<int>(momentum) * kNumDecays + static_cast<int>(decay);
+    }
+    static FUSEDOPT_HD constexpr Variant of(int number) {
+      return {static_cast<Momentum>(number / kNumDecays), static_cast<Decay>(number % kNumDecays)};
+    }
+    constexpr bool uses(int) const { return momentum != Momentum::kNone; }
+  };
+  static constexpr int kNumVariants = 3 * kNumDecays;
+  static Variant variant(const Hyper& hyper) {
+    return {hyper.momentum == 0 ? Momentum::kNone
+            : hyper.nesterov    ? Momentum::kNesterov
+                                : Momentum::kHeavyBall,
+            decay_of(hyper)};
+  }
+
+  // One element, or several.
+  template <int kVariant, class T, class V, class Math>
+  static FUSEDOPT_HD void update(const Scalars<T>& scalars, Math&, V& param, V grad,
+                                 V (&state)[kNumStates]) {
+    constexpr Variant kIs = Variant::of(kVariant);
+    grad = grad * V(scalars.grad_factor);
+    if constexpr (kIs.decay == Decay::kL2) grad = fma(V(scalars.weight_decay), param, grad);
+    if constexpr (kIs.momentum != Momentum::kNone) {
+      V& buffer = state[kMomentumBuffer];
+      buffer = fma(V(scalars.momentum), buffer, V(scalars.grad_weight) * grad);
+      grad = kIs.momentum == Momentum::kNesterov ? fma(V(scalars.momentum), buffer, grad) : buffer;
+    }
+    if constexpr (kIs.decay == Decay::kDecoupled) param = scalars.keep.times(param);
+    param = fma(V(-scalars.lr), grad, param);
+  }
 };
 
 }  // namespace fusedopt

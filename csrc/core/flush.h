@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+
+#if defined(__SSE2__) && !defined(__CUDA_ARCH__)
+#include <xmmintrin.h>
+#endif
+
+namespace fusedopt {
+
+// While it lives, this thread of the host flushes subnormal inputs and results to zero, or keeps
+// them, whatever its caller has set: float computation flushes, as the device's does, because
+// subnormals take a CPU ten times as long; double keeps them.
+class FlushMode {
+ public:
+  explicit FlushMode(bool flushes) : before_(read()) {
+    write(flushes ? before_ | kFlush : before_ & ~kFlush);
+  }
+  ~FlushMode() { write(before_); }
+  FlushMode(const FlushMode&) = delete;
+  FlushMode& operator=(const FlushMode&) = delete;
+
+ private:
+#if defined(__SSE2__) && !defined(__CUDA_ARCH__)
+  using Mode = uint32_t;
+  static constexpr Mode kFlush = 0x8040;  // results, inputs
+  static __attribute__((always_inline)) Mode read() { return _mm_getcsr(); }
+  static __attribute__((always_inline)) void write(Mode mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__) && !defined(__CUDA_ARCH__)
+  using Mode = uint64_t;
+  static constexpr Mode kFlush = Mode{1} << 24;  // of FPCR
+  static __attribute__((always_inline)) Mode read() {
+    Mode mode;
+    asm volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+  }
+  static __attribute__((always_inline)) void write(Mode mode) {
+    asm volatile("msr fpcr, %0" ::"r"(mode));
+  }
+#else
+  using Mode = uint32_t;
+  static constexpr Mode kFlush = 0;
+  static Mode read() { return 0; }
+  static void write(Mode) {}
+#endif
+
+  Mode before_;
+};
+
+}  // namespace fusedopt

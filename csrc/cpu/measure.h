@@ -1,15 +1,25 @@
 #pragma once
 
 #include "core/dtypes.h"
+#include "core/flush.h"
 #include "core/norm.h"
 #include "core/step.h"
 #include "cpu/cursor.h"
-#include "cpu/tiles.h"
+#include "cpu/update.h"
 
 // Reads grads for their norm, as core/norm.h says. Part of isa_kernels.h, which says what must not
 // be used here.
 namespace fusedopt::cpu {
 namespace {
+
+template <class T>
+void gather(T* to, const void* from, DType dtype, int64_t at, int64_t stride, int64_t n) {
+  with_storage<double>(dtype, [=](auto format) {
+    using Storage = decltype(format);
+    const Storage* const source = static_cast<const Storage*>(from) + at;
+    for (int64_t i = 0; i < n; ++i) to[i] = load<T>(source[i * stride]);
+  });
+}
 
 // Calls visit(grads as T, offset in the leaf, n) for elements [begin, end), some at a time.
 template <class T, class Visit>
@@ -20,7 +30,7 @@ void visit_strided(const Work& work, const Layout& layout, int64_t begin, int64_
   for (int64_t at = begin; at < end; at += kTileElements) {
     const int64_t n = end - at < kTileElements ? end - at : kTileElements;
     for_each_run(cursor, n, [&](int64_t offset, int64_t run, const Cursor& from) {
-      gather(tile + offset, work.data[kGrad], work.dtypes[kGrad], from.at(kGrad),
+      gather(tile + offset, work.data[kGrad], work.formats.dtypes[kGrad], from.at(kGrad),
              from.stride(kGrad), run);
     });
     visit(tile, at - begin, n);
@@ -60,16 +70,16 @@ int measure(const Work& work, const Layout* layouts, int64_t begin, int64_t end,
 int measure_leaf(const Work& work, const Layout* layouts, int64_t begin, int64_t end,
                  double* threads) {
   int used = 0;
-  with_storage(work.dtypes[kGrad], [&](auto format) {
+  const FlushMode mode(work.formats.dtypes[kGrad] != DType::kFloat64);
+  with_storage<double>(work.formats.dtypes[kGrad], [&](auto format) {
     used = measure<decltype(format)>(work, layouts, begin, end, threads);
   });
   return used;
 }
 
 int64_t count_nonfinite(const Work& work, const Layout* layouts, int64_t begin, int64_t end) {
-  const Dim line = {work.numel, {1, 1, 1, 1, 1, 1, 1, 1}};
-  const Layout consecutive = {&line, 1};
-  const Layout& layout = work.layout == kDense ? consecutive : layouts[work.layout];
+  const Dim line = consecutive(work.numel);
+  const Layout layout = work.layout == kDense ? Layout{&line, 1} : layouts[work.layout];
   int64_t count = 0;
   visit_strided<double>(work, layout, begin, end, [&](const double* grads, int64_t, int64_t n) {
     for (int64_t i = 0; i < n; ++i) count += is_nonfinite(grads[i]) ? 1 : 0;

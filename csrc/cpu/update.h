@@ -1,113 +1,242 @@
 #pragma once
 
-#include "core/average.h"
-#include "core/dtypes.h"
-#include "core/layout.h"
-#include "core/weight.h"
+#include "core/element.h"
+#include "core/fast_root.h"
+#include "core/step.h"
+#include "cpu/cursor.h"
+#include "cpu/vec.h"
 
-// The innermost loop of a step. Part of isa_kernels.h, which says what must not be used here.
+// The loops of a step: a block of elements at a time, in registers. Part of isa_kernels.h, which
+// says what must not be used here.
 namespace fusedopt::cpu {
 namespace {
 
-// Storage of operands that lie consecutively: of param and grad, of the states, what makes a weight
-// of the param, and whether there is an average, in the type that computes.
-template <class P, class S, Master kWith = Master::kNone, bool kWithAverage = false>
-struct Formats {
-  using Param = P;
-  using State = S;
-  using T = typename Compute<P>::Type;
-  static constexpr Master kMaster = kWith;
-  static constexpr bool kAverage = kWithAverage;
-  static_assert(!kAverage || sizeof(P) == sizeof(T), "the average is of what the param reads");
+// Registers' worth of elements for which all is computed at once.
+constexpr int kCount = 2;
+// How far ahead memory is asked for, in elements. The processor's own prefetching starts anew on
+// every page, and a step walks through four or five pages at once.
+constexpr int64_t kPrefetchAhead = 256;
+constexpr int64_t kCacheLine = 64;
+// Elements of a work that are not dense are brought together by so many.
+constexpr int64_t kTileElements = 256;
+
+template <class T>
+using Values = Vec<T, kRegisterBytes / static_cast<int>(sizeof(T))>;
+template <class T>
+constexpr int64_t kBlock = kCount * kRegisterBytes / static_cast<int64_t>(sizeof(T));
+
+// AVX-512 alone has estimates good enough to start from.
+template <class T>
+struct MathFor {
+  using Type = Ieee;
+};
+#if defined(__AVX512F__)
+template <>
+struct MathFor<float> {
+  using Type = FastRoot;
+};
+#endif
+template <class T>
+using MathOf = typename MathFor<T>::Type;
+
+// A block of elements in each operand, one after the other; `Memory` of core/element.h.
+template <class T>
+struct Block {
+  using V = Values<T>;
+  using Bits = typename Lanes<V>::Bits;
+  static constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
+
+  void* const* data;      // of each operand
+  int64_t at;             // elements from there to here
+  uint64_t number;        // of the first element of `data` in its tensor,
+  const uint32_t* draws;  // or if this is not nullptr, the elements' draws
+
+  template <class Storage>
+  FUSEDOPT_HD void load(int operand, V (&to)[kCount]) const {
+    const char* const from = place<Storage>(operand);
+    constexpr int64_t kSize = sizeof(Storage);
+    for (int64_t byte = 0; byte < kBlock<T> * kSize; byte += kCacheLine)
+      __builtin_prefetch(from + kPrefetchAhead * kSize + byte);
+    Stored<V, Storage>::load(from, to);
+  }
+
+  template <class Storage>
+  FUSEDOPT_HD void store(int operand, const V (&from)[kCount]) const {
+    Stored<V, Storage>::store(place<Storage>(operand), from);
+  }
+
+  FUSEDOPT_HD void store_bfloat16(int operand,
+                                  const typename Lanes<V>::Float (&from)[kCount]) const {
+    store_upper_halves(place<uint16_t>(operand), as_bits(from[0]), as_bits(from[1]));
+  }
+
+  FUSEDOPT_HD void load_words(int operand, Bits (&to)[kCount]) const {
+    Halves::load(place<uint16_t>(operand), to);
+  }
+
+  FUSEDOPT_HD void store_words(int operand, const Bits (&from)[kCount]) const {
+    Halves::store(place<uint16_t>(operand), from);
+  }
+
+  FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits (&to)[kCount]) const {
+    using Raw = typename Bits::Raw;
+    if (draws != nullptr) {
+      unroll<kCount>([&](auto j) __attribute__((always_inline)) {
+        to[j] = read<Raw>(draws + at + j * kLanes);
+      });
+      return;
+    }
+    // Blocks begin at multiples of their size, so the upper half of the number is the same for all.
+    const uint64_t first = number + static_cast<uint64_t>(at);
+    const uint32_t key = draw_key(rounding_key, first);
+    Raw lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
+    unroll<kCount>([&](auto j) __attribute__((always_inline)) {
+      const auto pair = static_cast<uint32_t>((first + j * kLanes) >> 1);
+      const Bits draw = pair_draw(key, Bits(pair) + (Bits(lane) >> 1));
+      to[j] = select((Bits(lane) & 1u) != Bits(0u), second_of_pair(draw), draw);
+    });
+  }
+
+ private:
+  template <class Storage>
+  FUSEDOPT_HD char* place(int operand) const {
+    return static_cast<char*>(data[operand]) + at * static_cast<int64_t>(sizeof(Storage));
+  }
 };
 
-// Runs shorter than this are left to the processor's own prefetching.
-constexpr int64_t kPrefetchElements = 8192;
-constexpr int64_t kPrefetchAhead = 256;
-constexpr int64_t kStride = 128;  // elements between two rounds of asking ahead
-constexpr int64_t kCacheLine = 64;
-
-// Asks for kStride elements. The processor's own prefetching starts anew on every page, and a step
-// walks through four or five pages at once.
-template <class Storage>
-void prefetch(const Storage* from) {
-  for (int64_t at = 0; at < kStride; at += kCacheLine / static_cast<int64_t>(sizeof(Storage)))
-    __builtin_prefetch(from + at);
-}
-
-template <class F>
-void prefetch_all(void* const* operands, int num_states, int64_t at) {
-  prefetch(static_cast<const typename F::Param*>(operands[kParam]) + at);
-  prefetch(static_cast<const typename F::Param*>(operands[kGrad]) + at);
-  for (int s = 0; s < num_states; ++s)
-    prefetch(static_cast<const typename F::State*>(operands[kFirstState + s]) + at);
-  const void* const master = operands[kFirstState + num_states];
-  if (F::kMaster == Master::kFloat32) prefetch(static_cast<const float*>(master) + at);
-  if (F::kMaster == Master::kSplit) prefetch(static_cast<const int16_t*>(master) + at);
-  if (F::kAverage) {
-    constexpr int kBefore = kFirstState + (F::kMaster == Master::kNone ? 0 : 1);
-    prefetch(static_cast<const typename F::T*>(operands[kBefore + num_states]) + at);
+template <class Rule, int kVariant, class T>
+__attribute__((noinline)) void update_blocks(const Formats formats,
+                                             const StepScalars<Rule, T>& scalars, Block<T> block,
+                                             int64_t n) {
+  for (; block.at < n; block.at += kBlock<T>) {
+    Elements<Rule, T, Values<T>, kCount, Block<T>> elements(formats, block);
+    MathOf<T> math;
+    elements.load();
+    elements.template apply<kVariant>(scalars.rule, math);
+    elements.finish(scalars.common);
   }
 }
 
-// The weight of element `at`, and back. `master` is what the formats say, or nothing.
-template <class F>
-FUSEDOPT_HD typename F::T load_weight(const typename F::Param* param, const void* master,
-                                      int64_t at) {
-  if constexpr (F::kMaster == Master::kFloat32)
-    return static_cast<const float*>(master)[at];
-  else if constexpr (F::kMaster == Master::kSplit)
-    return join_weight({param[at].bits, static_cast<const int16_t*>(master)[at]});
-  else
-    return load<typename F::T>(param[at]);
-}
-
-template <class F>
-FUSEDOPT_HD void store_weight(typename F::Param* param, void* master, int64_t at,
-                              typename F::T weight) {
-  if constexpr (F::kMaster == Master::kSplit) {
-    const SplitWeight parts = split_weight(weight);
-    param[at].bits = parts.param;
-    static_cast<int16_t*>(master)[at] = parts.remainder;
-  } else {
-    if constexpr (F::kMaster == Master::kFloat32) static_cast<float*>(master)[at] = weight;
-    store(param[at], weight);
+// A copy of elements that do not lie as a block does, of each operand.
+template <class T>
+class Tile {
+ public:
+  Tile(const Work& work, uint32_t rounding_key) : work_(work), rounding_key_(rounding_key) {
+    for (int k = 0; k < kMaxOperands; ++k) data_[k] = bytes_[k];
   }
-}
 
-// Elements [0, n) of a param, its grad, as many states as the rule has, the master and the average,
-// if any.
-template <class F, class Rule>
-void update(const Rule rule, const Average<typename F::T> average, void* const* operands,
-            int64_t n) {
-  using T = typename F::T;
-  using State = typename F::State;
-  constexpr int kStates = Rule::kNumStates;
-  const auto param = static_cast<typename F::Param*>(operands[kParam]);
-  const auto grad = static_cast<const typename F::Param*>(operands[kGrad]);
-  State* const state0 = static_cast<State*>(operands[kFirstState]);
-  State* const state1 = static_cast<State*>(operands[kFirstState + 1]);
-  State* const state2 = static_cast<State*>(operands[kFirstState + 2]);
-  void* const master = operands[kFirstState + kStates];
-  T* const ema = static_cast<T*>(operands[kFirstState + kStates + (F::kMaster != Master::kNone)]);
-  const int64_t stride = n >= kPrefetchElements ? kStride : n;
-  for (int64_t begin = 0; begin < n; begin += stride) {
-    const int64_t end = n - begin < stride ? n : begin + stride;
-    if (end + kPrefetchAhead <= n) prefetch_all<F>(operands, kStates, begin + kPrefetchAhead);
-    // An iteration touches no element but its own, which is what the pragma promises.
-#pragma GCC ivdep
-    for (int64_t i = begin; i < end; ++i) {
-      T p = load_weight<F>(param, master, i);
-      T s0 = kStates > 0 ? load<T>(state0[i]) : T();
-      T s1 = kStates > 1 ? load<T>(state1[i]) : T();
-      T s2 = kStates > 2 ? load<T>(state2[i]) : T();
-      rule(p, load<T>(grad[i]), s0, s1, s2);
-      if constexpr (kStates > 0) store(state0[i], s0);
-      if constexpr (kStates > 1) store(state1[i], s1);
-      if constexpr (kStates > 2) store(state2[i], s2);
-      store_weight<F>(param, master, i, p);
-      if constexpr (F::kAverage) ema[i] = average(ema[i], p);
+  void load(Cursor& cursor, int64_t n) {
+    for_each_run(cursor, n, [&](int64_t offset, int64_t run, const Cursor& from) {
+      for_each_operand([&](int k, auto item) {
+        using Item = decltype(item);
+        const Item* const source = static_cast<const Item*>(work_.data[k]) + from.at(k);
+        copy(reinterpret_cast<Item*>(bytes_[k]) + offset, 1, source, from.stride(k), run);
+      });
+      if (work_.formats.stochastic != 0) draw(offset, run, from);
+    });
+    // What fills the last block is computed with, and then dropped.
+    for_each_operand([&](int k, auto item) {
+      const int64_t size = sizeof(item), end = (n + kBlock<T> - 1) / kBlock<T> * kBlock<T>;
+      __builtin_memset(bytes_[k] + n * size, 0, static_cast<size_t>((end - n) * size));
+    });
+  }
+
+  void store(Cursor& cursor, int64_t n) const {
+    for_each_run(cursor, n, [&](int64_t offset, int64_t run, const Cursor& to) {
+      for_each_operand([&](int k, auto item) {
+        using Item = decltype(item);
+        if (k == kGrad) return;
+        Item* const target = static_cast<Item*>(work_.data[k]) + to.at(k);
+        copy(target, to.stride(k), reinterpret_cast<const Item*>(bytes_[k]) + offset, 1, run);
+      });
+    });
+  }
+
+  Block<T> block() const { return {data_, 0, 0, draws_}; }
+
+ private:
+  template <class F>
+  FUSEDOPT_HD void for_each_operand(const F& f) const {
+    for (int k = 0; k < kMaxOperands; ++k) {
+      const int64_t size = item_size(work_.formats.dtypes[k]);
+      if (size == 2) f(k, uint16_t{});
+      if (size == 4) f(k, uint32_t{});
+      if (size == 8) f(k, uint64_t{});
     }
+  }
+
+  template <class Item>
+  static void copy(Item* to, int64_t to_stride, const Item* from, int64_t from_stride, int64_t n) {
+    if (to_stride == 1 && from_stride == 1)
+      for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+    else
+      for (int64_t i = 0; i < n; ++i) to[i * to_stride] = from[i * from_stride];
+  }
+
+  void draw(int64_t offset, int64_t n, const Cursor& from) {
+    for (int64_t i = 0; i < n; ++i) {
+      const auto number = static_cast<uint64_t>(from.at(kIndex) + i * from.stride(kIndex));
+      const uint32_t pair =
+          pair_draw(draw_key(rounding_key_, number), static_cast<uint32_t>(number >> 1));
+      draws_[offset + i] = number % 2 == 0 ? pair : second_of_pair(pair);
+    }
+  }
+
+  const Work& work_;
+  const uint32_t rounding_key_;
+  void* data_[kMaxOperands];
+  alignas(kCacheLine) char bytes_[kMaxOperands][kTileElements * sizeof(T)];
+  alignas(kCacheLine) uint32_t draws_[kTileElements];
+};
+
+// The last elements of a dense work, fewer than a block.
+template <class Rule, int kVariant, class T>
+void update_rest(const Formats& formats, const StepScalars<Rule, T>& scalars, void* const* data,
+                 int64_t begin, int64_t n) {
+  alignas(kCacheLine) char bytes[kMaxOperands][kBlock<T> * sizeof(T)] = {};
+  void* copies[kMaxOperands];
+  const auto size_of = [&](int k) { return static_cast<size_t>(n * item_size(formats.dtypes[k])); };
+  for (int k = 0; k < kMaxOperands; ++k) {
+    copies[k] = bytes[k];
+    if (formats.has(k)) __builtin_memcpy(bytes[k], data[k], size_of(k));
+  }
+  const auto number = static_cast<uint64_t>(begin);
+  update_blocks<Rule, kVariant, T>(formats, scalars, {copies, 0, number, nullptr}, n);
+  for (int k = 0; k < kMaxOperands; ++k)
+    if (k != kGrad && formats.has(k)) __builtin_memcpy(data[k], bytes[k], size_of(k));
+}
+
+// Elements [begin, end) of a work.
+template <class Rule, int kVariant, class T>
+void update(const Step& step, const Work& work, int64_t begin, int64_t end) {
+  const StepScalars<Rule, T> scalars =
+      step.scalars[work.scalars].template of<Rule>().template as<T>();
+  const Formats formats = work.formats;
+  if (work.layout == kDense) {
+    void* data[kMaxOperands];
+    const auto go_to = [&](int64_t element) {
+      for (int k = 0; k < kMaxOperands; ++k)
+        data[k] = static_cast<char*>(work.data[k]) + element * item_size(formats.dtypes[k]);
+    };
+    const int64_t whole = (end - begin) / kBlock<T> * kBlock<T>;
+    go_to(begin);
+    if (whole > 0)
+      update_blocks<Rule, kVariant, T>(formats, scalars,
+                                       {data, 0, static_cast<uint64_t>(begin), nullptr}, whole);
+    begin += whole;
+    go_to(begin);
+    if (begin < end) update_rest<Rule, kVariant, T>(formats, scalars, data, begin, end - begin);
+    return;
+  }
+  const Layout& layout = step.layouts[work.layout];
+  Cursor source(layout, begin), target(layout, begin);
+  Tile<T> tile(work, scalars.common.rounding_key);
+  for (; begin < end; begin += kTileElements) {
+    const int64_t n = end - begin < kTileElements ? end - begin : kTileElements;
+    tile.load(source, n);
+    update_blocks<Rule, kVariant, T>(formats, scalars, tile.block(), n);
+    tile.store(target, n);
   }
 }
 

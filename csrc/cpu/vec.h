@@ -1,0 +1,292 @@
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtypes.h"
+#include "core/lanes.h"
+#include "core/macros.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// As many numbers as a register of the instruction set holds, as the text of an element takes them
+// (core/lanes.h). Part of isa_kernels.h, which says what must not be used here.
+namespace fusedopt::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+// The compiler's own vectors, whose element type must not be a template's.
+template <class T, int kLanes>
+struct RawVec;
+template <int kLanes>
+struct RawVec<float, kLanes> {
+  typedef float Type __attribute__((vector_size(kLanes * 4)));
+};
+template <int kLanes>
+struct RawVec<double, kLanes> {
+  typedef double Type __attribute__((vector_size(kLanes * 8)));
+};
+template <int kLanes>
+struct RawVec<uint32_t, kLanes> {
+  typedef uint32_t Type __attribute__((vector_size(kLanes * 4)));
+};
+template <int kLanes>
+struct RawVec<uint16_t, kLanes> {
+  typedef uint16_t Type __attribute__((vector_size(kLanes * 2)));
+};
+
+template <class T, int kLanes>
+struct Vec {
+  using Raw = typename RawVec<T, kLanes>::Type;
+  using Mask = decltype(Raw{} < Raw{});
+  using Bits = Vec<uint32_t, kLanes>;
+
+  Raw raw;
+
+  Vec() = default;
+  FUSEDOPT_HD Vec(Raw values) : raw(values) {}
+  FUSEDOPT_HD Vec(T value) : raw(value - Raw{}) {}  // in all lanes; minus 0 keeps a sign
+
+  FUSEDOPT_HD friend Vec operator-(Vec a) { return -a.raw; }
+  FUSEDOPT_HD friend Vec operator+(Vec a, Vec b) { return a.raw + b.raw; }
+  FUSEDOPT_HD friend Vec operator-(Vec a, Vec b) { return a.raw - b.raw; }
+  FUSEDOPT_HD friend Vec operator*(Vec a, Vec b) { return a.raw * b.raw; }
+  FUSEDOPT_HD friend Vec operator/(Vec a, Vec b) { return a.raw / b.raw; }
+  FUSEDOPT_HD friend Vec operator&(Vec a, Vec b) { return a.raw & b.raw; }
+  FUSEDOPT_HD friend Vec operator|(Vec a, Vec b) { return a.raw | b.raw; }
+  FUSEDOPT_HD friend Vec operator^(Vec a, Vec b) { return a.raw ^ b.raw; }
+  FUSEDOPT_HD friend Vec operator<<(Vec a, int n) { return a.raw << n; }
+  FUSEDOPT_HD friend Vec operator>>(Vec a, int n) { return a.raw >> n; }
+  FUSEDOPT_HD friend Mask operator<(Vec a, Vec b) { return a.raw < b.raw; }
+  FUSEDOPT_HD friend Mask operator>(Vec a, Vec b) { return a.raw > b.raw; }
+  FUSEDOPT_HD friend Mask operator==(Vec a, Vec b) { return a.raw == b.raw; }
+  FUSEDOPT_HD friend Mask operator!=(Vec a, Vec b) { return a.raw != b.raw; }
+
+  FUSEDOPT_HD friend Vec select(Mask mask, Vec then, Vec otherwise) {
+    return mask ? then.raw : otherwise.raw;
+  }
+
+  FUSEDOPT_HD friend Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Raw) == 64 && sizeof(T) == 4)
+      return Raw(_mm512_fmadd_ps(__m512(a.raw), __m512(b.raw), __m512(c.raw)));
+    if constexpr (sizeof(Raw) == 64 && sizeof(T) == 8)
+      return Raw(_mm512_fmadd_pd(__m512d(a.raw), __m512d(b.raw), __m512d(c.raw)));
+#elif defined(__FMA__)
+    if constexpr (sizeof(Raw) == 32 && sizeof(T) == 4)
+      return Raw(_mm256_fmadd_ps(__m256(a.raw), __m256(b.raw), __m256(c.raw)));
+    if constexpr (sizeof(Raw) == 32 && sizeof(T) == 8)
+      return Raw(_mm256_fmadd_pd(__m256d(a.raw), __m256d(b.raw), __m256d(c.raw)));
+#endif
+    for (int i = 0; i < kLanes; ++i) c.raw[i] = fusedopt::fma(a.raw[i], b.raw[i], c.raw[i]);
+    return c;
+  }
+
+#if defined(__AVX512F__)
+  FUSEDOPT_HD friend Vec reciprocal_root_estimate(Vec x) {
+    return Raw(_mm512_maskz_rsqrt14_ps(0xffff, __m512(x.raw)));
+  }
+#endif
+
+  FUSEDOPT_HD friend Vec square_root(Vec x) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Raw) == 64 && sizeof(T) == 4)
+      return Raw(_mm512_maskz_sqrt_ps(0xffff, __m512(x.raw)));
+    if constexpr (sizeof(Raw) == 64 && sizeof(T) == 8)
+      return Raw(_mm512_maskz_sqrt_pd(0xff, __m512d(x.raw)));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(Raw) == 32 && sizeof(T) == 4) return Raw(_mm256_sqrt_ps(__m256(x.raw)));
+    if constexpr (sizeof(Raw) == 32 && sizeof(T) == 8) return Raw(_mm256_sqrt_pd(__m256d(x.raw)));
+#endif
+    for (int i = 0; i < kLanes; ++i) x.raw[i] = fusedopt::square_root(x.raw[i]);
+    return x;
+  }
+};
+
+template <int kLanes>
+FUSEDOPT_HD Vec<uint32_t, kLanes> as_bits(Vec<float, kLanes> value) {
+  return typename Vec<uint32_t, kLanes>::Raw(value.raw);
+}
+template <int kLanes>
+FUSEDOPT_HD Vec<float, kLanes> as_float(Vec<uint32_t, kLanes> bits) {
+  return typename Vec<float, kLanes>::Raw(bits.raw);
+}
+
+template <class T, int kLanes>
+FUSEDOPT_HD Vec<float, kLanes> to_float(Vec<T, kLanes> value) {
+  return __builtin_convertvector(value.raw, typename Vec<float, kLanes>::Raw);
+}
+template <class V, int kLanes>
+FUSEDOPT_HD V from_float(Vec<float, kLanes> value) {
+  return __builtin_convertvector(value.raw, typename V::Raw);
+}
+
+template <class Raw>
+FUSEDOPT_HD Raw read(const void* from) {
+  Raw raw;
+  __builtin_memcpy(&raw, from, sizeof(raw));
+  return raw;
+}
+template <class Raw>
+FUSEDOPT_HD void write(void* to, Raw raw) {
+  __builtin_memcpy(to, &raw, sizeof(raw));
+}
+
+template <int kLanes>
+FUSEDOPT_HD Vec<uint32_t, kLanes> read_halves(const void* from) {
+  using Raw = typename RawVec<uint32_t, kLanes>::Type;
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) return Raw(_mm512_cvtepu16_epi32(read<__m256i>(from)));
+#elif defined(__AVX2__)
+  if constexpr (kLanes == 8) return Raw(_mm256_cvtepu16_epi32(read<__m128i>(from)));
+#endif
+  return __builtin_convertvector(read<typename RawVec<uint16_t, kLanes>::Type>(from), Raw);
+}
+template <int kLanes>
+FUSEDOPT_HD void write_halves(void* to, Vec<uint32_t, kLanes> words) {
+  write(to, __builtin_convertvector(words.raw, typename RawVec<uint16_t, kLanes>::Type));
+}
+
+// Two registers of numbers, converted from and to what is stored.
+template <class V, class Storage>
+struct Stored;
+
+template <class T, int kLanes>
+struct Stored<Vec<T, kLanes>, float> {
+  using V = Vec<T, kLanes>;
+  using Raw = typename RawVec<float, kLanes>::Type;
+  FUSEDOPT_HD static void load(const char* from, V (&to)[2]) {
+    to[0] = __builtin_convertvector(read<Raw>(from), typename V::Raw);
+    to[1] = __builtin_convertvector(read<Raw>(from + sizeof(Raw)), typename V::Raw);
+  }
+  FUSEDOPT_HD static void store(char* to, const V (&from)[2]) {
+    write(to, __builtin_convertvector(from[0].raw, Raw));
+    write(to + sizeof(Raw), __builtin_convertvector(from[1].raw, Raw));
+  }
+};
+
+template <int kLanes>
+struct Stored<Vec<double, kLanes>, double> {
+  using V = Vec<double, kLanes>;
+  FUSEDOPT_HD static void load(const char* from, V (&to)[2]) {
+    to[0] = read<typename V::Raw>(from);
+    to[1] = read<typename V::Raw>(from + sizeof(V));
+  }
+  FUSEDOPT_HD static void store(char* to, const V (&from)[2]) {
+    write(to, from[0].raw);
+    write(to + sizeof(V), from[1].raw);
+  }
+};
+
+#if defined(__AVX512F__)
+// The upper or the lower halves of the words of two registers, in one.
+FUSEDOPT_HD __m512i halves_of(Vec<uint32_t, 16> low, Vec<uint32_t, 16> high, uint16_t is_upper) {
+  const RawVec<uint16_t, 32>::Type lower = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
+                                            22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
+                                            44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+  return _mm512_permutex2var_epi16(__m512i(low.raw), __m512i(lower + is_upper), __m512i(high.raw));
+}
+
+#endif
+
+// Words whose lower halves are stored.
+struct Halves {
+  template <int kLanes>
+  FUSEDOPT_HD static void load(const char* from, Vec<uint32_t, kLanes> (&to)[2]) {
+    to[0] = read_halves<kLanes>(from);
+    to[1] = read_halves<kLanes>(from + 2 * kLanes);
+  }
+  template <int kLanes>
+  FUSEDOPT_HD static void store(char* to, const Vec<uint32_t, kLanes> (&from)[2]) {
+#if defined(__AVX512F__)
+    if constexpr (kLanes == 16) return write(to, halves_of(from[0], from[1], 0));
+#endif
+    write_halves(to, from[0]);
+    write_halves(to + 2 * kLanes, from[1]);
+  }
+};
+
+template <int kLanes>
+FUSEDOPT_HD void store_upper_halves(char* to, Vec<uint32_t, kLanes> low,
+                                    Vec<uint32_t, kLanes> high) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) return write(to, halves_of(low, high, 1));
+#elif defined(__AVX2__)
+  if constexpr (kLanes == 8) {
+    const __m256i packed = _mm256_packus_epi32(__m256i((low >> 16).raw), __m256i((high >> 16).raw));
+    return write(to, _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+#endif
+  Halves::store<kLanes>(to, {low >> 16, high >> 16});
+}
+
+template <class T, int kLanes>
+struct Stored<Vec<T, kLanes>, BFloat16> {
+  using V = Vec<T, kLanes>;
+  FUSEDOPT_HD static void load(const char* from, V (&to)[2]) {
+    to[0] = from_float<V>(as_float(read_halves<kLanes>(from) << 16));
+    to[1] = from_float<V>(as_float(read_halves<kLanes>(from + 2 * kLanes) << 16));
+  }
+  FUSEDOPT_HD static void store(char* to, const V (&from)[2]) {
+    store_upper_halves(to, rounded_to_bfloat16(to_float(from[0])),
+                       rounded_to_bfloat16(to_float(from[1])));
+  }
+};
+
+template <class T, int kLanes>
+struct Stored<Vec<T, kLanes>, Float16> {
+  using V = Vec<T, kLanes>;
+  FUSEDOPT_HD static void load(const char* from, V (&to)[2]) {
+    to[0] = load_one(from);
+    to[1] = load_one(from + 2 * kLanes);
+  }
+  FUSEDOPT_HD static void store(char* to, const V (&from)[2]) {
+    store_one(to, from[0]);
+    store_one(to + 2 * kLanes, from[1]);
+  }
+
+ private:
+  FUSEDOPT_HD static V load_one(const char* from) {
+#if defined(__AVX512F__)
+    if constexpr (kLanes == 16) return V(_mm512_maskz_cvtph_ps(0xffff, read<__m256i>(from)));
+#endif
+#if defined(__F16C__)
+    if constexpr (kLanes == 8)
+      return from_float<V>(Vec<float, 8>(_mm256_cvtph_ps(read<__m128i>(from))));
+#endif
+    return from_float<V>(float_from_half_bits(read_halves<kLanes>(from)));
+  }
+  FUSEDOPT_HD static void store_one(char* to, V value) {
+#if defined(__AVX512F__)
+    if constexpr (kLanes == 16)
+      return write(to, _mm512_maskz_cvtps_ph(0xffff, __m512(value.raw), _MM_FROUND_TO_NEAREST_INT));
+#endif
+#if defined(__F16C__)
+    if constexpr (kLanes == 8)
+      return write(to, _mm256_cvtps_ph(__m256(to_float(value).raw), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    write_halves(to, half_bits_from_float(to_float(value)));
+  }
+};
+
+}  // namespace
+}  // namespace fusedopt::cpu
+
+namespace fusedopt {
+
+template <class T, int kLanes>
+struct Lanes<cpu::Vec<T, kLanes>> {
+  using Number = T;
+  using Float = cpu::Vec<float, kLanes>;
+  using Bits = cpu::Vec<uint32_t, kLanes>;
+};
+
+}  // namespace fusedopt

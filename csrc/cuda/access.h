@@ -1,13 +1,17 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "core/bits.h"
+#include "core/dtypes.h"
 #include "core/macros.h"
-#include "cuda/tuning.h"
+#include "core/step.h"
 
-// Accesses to device memory. Written out for the device: a compiler that is left to itself splits
-// some of the wide ones into single words, and finds out at run time what kind of memory it is.
+// Accesses to memory, and conversions of two numbers at once. Written out for the device: a
+// compiler that is left to itself splits some of the wide ones into single words, and finds out at
+// run time what kind of memory it is.
 namespace fusedopt::cuda {
 
 template <int kWords>
@@ -64,11 +68,7 @@ FUSEDOPT_HD Words<kWords> load_words(const void* from) {
   Words<kWords> to;
   uint32_t* const w = to.words;
   const size_t address = __cvta_generic_to_global(from);
-  if constexpr (kWords == 4 && kStreamLoads)
-    asm("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-        : "l"(address));
-  else if constexpr (kWords == 4)
+  if constexpr (kWords == 4)
     asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
         : "l"(address));
@@ -88,11 +88,7 @@ FUSEDOPT_HD void store_words(void* to, const Words<kWords>& from) {
 #if defined(__CUDA_ARCH__)
   const uint32_t* const w = from.words;
   const size_t address = __cvta_generic_to_global(to);
-  if constexpr (kWords == 4 && kStreamStores)
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(w[0]), "r"(w[1]),
-                 "r"(w[2]), "r"(w[3])
-                 : "memory");
-  else if constexpr (kWords == 4)
+  if constexpr (kWords == 4)
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(w[0]), "r"(w[1]),
                  "r"(w[2]), "r"(w[3])
                  : "memory");
@@ -104,6 +100,164 @@ FUSEDOPT_HD void store_words(void* to, const Words<kWords>& from) {
 #else
   *static_cast<Words<kWords>*>(to) = from;
 #endif
+}
+
+// The same if `condition` holds, without a branch.
+template <int kWords>
+FUSEDOPT_HD void store_words_if(bool condition, void* to, const Words<kWords>& from) {
+  static_assert(kWords == 2 || kWords == 4, "no such access");
+#if defined(__CUDA_ARCH__)
+  const uint32_t* const w = from.words;
+  const size_t address = __cvta_generic_to_global(to);
+  const int32_t holds = condition;
+  if constexpr (kWords == 4)
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4}; }" ::"l"(
+            address),
+        "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(holds)
+        : "memory");
+  else
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %3, 0; @p st.global.v2.u32 [%0], {%1, %2}; }" ::"l"(
+            address),
+        "r"(w[0]), "r"(w[1]), "r"(holds)
+        : "memory");
+#else
+  if (condition) store_words(to, from);
+#endif
+}
+
+// A place in a block's shared memory.
+#if defined(__CUDA_ARCH__)
+using SharedPlace = uint32_t;
+FUSEDOPT_HD SharedPlace shared_place(void* data) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(data));
+}
+#else
+using SharedPlace = char*;
+inline SharedPlace shared_place(void* data) { return static_cast<char*>(data); }
+#endif
+
+// Starts a copy to shared memory if `condition` holds, without a branch. It is done once
+// wait_for_copies() says so.
+template <int kBytes>
+FUSEDOPT_HD void start_copy_if(bool condition, SharedPlace to, const void* from) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "no such copy");
+#if defined(__CUDA_ARCH__)
+  const size_t address = __cvta_generic_to_global(from);
+  const int32_t holds = condition;
+  if constexpr (kBytes == 16)
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" ::
+            "r"(to),
+        "l"(address), "r"(holds)
+        : "memory");
+  else
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.ca.shared.global [%0], [%1], %3; }" ::
+            "r"(to),
+        "l"(address), "r"(holds), "n"(kBytes)
+        : "memory");
+#else
+  if (condition) memcpy(to, from, kBytes);
+#endif
+}
+
+// Ends a group of copies.
+FUSEDOPT_HD void end_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until all groups of this thread are done but the latest `kPending`.
+template <int kPending>
+FUSEDOPT_HD void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+template <int kWords>
+FUSEDOPT_HD Words<kWords> load_shared(SharedPlace from) {
+#if defined(__CUDA_ARCH__)
+  Words<kWords> to;
+  uint32_t* const w = to.words;
+  if constexpr (kWords == 4)
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(from));
+  else if constexpr (kWords == 2)
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(from));
+  else
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w[0]) : "r"(from));
+  return to;
+#else
+  Words<kWords> to;
+  memcpy(&to, from, sizeof(to));
+  return to;
+#endif
+}
+
+template <int kWords>
+FUSEDOPT_HD void store_shared(SharedPlace to, const Words<kWords>& from) {
+  static_assert(kWords == 4, "no such access");
+#if defined(__CUDA_ARCH__)
+  const uint32_t* const w = from.words;
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(w[0]), "r"(w[1]),
+               "r"(w[2]), "r"(w[3])
+               : "memory");
+#else
+  memcpy(to, &from, sizeof(from));
+#endif
+}
+
+// The same number, of which the compiler does not know that it is: what follows from it is found
+// out again where it is needed. To keep all that over a loop would take dozens of registers.
+FUSEDOPT_HD uint32_t as_if_new(uint32_t number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
+// The bytes of two words from byte `at` of the first on, at < 4.
+FUSEDOPT_HD uint32_t word_across(uint32_t first, uint32_t second, uint32_t at) {
+#if defined(__CUDA_ARCH__)
+  return __funnelshift_r(first, second, 8 * at);
+#else
+  return static_cast<uint32_t>((uint64_t{second} << 32 | first) >> (8 * at));
+#endif
+}
+
+// Two halves of 16 bits; what lies above them in the arguments does not count.
+FUSEDOPT_HD uint32_t word_of(uint32_t low, uint32_t high) { return (low & 0xffffu) | high << 16; }
+
+// Two numbers in a format of 16 bits.
+template <class Storage>
+FUSEDOPT_HD uint32_t pack(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t word;
+  if constexpr (std::is_same_v<Storage, BFloat16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  Storage halves[2];
+  store(halves[0], low);
+  store(halves[1], high);
+  return word_of(halves[0].bits, halves[1].bits);
+#endif
+}
+
+// A work in a few accesses, all asked for at once.
+FUSEDOPT_HD Work load_work(const Work* from) {
+  constexpr int kParts = sizeof(Work) / sizeof(Words<4>);
+  struct {
+    Words<4> parts[kParts];
+  } work;
+  for (int i = 0; i < kParts; ++i)
+    work.parts[i] = load_words<4>(reinterpret_cast<const Words<4>*>(from) + i);
+  return bit_cast<Work>(work);
 }
 
 }  // namespace fusedopt::cuda

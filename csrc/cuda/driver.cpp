@@ -3,7 +3,6 @@
 #include <deque>
 #include <exception>
 #include <map>
-#include <set>
 #include <utility>
 #include <vector>
 
@@ -42,11 +41,8 @@ class Device {
   void prepare(const Share& share) {
     const bool capturing = is_capturing(gpu_, share.stream);
     if (arrangement_.update(share)) table_.reset();
-    for (const Column& column : arrangement_.columns())
-      if (checked_.count(column.column) == 0) {
-        runtime::check_kernels(gpu_, share.rule, column.column);
-        checked_.insert(column.column);
-      }
+    if (!is_checked_) runtime::check_kernels(gpu_);
+    is_checked_ = true;
     if (capturing)
       prepare_capture(share);
     else
@@ -71,9 +67,9 @@ class Device {
   void launch(const Share& share) {
     try {
       send(share);
-      for (const Column& column : arrangement_.columns()) {
-        if (share.clocks != nullptr) schedule(share, column);
-        update(share, column);
+      for (size_t c = 0; c < arrangement_.columns().size(); ++c) {
+        if (share.clocks != nullptr) schedule(share, arrangement_.columns()[c]);
+        update(share, c);
       }
     } catch (...) {
       table_.reset();  // the device may not have what its image says
@@ -105,7 +101,7 @@ class Device {
     call.num_leaves = static_cast<int64_t>(arrangement_.find_leaves(share).size()) - 1;
     for (const int64_t w : arrangement_.rows()) {
       if (share.works[w].device == kIdle) continue;
-      const bool is_double = share.works[w].dtypes[kGrad] == DType::kFloat64;
+      const bool is_double = share.works[w].formats.dtypes[kGrad] == DType::kFloat64;
       (is_double ? call.in_double : call.in_float) = true;
     }
     runtime::measure(call);
@@ -167,45 +163,45 @@ class Device {
   }
 
   // The scalars that the device computes for a column.
-  void* computed(const Column& column) const {
+  void* computed(const Rows& rows) const {
     return current_->at(current_->parts().computed +
-                        column.first_row * static_cast<int64_t>(sizeof(Scalars)));
+                        rows.first_row * static_cast<int64_t>(sizeof(Scalars)));
   }
 
-  void schedule(const Share& share, const Column& column) const {
+  void schedule(const Share& share, const Rows& rows) const {
     const Parts& parts = current_->parts();
     ScheduleArguments arguments = {};
-    arguments.clocks =
-        reinterpret_cast<const Clock*>(current_->at(parts.clocks)) + column.first_row;
+    arguments.clocks = reinterpret_cast<const Clock*>(current_->at(parts.clocks)) + rows.first_row;
     arguments.groups = reinterpret_cast<const HyperSource*>(current_->at(parts.groups));
-    arguments.scalars = computed(column);
+    arguments.scalars = computed(rows);
     arguments.grad_scale = share.grad_scale;
     arguments.skip = skip_flag(share);
     arguments.grad_norm = share.measures ? &share.verdict->grad_norm : nullptr;
-    arguments.num_rows = column.num_rows;
-    arguments.in_double = in_double(column.column);
-    runtime::schedule(share.rule, arguments, share.stream);
+    arguments.num_rows = rows.num_rows;
+    arguments.in_double = rows.column.in_double;
+    runtime::schedule(rows.column.rule, arguments, share.stream);
   }
 
-  void update(const Share& share, const Column& column) const {
+  void update(const Share& share, size_t c) const {
+    const Rows& rows = arrangement_.columns()[c];
     const Parts& parts = current_->parts();
     UpdateCall call = {};
-    call.rule = share.rule;
-    call.column = column.column;
+    call.column = rows.column;
     call.stream = share.stream;
-    call.works = reinterpret_cast<const Work*>(current_->at(parts.works)) + column.first_row;
+    call.works = reinterpret_cast<const Work*>(current_->at(parts.works)) + rows.first_row;
     call.chunks =
-        reinterpret_cast<const ChunkStart*>(current_->at(parts.chunks)) + column.first_chunk;
+        reinterpret_cast<const ChunkStart*>(current_->at(parts.chunks)) + rows.first_chunk;
     call.layouts = reinterpret_cast<const Layout*>(current_->at(parts.layouts));
     call.skip = skip_flag(share);
-    call.num_chunks = column.num_chunks;
+    call.num_chunks = rows.num_chunks;
+    call.warp_bytes = rows.warp_bytes;
     if (share.clocks != nullptr) {
-      call.scalars = computed(column);
+      call.scalars = computed(rows);
     } else if (has_few_scalars(share)) {
       call.few_scalars = share.scalars;
       call.num_few_scalars = share.num_scalars;
     } else {
-      call.scalars = current_->at(parts.scalars[in_double(column.column)]);
+      call.scalars = current_->at(current_->scalars_of(c));
     }
     runtime::update(call);
   }
@@ -213,7 +209,7 @@ class Device {
   const int gpu_;
   const Allocate& allocate_;
   Arrangement arrangement_;
-  std::set<int> checked_;
+  bool is_checked_ = false;
   std::unique_ptr<Table> table_;
   std::unique_ptr<Table> capture_;               // of the latest capture
   std::vector<std::shared_ptr<void>> captured_;  // memory of all captures

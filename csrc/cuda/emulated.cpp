@@ -1,9 +1,11 @@
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <stdexcept>
 #include <vector>
 
+#include "core/flush.h"
 #include "cuda/runtime.h"
 
 // Runs the code of the kernels on the host, one thread after the other, in the driver's place of
@@ -22,21 +24,35 @@ void enqueue(std::function<void()> work) {
     work();
 }
 
-template <class Format>
-void update_all(const UpdateCall& call) {
-  with_family(call.rule, [&](auto family) {
-    using Family = decltype(family);
-    const auto arguments = arguments_for<Family, typename Format::T>(call);
-    enqueue([arguments, num_chunks = static_cast<uint32_t>(call.num_chunks)] {
-      for (uint32_t block = 0; block < num_chunks; ++block)
-        for (uint32_t thread = 0; thread < kBlockThreads; ++thread)
-          update_thread<Family, Format>(arguments, block, thread);
-    });
-  });
+// Everything that blocks share.
+class SharedMemory {
+ public:
+  explicit SharedMemory(int64_t bytes) : words_(static_cast<size_t>(bytes) / sizeof(Words<4>)) {}
+
+  // Of a new block, with nothing of use in it.
+  SharedPlace renew() {
+    std::memset(words_.data(), 0xff, words_.size() * sizeof(Words<4>));
+    return shared_place(words_.data());
+  }
+
+ private:
+  std::vector<Words<4>> words_;
+};
+
+template <class Rule, class T>
+void update_all(const UpdateArguments<Rule, T>& arguments, int64_t num_chunks) {
+  const FlushMode flush(sizeof(T) == sizeof(float));
+  SharedMemory shared(int64_t{arguments.warp_bytes} * kBlockWarps);
+  for (uint32_t block = 0; block < num_chunks; ++block) {
+    const SharedPlace place = shared.renew();
+    for (uint32_t thread = 0; thread < kBlockThreads; ++thread)
+      update_thread(arguments, place, block, thread);
+  }
 }
 
 template <class T>
 void measure_leaf(const MeasureArguments& arguments, int64_t i) {
+  const FlushMode flush(sizeof(T) == sizeof(float));
   const Leaf leaf = load_leaf(arguments, i);
   if (!is_measured_in<T>(leaf.work)) return;
   double values[kLeafThreads];
@@ -76,7 +92,7 @@ namespace runtime {
 OnGpu::OnGpu(int) : before_(nullptr) {}
 OnGpu::~OnGpu() = default;
 
-void check_kernels(int, RuleId, int) {}
+void check_kernels(int) {}
 
 void copy_to_device(void* to, const void* from, int64_t bytes, void*) {
   if (g_captures) throw std::runtime_error("a copy from memory that will be used again");
@@ -99,7 +115,10 @@ bool Point::is_passed() const { return true; }
 void Point::wait() const {}
 
 void update(const UpdateCall& call) {
-  with_format(call.column, [&](auto format) { update_all<typename decltype(format)::Name>(call); });
+  with_types(call.column, [&](auto rule, auto number) {
+    const auto arguments = arguments_for<decltype(rule), decltype(number)>(call);
+    enqueue([arguments, num_chunks = call.num_chunks] { update_all(arguments, num_chunks); });
+  });
 }
 
 void measure(const MeasureCall& call) {
@@ -123,10 +142,10 @@ void judge(const JudgeArguments& arguments, void*) {
 }
 
 void schedule(RuleId rule, const ScheduleArguments& arguments, void*) {
-  with_family(rule, [&](auto family) {
+  with_rule(rule, [&](auto known) {
     enqueue([arguments] {
       for (int64_t row = 0; row < arguments.num_rows; ++row)
-        schedule_thread<decltype(family)>(arguments, row);
+        schedule_thread<decltype(known)>(arguments, row);
     });
   });
 }

@@ -4,48 +4,38 @@
 #include "cuda/schedule.h"
 #include "cuda/update.h"
 
-// A launch as the driver asks for it, whatever the rule and the format.
+// A launch as the driver asks for it, whatever the rule and the type that computes.
 namespace fusedopt::cuda {
 
-inline bool in_double(int column) {
-  return column == static_cast<int>(DType::kFloat64) || column == kMixedDouble;
-}
-
-// Calls `f` with the format of a column, as a Type.
-template <class T>
-struct Type {
-  using Name = T;
+// What one kernel does.
+struct Column {
+  RuleId rule;
+  bool in_double;
 };
+
+// Calls f(Rule{}, T{}) of a column.
 template <class F>
-decltype(auto) with_format(int column, F&& f) {
-  switch (column) {
-    case static_cast<int>(DType::kFloat32):
-      return f(Type<Uniform<float>>{});
-    case static_cast<int>(DType::kFloat64):
-      return f(Type<Uniform<double>>{});
-    case static_cast<int>(DType::kBFloat16):
-      return f(Type<Uniform<BFloat16>>{});
-    case static_cast<int>(DType::kFloat16):
-      return f(Type<Uniform<Float16>>{});
-    case kMixedFloat:
-      return f(Type<Mixed<float>>{});
-    default:
-      return f(Type<Mixed<double>>{});
-  }
+void with_types(Column column, const F& f) {
+  with_rule(column.rule, [&](auto rule) {
+    if (column.in_double)
+      f(rule, double{});
+    else
+      f(rule, float{});
+  });
 }
 
 struct UpdateCall {
-  RuleId rule;
-  int column;
+  Column column;
   void* stream;
   // In device memory.
   const Work* works;
   const ChunkStart* chunks;
   const Layout* layouts;
-  const void* scalars;  // in the column's type, by Work::scalars, or nullptr: `few_scalars`
+  const void* scalars;  // of the column's types, by Work::scalars, or nullptr: `few_scalars`
   const float* skip;
   int64_t num_chunks;
-  // On the host.
+  int64_t warp_bytes;  // of shared memory
+  // On the host. Those that works of other columns use are not read.
   const Scalars* few_scalars;
   int64_t num_few_scalars;
 };
@@ -57,16 +47,19 @@ struct MeasureCall {
   void* stream;
 };
 
-template <class Family, class T>
-UpdateArguments<Family, T> arguments_for(const UpdateCall& call) {
-  using Arguments = UpdateArguments<Family, T>;
-  Arguments arguments = {
-      call.works,   call.chunks,
-      call.layouts, static_cast<const typename Arguments::WorkScalars*>(call.scalars),
-      call.skip,    {}};
+template <class Rule, class T>
+UpdateArguments<Rule, T> arguments_for(const UpdateCall& call) {
+  using Arguments = UpdateArguments<Rule, T>;
+  Arguments arguments = {call.works,
+                         call.chunks,
+                         call.layouts,
+                         static_cast<const typename Arguments::WorkScalars*>(call.scalars),
+                         call.skip,
+                         static_cast<uint32_t>(call.warp_bytes),
+                         {}};
   static_assert(sizeof(arguments) <= 4096, "more than a kernel's arguments may take");
   for (int64_t i = 0; i < call.num_few_scalars; ++i)
-    arguments.few[i] = scalars_of(Family{}, call.few_scalars[i]).template as<T>();
+    arguments.few[i] = call.few_scalars[i].of<Rule>().template as<T>();
   return arguments;
 }
 

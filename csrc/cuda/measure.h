@@ -5,7 +5,6 @@
 #include "core/norm.h"
 #include "core/step.h"
 #include "cuda/access.h"
-#include "cuda/formats.h"
 #include "cuda/lane.h"
 
 // What one thread does to find out about the grads (core/norm.h): it sums the squares of its lanes
@@ -50,7 +49,7 @@ FUSEDOPT_HD Leaf load_leaf(const MeasureArguments& arguments, int64_t leaf) {
 // Whether grads of this leaf are summed in T; those that are not there are 0 either way.
 template <class T>
 FUSEDOPT_HD bool is_measured_in(const Work& work) {
-  const bool is_double = work.dtypes[kGrad] == DType::kFloat64;
+  const bool is_double = work.formats.dtypes[kGrad] == DType::kFloat64;
   return work.device == kIdle || is_double == (sizeof(T) == sizeof(double));
 }
 
@@ -73,16 +72,18 @@ FUSEDOPT_HD void visit_grads(const Leaf& leaf, const Layout* layouts, uint32_t t
   using T = typename Compute<Storage>::Type;
   constexpr int kV = kLeafVector<Storage>;
   constexpr int64_t kLanes = kLeafThreads * kV;
+  struct Vector {
+    Storage values[kV];
+  };
   const auto* const grads = static_cast<const Storage*>(leaf.work.data[kGrad]);
   const bool is_dense = leaf.work.layout == kDense;
   int64_t at = leaf.begin + thread * kV;
-  if (is_dense && is_aligned(grads + at, kVectorBytes)) {
+  if (is_dense && reinterpret_cast<uintptr_t>(grads + at) % sizeof(Words<4>) == 0) {
     const int64_t sweeps = (leaf.end - leaf.begin) / kLanes;
 #pragma unroll 4
     for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
-      const auto values =
-          bit_cast<Values<Storage, kV>>(load_words<kVectorBytes / 4>(grads + at + sweep * kLanes));
-      for (int j = 0; j < kV; ++j) add(j, load<T>(values.values[j]));
+      const auto grads_at = bit_cast<Vector>(load_words<4>(grads + at + sweep * kLanes));
+      for (int j = 0; j < kV; ++j) add(j, load<T>(grads_at.values[j]));
     }
     at += sweeps * kLanes;
   }
@@ -99,13 +100,10 @@ FUSEDOPT_HD void visit_grads(const Leaf& leaf, const Layout* layouts, uint32_t t
 // Calls `f` with a value of the grad's storage type, which computes in T.
 template <class T, class F>
 FUSEDOPT_HD void with_grad_storage(const Work& work, const F& f) {
-  if constexpr (sizeof(T) == sizeof(double)) {
+  if constexpr (sizeof(T) == sizeof(double))
     f(double{});
-  } else {
-    if (work.dtypes[kGrad] == DType::kFloat32) f(float{});
-    if (work.dtypes[kGrad] == DType::kBFloat16) f(BFloat16{});
-    if (work.dtypes[kGrad] == DType::kFloat16) f(Float16{});
-  }
+  else
+    with_storage<T>(work.formats.dtypes[kGrad], f);
 }
 
 template <class T>

@@ -2,18 +2,17 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
-#include "cuda/update.cuh"
+#include "cuda/kernels.cuh"
 
 namespace fusedopt::cuda {
 
-// Compiled elsewhere, a file for each format.
-extern template const void* update_kernel_of<Uniform<float>>(RuleId rule);
-extern template const void* update_kernel_of<Uniform<double>>(RuleId rule);
-extern template const void* update_kernel_of<Uniform<BFloat16>>(RuleId rule);
-extern template const void* update_kernel_of<Uniform<Float16>>(RuleId rule);
-extern template const void* update_kernel_of<Mixed<float>>(RuleId rule);
-extern template const void* update_kernel_of<Mixed<double>>(RuleId rule);
+// Compiled elsewhere, with other flags.
+extern template const void* update_kernel_of<float>(RuleId id);
+extern template const void* update_kernel_of<double>(RuleId id);
+extern template const void* measure_kernel_of<float>();
+extern template const void* measure_kernel_of<double>();
 
 namespace {
 
@@ -35,9 +34,9 @@ void check(cudaError_t error, const char* call) {
   throw std::runtime_error(message);
 }
 
-const void* kernel_of(RuleId rule, int column) {
-  return with_format(
-      column, [&](auto format) { return update_kernel_of<typename decltype(format)::Name>(rule); });
+const void* kernel_of(Column column) {
+  return column.in_double ? update_kernel_of<double>(column.rule)
+                          : update_kernel_of<float>(column.rule);
 }
 
 // While it lives, calls of this thread that a capture forbids are allowed; none of them goes into
@@ -84,57 +83,18 @@ const Contexts& contexts() {
   return found;
 }
 
-template <class Family>
+template <class Rule>
 __global__ void __launch_bounds__(kScheduleThreads)
     schedule_kernel(const __grid_constant__ ScheduleArguments arguments) {
-  schedule_thread<Family>(arguments, int64_t{blockIdx.x} * blockDim.x + threadIdx.x);
+  schedule_thread<Rule>(arguments, int64_t{blockIdx.x} * blockDim.x + threadIdx.x);
 }
 
-const void* schedule_kernel_of(RuleId rule) {
-  return with_family(rule, [](auto family) {
-    return reinterpret_cast<const void*>(&schedule_kernel<decltype(family)>);
+const void* schedule_kernel_of(RuleId id) {
+  const void* kernel = nullptr;
+  with_rule(id, [&](auto rule) {
+    kernel = reinterpret_cast<const void*>(&schedule_kernel<decltype(rule)>);
   });
-}
-
-// The sum of a warp's values, in its first thread, as sum_warp() has it.
-__device__ double warp_sum(double value) {
-  for (int width = kTreeWidth / 2; width > 0; width /= 2)
-    value += __shfl_xor_sync(0xffffffffu, value, width);
-  return value;
-}
-
-// The sum of a block's values, in its first thread, as sum_block() has it.
-template <int kThreads>
-__device__ double block_sum(double value) {
-  __shared__ double warps[kTreeWidth];
-  const int warp = threadIdx.x / kTreeWidth, lane = threadIdx.x % kTreeWidth;
-  value = warp_sum(value);
-  if (lane == 0) warps[warp] = value;
-  __syncthreads();
-  if (warp == 0) value = warp_sum(lane < kThreads / kTreeWidth ? warps[lane] : 0.0);
-  return value;
-}
-
-// One block for each leaf.
-template <class T>
-__global__ void __launch_bounds__(kLeafThreads, 8)
-    measure_kernel(const __grid_constant__ MeasureArguments arguments) {
-  const Leaf leaf = load_leaf(arguments, blockIdx.x);
-  if (!is_measured_in<T>(leaf.work)) return;
-  __shared__ double squares;
-  __shared__ int nonfinite;
-  const double sum =
-      block_sum<kLeafThreads>(measure_thread<T>(leaf, arguments.layouts, threadIdx.x));
-  if (threadIdx.x == 0) {
-    squares = sum;
-    nonfinite = 0;
-  }
-  __syncthreads();
-  if (is_nonfinite(squares)) {
-    atomicAdd(&nonfinite, count_thread<T>(leaf, arguments.layouts, threadIdx.x));
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) arguments.sums[blockIdx.x] = {squares, nonfinite, leaf.work.norm_class};
+  return kernel;
 }
 
 // One block.
@@ -164,12 +124,12 @@ __global__ void judge_kernel(const __grid_constant__ JudgeArguments arguments) {
 }
 
 template <class... Arguments>
-void launch(const void* kernel, int64_t blocks, int threads, void* stream,
+void launch(const void* kernel, int64_t blocks, int threads, int64_t shared_bytes, void* stream,
             const Arguments&... arguments) {
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
-                         dim3(static_cast<unsigned>(threads)), pointers, 0,
-                         static_cast<cudaStream_t>(stream)),
+                         dim3(static_cast<unsigned>(threads)), pointers,
+                         static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)),
         "cudaLaunchKernel");
 }
 
@@ -201,18 +161,25 @@ OnGpu::OnGpu(int gpu) : before_(nullptr) {
 
 OnGpu::~OnGpu() { contexts().set(before_); }
 
-void check_kernels(int gpu, RuleId rule, int column) {
+void check_kernels(int gpu) {
   const Relaxed relaxed;
+  std::vector<const void*> kernels = {measure_kernel_of<float>(), measure_kernel_of<double>(),
+                                      reinterpret_cast<const void*>(&total_kernel),
+                                      reinterpret_cast<const void*>(&judge_kernel)};
+  cudaError_t error = cudaSuccess;
+  for (int rule = 0; rule < Rules::kSize; ++rule) {
+    const auto id = static_cast<RuleId>(rule);
+    kernels.push_back(schedule_kernel_of(id));
+    for (const bool in_double : {false, true})
+      if (error == cudaSuccess)  // of shared memory, a kernel gets no more than this allows
+        error = cudaFuncSetAttribute(kernel_of({id, in_double}),
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
+  }
   cudaFuncAttributes attributes;
-  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel_of(rule, column));
-  const auto* const of_rule = schedule_kernel_of(rule);
-  for (const void* kernel :
-       {of_rule, reinterpret_cast<const void*>(&measure_kernel<float>),
-        reinterpret_cast<const void*>(&measure_kernel<double>),
-        reinterpret_cast<const void*>(&total_kernel), reinterpret_cast<const void*>(&judge_kernel)})
+  for (const void* kernel : kernels)
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction)
-    return check(error, "cudaFuncGetAttributes");
+    return check(error, "loading the kernels");
   cudaGetLastError();
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu);
@@ -278,40 +245,33 @@ void Point::wait() const {
 }
 
 void update(const UpdateCall& call) {
-  with_family(call.rule, [&](auto family) {
-    using Family = decltype(family);
-    const void* const kernel = kernel_of(call.rule, call.column);
-    if (in_double(call.column))
-      launch(kernel, call.num_chunks, kBlockThreads, call.stream,
-             arguments_for<Family, double>(call));
-    else
-      launch(kernel, call.num_chunks, kBlockThreads, call.stream,
-             arguments_for<Family, float>(call));
+  with_types(call.column, [&](auto rule, auto number) {
+    launch(kernel_of(call.column), call.num_chunks, kBlockThreads, call.warp_bytes * kBlockWarps,
+           call.stream, arguments_for<decltype(rule), decltype(number)>(call));
   });
 }
 
 void measure(const MeasureCall& call) {
   if (call.num_leaves == 0) return;
-  const auto run = [&](auto kernel) {
-    launch(reinterpret_cast<const void*>(kernel), call.num_leaves, kLeafThreads, call.stream,
-           call.arguments);
+  const auto run = [&](const void* kernel) {
+    launch(kernel, call.num_leaves, kLeafThreads, 0, call.stream, call.arguments);
   };
-  if (call.in_float) run(&measure_kernel<float>);
-  if (call.in_double) run(&measure_kernel<double>);
+  if (call.in_float) run(measure_kernel_of<float>());
+  if (call.in_double) run(measure_kernel_of<double>());
 }
 
 void total(const TotalArguments& arguments, const JudgeArguments& judging, void* stream) {
-  launch(reinterpret_cast<const void*>(&total_kernel), 1, kTotalThreads, stream, arguments,
+  launch(reinterpret_cast<const void*>(&total_kernel), 1, kTotalThreads, 0, stream, arguments,
          judging);
 }
 
 void judge(const JudgeArguments& arguments, void* stream) {
-  launch(reinterpret_cast<const void*>(&judge_kernel), 1, 1, stream, arguments);
+  launch(reinterpret_cast<const void*>(&judge_kernel), 1, 1, 0, stream, arguments);
 }
 
 void schedule(RuleId rule, const ScheduleArguments& arguments, void* stream) {
   const int64_t blocks = (arguments.num_rows + kScheduleThreads - 1) / kScheduleThreads;
-  launch(schedule_kernel_of(rule), blocks, kScheduleThreads, stream, arguments);
+  launch(schedule_kernel_of(rule), blocks, kScheduleThreads, 0, stream, arguments);
 }
 
 }  // namespace runtime

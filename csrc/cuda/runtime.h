@@ -21,9 +21,8 @@ class OnGpu {
   void* before_;  // the context
 };
 
-// Raises unless the current device can run the kernels of this column. Loads them, so that a
-// capture does not.
-void check_kernels(int gpu, RuleId rule, int column);
+// Raises unless the current device can run the kernels. Loads them, so that a capture does not.
+void check_kernels(int gpu);
 
 // From page-locked memory, in the order of the stream, without waiting.
 void copy_to_device(void* to, const void* from, int64_t bytes, void* stream);

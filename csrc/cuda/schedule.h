@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "core/gpu.h"
-#include "cuda/update.h"
+#include "core/schedule.h"
 
 // What one thread of the schedule kernel does: it advances the step count of one parameter and
 // computes the scalars of its update, where only the device knows step, hyper-parameters or
@@ -55,7 +55,7 @@ FUSEDOPT_HD Time advance(const Clock& clock) {
   return {static_cast<uint64_t>(step), clock.is_first || (clock.is_fresh && done == 0)};
 }
 
-template <class Family>
+template <class Rule>
 FUSEDOPT_HD void schedule_thread(const ScheduleArguments& arguments, int64_t row) {
   if (row >= arguments.num_rows) return;
   if (arguments.skip != nullptr && *arguments.skip > 0) return;
@@ -65,11 +65,11 @@ FUSEDOPT_HD void schedule_thread(const ScheduleArguments& arguments, int64_t row
   if (arguments.grad_scale != nullptr) grads.scale = static_cast<double>(*arguments.grad_scale);
   if (arguments.grad_norm != nullptr) grads.norm = *arguments.grad_norm;
   const auto scalars =
-      schedule(Family{}, hyper_of(arguments.groups[clock.group]), advance(clock), grads);
+      schedule<Rule>(hyper_of(arguments.groups[clock.group]), advance(clock), grads);
   if (arguments.in_double)
-    static_cast<ScalarsOf<Family, double>*>(arguments.scalars)[row] = scalars;
+    static_cast<StepScalars<Rule, double>*>(arguments.scalars)[row] = scalars;
   else
-    static_cast<ScalarsOf<Family, float>*>(arguments.scalars)[row] = scalars.template as<float>();
+    static_cast<StepScalars<Rule, float>*>(arguments.scalars)[row] = scalars.template as<float>();
 }
 
 }  // namespace fusedopt::cuda

@@ -4,7 +4,6 @@
 #include <cstddef>
 
 #include "cuda/grid.h"
-#include "cuda/launch.h"
 
 namespace fusedopt::cuda {
 namespace {
@@ -23,32 +22,35 @@ int64_t count_dims(const Share& share) {
   return count;
 }
 
-template <class F>
-auto with_scalars_type(RuleId rule, bool in_double, const F& f) {
-  return with_family(rule, [&](auto family) {
-    using Family = decltype(family);
-    return in_double ? f(family, double{}, UpdateArguments<Family, double>::kFew)
-                     : f(family, float{}, UpdateArguments<Family, float>::kFew);
-  });
+// Of a column's table, with room for so many.
+int64_t scalars_bytes(int64_t count) {
+  return (count * static_cast<int64_t>(sizeof(Scalars)) + kPartAlignment - 1) / kPartAlignment *
+         kPartAlignment;
 }
 
-int64_t scalars_size(RuleId rule, bool in_double) {
-  return with_scalars_type(rule, in_double, [](auto family, auto number, int) {
-    return static_cast<int64_t>(sizeof(ScalarsOf<decltype(family), decltype(number)>));
-  });
-}
-
-// Scalars in the type that computes, as bytes.
-std::vector<uint8_t> converted(const Share& share, bool in_double) {
+// Scalars in the types of a column, as bytes. What works of other rules use comes along, without
+// meaning.
+std::vector<uint8_t> converted(const Share& share, Column column) {
   const auto count = static_cast<size_t>(share.num_scalars);
-  std::vector<uint8_t> bytes(count * static_cast<size_t>(scalars_size(share.rule, in_double)));
-  with_scalars_type(share.rule, in_double, [&](auto family, auto number, int) {
+  std::vector<uint8_t> bytes(count * sizeof(Scalars));
+  with_types(column, [&](auto rule, auto number) {
     for (size_t i = 0; i < count; ++i) {
-      const auto scalars = scalars_of(family, share.scalars[i]).template as<decltype(number)>();
+      const auto scalars =
+          share.scalars[i].template of<decltype(rule)>().template as<decltype(number)>();
       std::memcpy(bytes.data() + i * sizeof(scalars), &scalars, sizeof(scalars));
     }
   });
   return bytes;
+}
+
+int number_of(const Work& work) { return 2 * work.rule + (is_in_double(work) ? 1 : 0); }
+
+Column column_of(int number) { return {static_cast<RuleId>(number / 2), number % 2 != 0}; }
+
+// What does not fit is done with fewer stages, or none.
+int64_t warp_bytes_of(const Work& work) {
+  const uint32_t bytes = is_in_double(work) ? warp_bytes<double>(work) : warp_bytes<float>(work);
+  return std::min<int64_t>(bytes, kMaxSharedBytes / kBlockWarps / 16 * 16);
 }
 
 }  // namespace
@@ -61,39 +63,43 @@ bool Arrangement::update(const Share& share) {
     const Work& work = share.works[w];
     if (work.device == kIdle) continue;  // what is known of it still holds
     const bool is_own = work.device == own_device;
-    const Member found = {is_own ? column_of(work) : -1, is_own ? work.numel : 0};
+    const Member found =
+        is_own ? Member{number_of(work), work.numel, warp_bytes_of(work)} : Member();
     Member& member = members_[w];
     changed = changed || found.column != member.column || found.numel != member.numel;
     member = found;
   }
-  if (!changed) return false;
+  if (changed) arrange();
+  for (Rows& rows : columns_) {
+    rows.warp_bytes = 0;
+    for (int64_t row = rows.first_row; row < rows.first_row + rows.num_rows; ++row) {
+      const Member& member = members_[static_cast<size_t>(rows_[static_cast<size_t>(row)])];
+      rows.warp_bytes = std::max(rows.warp_bytes, member.warp_bytes);
+    }
+  }
+  return changed;
+}
 
+void Arrangement::arrange() {
   rows_.clear();
   columns_.clear();
   chunks_.clear();
   leaves_.clear();
-  for (int column = 0; column < kNumColumns; ++column) {
+  for (int number = 0; number < 2 * Rules::kSize; ++number) {
     std::vector<int64_t> sizes;
     const auto first_row = static_cast<int64_t>(rows_.size());
     for (size_t w = 0; w < members_.size(); ++w) {
-      if (members_[w].column != column) continue;
+      if (members_[w].column != number) continue;
       rows_.push_back(static_cast<int64_t>(w));
       sizes.push_back(members_[w].numel);
     }
     if (sizes.empty()) continue;
     const std::vector<ChunkStart> chunks = plan_grid(sizes);
-    columns_.push_back({column, first_row, static_cast<int64_t>(sizes.size()),
+    columns_.push_back({column_of(number), first_row, static_cast<int64_t>(sizes.size()),
                         static_cast<int64_t>(chunks_.size()),
-                        static_cast<int64_t>(chunks.size()) - 1});
+                        static_cast<int64_t>(chunks.size()) - 1, 0});
     chunks_.insert(chunks_.end(), chunks.begin(), chunks.end());
   }
-  return true;
-}
-
-std::set<bool> Arrangement::number_types() const {
-  std::set<bool> found;
-  for (const Column& column : columns_) found.insert(in_double(column.column));
-  return found;
 }
 
 const std::vector<ChunkStart>& Arrangement::find_leaves(const Share& share) {
@@ -118,10 +124,12 @@ int64_t Arrangement::max_leaves() const {
 }
 
 bool has_few_scalars(const Share& share) {
-  return share.clocks == nullptr &&
-         share.num_scalars <= with_scalars_type(share.rule, true, [](auto, auto, int few) {
-           return few;  // in double there is room for fewest
-         });
+  int64_t few = share.num_scalars;
+  for (int number = 0; number < 2 * Rules::kSize; ++number)
+    with_types(column_of(number), [&](auto rule, auto type) {
+      few = std::min<int64_t>(few, UpdateArguments<decltype(rule), decltype(type)>::kFew);
+    });
+  return share.clocks == nullptr && share.num_scalars == few;
 }
 
 Parts plan_parts(const Share& share, const Arrangement& arrangement) {
@@ -149,13 +157,17 @@ Parts plan_parts(const Share& share, const Arrangement& arrangement) {
   parts.groups = reserve(parts.max_groups, sizeof(HyperSource));
   parts.clocks = reserve(parts.has_clocks ? num_rows : 0, sizeof(Clock));
   parts.works = reserve(num_rows, sizeof(Work));
-  for (const bool in_double : {false, true})
-    parts.scalars[in_double] = reserve(parts.max_scalars, scalars_size(share.rule, in_double));
+  parts.scalars =
+      reserve(static_cast<int64_t>(arrangement.columns().size()), scalars_bytes(parts.max_scalars));
   parts.image_bytes = end;
   parts.computed = reserve(parts.has_clocks ? num_rows : 0, sizeof(Scalars));
   parts.sums = reserve(num_leaves, sizeof(GradSum));
   parts.bytes = end;
   return parts;
+}
+
+int64_t Table::scalars_of(size_t column) const {
+  return parts_.scalars + static_cast<int64_t>(column) * scalars_bytes(parts_.max_scalars);
 }
 
 bool Table::fits(const Share& share) const {
@@ -182,9 +194,9 @@ void Table::fill(const Share& share, Arrangement& arrangement) {
       image_.put(parts_.groups + g * static_cast<int64_t>(sizeof(HyperSource)), &share.groups[g],
                  sizeof(HyperSource));
   else if (!has_few_scalars(share))
-    for (const bool in_double : arrangement.number_types()) {
-      const std::vector<uint8_t> bytes = converted(share, in_double);
-      image_.put(parts_.scalars[in_double], bytes.data(), static_cast<int64_t>(bytes.size()));
+    for (size_t c = 0; c < arrangement.columns().size(); ++c) {
+      const std::vector<uint8_t> bytes = converted(share, arrangement.columns()[c].column);
+      image_.put(scalars_of(c), bytes.data(), static_cast<int64_t>(bytes.size()));
     }
 }
 
@@ -205,12 +217,12 @@ void Table::fill_layouts(const Share& share) {
 }
 
 void Table::fill_works(const Share& share, const Arrangement& arrangement) {
-  for (const Column& column : arrangement.columns())
-    for (int64_t row = column.first_row; row < column.first_row + column.num_rows; ++row) {
+  for (const Rows& rows : arrangement.columns())
+    for (int64_t row = rows.first_row; row < rows.first_row + rows.num_rows; ++row) {
       const int64_t w = arrangement.rows()[static_cast<size_t>(row)];
       Work work = share.works[w];
       if (share.clocks != nullptr) {
-        work.scalars = static_cast<int32_t>(row - column.first_row);
+        work.scalars = static_cast<int32_t>(row - rows.first_row);
         image_.put(parts_.clocks + row * static_cast<int64_t>(sizeof(Clock)), &share.clocks[w],
                    sizeof(Clock));
       }

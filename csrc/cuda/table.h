@@ -2,45 +2,49 @@
 
 #include <cstdint>
 #include <memory>
-#include <set>
 #include <vector>
 
 #include "core/gpu.h"
 #include "cuda/image.h"
+#include "cuda/launch.h"
 
 // The device's side of a step: what its kernels read, in one block of device memory.
 namespace fusedopt::cuda {
 
 // Works of one column, neighbours in the table, and the launch that does them.
-struct Column {
-  int column;
+struct Rows {
+  Column column;
   int64_t first_row, num_rows;
   int64_t first_chunk, num_chunks;  // and one more start, the end
+  int64_t warp_bytes;               // of shared memory, for the work that takes most
 };
 
-// The works of one device, sorted by column. Follows from sizes and formats alone.
+// The works of one device, sorted by column. All but warp_bytes follows from sizes, rules and
+// formats alone.
 class Arrangement {
  public:
   // Takes in what a step brings; true if something is not as it was.
   bool update(const Share& share);
 
   const std::vector<int64_t>& rows() const { return rows_; }  // numbers of works
-  const std::vector<Column>& columns() const { return columns_; }
+  const std::vector<Rows>& columns() const { return columns_; }
   const std::vector<ChunkStart>& chunks() const { return chunks_; }  // rows count from first_row
-  std::set<bool> number_types() const;  // whether columns compute in double
   // Leaves of the global norm of the grads that there are, in the order of the works; rows count
   // from 0. They take no more room than those of all grads.
   const std::vector<ChunkStart>& find_leaves(const Share& share);
   int64_t max_leaves() const;  // and the end
 
  private:
+  void arrange();
+
   struct Member {
     int column = -1;  // not on this device
     int64_t numel = 0;
+    int64_t warp_bytes = 0;
   };
   std::vector<Member> members_;  // one for each work of the optimizer
   std::vector<int64_t> rows_;
-  std::vector<Column> columns_;
+  std::vector<Rows> columns_;
   std::vector<ChunkStart> chunks_;
   std::vector<ChunkStart> leaves_;  // of grads of
   std::vector<int64_t> leaf_sizes_;
@@ -49,7 +53,7 @@ class Arrangement {
 // The block's parts, by their offsets: those that change most often come last.
 struct Parts {
   int64_t chunks, leaves, dims, layouts, groups, clocks, works;
-  int64_t scalars[2];   // in float, in double
+  int64_t scalars;      // a table for each column
   int64_t image_bytes;  // of all these
   int64_t computed;     // scalars that the device computes, sizeof(Scalars) for each row
   int64_t sums;         // a GradSum for each leaf
@@ -71,6 +75,7 @@ class Table {
   Image& image() { return image_; }
   uint8_t* at(int64_t offset) const { return static_cast<uint8_t*>(memory_.get()) + offset; }
   const Parts& parts() const { return parts_; }
+  int64_t scalars_of(size_t column) const;  // where that column's table is
 
   // Brings the image up to date.
   void fill(const Share& share, Arrangement& arrangement);

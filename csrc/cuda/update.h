@@ -1,26 +1,26 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "core/branch_free.h"
+#include "core/element.h"
 #include "core/rules.h"
 #include "core/step.h"
-#include "cuda/formats.h"
 #include "cuda/lane.h"
-#include "cuda/mixed.h"
+#include "cuda/singles.h"
+#include "cuda/stage.h"
 #include "cuda/tuning.h"
 
-// What one thread of the update kernel does. Threads share nothing, so the host can go through them
-// one after the other and get what a GPU gives.
+// What one thread of the update kernel does: one text for a rule and the type it computes in, for
+// works in any format. Threads share nothing, so the host can go through them one after the other
+// and get what a GPU gives.
 namespace fusedopt::cuda {
 
-// An update's scalars as the kernel takes them, in the type that computes.
-template <class Family, class T>
-using ScalarsOf = StepScalars<Family, T>;
-
 // The kernel's arguments, at most 4 KiB. All pointers are into device memory.
-template <class Family, class T>
+template <class Rule, class T>
 struct UpdateArguments {
-  using WorkScalars = ScalarsOf<Family, T>;
+  using WorkScalars = StepScalars<Rule, T>;
   static constexpr int kFew = 3072 / static_cast<int>(sizeof(WorkScalars));
 
   const Work* works;
@@ -28,92 +28,147 @@ struct UpdateArguments {
   const Layout* layouts;
   const WorkScalars* scalars;  // by Work::scalars; nullptr: they are in `few`
   const float* skip;           // nullptr or the flag that makes the step do nothing
+  uint32_t warp_bytes;         // of shared memory, for each warp; a multiple of 16
   WorkScalars few[kFew];
 };
 
-// Elements [0, n) as far as they fill vectors; returns how far. All operands are aligned but
-// perhaps the grad, which is often a view into a bucket of many: the cache makes up for its small
-// loads.
-template <class Rule, class Format>
-FUSEDOPT_HD uint32_t update_vectors(const Rule& rule, const Format& format, bool grad_is_aligned,
-                                    uint32_t n, Lane lane) {
-  using T = typename Format::T;
-  constexpr int kOperands = kFirstState + Rule::kNumStates, kVector = Format::kVector;
-  const uint32_t end = n - n % kVector;
-  for (uint32_t at = lane.index * kVector; at < end; at += lane.count * kVector) {
-    Vector vectors[kOperands];
-    typename Format::Unpacked values[kOperands];
-    for (int k = 0; k < kOperands; ++k)
-      if (k != kGrad) vectors[k] = format.load_vector(k, at);
-    vectors[kGrad] =
-        grad_is_aligned ? format.load_vector(kGrad, at) : format.gather_vector(kGrad, at);
-    for (int k = 0; k < kOperands; ++k) values[k] = format.unpack(k, vectors[k]);
-    for (int j = 0; j < kVector; ++j) {
-      T element[kOperands], unused[kMaxOperands];
-      for (int k = 0; k < kOperands; ++k) element[k] = load<T>(values[k].values[j]);
-      apply(rule, element, unused);
-      for (int k = 0; k < kOperands; ++k)
-        if (k != kGrad) store(values[k].values[j], element[k]);
+// As with_variant(), in as many branches as the number has bits.
+template <int kFirst, int kEnd, class F>
+FUSEDOPT_HD void with_variant_between(int variant, const F& f) {
+  if constexpr (kEnd - kFirst == 1) {
+    f(std::integral_constant<int, kFirst>{});
+  } else {
+    constexpr int kMiddle = (kFirst + kEnd) / 2;
+    if (variant < kMiddle)
+      with_variant_between<kFirst, kMiddle>(variant, f);
+    else
+      with_variant_between<kMiddle, kEnd>(variant, f);
+  }
+}
+
+// What is the same for all elements of a work.
+template <class Rule, class T>
+class Update {
+ public:
+  FUSEDOPT_HD Update(const Work& work, const StepScalars<Rule, T>& scalars)
+      : scalars_(scalars), formats_(bit_cast<Packed>(work.formats)), variant_(work.variant) {}
+
+  FUSEDOPT_HD void run_dense(const Staged<Rule, T>& staged) const {
+    run_staged(staged);
+    const Chunk chunk = staged.chunk();
+    const uint32_t head = staged.first(), tail = staged.end();
+    const uint32_t left = static_cast<uint32_t>(chunk.end - chunk.begin) - (tail - head);
+#pragma unroll 1
+    for (uint32_t i = chunk.lane.index; i < left; i += chunk.lane.count)
+      update_single(chunk.work, chunk.begin + i + (i < head ? 0 : tail - head));
+  }
+
+  // Neighbours by neighbouring threads. Several at a time: their loads overlap.
+  FUSEDOPT_HD void run_strided(const Chunk& chunk, const Layout& layout, bool is_small) const {
+    constexpr int kAtATime = 2;
+    const int64_t step = kAtATime * chunk.lane.count;
+#pragma unroll 1
+    for (int64_t i = chunk.begin + chunk.lane.index; i < chunk.end; i += step) {
+      Singles<T, kAtATime, false> singles(chunk.work);
+#pragma unroll
+      for (int j = 0; j < kAtATime; ++j) {
+        const int64_t own = i + j * chunk.lane.count;
+        singles.place(j, layout, own < chunk.end ? own : i, is_small);
+      }
+      Math math;
+      if (update<kAtATime>(singles, math)) continue;
+#pragma unroll 1
+      for (int64_t own = i; own < chunk.end && own < i + step; own += chunk.lane.count) {
+        Singles<T, 1, false> single(chunk.work);
+        single.place(0, layout, own, is_small);
+        Ieee ieee;
+        update<1>(single, ieee);
+      }
     }
-    const uint32_t to = as_if_new(at);
-    for (int k = 0; k < kOperands; ++k)
-      if (k != kGrad) format.store_vector(k, to, values[k]);
   }
-  return end;
-}
 
-// Elements [begin, end) one by one, neighbours by neighbouring threads, so that accesses coalesce
-// at any alignment. Several at a time, to have as much under way as with vectors.
-template <class Rule, class Format>
-FUSEDOPT_HD void update_singles(const Rule& rule, const Format& format, uint32_t begin,
-                                uint32_t end, Lane lane) {
-  using T = typename Format::T;
-  constexpr int kOperands = kFirstState + Rule::kNumStates, kAtATime = 4;
-  for (uint32_t at = begin + lane.index; at < end; at += lane.count * kAtATime) {
-    T values[kAtATime][kOperands], unused[kMaxOperands];
-    for (int j = 0; j < kAtATime; ++j)
-      for (int k = 0; k < kOperands; ++k)
-        values[j][k] = at + j * lane.count < end ? format.load_one(k, at + j * lane.count) : T(0);
-    for (int j = 0; j < kAtATime; ++j) apply(rule, values[j], unused);
-    const uint32_t to = as_if_new(at);
-    for (int j = 0; j < kAtATime; ++j)
-      for (int k = 0; k < kOperands; ++k)
-        if (k != kGrad && to + j * lane.count < end)
-          format.store_one(k, to + j * lane.count, values[j][k]);
+ private:
+  // Square roots and divisions in double are IEEE's own: rare enough to be slow.
+  using Math = std::conditional_t<sizeof(T) == sizeof(float), BranchFree<>, Ieee>;
+
+  struct Packed {
+    uint32_t words[2];
+  };
+
+  FUSEDOPT_HD Formats formats() const {
+    return bit_cast<Formats>(Packed{{as_if_new(formats_.words[0]), as_if_new(formats_.words[1])}});
   }
-}
 
-template <class Rule, class Format>
-FUSEDOPT_HD void update_piece(const Rule& rule, const Work& work, int64_t begin, int64_t end,
-                              Lane lane) {
-  const Format format(work, begin);
-  const auto n = static_cast<uint32_t>(end - begin);
-  bool vectorizable = true;
-  for (int k = 0; k < kFirstState + Rule::kNumStates; ++k)
-    vectorizable = vectorizable && (k == kGrad || format.is_vectorizable(k));
-  const bool grad_is_aligned = format.is_vectorizable(kGrad);
-  const uint32_t done = vectorizable ? update_vectors(rule, format, grad_is_aligned, n, lane) : 0;
-  update_singles(rule, format, done, n, lane);
-}
-
-// Elements [begin, end) of a work in one format: finds the rule's variant.
-template <class Family, class Format, int kVariant = 0>
-FUSEDOPT_HD void update_work(const UpdateArguments<Family, typename Format::T>& arguments,
-                             const Work& work, int64_t begin, int64_t end, Lane lane) {
-  using T = typename Format::T;
-  if constexpr (kVariant < Family::kNumVariants) {
-    if (work.variant != kVariant)
-      return update_work<Family, Format, kVariant + 1>(arguments, work, begin, end, lane);
-    const int32_t at = work.scalars;
-    const typename Family::template Rule<T, kVariant> rule = {
-        arguments.scalars != nullptr ? arguments.scalars[at].rule : arguments.few[at].rule};
-    update_piece<decltype(rule), Format>(rule, work, begin, end, lane);
+  // The copies are so many stages ahead that they go where the last elements were read.
+  FUSEDOPT_HD void run_staged(const Staged<Rule, T>& staged) const {
+    const uint32_t stride = staged.stride(), end = staged.end();
+    uint32_t next = staged.start();  // to be copied
+    const auto copy_next = [&](SharedPlace stage) __attribute__((always_inline)) {
+      if (next < end) staged.start_copies(staged.tile(next), stage);
+      end_copies();
+      next += stride;
+    };
+    SharedPlace stage = staged.first_stage();
+#pragma unroll 1
+    while (staged.after(stage) != staged.first_stage()) {
+      copy_next(stage);
+      stage = staged.after(stage);
+    }
+#pragma unroll 1
+    for (uint32_t at = staged.start(); at < end; at += stride) {
+      copy_next(stage);
+      if (staged.has_all_stages())
+        wait_for_copies<kStages - 1>();
+      else
+        wait_for_copies<0>();
+      stage = staged.after(stage);
+      const Tile tile = staged.tile(at);
+      Math math;
+      if (!update<kThreadElements<T>>(typename Staged<Rule, T>::Memory(staged, tile, stage), math))
+        update_again(staged, tile);
+    }
   }
-}
+
+  // All at once; false if `math` does not do for one of them, and then nothing is stored.
+  template <int kCount, class Memory, class AnyMath>
+  FUSEDOPT_HD bool update(const Memory& memory, AnyMath& math) const {
+    const Formats known = formats();
+    Elements<Rule, T, T, kCount, Memory> elements(known, memory);
+    elements.load();
+    with_variant_between<0, Rule::kNumVariants>(
+        variant_, [&](auto variant) __attribute__((always_inline)) {
+          elements.template apply<decltype(variant)::value>(scalars_.rule, math);
+        });
+    if (!math.is_exact()) return false;
+    elements.finish(scalars_.common);
+    return true;
+  }
+
+  FUSEDOPT_HD void update_again(const Staged<Rule, T>& staged, const Tile& tile) const {
+    const uint32_t piece = staged.piece_elements();
+    const uint32_t count = tile.at[1] != tile.at[0] ? 2 * piece : piece;
+    const Chunk chunk = staged.chunk();
+#pragma unroll 1
+    for (uint32_t i = 0; i < count; ++i)
+      update_single(chunk.work,
+                    chunk.begin + (i < piece ? tile.at[0] + i : tile.at[1] + i - piece));
+  }
+
+  FUSEDOPT_HD void update_single(const Work* work, int64_t element) const {
+    Singles<T, 1, true> single(work);
+    single.place(0, element);
+    Ieee ieee;
+    update<1>(single, ieee);
+  }
+
+  const StepScalars<Rule, T>& scalars_;
+  const Packed formats_;
+  const uint32_t variant_;
+};
 
 // All that thread number `thread` of block number `block` does.
-template <class Family, class Format>
-FUSEDOPT_HD void update_thread(const UpdateArguments<Family, typename Format::T>& arguments,
+template <class Rule, class T>
+FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, SharedPlace shared,
                                uint32_t block, uint32_t thread) {
   if (arguments.skip != nullptr && *arguments.skip > 0) return;
   const ChunkStart from = arguments.chunks[block], to = arguments.chunks[block + 1];
@@ -121,21 +176,20 @@ FUSEDOPT_HD void update_thread(const UpdateArguments<Family, typename Format::T>
   const bool is_shared = to.work - from.work <= 1;
   const int64_t w = from.work + (is_shared ? 0 : thread / kWarp);
   if (!is_shared && w >= to.work) return;
-  const Lane lane = is_shared ? Lane{thread, kBlockThreads} : Lane{thread % kWarp, kWarp};
   const Work work = load_work(arguments.works + w);
   if (work.device == kIdle) return;
-  const int64_t begin = w == from.work ? from.element : 0;
-  const int64_t end = w == to.work ? to.element : work.numel;
-  if constexpr (Format::kIsMixed) {
-    // A copy: a reference to one place or another would be of an unknown address space.
-    const ScalarsOf<Family, typename Format::T> scalars = arguments.scalars != nullptr
-                                                              ? arguments.scalars[work.scalars]
-                                                              : arguments.few[work.scalars];
-    MixedWork<Family, typename Format::T>(work, arguments.works + w)
-        .update(scalars, arguments.layouts, begin, end, lane);
-  } else {
-    update_work<Family, Format>(arguments, work, begin, end, lane);
-  }
+  const Lane lane = is_shared ? Lane{thread, kBlockThreads} : Lane{thread % kWarp, kWarp};
+  const Chunk chunk = {arguments.works + w, w == from.work ? from.element : 0,
+                       w == to.work ? to.element : work.numel, lane};
+  // A copy: a reference to one place or another would be of an unknown address space.
+  const StepScalars<Rule, T> scalars =
+      arguments.scalars != nullptr ? arguments.scalars[work.scalars] : arguments.few[work.scalars];
+  const Update<Rule, T> update(work, scalars);
+  if (work.layout == kDense)
+    update.run_dense(Staged<Rule, T>(
+        chunk, work, thread, shared + thread / kWarp * arguments.warp_bytes, arguments.warp_bytes));
+  else
+    update.run_strided(chunk, arguments.layouts[work.layout], work.numel <= INT32_MAX);
 }
 
 }  // namespace fusedopt::cuda

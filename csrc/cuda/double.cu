@@ -1,0 +1,7 @@
+#include "cuda/kernels.cuh"
+
+namespace fusedopt::cuda {
+
+template const void* update_kernel_of<double>(RuleId id);
+
+}  // namespace fusedopt::cuda

@@ -35,7 +35,9 @@ SANITIZE = os.environ.get("FUSEDOPT_SANITIZE")
 # Unknown are nvcc's pragmas.
 COMMON = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
           "-Wno-unknown-pragmas", "-Icsrc"]  # fmt: skip
-EXACT = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+# Operands that are not there are not loaded and then not used, which GCC does not see.
+EXACT = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-uninitialized"]
+ISA = ["-fno-exceptions"]  # whose symbols could be those of another instruction set
 OPENMP = [] if MACOS else ["-fopenmp"]  # Apple's clang has none; the driver then uses one thread
 ISA_FLAGS = {
     "baseline": [],
@@ -49,13 +51,15 @@ ISA_FLAGS = {
 CUDA_COMMON = ["-std=c++17", "-O3", "-Icsrc",
                "-Xcompiler=-fPIC,-fvisibility=hidden",
                "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas"]  # fmt: skip
-CUDA_EXACT = ["-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
+CUDA_EXACT = ["-fmad=false", "-prec-div=true", "-prec-sqrt=true"]
 CUDA_STRICT = [
     "-Werror=all-warnings",
     "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,-Werror",
 ]
 CUDA_NO_DOUBLE = ["-Xptxas=--warn-on-double-precision-use"]
-CUDA_IN_DOUBLE = ("update_float64.cu", "update_mixed_double.cu", "runtime.cu")
+# Computation in float flushes subnormal numbers. Sums of squares begin in it and end in double.
+CUDA_FLUSHING = ("float.cu", "measure.cu")
+CUDA_WITHOUT_DOUBLE = ("float.cu",)
 ALL_ARCHS = ["80", "86", "89", "90", "100", "120"]
 # Where a compiler comes from if FUSEDOPT_CUDA=1 asks for one that the machine does not have.
 CUDA_WHEELS = ["nvidia-cuda-nvcc==13.0.*", "nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*",
@@ -144,14 +148,18 @@ def cpp_sources(build_dir: Path, with_cuda: bool) -> list[tuple[Path, list[str]]
     cuda = ["table", "driver"] if with_cuda else ["unavailable"]
     if cuda_mode() == "emulated":
         cuda = ["table", "driver", "emulated"]
-    # For tests: -O3 takes longer to compile than the tests gain by it. Sanitizers and optimisation
-    # together take minutes, most of all for this file.
-    quick = ["-O0" if SANITIZE else "-O2"] if cuda_mode() == "emulated" else []
+    # For tests: -O3 takes longer to compile than the tests gain by it.
+    # With all of an element in one function, sanitizers take hours.
+    sanitized = ["-Og", "-Dalways_inline=unused"] if SANITIZE else []
+    quick = (sanitized or ["-O2"]) if cuda_mode() == "emulated" else []
     # Without NDEBUG, pybind11 asks at every count of references whether the GIL is held.
     binding = ["-O1"] if SANITIZE else ["-O2", "-DNDEBUG"]
     return [
         (bindings, [*binding, *(f"-isystem{path}" for path in python)]),
-        *((Path(f"csrc/cpu/isa_{isa}.cpp"), EXACT + flags) for isa, flags in isas.items()),
+        *(
+            (Path(f"csrc/cpu/isa_{isa}.cpp"), EXACT + ISA + flags + sanitized)
+            for isa, flags in isas.items()
+        ),
         (Path("csrc/cpu/driver.cpp"), EXACT),
         *((Path(f"csrc/cuda/{name}.cpp"), EXACT + quick) for name in cuda),
     ]
@@ -165,9 +173,13 @@ def cuda_sources(nvcc: Path) -> list[tuple[Path, list[str]]]:
     if "CXX" in os.environ:
         common.append(f"-ccbin={os.environ['CXX']}")
     sources = sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/cuda/*.cu"))
-    sources.sort(key=lambda path: "mixed" not in path.name)  # the longest first
-    no_double = CUDA_NO_DOUBLE if STRICT else []
-    return [(s, common + ([] if s.name in CUDA_IN_DOUBLE else no_double)) for s in sources]
+    sources.sort(key=lambda path: path.name not in ("float.cu", "double.cu"))  # the longest first
+
+    def flags(name: str) -> list[str]:
+        flush = f"-ftz={'true' if name in CUDA_FLUSHING else 'false'}"
+        return [flush, *(CUDA_NO_DOUBLE if STRICT and name in CUDA_WITHOUT_DOUBLE else [])]
+
+    return [(source, common + flags(source.name)) for source in sources]
 
 
 def ninja_file(target: Path, build_dir: Path) -> str:

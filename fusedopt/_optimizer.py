@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _C
 from ._config import cpu_isa
 from ._options import ADDITIONS
-from ._state_dict import load_state_dict
+from ._state_dict import export_all_states, load_state_dict
 from ._steps import is_on_gpu, place_steps, step_device, to_step
 from ._weights import master_name, new_entry, read_weight, swapped, unused_entries, write_weight
 
@@ -45,6 +45,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         _C.check_group(self._row, defaults, 0, is_construction=True)
         super().__init__(cast(Any, params), defaults)
         self._step_supports_amp_scaling = bool(defaults.get("fused"))
+        export_all_states(self)
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,13 +66,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         return step
 
-    def _state_names(self, group: ParamGroup) -> list[str]:
-        """Names of the tensors of a parameter's state, without ``step``."""
-        raise NotImplementedError
+    def _state_names(self, group: ParamGroup) -> tuple[list[str], list[str], bool]:
+        """Which states the parameters of a group have: names in use, names left out, ``step``.
 
-    def _counts_steps(self, group: ParamGroup) -> bool:
-        """Whether the state of its parameters has ``step``."""
-        raise NotImplementedError
+        Those left out are the states of torch's twin for which the group's options have no use.
+        """
+        return _C.state_names(self._row, group)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group`` does.
@@ -159,9 +159,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             if param not in self.state:
                 continue
             state = self.state[param]
-            for name in unused_entries(param, state, group):
+            _, left_out, counts_steps = self._state_names(group)
+            for name in [*unused_entries(param, state, group), *left_out]:
                 state.pop(name, None)
-            if not self._counts_steps(group):
+            if not counts_steps:
                 state.pop("step", None)
 
     @property
@@ -271,7 +272,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
     def state_dict(self) -> State:
-        """As ``torch.optim.Optimizer.state_dict``; RuntimeError inside ``swap_ema()``."""
+        """As ``torch.optim.Optimizer.state_dict``; RuntimeError inside ``swap_ema()``.
+
+        Where ``betas[0]`` is 0 and there is no ``exp_avg``, one of zeros stands in for it, so that
+        ``torch.optim`` can load what is returned.
+        """
         self._refuse_swapped("state_dict()")
         return super().state_dict()
 
@@ -289,7 +294,8 @@ class FusedOptimizer(torch.optim.Optimizer):
           dropped;
         - the state of a parameter is there as a whole or not at all. Only what an option needs that
           was switched on since may be missing, and is made by the next step: ``max_exp_avg_sq``
-          (from zeros), ``momentum_buffer``, a master weight, ``ema_param`` and SGD's ``step``;
+          (from zeros), ``momentum_buffer``, a master weight, ``ema_param`` and SGD's ``step``.
+          ``exp_avg`` is dropped where ``betas[0]`` is 0;
         - states take on the strides of their parameter (those of channels_last, say), with which
           steps are fastest;
         - a ``step`` of any number type, numpy's too, becomes a floating-point tensor;
@@ -306,13 +312,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._refuse_swapped("load_state_dict()")
         load_state_dict(self, state_dict)
 
-    def _check_group(self, saved: ParamGroup, index: int) -> None:
-        """Raise for hyper-parameters that a param group of a checkpoint must not have."""
-        _C.check_group(self._row, {**self._old_options, **saved}, index)
+    def _completed(self, saved: ParamGroup) -> ParamGroup:
+        """A param group of a checkpoint with the options that it may lack."""
+        return {**self._old_options, **saved}
 
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
         self._step_supports_amp_scaling = bool(self.defaults.get("fused"))
+        export_all_states(self)
         for group in self.param_groups:
             for name, value in self._old_options.items():
                 group.setdefault(name, value)
@@ -338,7 +345,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         there. Returns a function that undoes it all.
         """
         created: list[tuple[Tensor, State | None, State]] = []
-        params = {at: tuple(self.param_groups[at]["params"]) for at in {at for at, _ in missing}}
+        groups = {at: self.param_groups[at] for at in {at for at, _ in missing}}
+        params = {at: tuple(group["params"]) for at, group in groups.items()}
+        names = {at: self._state_names(group) for at, group in groups.items()}
         for group_index, index in missing:
             param = params[group_index][index]
             before = _entries(self.state[param]) if param in self.state else None
@@ -347,12 +356,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             [
                 (param, before or {}, new)
                 for (group_index, _), (param, before, new) in zip(missing, created, strict=True)
-                if self._counts_steps(self.param_groups[group_index])
+                if names[group_index][2]
             ],
             steps_on_gpu,
         )
         for (group_index, _), (param, _, entries) in zip(missing, created, strict=True):
-            entries.update(self._missing_entries(param, self.param_groups[group_index]))
+            entries.update(self._missing_entries(param, groups[group_index], names[group_index][0]))
         for param, _, entries in created:
             self.state.setdefault(param, {}).update(entries)
 
@@ -366,10 +375,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         return discard
 
-    def _missing_entries(self, param: Tensor, group: ParamGroup) -> State:
+    def _missing_entries(self, param: Tensor, group: ParamGroup, states: list[str]) -> State:
         present = _entries(self.state.get(param, {}))
         master = master_name(param, group)
-        names = [*self._state_names(group), *([master] if master else [])]
+        names = [*states, *([master] if master else [])]
         if group.get("ema_decay") is not None:
             names.append("ema_param")
         with torch.no_grad():

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 class Additions(TypedDict, total=False):
-    """Keyword arguments, and options of param groups, that ``torch.optim`` lacks. All are off.
+    """Keyword arguments, and options of param groups, that ``torch.optim`` lacks.
+
+    All are off, but for the rounding of bfloat16 second moments.
 
     Precision:
         state_dtype: ``torch.float32`` or ``torch.bfloat16``, the dtype of the states; None: that of
@@ -24,9 +26,13 @@ class Additions(TypedDict, total=False):
             exactly; the parameter is the nearest bfloat16, with ties away from zero. What is
             written to a parameter between steps is lost, or moved by the remainder:
             ``load_fp32_params()`` writes to both.
-        stochastic_rounding: rounds bfloat16 parameters and states up or down with the
-            probabilities that make the mean right, instead of to the nearest. Not with
-            ``master_weights``, not for float16 parameters.
+        stochastic_rounding: what is rounded up or down with the probabilities that make the mean
+            right, instead of to the nearest, of what is kept in bfloat16. None: ``exp_avg_sq``,
+            which to the nearest stands still where a step would change it by less than half a
+            unit. With a beta2 of 0.999, 1000 steps after grads have fallen to a tenth, its root
+            is 1.67 times too large then, and right to 0.1 % if it is rounded stochastically.
+            True: all states, and parameters without master weights; not for float16 parameters.
+            False: nothing, as in torch.
         rounding_seed: 0 to 2**32 - 1. The draws follow from it, from the step, the element's place
             in its tensor and its value: the same in every run and on every device.
 
@@ -54,7 +60,7 @@ class Additions(TypedDict, total=False):
 
     state_dtype: torch.dtype | None
     master_weights: str | None
-    stochastic_rounding: bool
+    stochastic_rounding: bool | None
     rounding_seed: int
     max_grad_norm: float | None
     error_if_nonfinite: bool
@@ -66,7 +72,7 @@ class Additions(TypedDict, total=False):
 ADDITIONS: dict[str, Any] = {
     "state_dtype": None,
     "master_weights": None,
-    "stochastic_rounding": False,
+    "stochastic_rounding": None,
     "rounding_seed": 0,
     "max_grad_norm": None,
     "error_if_nonfinite": False,

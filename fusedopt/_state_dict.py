@@ -1,4 +1,4 @@
-"""Loading of state dicts: torch's behaviour, in linear time and without casts of the state."""
+"""State dicts: torch's, loaded in linear time and without casts of the state."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -11,10 +11,35 @@ from torch import Tensor
 
 from . import _C
 from ._steps import to_step
-from ._weights import convert
+from ._weights import convert, new_entry
 
 if TYPE_CHECKING:
     from ._optimizer import FusedOptimizer
+
+
+EXPORT = "fusedopt"  # beside torch's hooks, whose keys are numbers
+
+
+def export_all_states(optimizer: "FusedOptimizer") -> None:
+    """Have ``state_dict()`` complete what it returns before the user's hooks see it."""
+    hooks: Any = optimizer._optimizer_state_dict_post_hooks
+    if EXPORT not in hooks:
+        hooks[EXPORT] = _fill_in
+        hooks.move_to_end(EXPORT, last=False)
+
+
+def _fill_in(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:
+    """Put zeros in the place of states that are left out here, but that torch's twin reads."""
+    state = state_dict["state"]
+    for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        used, left_out, _ = optimizer._state_names(group)
+        for param, key in zip(group["params"], packed["params"], strict=True):
+            entries = state.get(key, {}) if left_out else {}
+            if all(entries.get(name) is not None for name in used):
+                absent = [name for name in left_out if entries and entries.get(name) is None]
+                if absent:
+                    zeros = {name: new_entry(name, param.detach(), {}, group) for name in absent}
+                    state[key] = {**entries, **zeros}
 
 
 def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:
@@ -51,14 +76,16 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
             saved.pop(key, None)
             if key in group:
                 saved[key] = group[key]
-        optimizer._check_group(saved, index)
-        counts_steps = optimizer._counts_steps(saved)
-        names = optimizer._state_names({**optimizer._old_options, **saved})
+        completed = optimizer._completed(saved)
+        _C.check_group(optimizer._row, completed, index)
+        names, left_out, counts_steps = optimizer._state_names(completed)
         for at, param in enumerate(group["params"]):
             entries = state.get(param)
             if isinstance(entries, dict):
-                _C.check_state(optimizer._row, entries, saved, index, at)
+                _C.check_state(optimizer._row, entries, completed, index, at)
                 place = _place(saved, index, at)
+                for name in left_out:
+                    entries.pop(name, None)
                 _check_shapes(entries, names, param, place)
                 if not counts_steps:
                     entries.pop("step", None)

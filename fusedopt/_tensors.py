@@ -34,6 +34,13 @@ def _is_dtensor(tensor_type: type[torch.Tensor]) -> bool:
     return hasattr(tensor_type, "_local_tensor") and hasattr(tensor_type, "to_local")
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a DTensor; other tensors are whole."""
+    known: Any = tensor
+    shard: torch.Tensor = known._local_tensor if _is_dtensor(type(tensor)) else tensor
+    return shard
+
+
 def align(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """The tensor with the placements of a DTensor param, so that the local parts fit.
 

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _C
+from ._tensors import local
+
 State = dict[str, Any]
 
 MASTERS = {"float32": "master_param", "split": "param_remainder"}
@@ -14,22 +17,31 @@ EXTRAS = (*MASTERS.values(), "ema_param")
 
 
 def join(param: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 weights that bfloat16 params and their int16 remainders are."""
-    high = param.view(torch.int16).to(torch.int32) << 16
-    return (high + remainder.to(torch.int32)).view(torch.float32)
+    """The float32 weights that bfloat16 params and their int16 remainders are.
+
+    Computed on the CPU, by the text that steps compute with; it takes copies of tensors elsewhere.
+    """
+    weight = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+    joined = torch.empty(local(weight).shape, dtype=torch.float32, device="cpu")
+    _C.join_weights(_on_cpu(param), _on_cpu(remainder), joined)
+    local(weight).copy_(joined)
+    return weight
 
 
 def split(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The bfloat16 params, nearest with ties away from zero, and int16 remainders of weights."""
-    bits = weight.view(torch.int32)
-    # As 64-bit numbers: the sum must not wrap before it is cut.
-    high = (bits.to(torch.int64) + 0x8000) >> 16
-    rest = bits.to(torch.int64) - (high << 16)
-    nan = weight.isnan()
-    high = torch.where(nan, (bits.to(torch.int64) >> 16) | 0x40, high)
-    rest = torch.where(nan, 0, rest)
-    high = torch.where(high >= 0x8000, high - 0x10000, high)
-    return high.to(torch.int16).view(torch.bfloat16), rest.to(torch.int16)
+    dtypes = (torch.bfloat16, torch.int16)
+    parts = [torch.empty_like(weight, dtype=dtype, requires_grad=False) for dtype in dtypes]
+    shape = local(weight).shape
+    param, remainder = (torch.empty(shape, dtype=dtype, device="cpu") for dtype in dtypes)
+    _C.split_weights(_on_cpu(weight), param, remainder)
+    local(parts[0]).copy_(param)
+    local(parts[1]).copy_(remainder)
+    return parts[0], parts[1]
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return local(tensor.detach()).cpu().resolve_neg().contiguous()
 
 
 def is_narrow(param: Tensor) -> bool:

@@ -51,6 +51,9 @@ class Adam(FusedOptimizer):
 
     State of a parameter: ``step`` (float32, one element), ``exp_avg``, ``exp_avg_sq`` and, with
     amsgrad, ``max_exp_avg_sq``, of its shape and, unless ``state_dtype`` says otherwise, dtype.
+    Where :math:`\beta_1` is the number 0, ``exp_avg`` would be the grad: there is none, a step
+    reads and writes less, and ``state_dict()`` has zeros for it. Where that changes, it starts from
+    zeros.
 
     Raises:
         ValueError: a hyper-parameter is NaN, infinite or out of range, a parameter is given twice,
@@ -104,12 +107,6 @@ class Adam(FusedOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _counts_steps(self, group: ParamGroup) -> bool:  # noqa: ARG002
-        return True
-
-    def _state_names(self, group: ParamGroup) -> list[str]:
-        return ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
-
 
 class AdamW(Adam):
     r"""Adam with decoupled weight decay, as ``torch.optim.AdamW``.
@@ -152,8 +149,8 @@ class AdamW(Adam):
             **additions,
         )
 
-    def _check_group(self, saved: ParamGroup, index: int) -> None:
-        super()._check_group({**saved, "decoupled_weight_decay": True}, index)
+    def _completed(self, saved: ParamGroup) -> ParamGroup:
+        return {**super()._completed(saved), "decoupled_weight_decay": True}
 
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from ._optimizer import FusedOptimizer, ParamGroup, Params
+from ._optimizer import FusedOptimizer, Params
 from ._options import Additions, takes_additions
-from ._steps import is_on_gpu
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,7 +48,7 @@ class SGD(FusedOptimizer):
 
     State of a parameter: ``momentum_buffer``, of its shape and, unless ``state_dtype`` says
     otherwise, dtype, if there is momentum; ``step`` (float32, one element) if there is an average
-    or stochastic rounding.
+    or ``stochastic_rounding=True``.
 
     Raises:
         ValueError: a hyper-parameter is NaN, infinite or out of range, a parameter is given twice,
@@ -103,10 +102,3 @@ class SGD(FusedOptimizer):
         if decoupled_weight_decay:  # torch's groups have no such key
             defaults["decoupled_weight_decay"] = True
         super().__init__(params, defaults)
-
-    def _counts_steps(self, group: ParamGroup) -> bool:
-        return group.get("ema_decay") is not None or group.get("stochastic_rounding", False)
-
-    def _state_names(self, group: ParamGroup) -> list[str]:
-        momentum = group["momentum"]
-        return ["momentum_buffer"] if is_on_gpu(momentum) or momentum != 0 else []

@@ -46,7 +46,7 @@ const Dims* Plan::dims_of(const Work& work) const {
 // The memory of one operand.
 Region Plan::region_of(size_t at, int operand) const {
   const Work& work = works_[at];
-  const int64_t item = item_size(work.dtypes[operand]);
+  const int64_t item = item_size(work.formats.dtypes[operand]);
   const Dims* const strided = dims_of(work);
   const int64_t elements = strided ? extent(*strided, operand) : work.numel;
   return {reinterpret_cast<uintptr_t>(work.data[operand]),
@@ -70,9 +70,11 @@ std::string Plan::name_of(const Walk& walk, int64_t owner) const {
 }
 
 std::string Plan::name_of_state(const Work& work, int operand) const {
-  if (work.has_ema && operand == ema_operand(work)) return "ema_param";
-  if (work.master != Master::kNone && operand == master_operand(work))
-    return work.master == Master::kSplit ? "param_remainder" : "master_param";
+  if (operand == kAverage) return kEmaParam.name();
+  if (operand == kMaster) {
+    const bool is_split = master_of(work.formats.dtypes[kMaster]) == Master::kSplit;
+    return (is_split ? kParamRemainder : kMasterParam).name();
+  }
   return row_.state_names[static_cast<size_t>(operand - kFirstState)].name();
 }
 
@@ -87,7 +89,7 @@ void Plan::refuse_overlap(const Walk& walk) {
     for (size_t at = 0; at < works_.size(); ++at) {
       const Work& work = works_[at];
       const bool counts = work.device != kIdle || (with_resting && slots_[at].is_disjoint);
-      for (int k = 0; counts && work.numel > 0 && k < work.num_operands; ++k)
+      for (int k = 0; counts && work.numel > 0 && k < kMaxOperands; ++k)
         if (k != kGrad && work.data[k] != nullptr) regions.push_back(region_of(at, k));
     }
   };

@@ -39,10 +39,11 @@ void Plan::read_param_and_grad(Operands& operands, Slot& slot) {
   read_operand(operands, kGrad);
   if (operands.tensors[kGrad] != grad) slot.grad_fingerprint = kNoFingerprint;  // a copy of it
   check_against_param(operands, kGrad);
-  if (operands.stochastic_rounding && operands.views[kParam].dtype == DType::kFloat16)
+  if (operands.rounding == StochasticRounding::kAll &&
+      operands.views[kParam].dtype == DType::kFloat16)
     throw py::value_error(subject(operands.place, "") + describe(operands.tensors[kParam]) +
-                          ", but stochastic_rounding is for torch.bfloat16; put it into a param "
-                          "group without");
+                          ", but stochastic_rounding=True is for torch.bfloat16; put it into a "
+                          "param group without");
 }
 
 void Plan::align_grad(Operands& operands) const {
@@ -59,7 +60,8 @@ void Plan::align_grad(Operands& operands) const {
 
 // Reads and checks the state and enters all operands into the work.
 void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slot& slot) {
-  for (int k = kFirstState; k < operands.count; ++k) {
+  for (int k = kFirstState; k < kMaxOperands; ++k) {
+    if (!operands.has(k)) continue;
     if (operands.tensors[k] == nullptr) {
       slot.step_on_gpu = false;
       operands.views[k] = operands.views[kParam];  // as it will be
@@ -68,10 +70,10 @@ void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slo
     }
     read_operand(operands, k);
     check_against_param(operands, k);
-    if (k == operands.master_operand()) check_master(operands);
-    if (k == kFirstState && !walk.is_second && work.data[k] != operands.views[k].data)
-      slot.is_fresh = false;  // it was loaded
-    if (!slot.counts_steps && work.data[k] != operands.views[k].data) {
+    if (k == kMaster) check_master(operands);
+    const bool is_other = work.data[k] != operands.views[k].data;
+    if (k < kMaster && is_other && !walk.is_second) slot.is_fresh = false;  // it was loaded
+    if (!slot.counts_steps && is_other) {
       slot.step = nullptr;  // it belonged to another state
       slot.step_on_gpu = false;
     }
@@ -116,21 +118,32 @@ void Plan::find_step(const Operands& operands, Slot& slot) const {
   slot.step_on_gpu = view.device_type != kDlCpu;
 }
 
+// Which operands are rounded stochastically: a bit for each. The average of a bfloat16 param is
+// float32; a param with a master weight is no more than its nearest bfloat16.
+uint8_t Plan::rounded_stochastically(const Operands& operands) const {
+  unsigned wanted = 0;
+  if (operands.rounding == StochasticRounding::kAll)
+    wanted = (1u << kMaster) - 1 - (1u << kGrad) - (operands.has(kMaster) ? 1u << kParam : 0);
+  if (operands.rounding == StochasticRounding::kSecondMoments)
+    wanted = second_moments_ << kFirstState;
+  unsigned rounded = 0;
+  for (int k = 0; k < kMaster; ++k)
+    if (operands.has(k) && operands.views[k].dtype == DType::kBFloat16) rounded |= 1u << k;
+  return static_cast<uint8_t>(rounded & wanted);
+}
+
 // Enters the operands into the work and notices what is not where it was.
 void Plan::fill(Walk& walk, const Operands& operands, Work& work, Slot& slot) {
   const TensorView& param = operands.views[kParam];
   bool same_memory = true, same_size = true;
   note(work.numel, count_elements(param) * (param.is_complex ? 2 : 1), same_size);
-  note(work.num_operands, static_cast<uint8_t>(operands.count), same_memory);
-  work.master = operands.master;
-  work.has_ema = operands.has_ema;
-  work.stochastic_rounding = false;
-  for (int k = 0; operands.stochastic_rounding && k < operands.count; ++k)
-    if (k != kGrad && operands.views[k].dtype == DType::kBFloat16) work.stochastic_rounding = true;
+  work.formats.stochastic = rounded_stochastically(operands);
   bool same_grad = true;
-  for (int k = 0; k < operands.count; ++k) {
-    note(work.data[k], operands.views[k].data, k == kGrad ? same_grad : same_memory);
-    note(work.dtypes[k], operands.views[k].dtype, k == kGrad ? same_grad : same_memory);
+  for (int k = 0; k < kMaxOperands; ++k) {
+    bool& same = k == kGrad ? same_grad : same_memory;
+    const bool is_there = operands.has(k);
+    note(work.data[k], is_there ? operands.views[k].data : nullptr, same);
+    note(work.formats.dtypes[k], is_there ? operands.views[k].dtype : DType::kAbsent, same);
   }
   const Dims* const before = dims_of(work);
   lay_out(walk, operands, work);
@@ -144,13 +157,17 @@ void Plan::fill(Walk& walk, const Operands& operands, Work& work, Slot& slot) {
 
 void Plan::lay_out(Walk& walk, const Operands& operands, Work& work) const {
   bool contiguous = true;
-  for (int k = 0; k < operands.count; ++k)
+  unsigned present = 0;
+  for (int k = 0; k < kMaxOperands; ++k) {
+    if (!operands.has(k)) continue;
     contiguous = contiguous && is_contiguous(operands.views[k]);
+    present |= 1u << k;
+  }
   work.layout = kDense;
   if (contiguous) return;
-  Dims dims = make_dims(operands);
+  Dims dims = make_dims(operands, work.formats.stochastic != 0);
   coalesce(dims);
-  if (is_dense(dims, operands.count)) return;
+  if (is_dense(dims, present)) return;
   work.layout = static_cast<int32_t>(walk.dims.size());
   walk.dims.push_back(std::move(dims));
 }

@@ -3,6 +3,7 @@
 #include "bindings/fingerprint.h"
 #include "bindings/plan.h"
 #include "bindings/torch_api.h"
+#include "bindings/weights.h"
 #include "core/gpu.h"
 
 namespace py = pybind11;
@@ -35,10 +36,36 @@ void check_group(const std::string& optimizer, const py::dict& group, int64_t in
   fusedopt::find_optimizer(optimizer).read(reader);
 }
 
+// Reads a param group that has been checked.
+fusedopt::Hyper read_group(const fusedopt::OptimizerRow& row, const py::object& group,
+                           int64_t index) {
+  const py::object dict = fusedopt::as_dict(group.ptr(), "param group");
+  fusedopt::GroupReader reader(dict.ptr(), index, /*leave_on_gpu=*/true);
+  return row.read(reader).values;
+}
+
 void check_state(const std::string& optimizer, const py::dict& state, const py::dict& group,
                  int64_t group_index, int64_t index) {
-  fusedopt::refuse_partial(fusedopt::find_optimizer(optimizer), state.ptr(),
-                           {group.ptr(), group_index, index});
+  const fusedopt::OptimizerRow& row = fusedopt::find_optimizer(optimizer);
+  const fusedopt::States in_use = states_in_use(row, read_group(row, group, group_index));
+  fusedopt::refuse_partial(row, in_use, state.ptr(), {group.ptr(), group_index, index},
+                           /*is_checkpoint=*/true);
+}
+
+// Names of the states that the group's options have a use for, of those that are left out because
+// they have none, and whether there is a "step".
+py::tuple state_names(const std::string& optimizer, const py::object& group) {
+  const fusedopt::OptimizerRow& row = fusedopt::find_optimizer(optimizer);
+  const fusedopt::Hyper hyper = read_group(row, group, 0);
+  const fusedopt::States in_use = states_in_use(row, hyper);
+  py::list used, left_out;
+  for (size_t s = 0; s < row.state_names.size(); ++s) {
+    if ((in_use >> s & 1) != 0)
+      used.append(row.state_names[s].name());
+    else if ((row.omissible >> s & 1) != 0)
+      left_out.append(row.state_names[s].name());
+  }
+  return py::make_tuple(used, left_out, counts_steps(row, hyper));
 }
 
 // The controls of the emulated CUDA driver.
@@ -66,6 +93,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("is_construction") = false);
   m.def("check_state", &check_state, py::arg("optimizer"), py::arg("state"), py::arg("group"),
         py::arg("group_index"), py::arg("index"));
+  m.def("state_names", &state_names, py::arg("optimizer"), py::arg("group"));
+  m.def("join_weights", &fusedopt::join_weights, py::arg("param"), py::arg("remainder"),
+        py::arg("weight"));
+  m.def("split_weights", &fusedopt::split_weights, py::arg("weight"), py::arg("param"),
+        py::arg("remainder"));
   m.def("build_info", &build_info);
   m.def("is_emulated", &fusedopt::cuda::is_emulated);
   m.def("emulate", [](bool emulate) { emulation().use(emulate); }, py::arg("emulate"));

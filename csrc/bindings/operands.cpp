@@ -57,7 +57,7 @@ void read_operand(Operands& operands, int k) {
   } catch (const UnknownTensorType& error) {
     throw py::type_error(subject(operands, k) + error.what());
   }
-  const bool is_remainder = operands.master == Master::kSplit && k == operands.master_operand();
+  const bool is_remainder = operands.master == Master::kSplit && k == kMaster;
   if (!view.is_supported || (view.dtype == DType::kRemainder && !is_remainder))
     throw py::type_error(subject(operands, k) + describe(operands.tensors[k]) +
                          ", but dtypes that can be stepped are float32, float64, bfloat16, "
@@ -87,12 +87,10 @@ void check_against_param(const Operands& operands, int k) {
 }
 
 void check_master(const Operands& operands) {
-  if (operands.master == Master::kNone) return;
-  const int k = operands.master_operand();
   const bool is_split = operands.master == Master::kSplit;
-  if (operands.views[k].dtype == (is_split ? DType::kRemainder : DType::kFloat32)) return;
-  throw py::type_error(subject(operands, k) + describe(operands.tensors[k]) + ", but must be " +
-                       (is_split ? "torch.int16" : "torch.float32"));
+  if (operands.views[kMaster].dtype == (is_split ? DType::kRemainder : DType::kFloat32)) return;
+  throw py::type_error(subject(operands, kMaster) + describe(operands.tensors[kMaster]) +
+                       ", but must be " + (is_split ? "torch.int16" : "torch.float32"));
 }
 
 uint8_t find_device(const Operands& operands) {
@@ -106,22 +104,23 @@ uint8_t find_device(const Operands& operands) {
   throw std::runtime_error(message + ", a device that fusedopt does not step");
 }
 
-Dims make_dims(const Operands& operands) {
+Dims make_dims(const Operands& operands, bool has_draws) {
   const TensorView& param = operands.views[kParam];
   const int64_t parts = param.is_complex ? 2 : 1;
   Dims dims;
   for (int32_t d = 0; d < param.ndim; ++d) {
     Dim dim = {param.shape[d], {}};
-    for (int k = 0; k < operands.count; ++k) dim.strides[k] = operands.views[k].strides[d] * parts;
+    for (int k = 0; k < kMaxOperands; ++k)
+      if (operands.has(k)) dim.strides[k] = operands.views[k].strides[d] * parts;
     dims.push_back(dim);
   }
-  if (operands.stochastic_rounding) {
+  if (has_draws) {
     int64_t stride = 1;
     for (size_t d = dims.size(); d-- > 0; stride *= dims[d].size) dims[d].strides[kIndex] = stride;
   }
   if (param.is_complex) {
     Dim dim = {2, {}};
-    for (int k = 0; k < operands.count; ++k) dim.strides[k] = 1;
+    for (int k = 0; k < kMaxOperands; ++k) dim.strides[k] = operands.has(k) ? 1 : 0;
     dims.push_back(dim);
   }
   return dims;

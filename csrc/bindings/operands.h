@@ -6,6 +6,7 @@
 
 #include "bindings/python.h"
 #include "bindings/torch_api.h"
+#include "core/hyper.h"
 #include "core/layout.h"
 #include "core/weight.h"
 
@@ -24,18 +25,16 @@ struct Place {
 struct Operands {
   Place place;
   References& held;  // where what is found on the way to a tensor's memory is kept
-  PyObject* tensors[kMaxOperands] = {};  // borrowed: param, grad, states
+  // Each in its place (core/layout.h), which is in use if it has a name.
+  PyObject* tensors[kMaxOperands] = {};  // borrowed; null for state that is missing
   const char* names[kMaxOperands] = {"param", "grad"};
   TensorView views[kMaxOperands];
   PyObject* step = nullptr;  // borrowed, null for optimizers that do not count
-  int count = kFirstState;
-  // As in Work.
   Master master = Master::kNone;
-  bool has_ema = false;
-  bool stochastic_rounding = false;
+  StochasticRounding rounding = StochasticRounding::kNone;
 
   Operands(const Place& at, References& references) : place(at), held(references) {}
-  int master_operand() const { return count - (has_ema ? 2 : 1); }
+  bool has(int k) const { return names[k] != nullptr; }
 };
 
 // "grad of parameter 'fc.weight' (group 0, index 3) is ", to begin a message with; for the param
@@ -57,8 +56,8 @@ void check_master(const Operands& operands);
 // step.
 uint8_t find_device(const Operands& operands);
 
-// Real dims with the strides of every operand; a complex element is a dim of two. With stochastic
-// rounding also those of the elements' numbers: a tensor is rounded the same way in any layout.
-Dims make_dims(const Operands& operands);
+// Real dims with the strides of every operand; a complex element is a dim of two. For draws also
+// those of the elements' numbers: a tensor is rounded the same way in any layout.
+Dims make_dims(const Operands& operands, bool has_draws);
 
 }  // namespace fusedopt

@@ -38,16 +38,13 @@ void read_additions(GroupReader& group, Hyper& hyper) {
     hyper.ema_decay = std::clamp(hyper.ema_decay, 0.0, 1.0);
   }
   hyper.ema_bias_correction = group.flag(kEmaBiasCorrection);
-  hyper.stochastic_rounding = group.flag(kStochasticRounding);
+  hyper.stochastic_rounding = group.stochastic_rounding();
   const double seed = group.number_or(kRoundingSeed, 0);
   group.require(seed >= 0 && seed <= UINT32_MAX && seed == std::floor(seed),
                 "rounding_seed must be a whole number from 0 to 2**32 - 1", seed);
   hyper.rounding_seed = static_cast<uint32_t>(seed);
   group.check_state_dtype();
-  if (group.master_weights() != Master::kNone && hyper.stochastic_rounding)
-    group.fail(
-        "stochastic_rounding is for params without master_weights, whose updates would be lost "
-        "otherwise; choose one of the two");
+  group.master_weights();  // checks it
 }
 
 void read_common(GroupReader& group, cuda::HyperSource& source) {
@@ -99,20 +96,14 @@ cuda::HyperSource read_adam(GroupReader& group) {
 }
 
 const OptimizerRow kOptimizers[] = {
-    {"SGD",
-     RuleId::kSgd,
-     {Key("momentum_buffer"), Key(""), Key("")},
-     0,
-     false,
-     read_sgd,
-     [](const Hyper& hyper) { return hyper.momentum == 0 ? 0 : 1; }},
+    {"SGD", kIdOf<Sgd>, {Key("momentum_buffer"), Key(""), Key("")}, 0, 0, false, read_sgd},
     {"Adam",
-     RuleId::kAdam,
+     kIdOf<Adam>,
      {Key("exp_avg"), Key("exp_avg_sq"), Key("max_exp_avg_sq")},
-     2,
+     1u << Adam::kExpAvg | 1u << Adam::kExpAvgSq,
+     1u << Adam::kExpAvg,
      true,
-     read_adam,
-     [](const Hyper& hyper) { return hyper.amsgrad ? 3 : 2; }},
+     read_adam},
 };
 
 }  // namespace
@@ -221,6 +212,11 @@ bool GroupReader::flag(const Key& key) const {
   return truth != 0;
 }
 
+StochasticRounding GroupReader::stochastic_rounding() const {
+  if (!has(kStochasticRounding)) return StochasticRounding::kSecondMoments;
+  return flag(kStochasticRounding) ? StochasticRounding::kAll : StochasticRounding::kNone;
+}
+
 py::object GroupReader::params() const {
   const py::object params = find(kParams);
   if (!params || is_tensor(params.ptr()) || !PyObject_HasAttrString(params.ptr(), "__iter__"))
@@ -241,18 +237,34 @@ void GroupReader::betas(cuda::HyperSource& source) {
   source.values.beta2 = to_number(values[1], "betas[1]", &source.beta2);
 }
 
-void refuse_partial(const OptimizerRow& row, PyObject* state, const Place& place) {
+States states_in_use(const OptimizerRow& row, const Hyper& hyper) {
+  States in_use = 0;
+  with_rule(row.rule, [&](auto rule) {
+    const auto variant = rule.variant(hyper);
+    for (int s = 0; s < rule.kNumStates; ++s)
+      if (variant.uses(s)) in_use |= 1u << s;
+  });
+  return in_use;
+}
+
+void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state, const Place& place,
+                    bool is_checkpoint) {
   const auto has = [&](const Key& key) {
     const py::object value = lookup(state, key.object());
     return value && !value.is_none();
   };
   const Key* missing = nullptr;
-  for (int s = 0; s < row.num_required && missing == nullptr; ++s)
-    if (!has(row.state_names[static_cast<size_t>(s)]))
-      missing = &row.state_names[static_cast<size_t>(s)];
-  if (missing == nullptr && !has(kStep) && (row.always_counts || has(kEmaParam)))
-    missing = &kStep;  // an average without its count would start anew
-  if (missing == nullptr) return;
+  bool may_be_missing = true;
+  const auto miss = [&](const Key& key, bool is_omissible) {
+    if (missing == nullptr) missing = &key;
+    may_be_missing = may_be_missing && is_omissible;
+  };
+  for (size_t s = 0; s < row.state_names.size(); ++s)
+    if (((row.required & in_use) >> s & 1) != 0 && !has(row.state_names[s]))
+      miss(row.state_names[s], !is_checkpoint && (row.omissible >> s & 1) != 0);
+  if (!has(kStep) && (row.always_counts || has(kEmaParam)))
+    miss(kStep, false);  // an average without its count would start anew
+  if (may_be_missing) return;
   References keys;
   Py_ssize_t at = 0;
   visit_entries(state, at, [&](PyObject* key, PyObject* value) {
@@ -273,7 +285,8 @@ void refuse_partial(const OptimizerRow& row, PyObject* state, const Place& place
 }
 
 bool counts_steps(const OptimizerRow& row, const Hyper& hyper) {
-  return row.always_counts || hyper.has_ema() || hyper.stochastic_rounding;
+  return row.always_counts || hyper.has_ema() ||
+         hyper.stochastic_rounding == StochasticRounding::kAll;
 }
 
 const OptimizerRow& find_optimizer(const std::string& name) {

@@ -47,6 +47,7 @@ class GroupReader {
   // A Python number or a tensor of one element; `on_gpu` tells where it is, if it was left there.
   double number(const Key& key, cuda::DeviceNumber& on_gpu);
   bool flag(const Key& key) const;  // false if the group lacks it
+  StochasticRounding stochastic_rounding() const;
   // A Python number or a tensor of one element; `otherwise` if the group lacks it or it is None.
   double number_or(const Key& key, double otherwise);
   bool has(const Key& key) const;  // and it is not None
@@ -80,23 +81,32 @@ class GroupReader {
   References held_;
 };
 
+// States of a rule, a bit for each.
+using States = unsigned;
+
 struct OptimizerRow {
   const char* name;
   RuleId rule;
-  std::array<Key, kMaxStates> state_names;        // the first num_states(hyper) are in use
-  int num_required;                               // of them, without which a state is incomplete
+  std::array<Key, kMaxStates> state_names;        // by the rule's numbers
+  States required;                                // without those in use, a state is incomplete
+  States omissible;                               // of these: left out where they are not in use
   bool always_counts;                             // the state has "step" whatever the options
   cuda::HyperSource (*read)(GroupReader& group);  // checks every value
-  int (*num_states)(const Hyper& hyper);
 };
+
+// The states that a param group's options have a use for.
+States states_in_use(const OptimizerRow& row, const Hyper& hyper);
 
 // Whether a parameter's state has "step".
 bool counts_steps(const OptimizerRow& row, const Hyper& hyper);
 
 // Raises ValueError for a state that lacks some of what every step of the optimizer leaves there,
 // but holds other things: it is another optimizer's, or was cut short. What an option needs may be
-// missing, since it may have been switched on later.
-void refuse_partial(const OptimizerRow& row, PyObject* state, const Place& place);
+// missing, since it may have been switched on later. A state that some options have no use for
+// (exp_avg, with a beta1 of 0) may be missing if all else is there, but not from a checkpoint,
+// which is written with all of them.
+void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state, const Place& place,
+                    bool is_checkpoint);
 
 // Raises ValueError for an unknown name.
 const OptimizerRow& find_optimizer(const std::string& name);

@@ -36,6 +36,10 @@ class AtExit {
 Plan::Plan(const std::string& optimizer, const std::string& isa, int64_t chunk_elements)
     : row_(find_optimizer(optimizer)), isa_(find_isa(isa)), chunk_elements_(chunk_elements) {
   if (chunk_elements < 0) throw py::value_error("chunk_elements must not be negative");
+  with_rule(row_.rule, [&](auto rule) {
+    for (int s = 0; s < rule.kNumStates; ++s)
+      if (rule.is_second_moment(s)) second_moments_ |= 1u << s;
+  });
 }
 
 // Of all that a plan does, one thing at a time. To be ended by running_.clear().
@@ -137,12 +141,15 @@ Plan::Walk Plan::start_walk(const py::object& param_groups, const py::object& st
     GroupReader reader(group.ptr(), index, /*leave_on_gpu=*/true);
     const cuda::HyperSource source = row_.read(reader);
     held_.hold(group);
-    walk.groups.push_back(
-        {group, reader.params(), source, reader.numbers_gpu(), row_.num_states(source.values),
-         static_cast<uint8_t>(
-             with_family(row_.rule, [&](auto family) { return variant(family, source.values); })),
-         reader.is_capturable(), reader.master_weights(), counts_steps(row_, source.values),
-         reader.errs_if_nonfinite()});
+    uint8_t variant = 0;
+    with_rule(row_.rule, [&](auto rule) {
+      variant = static_cast<uint8_t>(rule.variant(source.values).number());
+    });
+    walk.groups.push_back({group, reader.params(), source, reader.numbers_gpu(),
+                           states_in_use(row_, source.values), variant, reader.is_capturable(),
+                           reader.master_weights(), counts_steps(row_, source.values),
+                           reader.errs_if_nonfinite()});
+    name_states(walk.groups.back());
     held_.hold_all(std::move(reader.held()));
     walk.clips = walk.clips || source.values.max_grad_norm > 0;
   }
@@ -161,7 +168,6 @@ void Plan::prepare(const Walk& walk, const Scaling& scaling, bool measures, Laun
     cuda::Share share = {};
     share.gpu = gpu;
     share.stream = current_stream(gpu);
-    share.rule = row_.rule;
     share.works = works_.data();
     share.num_works = static_cast<int64_t>(works_.size());
     share.layouts = launches.layouts.data();
@@ -222,8 +228,8 @@ void Plan::plan_cpu_chunks() {
 
 void Plan::run_on_cpu(Walk& walk, const std::vector<Layout>& layouts, int num_threads) {
   plan_cpu_chunks();
-  const Step step = {row_.rule,      works_.data(),  walk.scalars.data(),
-                     layouts.data(), chunks_.data(), static_cast<int64_t>(chunks_.size()) - 1};
+  const Step step = {works_.data(), walk.scalars.data(), layouts.data(), chunks_.data(),
+                     static_cast<int64_t>(chunks_.size()) - 1};
   std::exception_ptr error;  // Ctrl-C, say: the step is then done before it is raised
   {
     std::optional<py::gil_scoped_release> release;

@@ -56,16 +56,18 @@ class Plan {
     pybind11::object params;  // a tuple
     cuda::HyperSource source;
     int numbers_gpu;  // where the numbers of `source` are that are on a GPU, or -1
-    int num_states;   // of the rule
+    States states;    // of the rule that are in use
     uint8_t variant;
     bool capturable;
     Master master_weights;
     bool counts_steps;
     bool errs_if_nonfinite;
     bool has_state() const {
-      return num_states > 0 || counts_steps || master_weights != Master::kNone ||
+      return states != 0 || counts_steps || master_weights != Master::kNone ||
              source.values.has_ema();
     }
+    const Key* names[kMaxOperands] = {};  // of what is in use of the state, in their places
+    int num_names = 0;
     Hyper host_values = source.values;  // for parameters on the CPU
     // Where the scalars of a (step, is first) are, for those that occur in the group; the ones of
     // the parameter before fit the next one as a rule.
@@ -92,8 +94,8 @@ class Plan {
     StepType step_type = StepType::kFloat32;
     bool step_on_gpu = false;
     bool counts_steps = false;
-    bool stochastic_rounding = false;  // as its group has it
-    uint8_t device = kIdle;            // as in Work, whether there is a grad or not
+    StochasticRounding rounding = StochasticRounding::kNone;  // as its group has it
+    uint8_t device = kIdle;  // as in Work, whether there is a grad or not
     bool is_first = false;
     bool is_fresh = false;      // its first state was created here, and not loaded
     bool recognizable = false;  // equal fingerprints mean that the work stands
@@ -146,13 +148,13 @@ class Plan {
     pybind11::list written = pybind11::list();  // params
   };
 
-  // The tensors of one parameter, which held_ keeps; null for state that is missing or not used.
+  // The tensors of one parameter, which held_ keeps; null for state that is missing or not in use.
   struct Found {
     PyObject* tensors[kMaxOperands] = {};
     PyObject* step = nullptr;
     PyObject* state = nullptr;            // the dict they are from
-    const Key* names[kMaxOperands] = {};  // of the states, as in the state's dict
-    int count = kFirstState;              // of tensors, those included that are missing
+    const Key* names[kMaxOperands] = {};  // of the states in use, as in the state's dict
+    int num_names = 0;
     Master master = Master::kNone;
     bool is_complete = false;
   };
@@ -167,7 +169,9 @@ class Plan {
   void keep_layout(Walk& walk, Work& work, Slot& slot) const;
   PyObject* find_state_dict(Walk& walk, const Group& group, PyObject* param, bool active,
                             const Place& place);
+  void name_states(Group& group) const;
   void name_states(const Group& group, const Place& place, Found& found);
+  bool uses_less(const Work& work, const Slot& slot, const Found& found, const Group& group) const;
   bool has_unused_state(const Found& found, const Group& group) const;
   bool find_state(PyObject* state, const Group& group, const Place& place, Found& found);
   void take_over(const Group& group, const Found& found, Operands& operands, Slot& slot) const;
@@ -179,6 +183,7 @@ class Plan {
   void find_step(const Operands& operands, Slot& slot) const;
   void set_clock(Walk& walk, const Group& group, const Place& place, bool is_complete, size_t at);
   void read_step(const Place& place, Slot& slot) const;
+  uint8_t rounded_stochastically(const Operands& operands) const;
   void fill(Walk& walk, const Operands& operands, Work& work, Slot& slot);
   void lay_out(Walk& walk, const Operands& operands, Work& work) const;
   int32_t schedule(Walk& walk, Group& group, const Slot& slot) const;
@@ -209,6 +214,7 @@ class Plan {
   void set_verdict(pybind11::object verdict);
 
   const OptimizerRow& row_;
+  States second_moments_ = 0;  // of the rule
   const cpu::Isa isa_;
   const int64_t chunk_elements_;
   std::atomic_flag running_ = ATOMIC_FLAG_INIT;

@@ -44,13 +44,15 @@ Scalars scalars_for(RuleId rule, const Hyper& hyper, std::pair<double, bool> key
                     const GradFacts& grads) {
   const Time time = {static_cast<uint64_t>(key.first), key.second};
   Scalars scalars;
-  with_family(rule,
-              [&](auto family) { set_scalars(scalars, schedule(family, hyper, time, grads)); });
+  with_rule(rule, [&](auto of) {
+    using Rule = decltype(of);
+    scalars.set(fusedopt::schedule<Rule>(hyper, time, grads));
+  });
   return scalars;
 }
 
 // What holds the rest of this param's weight. Params of 32 bits and more are their weights.
-Master master_of(Master wanted, PyObject* param, const Place& place, References& held) {
+Master find_master(Master wanted, PyObject* param, const Place& place, References& held) {
   TensorView view;
   try {
     if (!read_tensor(param, view, held) || !view.is_supported) return Master::kNone;
@@ -135,7 +137,8 @@ void Plan::walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t 
     if (grads[j] == Py_None) continue;
     name_states(group, place, found[j]);
     found[j].is_complete = find_state(states[j], group, place, found[j]);
-    if (!found[j].is_complete && states[j] != nullptr) refuse_partial(row_, states[j], place);
+    if (!found[j].is_complete && states[j] != nullptr)
+      refuse_partial(row_, group.states, states[j], place, /*is_checkpoint=*/false);
     for_each_state(found[j], [](PyObject* tensor) { __builtin_prefetch(tensor); });
   }
   for (int j = 0; j < n; ++j) for_each_state(found[j], prefetch_description);
@@ -171,28 +174,39 @@ PyObject* Plan::find_state_dict(Walk& walk, const Group& group, PyObject* param,
   return held_.hold(as_dict(state.ptr(), ("the state of " + place.text()).c_str()));
 }
 
-void Plan::name_states(const Group& group, const Place& place, Found& found) {
-  for (int s = 0; s < group.num_states; ++s)
-    found.names[found.count++] = &row_.state_names[static_cast<size_t>(s)];
+void Plan::name_states(Group& group) const {
+  for (int s = 0; s < kMaxStates; ++s)
+    if ((group.states >> s & 1) != 0)
+      group.names[kFirstState + s] = &row_.state_names[static_cast<size_t>(s)];
   if (group.master_weights != Master::kNone)
-    found.master = master_of(group.master_weights, found.tensors[kParam], place, held_);
-  if (found.master != Master::kNone)
-    found.names[found.count++] = found.master == Master::kSplit ? &kParamRemainder : &kMasterParam;
-  if (group.source.values.has_ema()) found.names[found.count++] = &kEmaParam;
+    group.names[kMaster] =
+        group.master_weights == Master::kSplit ? &kParamRemainder : &kMasterParam;
+  if (group.source.values.has_ema()) group.names[kAverage] = &kEmaParam;
+  for (const Key* const name : group.names) group.num_names += name != nullptr ? 1 : 0;
+}
+
+// The names of what is in use for this param: wide ones have no master weight.
+void Plan::name_states(const Group& group, const Place& place, Found& found) {
+  std::copy(std::begin(group.names), std::end(group.names), found.names);
+  if (group.master_weights != Master::kNone)
+    found.master = find_master(group.master_weights, found.tensors[kParam], place, held_);
+  const bool lacks_master = found.names[kMaster] != nullptr && found.master == Master::kNone;
+  if (lacks_master) found.names[kMaster] = nullptr;
+  found.num_names = group.num_names - (lacks_master ? 1 : 0);
 }
 
 // Finds the tensors of a parameter's state in its dict; true if all that the step needs are there.
 bool Plan::find_state(PyObject* state, const Group& group, const Place& place, Found& found) {
-  if (state == nullptr) return !group.counts_steps && found.count == kFirstState;
+  if (state == nullptr) return !group.counts_steps && found.num_names == 0;
 
   // Keys are interned as a rule, so going through the few entries is cheaper than three lookups.
   PyObject* const step_key = group.counts_steps ? kStep.object() : nullptr;
-  int left = found.count - kFirstState + (group.counts_steps ? 1 : 0);
+  int left = found.num_names + (group.counts_steps ? 1 : 0);
   PyObject *bad_key = nullptr, *bad_value = nullptr;
   const auto take = [&](PyObject* key, PyObject* value) {
     PyObject** entry = key == step_key ? &found.step : nullptr;
-    for (int k = kFirstState; entry == nullptr && k < found.count; ++k)
-      if (key == found.names[k]->object()) entry = &found.tensors[k];
+    for (int k = kFirstState; entry == nullptr && k < kMaxOperands; ++k)
+      if (found.names[k] != nullptr && key == found.names[k]->object()) entry = &found.tensors[k];
     if (entry == nullptr || *entry != nullptr || value == Py_None) return true;
     if (!is_tensor(value)) {
       bad_key = held_.hold(key);
@@ -213,7 +227,8 @@ bool Plan::find_state(PyObject* state, const Group& group, const Place& place, F
     if (bad_key != nullptr) refuse_entry(place, bad_key, bad_value, bad_key == step_key);
   };
   if (step_key != nullptr) look_up(step_key);
-  for (int k = kFirstState; k < found.count; ++k) look_up(found.names[k]->object());
+  for (const Key* const name : found.names)
+    if (name != nullptr) look_up(name->object());
   return left == 0;
 }
 
@@ -226,22 +241,19 @@ void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& foun
   walk.has_subclasses = walk.has_subclasses || !is_plain(found.tensors[kParam]);
   if (!active) return keep_layout(walk, work, slot);
 
-  const Hyper& hyper = group.source.values;
-  const bool is_known = found.is_complete && work.num_operands == found.count &&
-                        work.master == found.master && work.has_ema == hyper.has_ema() &&
-                        slot.stochastic_rounding == hyper.stochastic_rounding;
-  const bool uses_less = (work.master != Master::kNone && work.master != found.master) ||
-                         (work.has_ema && !hyper.has_ema()) ||
-                         (slot.counts_steps && !group.counts_steps);
+  const bool is_known = found.is_complete &&
+                        master_of(work.formats.dtypes[kMaster]) == found.master &&
+                        slot.rounding == group.source.values.stochastic_rounding;
   const Unchanged unchanged = compare(found, is_known, slot);
-  if (uses_less || (unchanged == Unchanged::kNothing && has_unused_state(found, group)))
+  if (uses_less(work, slot, found, group) ||
+      (unchanged == Unchanged::kNothing && has_unused_state(found, group)))
     changed_.append(py::make_tuple(place.group_index, place.index));
   if (unchanged != Unchanged::kAll) {
     Operands operands(place, held_);
     take_over(group, found, operands, slot);
     read_param_and_grad(operands, slot);
     const TensorView& grad = operands.views[kGrad];
-    if (unchanged == Unchanged::kAllButGrad && work.dtypes[kGrad] == grad.dtype &&
+    if (unchanged == Unchanged::kAllButGrad && work.formats.dtypes[kGrad] == grad.dtype &&
         is_contiguous(grad) && is_contiguous(operands.views[kParam]))
       work.data[kGrad] = grad.data;  // so check_grads() looks at it again
     else
@@ -249,9 +261,14 @@ void Plan::visit(Walk& walk, Group& group, const Place& place, const Found& foun
     slot.recognizable = found.is_complete && work.layout == kDense &&
                         operands.views[kParam].ndim <= kMaxFingerprintDims;
   }
-  if (!walk.is_second) slot.is_first = group.num_states > 0 && !found.tensors[kFirstState];
+  if (!walk.is_second) {
+    const auto* const states = found.tensors + kFirstState;
+    slot.is_first =
+        group.states != 0 && std::count(states, states + kMaxStates, nullptr) == kMaxStates;
+  }
   slot.is_fresh = slot.is_fresh || slot.is_first;
   work.device = slot.device;
+  work.rule = row_.rule;
   work.variant = group.variant;
   work.norm_class = 0;
   if (work.device == kCpu)
@@ -281,12 +298,29 @@ void Plan::keep_layout(Walk& walk, Work& work, Slot& slot) const {
   walk.dims.push_back(*dims);
 }
 
+// Whether the options have changed so that the state is to lack something which it had in the step
+// before.
+bool Plan::uses_less(const Work& work, const Slot& slot, const Found& found,
+                     const Group& group) const {
+  const auto had = [&](int k) { return work.formats.has(k) && found.names[k] == nullptr; };
+  bool less =
+      (slot.counts_steps && !group.counts_steps) || had(kAverage) ||
+      (work.formats.has(kMaster) && master_of(work.formats.dtypes[kMaster]) != found.master);
+  for (int s = 0; s < kMaxStates; ++s)
+    less = less || ((row_.omissible >> s & 1) != 0 && had(kFirstState + s));
+  return less;
+}
+
 // Whether a state has what another setting has left there.
 bool Plan::has_unused_state(const Found& found, const Group& group) const {
   if (found.state == nullptr) return false;
   const auto is_unused = [&](const Key& key, bool used) {
     return !used && lookup(found.state, key.object());
   };
+  for (size_t s = 0; s < row_.state_names.size(); ++s)
+    if ((row_.omissible >> s & 1) != 0 &&
+        is_unused(row_.state_names[s], (group.states >> s & 1) != 0))
+      return true;
   return is_unused(kMasterParam, found.master == Master::kFloat32) ||
          is_unused(kParamRemainder, found.master == Master::kSplit) ||
          is_unused(kEmaParam, group.source.values.has_ema()) ||
@@ -294,19 +328,17 @@ bool Plan::has_unused_state(const Found& found, const Group& group) const {
 }
 
 void Plan::take_over(const Group& group, const Found& found, Operands& operands, Slot& slot) const {
-  operands.count = found.count;
   operands.step = found.step;
   operands.master = found.master;
-  operands.has_ema = group.source.values.has_ema();
-  operands.stochastic_rounding = group.source.values.stochastic_rounding;
-  slot.stochastic_rounding = operands.stochastic_rounding;
+  operands.rounding = slot.rounding = group.source.values.stochastic_rounding;
   if (slot.counts_steps && !group.counts_steps) {  // its count is gone, or will be
     slot.step = nullptr;
     slot.step_on_gpu = false;
   }
   slot.counts_steps = group.counts_steps;
-  for (int k = 0; k < found.count; ++k) operands.tensors[k] = found.tensors[k];
-  for (int k = kFirstState; k < found.count; ++k) operands.names[k] = found.names[k]->name();
+  std::copy(std::begin(found.tensors), std::end(found.tensors), operands.tensors);
+  for (int k = kFirstState; k < kMaxOperands; ++k)
+    if (found.names[k] != nullptr) operands.names[k] = found.names[k]->name();
 }
 
 // What of a parameter's tensors is as it was in the step before, so that its work stands.

@@ -1,0 +1,63 @@
+#include "bindings/weights.h"
+
+#include "bindings/dlpack_abi.h"
+#include "bindings/memory.h"
+#include "bindings/torch_api.h"
+#include "core/narrow.h"
+#include "core/weight.h"
+
+namespace py = pybind11;
+
+namespace fusedopt {
+namespace {
+
+// Raises ValueError for a tensor that is not as weights.h has it.
+TensorView view_of(py::handle tensor, DType dtype, References& held) {
+  TensorView view;
+  if (!is_tensor(tensor.ptr()) || !read_tensor(tensor.ptr(), view, held) || !view.is_supported ||
+      view.dtype != dtype || view.is_complex || view.device_type != kDlCpu ||
+      !is_contiguous(view) || contents_of(view.memory, view) != Contents::kValues)
+    throw py::value_error("not the contiguous tensor on the CPU that a part of weights must be: " +
+                          std::string(py::repr(tensor)));
+  return view;
+}
+
+struct Parts {
+  References held;
+  uint16_t* param;
+  uint16_t* remainder;
+  float* weight;
+  int64_t count;
+
+  Parts(py::handle param_tensor, py::handle remainder_tensor, py::handle weight_tensor) {
+    const TensorView params = view_of(param_tensor, DType::kBFloat16, held);
+    const TensorView remainders = view_of(remainder_tensor, DType::kRemainder, held);
+    const TensorView weights = view_of(weight_tensor, DType::kFloat32, held);
+    if (!same_shape(params, weights) || !same_shape(remainders, weights))
+      throw py::value_error("the parts of weights differ in shape");
+    param = static_cast<uint16_t*>(params.data);
+    remainder = static_cast<uint16_t*>(remainders.data);
+    weight = static_cast<float*>(weights.data);
+    count = count_elements(weights);
+  }
+};
+
+}  // namespace
+
+void join_weights(py::handle param, py::handle remainder, py::handle weight) {
+  const Parts parts(param, remainder, weight);
+  for (int64_t i = 0; i < parts.count; ++i)
+    parts.weight[i] =
+        join_weight(float_from_bfloat16(parts.param[i]), uint32_t{parts.remainder[i]});
+}
+
+void split_weights(py::handle weight, py::handle param, py::handle remainder) {
+  const Parts parts(param, remainder, weight);
+  for (int64_t i = 0; i < parts.count; ++i) {
+    const auto split = split_weight(parts.weight[i]);
+    parts.param[i] = static_cast<uint16_t>(as_bits(split.param) >> 16);
+    parts.remainder[i] = static_cast<uint16_t>(split.remainder);
+  }
+}
+
+}  // namespace fusedopt

@@ -1,0 +1,15 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+// Weights in two parts (core/weight.h), outside of steps: all of a tensor at once, contiguous and
+// in memory of the CPU.
+namespace fusedopt {
+
+// weight <- the float32 numbers that bfloat16 params and their int16 remainders are together.
+void join_weights(pybind11::handle param, pybind11::handle remainder, pybind11::handle weight);
+
+// param, remainder <- the two parts of float32 weights.
+void split_weights(pybind11::handle weight, pybind11::handle param, pybind11::handle remainder);
+
+}  // namespace fusedopt

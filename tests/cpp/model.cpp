@@ -15,7 +15,11 @@ bool Model::has_values_of(const Model& other) const {
                     same);
 }
 
-Model empty_model(RuleId rule) { return {rule, {problems_of(rule).back().scalars}, {}}; }
+Model empty_model() {
+  Model model;
+  for_each_rule([&](RuleId rule) { model.scalars.push_back(problems_of(rule).back().scalars); });
+  return model;
+}
 
 Borrowed::Borrowed(Model& model) {
   for (Tensor& tensor : model.tensors) {
@@ -34,7 +38,6 @@ Borrowed::Borrowed(Model& model) {
 cuda::Share Borrowed::share(const Model& model, int gpu) const {
   cuda::Share share = {};
   share.gpu = gpu;
-  share.rule = model.rule;
   share.works = works_.data();
   share.num_works = static_cast<int64_t>(works_.size());
   share.layouts = layouts_.data();
@@ -51,8 +54,8 @@ void Borrowed::step_on_cpu(const Model& model) {
     sizes.push_back(work.numel);
   }
   const auto chunks = plan_chunks(sizes, kMinChunkElements);
-  const Step step = {model.rule,      works_.data(), model.scalars.data(),
-                     layouts_.data(), chunks.data(), static_cast<int64_t>(chunks.size()) - 1};
+  const Step step = {works_.data(), model.scalars.data(), layouts_.data(), chunks.data(),
+                     static_cast<int64_t>(chunks.size()) - 1};
   cpu::run(step, cpu::Isa::kBaseline, 1);
 }
 

@@ -17,18 +17,18 @@ struct Tensor {
 };
 
 struct Model {
-  fusedopt::RuleId rule;
   std::vector<fusedopt::Scalars> scalars;
   std::vector<Tensor> tensors;
 
-  // Adds a tensor; tensors of the same problem differ in their values.
-  void add(const Problem& problem, int gpu = 0, int scalars = 0);
+  // Adds a tensor with scalars of its rule; tensors of the same problem differ in their values.
+  void add(const Problem& problem, int gpu = 0) { add(problem, gpu, problem.rule); }
+  void add(const Problem& problem, int gpu, int scalars);
 
   bool has_values_of(const Model& other) const;  // guards included
 };
 
-// A model of this rule without tensors and with one set of scalars.
-Model empty_model(fusedopt::RuleId rule);
+// A model without tensors and with scalars for each rule, by its number.
+Model empty_model();
 
 // What a share of a step points to.
 class Borrowed {

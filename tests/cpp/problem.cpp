@@ -1,92 +1,257 @@
 #include "problem.h"
 
 #include <algorithm>
+#include <limits>
+
+#include "check.h"
+#include "core/flush.h"
+#include "core/stochastic.h"
+#include "core/weight.h"
 
 using namespace fusedopt;
 
 namespace {
 
-template <class T, class Family, int kVariant>
-void update_variant(const Problem& problem, Family family, std::vector<Buffer>& buffers) {
-  const typename Family::template Rule<T, kVariant> rule = {
-      scalars_of(family, problem.scalars).rule.template as<T>()};
+// What a number reads as when it has been stored.
+template <class T>
+T as_stored(DType dtype, T value) {
+  with_storage<T>(dtype, [&](auto storage) {
+    store(storage, value);
+    value = load<T>(storage);
+  });
+  return value;
+}
+
+// What is drawn for an element, of this number in its tensor and with this new weight.
+template <class T>
+uint32_t draw_alone(uint32_t rounding_key, int64_t number, T weight) {
+  const auto element = static_cast<uint64_t>(number);
+  const auto pair_number = static_cast<uint32_t>(element / 2);
+  const uint32_t pair = pair_draw(draw_key(rounding_key, element), pair_number);
+  const uint32_t own = element % 2 == 0 ? pair : second_of_pair(pair);
+  return element_draw(own, weight == weight ? as_bits(static_cast<float>(weight)) : 0u);
+}
+
+// A tensor's operands, at one element.
+class Element {
+ public:
+  Element(const Problem& problem, std::vector<Buffer>& buffers, int64_t i)
+      : problem_(problem), buffers_(buffers), i_(i) {}
+
+  int64_t number() const { return problem_.first_number + at(kIndex); }
+
+  template <class T>
+  T get(int operand) const {
+    return buffer(operand).template get<T>(at(operand));
+  }
+  template <class T>
+  void set(int operand, T value) const {
+    buffer(operand).set(at(operand), value);
+  }
+
+  template <class T>
+  T weight() const {
+    switch (master_of(buffer(kMaster).dtype())) {
+      case Master::kNone:
+        return get<T>(kParam);
+      case Master::kFloat32:
+        return get<T>(kMaster);
+      case Master::kSplit:
+        break;
+    }
+    const uint32_t remainder = buffer(kMaster).word(at(kMaster));
+    return static_cast<T>(join_weight(get<float>(kParam), remainder));
+  }
+
+  template <class T>
+  void set_weight(T weight) const {
+    if (master_of(buffer(kMaster).dtype()) == Master::kSplit) {
+      const SplitWeight<float> parts = split_weight(static_cast<float>(weight));
+      set(kParam, parts.param);
+      buffer(kMaster).set_word(at(kMaster), static_cast<uint16_t>(parts.remainder));
+      return;
+    }
+    set(kParam, weight);
+    set(kMaster, weight);  // if there is one
+  }
+
+ private:
+  Buffer& buffer(int operand) const { return buffers_[static_cast<size_t>(operand)]; }
+  int64_t at(int operand) const { return offset_of(problem_, i_, operand); }
+
+  const Problem& problem_;
+  std::vector<Buffer>& buffers_;
+  int64_t i_;
+};
+
+// Not inlined, so that nothing is computed before the mode is set.
+template <class Rule, int kVariant, class T>
+__attribute__((noinline)) void update_elements(const Problem& problem,
+                                               std::vector<Buffer>& buffers) {
+  const auto scalars = problem.scalars.of<Rule>().template as<T>();
   for (int64_t i = 0; i < problem.numel; ++i) {
-    T values[kMaxOperands] = {};
-    for (size_t k = 0; k < buffers.size(); ++k)
-      values[k] = buffers[k].get<T>(offset_of(problem, i, k));
-    rule(values[0], values[1], values[2], values[3], values[4]);
-    for (size_t k = 0; k < buffers.size(); ++k)
-      if (k != kGrad) buffers[k].set(offset_of(problem, i, k), values[k]);
+    const Element element(problem, buffers, i);
+    T weight = element.weight<T>(), state[Rule::kNumStates];
+    for (int s = 0; s < Rule::kNumStates; ++s)
+      state[s] = problem.has(kFirstState + s) ? element.get<T>(kFirstState + s)
+                                              : std::numeric_limits<T>::quiet_NaN();
+    Ieee math;
+    Rule::template update<kVariant>(scalars.rule, math, weight, element.get<T>(kGrad), state);
+
+    const uint32_t draw = draw_alone(scalars.common.rounding_key, element.number(), weight);
+    const auto rounded = [&](int operand, T value) {
+      return (problem.stochastic >> operand & 1) == 0
+                 ? value
+                 : static_cast<T>(round_stochastically(static_cast<float>(value), draw, operand));
+    };
+    weight = rounded(kParam, weight);
+    element.set_weight(weight);
+    for (int s = 0; s < Rule::kNumStates; ++s)
+      if (problem.has(kFirstState + s))
+        element.set(kFirstState + s, rounded(kFirstState + s, state[s]));
+    if (problem.has(kAverage))
+      element.set(kAverage, scalars.common.average(element.get<T>(kAverage), element.weight<T>()));
   }
 }
 
-template <class T, class Family, int kVariant = 0>
-void find_and_update(const Problem& problem, Family family, std::vector<Buffer>& buffers) {
-  if constexpr (kVariant < Family::kNumVariants) {
-    if (problem.variant == kVariant)
-      return update_variant<T, Family, kVariant>(problem, family, buffers);
-    find_and_update<T, Family, kVariant + 1>(problem, family, buffers);
-  }
-}
-
-Problem make_problem(RuleId rule, const Hyper& hyper, int num_states) {
+Problem make_problem(RuleId rule, int variant, const Hyper& hyper) {
   Problem problem = {};
   problem.rule = rule;
+  problem.variant = variant;
   problem.hyper = hyper;
-  with_family(rule, [&](auto family) { problem.variant = variant(family, hyper); });
+  problem.hyper.lr = 0.1;
+  problem.hyper.ema_decay = 0.9;
+  problem.hyper.rounding_seed = 17;
+  problem.hyper.stochastic_rounding = StochasticRounding::kAll;
   problem.scalars = scalars_at(problem, {3, false}, 2.0);
-  problem.dtypes.assign(static_cast<size_t>(kFirstState + num_states), DType::kFloat32);
   problem.numel = 2345;
   problem.guard = kGuard;
   return problem;
 }
 
-Problem sgd_problem(Momentum momentum, Decay decay) {
-  Hyper hyper;
-  hyper.lr = 0.1;
-  hyper.momentum = momentum == Momentum::kNone ? 0 : 0.9;
-  hyper.nesterov = momentum == Momentum::kNesterov;
-  hyper.dampening = momentum == Momentum::kHeavyBall ? 0.25 : 0;
+void set_decay(Hyper& hyper, Decay decay) {
   hyper.weight_decay = decay == Decay::kNone ? 0 : 0.03;
   hyper.decoupled_weight_decay = decay == Decay::kDecoupled;
-  return make_problem(RuleId::kSgd, hyper, momentum == Momentum::kNone ? 0 : 1);
 }
 
-Problem adam_problem(Decay decay, bool amsgrad) {
+// Hyper-parameters that have a rule's variant.
+Hyper hyper_for(Sgd::Variant variant) {
   Hyper hyper;
-  hyper.lr = 0.1;
-  hyper.beta1 = 0.9;
+  hyper.momentum = variant.momentum == Sgd::Momentum::kNone ? 0 : 0.9;
+  hyper.nesterov = variant.momentum == Sgd::Momentum::kNesterov;
+  hyper.dampening = 0.25;
+  set_decay(hyper, variant.decay);
+  return hyper;
+}
+
+Hyper hyper_for(Adam::Variant variant) {
+  Hyper hyper;
+  hyper.beta1 = variant.averages_grads ? 0.9 : 0;
   hyper.beta2 = 0.99;
   hyper.eps = 1e-3;
-  hyper.weight_decay = decay == Decay::kNone ? 0 : 0.03;
-  hyper.decoupled_weight_decay = decay == Decay::kDecoupled;
-  hyper.amsgrad = amsgrad;
-  return make_problem(RuleId::kAdam, hyper, amsgrad ? 3 : 2);
+  hyper.amsgrad = variant.amsgrad;
+  set_decay(hyper, variant.decay);
+  return hyper;
+}
+
+// Numbers that need care: zeros, subnormals, infinities, NaN, the largest and the smallest.
+double any_special(std::mt19937& random) {
+  using Float = std::numeric_limits<float>;
+  using Double = std::numeric_limits<double>;
+  const double values[] = {0,
+                           Float::denorm_min(),
+                           1e-40,
+                           Float::min(),
+                           1e-30,
+                           5e-8,
+                           6.2e-5,
+                           1,
+                           65504,
+                           65520,
+                           1e19,
+                           Float::max(),
+                           Double::max(),
+                           Double::infinity(),
+                           Double::quiet_NaN(),
+                           Double::denorm_min(),
+                           1e-300};
+  const double value = values[random() % (sizeof(values) / sizeof(values[0]))];
+  return random() % 2 == 0 ? value : -value;
 }
 
 }  // namespace
 
+bool Buffer::operator==(const Buffer& other) const {
+  if (bytes_ == other.bytes_) return true;
+  if (dtype_ != other.dtype_ || bytes_.size() != other.bytes_.size()) return false;
+  const int64_t item = item_size(dtype_);
+  const auto elements = static_cast<int64_t>(bytes_.size()) / item;
+  for (int64_t i = 0; i < elements; ++i) {
+    const bool same =
+        std::memcmp(&bytes_[static_cast<size_t>(i * item)],
+                    &other.bytes_[static_cast<size_t>(i * item)], static_cast<size_t>(item)) == 0;
+    const bool both_nan = dtype_ != DType::kRemainder && std::isnan(get<double>(i - first_)) &&
+                          std::isnan(other.get<double>(i - other.first_));
+    if (!same && !both_nan) return false;
+  }
+  return true;
+}
+
 std::vector<Problem> all_problems() {
   std::vector<Problem> problems;
-  for (const Decay decay : {Decay::kNone, Decay::kDecoupled, Decay::kL2}) {
-    for (const Momentum momentum : {Momentum::kNone, Momentum::kHeavyBall, Momentum::kNesterov})
-      problems.push_back(sgd_problem(momentum, decay));
-    for (const bool amsgrad : {false, true}) problems.push_back(adam_problem(decay, amsgrad));
-  }
+  for_each_rule([&](RuleId rule) {
+    for (const Problem& problem : problems_of(rule)) problems.push_back(problem);
+  });
   return problems;
 }
 
-std::vector<Problem> problems_of(RuleId rule) {
-  std::vector<Problem> problems = all_problems();
-  problems.erase(std::remove_if(problems.begin(), problems.end(),
-                                [=](const Problem& problem) { return problem.rule != rule; }),
-                 problems.end());
+std::vector<Problem> problems_of(RuleId id) {
+  std::vector<Problem> problems;
+  with_rule(id, [&](auto rule) {
+    using Rule = decltype(rule);
+    for (int number = 0; number < Rule::kNumVariants; ++number) {
+      const auto variant = Rule::Variant::of(number);
+      const Hyper hyper = hyper_for(variant);
+      CHECK(Rule::variant(hyper).number() == number);
+      Problem problem = make_problem(id, number, hyper);
+      problem.dtypes[kParam] = problem.dtypes[kGrad] = DType::kFloat32;
+      for (int s = 0; s < Rule::kNumStates; ++s)
+        if (variant.uses(s)) problem.dtypes[static_cast<size_t>(kFirstState + s)] = DType::kFloat32;
+      problems.push_back(problem);
+    }
+  });
   return problems;
 }
 
 Problem in_format(Problem problem, DType dtype) {
-  problem.dtypes.assign(problem.dtypes.size(), dtype);
+  for (int k = 0; k < kMaster; ++k)
+    if (problem.has(k)) problem.dtypes[static_cast<size_t>(k)] = dtype;
   return problem;
+}
+
+Problem rounded_stochastically(Problem problem, unsigned operands) {
+  problem.stochastic = 0;
+  for (int k = 0; k < kMaster; ++k) {
+    const bool can_be = problem.dtypes[static_cast<size_t>(k)] == DType::kBFloat16 && k != kGrad &&
+                        (k != kParam || !problem.has(kMaster));
+    if (can_be) problem.stochastic |= operands & (1u << k);
+  }
+  return problem;
+}
+
+Problem in_any_formats(Problem problem, std::mt19937& random) {
+  const auto any = [&] { return kAllDTypes[random() % 4]; };
+  const DType common = any();
+  const bool is_uniform = random() % 2 == 0;
+  for (int k = 0; k < kMaster; ++k)
+    if (problem.has(k)) problem.dtypes[static_cast<size_t>(k)] = is_uniform ? common : any();
+  problem.dtypes[kMaster] = DType::kAbsent;
+  const DType param = problem.dtypes[kParam];
+  if (item_size(param) == 2 && random() % 2 == 0)
+    problem.dtypes[kMaster] =
+        param == DType::kBFloat16 && random() % 2 == 0 ? DType::kRemainder : DType::kFloat32;
+  problem.dtypes[kAverage] = random() % 2 == 0 ? any() : DType::kAbsent;
+  return rounded_stochastically(problem, random() % 2 == 0 ? static_cast<unsigned>(random()) : 0u);
 }
 
 Problem with_dims(Problem problem, const Dims& dims) {
@@ -97,20 +262,28 @@ Problem with_dims(Problem problem, const Dims& dims) {
 }
 
 const std::vector<Dims>& strided_layouts() {
+  static_assert(kMaxOperands == 7, "param, grad, three states, master, average");
   static const std::vector<Dims> kLayouts = {
-      {{7, {400, 300, 300, 301, 300}}, {300, {1, 1, 1, 1, 1}}},  // column slices
-      {{37, {41, 1, 1, 41, 2}}, {41, {1, 37, 37, 1, 80}}},       // transposed grads
-      {{5, {500, 0, 100, 100, 100}}, {10, {40, 0, 10, 10, 10}}, {10, {3, 1, 1, 1, 1}}},
-      {{1500, {2, 1, 1, 1, 1}}},  // every second
-      {{1500, {2, 3, 4, 5, 6}}},
+      // Column slices.
+      {{7, {400, 300, 300, 301, 300, 302, 400, 300}}, {300, {1, 1, 1, 1, 1, 1, 1, 1}}},
+      // Transposed grads, states and averages.
+      {{37, {41, 1, 1, 41, 2, 41, 1, 41}}, {41, {1, 37, 37, 1, 80, 1, 37, 1}}},
+      {{5, {500, 0, 100, 100, 100, 100, 100, 100}},
+       {10, {40, 0, 10, 10, 10, 10, 10, 10}},
+       {10, {3, 1, 1, 1, 1, 1, 1, 1}}},
+      {{1500, {2, 1, 1, 1, 1, 1, 1, 1}}},  // every second
+      {{1500, {2, 3, 4, 5, 6, 7, 8, 3}}},
+      // Numbers beyond 32 and 33 bits.
+      {{3, {500, 500, 500, 500, 500, 500, 500, int64_t{3} << 32}}, {499, {1, 1, 1, 1, 1, 1, 1, 1}}},
   };
   return kLayouts;
 }
 
 Scalars scalars_at(const Problem& problem, Time time, double grad_scale) {
   Scalars scalars = {};
-  with_family(problem.rule, [&](auto family) {
-    set_scalars(scalars, schedule(family, problem.hyper, time, {grad_scale, 0}));
+  with_rule(problem.rule, [&](auto rule) {
+    using Rule = decltype(rule);
+    scalars.set<Rule>(schedule<Rule>(problem.hyper, time, {grad_scale, 0}));
   });
   return scalars;
 }
@@ -118,33 +291,47 @@ Scalars scalars_at(const Problem& problem, Time time, double grad_scale) {
 std::vector<Buffer> make_buffers(const Problem& problem, uint32_t seed) {
   std::mt19937 random(seed);
   std::vector<Buffer> buffers;
-  for (size_t k = 0; k < problem.dtypes.size(); ++k) {
-    const int64_t elements =
-        problem.dims.empty() ? problem.numel : extent(problem.dims, static_cast<int>(k));
-    const int64_t shift = problem.shifts.empty() ? 0 : problem.shifts[k];
-    buffers.emplace_back(problem.dtypes[k], elements, random, problem.guard, shift);
+  for (int k = 0; k < kMaxOperands; ++k) {
+    const auto place = static_cast<size_t>(k);
+    const int64_t elements = problem.dims.empty() ? problem.numel : extent(problem.dims, k);
+    buffers.emplace_back(problem.dtypes[place], problem.has(k) ? elements : 0, random,
+                         problem.guard, problem.shifts[place]);
   }
   return buffers;
 }
 
-int64_t offset_of(const Problem& problem, int64_t i, size_t k) {
+void put_special_values(const Problem& problem, std::vector<Buffer>& buffers, uint32_t among,
+                        std::mt19937& random) {
+  for (int k = 0; k < kMaxOperands; ++k)
+    for (int64_t i = 0; i < problem.numel && problem.has(k); ++i) {
+      const auto place = static_cast<size_t>(k);
+      if (problem.dtypes[place] != DType::kRemainder && random() % among == 0)
+        buffers[place].set(offset_of(problem, i, k), any_special(random));
+    }
+}
+
+int64_t offset_of(const Problem& problem, int64_t i, int operand) {
   if (problem.dims.empty()) return i;
   int64_t at = 0;
   for (auto dim = problem.dims.rbegin(); dim != problem.dims.rend(); ++dim) {
-    at += i % dim->size * dim->strides[k];
+    at += i % dim->size * dim->strides[operand];
     i /= dim->size;
   }
   return at;
 }
 
 void update_one_by_one(const Problem& problem, std::vector<Buffer>& buffers) {
-  const bool is_double =
+  const bool in_double =
       std::count(problem.dtypes.begin(), problem.dtypes.end(), DType::kFloat64) > 0;
-  with_family(problem.rule, [&](auto family) {
-    if (is_double)
-      find_and_update<double>(problem, family, buffers);
-    else
-      find_and_update<float>(problem, family, buffers);
+  const FlushMode mode(!in_double);
+  with_rule(problem.rule, [&](auto rule) {
+    using Rule = decltype(rule);
+    with_variant<Rule>(problem.variant, [&](auto variant) {
+      if (in_double)
+        update_elements<Rule, variant, double>(problem, buffers);
+      else
+        update_elements<Rule, variant, float>(problem, buffers);
+    });
   });
 }
 
@@ -152,11 +339,12 @@ Work make_work(const Problem& problem, std::vector<Buffer>& buffers) {
   Work work = {};
   for (size_t k = 0; k < buffers.size(); ++k) {
     work.data[k] = buffers[k].data();
-    work.dtypes[k] = buffers[k].dtype();
+    work.formats.dtypes[k] = buffers[k].dtype();
   }
+  work.formats.stochastic = static_cast<uint8_t>(problem.stochastic);
   work.numel = problem.numel;
   work.layout = problem.dims.empty() ? kDense : 0;
-  work.num_operands = static_cast<uint8_t>(buffers.size());
+  work.rule = problem.rule;
   work.variant = static_cast<uint8_t>(problem.variant);
   work.device = kCpu;
   return work;

@@ -20,8 +20,9 @@ enum class Count { kFloat, kDouble, kNone };
 // A model with clocks, and another that goes through the same steps on the CPU.
 class Clocked {
  public:
-  explicit Clocked(RuleId rule) : model_(empty_model(rule)) {
-    for (const Problem& problem : problems_of(rule)) {
+  Clocked() : model_(empty_model()) {
+    std::mt19937 random(11);
+    for (const Problem& problem : all_problems()) {
       add(problem, DType::kFloat32, Count::kFloat, 0);
       add(problem, DType::kFloat64, Count::kDouble, 1000);
       add(problem, DType::kBFloat16, Count::kFloat, 7);
@@ -30,8 +31,11 @@ class Clocked {
       Problem mixture = problem;
       mixture.dtypes[kParam] = DType::kFloat64;
       add_tensor(mixture, Count::kDouble, 3);
+      // Averages and draws depend on the count as well.
+      for (int i = 0; i < 3; ++i)
+        add_tensor(in_any_formats(problem, random), i == 0 ? Count::kFloat : Count::kDouble, i);
       // Adam always counts; what SGD has instead is whether its state is new.
-      if (rule == RuleId::kSgd) add(problem, DType::kFloat32, Count::kNone, 0);
+      if (problem.rule == kIdOf<Sgd>) add(problem, DType::kFloat32, Count::kNone, 0);
       model_.tensors.back().gpu = 3;
     }
     expected_ = model_;
@@ -42,6 +46,7 @@ class Clocked {
   float& grad_scale() { return grad_scale_; }
   float& found_inf() { return found_inf_; }
   double step_of(size_t tensor) const { return steps_[tensor]; }
+  bool is_counted(size_t tensor) const { return counts_[tensor] != Count::kNone; }
 
   Gpus::Options options() {
     Gpus::Options options;
@@ -107,7 +112,6 @@ class Clocked {
   // Each tensor is a param group.
   void add_tensor(Problem problem, Count count, int steps_done) {
     problem.numel = problem.dims.empty() ? 333 : problem.numel;
-    problem.hyper.dampening = 0.25;
     HyperSource source = {};
     source.values = problem.hyper;
     source.values.lr = 0.01 * static_cast<double>(1 + model_.tensors.size());
@@ -158,51 +162,44 @@ void step_and_check(Gpus& gpus, Clocked& clocked) {
 }
 
 void test_steps_are_counted() {
-  for (const RuleId rule : kRules) {
-    Gpus gpus;
-    Clocked clocked(rule);
-    for (int step = 0; step < 4; ++step) {
-      clocked.grad_scale() = step == 2 ? 65536.0f : 1.0f;
-      step_and_check(gpus, clocked);
-    }
+  Gpus gpus;
+  Clocked clocked;
+  for (int step = 0; step < 4; ++step) {
+    clocked.grad_scale() = step == 2 ? 65536.0f : 1.0f;
+    step_and_check(gpus, clocked);
   }
 }
 
 // A skipped step counts for nothing: the one after it is a first step still.
 void test_skipped_steps() {
-  for (const RuleId rule : kRules) {
-    Gpus gpus;
-    Clocked clocked(rule);
-    for (const float found_inf : {1.0f, 0.0f, 3.0f, 0.0f}) {
-      clocked.found_inf() = found_inf;
-      step_and_check(gpus, clocked);
-    }
-    CHECK(clocked.step_of(0) == 2);
+  Gpus gpus;
+  Clocked clocked;
+  for (const float found_inf : {1.0f, 0.0f, 3.0f, 0.0f}) {
+    clocked.found_inf() = found_inf;
+    step_and_check(gpus, clocked);
   }
+  CHECK(clocked.step_of(0) == 2);
 }
 
 void test_idle_tensors_are_not_counted() {
-  for (const RuleId rule : kRules) {
-    Gpus gpus;
-    Clocked clocked(rule);
-    for (size_t step = 0; step < 4; ++step) {
-      for (size_t i = 0; i < clocked.model().tensors.size(); ++i)
-        clocked.model().tensors[i].idle = (i + step) % 3 == 1;
-      step_and_check(gpus, clocked);
-    }
+  Gpus gpus;
+  Clocked clocked;
+  for (size_t step = 0; step < 4; ++step) {
+    for (size_t i = 0; i < clocked.model().tensors.size(); ++i)
+      clocked.model().tensors[i].idle = (i + step) % 3 == 1;
+    step_and_check(gpus, clocked);
   }
 }
 
 void test_numbers_on_the_device() {
-  for (const RuleId rule : kRules) {
-    Gpus gpus;
-    Clocked clocked(rule);
-    for (const size_t group : {0, 3}) {
-      clocked.put_on_device(group);
-      for (const float lr : {0.5f, 0.25f}) {
-        clocked.lr() = lr;
-        step_and_check(gpus, clocked);
-      }
+  Gpus gpus;
+  Clocked clocked;
+  const size_t last = clocked.model().tensors.size() - 1;  // Adam's, while the first are SGD's
+  for (const size_t group : {size_t{0}, size_t{3}, last, last - 4}) {
+    clocked.put_on_device(group);
+    for (const float lr : {0.5f, 0.25f}) {
+      clocked.lr() = lr;
+      step_and_check(gpus, clocked);
     }
   }
 }
@@ -212,9 +209,9 @@ void test_late_steps() {
   for (const double done : {16777215.0, 16777216.0, 9007199254740991.0}) {
     float in_float = static_cast<float>(done);
     double in_double = done;
-    CHECK(advance({&in_float, 0, DType::kFloat32, true, false}).step ==
+    CHECK(advance({&in_float, 0, DType::kFloat32, true, false, false}).step ==
           static_cast<uint64_t>(static_cast<double>(static_cast<float>(done)) + 1));
-    CHECK(advance({&in_double, 0, DType::kFloat64, true, true}).step ==
+    CHECK(advance({&in_double, 0, DType::kFloat64, true, true, false}).step ==
           static_cast<uint64_t>(done) + 1);
     CHECK(in_double == done + 1);
     CHECK(in_float == static_cast<float>(static_cast<double>(static_cast<float>(done)) + 1));
@@ -228,63 +225,63 @@ void move_buffers(Model& model) {
 // What was captured reads its own table, whatever the steps in between do; lr, counts, scale and
 // found_inf are read anew in every replay.
 void test_capture() {
-  for (const RuleId rule : kRules) {
-    Gpus gpus;
-    Clocked clocked(rule);
-    clocked.put_on_device(0);
-    for (int warm_up = 0; warm_up < 2; ++warm_up) step_and_check(gpus, clocked);
-    emulation()->begin_capture();
-    gpus.step(clocked.model(), clocked.options());
-    emulation()->end_capture();
-    clocked.check_values();                         // nothing has run
-    CHECK(gpus.allocations(Memory::kDevice) == 2);  // a graph's table is not from torch
-    for (int replay = 0; replay < 4; ++replay) {
-      clocked.lr() = 0.125f * static_cast<float>(replay);
-      clocked.grad_scale() = replay == 1 ? 8.0f : 1.0f;
-      clocked.found_inf() = replay == 2 ? 1.0f : 0.0f;
-      clocked.expect_step();
-      emulation()->replay();
-      clocked.check_values();
-      clocked.found_inf() = 0;
-      Model moved = clocked.model();  // another model's step, with the same driver
-      move_buffers(moved);
-      std::vector<double> counts(moved.tensors.size());
-      std::vector<Clock> clocks(moved.tensors.size());
-      for (size_t i = 0; i < clocks.size(); ++i)
-        clocks[i] = {&counts[i], static_cast<int32_t>(i), DType::kFloat64, true, false};
-      Gpus::Options options = clocked.options();
-      options.clocks = &clocks;
-      gpus.step(moved, options);
-      clocked.check_values();
-    }
+  Gpus gpus;
+  Clocked clocked;
+  clocked.put_on_device(0);
+  clocked.put_on_device(clocked.model().tensors.size() - 1);
+  for (int warm_up = 0; warm_up < 2; ++warm_up) step_and_check(gpus, clocked);
+  emulation()->begin_capture();
+  gpus.step(clocked.model(), clocked.options());
+  emulation()->end_capture();
+  clocked.check_values();                         // nothing has run
+  CHECK(gpus.allocations(Memory::kDevice) == 2);  // a graph's table is not from torch
+  for (int replay = 0; replay < 4; ++replay) {
+    clocked.lr() = 0.125f * static_cast<float>(replay);
+    clocked.grad_scale() = replay == 1 ? 8.0f : 1.0f;
+    clocked.found_inf() = replay == 2 ? 1.0f : 0.0f;
+    clocked.expect_step();
+    emulation()->replay();
+    clocked.check_values();
+    clocked.found_inf() = 0;
+    Model moved = clocked.model();  // another model's step, with the same driver
+    move_buffers(moved);
+    std::vector<double> counts(moved.tensors.size());
+    std::vector<Clock> clocks(moved.tensors.size());
+    for (size_t i = 0; i < clocks.size(); ++i)
+      clocks[i] = {&counts[i], static_cast<int32_t>(i), DType::kFloat64, true, false, true};
+    Gpus::Options options = clocked.options();
+    options.clocks = &clocks;
+    gpus.step(moved, options);
+    clocked.check_values();
   }
 }
 
 // A graph that was captured at the very first step, and steps without a graph after it.
 void test_capture_first() {
-  for (const RuleId rule : kRules) {
-    Gpus gpus;
-    Clocked clocked(rule);
-    emulation()->begin_capture();
-    gpus.step(clocked.model(), clocked.options());
-    emulation()->end_capture();
-    for (int step = 0; step < 3; ++step) {
-      // Without a count, the graph goes on as it was captured: as a first step.
-      if (step == 0) {
-        clocked.expect_step();
-        emulation()->replay();
-        clocked.check_values();
-      }
-      step_and_check(gpus, clocked);
+  Gpus gpus;
+  Clocked clocked;
+  emulation()->begin_capture();
+  gpus.step(clocked.model(), clocked.options());
+  emulation()->end_capture();
+  for (int step = 0; step < 3; ++step) {
+    // Without a count, the graph goes on as it was captured: as a first step.
+    if (step == 0) {
+      clocked.expect_step();
+      emulation()->replay();
+      clocked.check_values();
     }
-    CHECK(gpus.allocations(Memory::kDevice) == 2);
+    step_and_check(gpus, clocked);
   }
+  CHECK(gpus.allocations(Memory::kDevice) == 2);
 }
 
 // Two steps in one graph, each with a table of its own that lives as long as the driver.
 void test_capture_twice() {
   Gpus gpus;
-  Clocked clocked(RuleId::kAdam);
+  Clocked clocked;
+  // Without a count, both would go on as they were captured: as first steps.
+  for (size_t i = 0; i < clocked.model().tensors.size(); ++i)
+    clocked.model().tensors[i].idle = !clocked.is_counted(i);
   emulation()->begin_capture();
   gpus.step(clocked.model(), clocked.options());
   gpus.step(clocked.model(), clocked.options());

@@ -8,6 +8,8 @@ void test_dtypes();
 void test_rules();
 void test_schedule();
 void test_power();
+void test_branch_free();
+void test_fast_root();
 void test_chunks();
 void test_layout();
 void test_overlap();
@@ -23,11 +25,22 @@ int main(int argc, char** argv) {
   const struct {
     const char* name;
     void (*run)();
-  } suites[] = {{"dtypes", test_dtypes},   {"rules", test_rules},   {"schedule", test_schedule},
-                {"power", test_power},     {"chunks", test_chunks}, {"layout", test_layout},
-                {"overlap", test_overlap}, {"driver", test_driver}, {"grid", test_grid},
-                {"image", test_image},     {"table", test_table},   {"gpu", test_gpu},
-                {"clocks", test_clocks},   {"huge", test_huge}};
+  } suites[] = {{"dtypes", test_dtypes},
+                {"rules", test_rules},
+                {"schedule", test_schedule},
+                {"power", test_power},
+                {"branch_free", test_branch_free},
+                {"fast_root", test_fast_root},
+                {"chunks", test_chunks},
+                {"layout", test_layout},
+                {"overlap", test_overlap},
+                {"driver", test_driver},
+                {"grid", test_grid},
+                {"image", test_image},
+                {"table", test_table},
+                {"gpu", test_gpu},
+                {"clocks", test_clocks},
+                {"huge", test_huge}};
   for (const auto& suite : suites) {
     if (argc != 2 || std::strcmp(argv[1], suite.name) != 0) continue;
     suite.run();

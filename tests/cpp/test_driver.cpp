@@ -3,66 +3,255 @@
 #include "check.h"
 #include "problem.h"
 
+#include <algorithm>
+#include <initializer_list>
+
 using namespace fusedopt;
 
 namespace {
 
-void drive(const Problem& problem, std::vector<Buffer>& buffers, cpu::Isa isa, int threads) {
+using Buffers = std::vector<Buffer>;
+
+void drive(const Problem& problem, Buffers& buffers, cpu::Isa isa, int threads) {
   Work works[4] = {{}};
   for (int i = 1; i < 4; ++i) works[i] = make_work(problem, buffers);
   works[2].device = kIdle;  // would update a second time
   works[3].device = kFirstGpu;
-  const auto chunks = plan_chunks({0, problem.numel, problem.numel, problem.numel}, 1000);
+  // Two threads need many chunks to be called at all.
+  const auto chunks =
+      plan_chunks({0, problem.numel, problem.numel, problem.numel}, threads > 1 ? 64 : 1000);
   const Layout layout = {problem.dims.data(), static_cast<int>(problem.dims.size())};
-  const Step step = {problem.rule, works,         &problem.scalars,
-                     &layout,      chunks.data(), static_cast<int64_t>(chunks.size()) - 1};
+  const Step step = {works, &problem.scalars, &layout, chunks.data(),
+                     static_cast<int64_t>(chunks.size()) - 1};
   cpu::run(step, isa, threads);
 }
 
-void check_problem(const Problem& problem) {
-  std::vector<Buffer> expected = make_buffers(problem);
-  const std::vector<Buffer> before = expected;
+void check_values(const Problem& problem, const Buffers& before) {
+  Buffers expected = before;
   update_one_by_one(problem, expected);
-  CHECK(problem.numel == 0 || !(expected[kParam] == before[kParam]));
   for (const cpu::Isa isa : {cpu::Isa::kBaseline, cpu::Isa::kAvx2, cpu::Isa::kAvx512}) {
     if (isa > cpu::best_isa()) continue;
     for (const int threads : {1, 2}) {
-      std::vector<Buffer> buffers = before;
+      if (threads > 1 && problem.numel < 1000) continue;  // one would do it all
+      Buffers buffers = before;
       drive(problem, buffers, isa, threads);
       CHECK(buffers == expected);  // guards included
     }
   }
 }
 
+void check_problem(const Problem& problem) {
+  const Buffers before = make_buffers(problem);
+  Buffers after = before;
+  update_one_by_one(problem, after);
+  CHECK(problem.numel == 0 || !(after == before));
+  CHECK(after[kGrad] == before[kGrad]);
+  check_values(problem, before);
+}
+
 void test_dense() {
   for (Problem problem : all_problems())
     for (const DType dtype : kAllDTypes)
-      for (const int64_t numel : {0, 1, 31, 2345}) {
-        problem.numel = numel;
-        check_problem(in_format(problem, dtype));
-      }
+      for (const int64_t numel : {0, 1, 31, 32, 33, 2345})
+        for (const int64_t guard : {int64_t{0}, kGuard}) {
+          problem.numel = numel;
+          problem.guard = guard;
+          check_problem(in_format(problem, dtype));
+        }
 }
 
-void test_mixed_dtypes() {
+// What there is beside param, grad and states, each alone and together.
+void test_masters_and_averages() {
+  for (Problem problem : all_problems())
+    for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+      problem = in_format(problem, dtype);
+      for (const DType master : {DType::kAbsent, DType::kFloat32, DType::kRemainder}) {
+        if (master == DType::kRemainder && dtype != DType::kBFloat16) continue;
+        problem.dtypes[kMaster] = master;
+        for (const DType average : {DType::kAbsent, DType::kFloat32, DType::kFloat64, dtype}) {
+          problem.dtypes[kAverage] = average;
+          problem.numel = 333;
+          for (const unsigned stochastic : {0u, 1u << kParam, ~0u})
+            check_problem(rounded_stochastically(problem, stochastic));
+        }
+      }
+    }
+}
+
+// From either end, and the ends themselves.
+void test_rates_of_averages() {
+  for (Problem problem : all_problems())
+    for (const double decay : {0.0, 0.25, 0.5, 0.999, 1.0})
+      for (const uint64_t step : {1, 2})
+        for (const DType dtype : kAllDTypes) {
+          problem.hyper.ema_decay = decay;
+          problem.scalars = scalars_at(problem, {step, false}, 2.0);
+          problem.dtypes[kAverage] = dtype;
+          problem.numel = 77;
+          check_problem(in_format(problem, dtype));
+        }
+}
+
+int64_t any_size(std::mt19937& random) {
+  const int64_t sizes[] = {1, 31, 32, 33, 64, 255, 256, 257, 300, 2345};
+  return sizes[random() % 10];
+}
+
+void shift(Problem& problem, std::mt19937& random) {
+  for (int64_t& by : problem.shifts) by = random() % 4 == 0 ? 1 + random() % kGuard : 0;
+}
+
+void test_mixtures() {
   std::mt19937 random(5);
   for (Problem problem : all_problems())
-    for (int run = 0; run < 10; ++run) {
-      for (DType& dtype : problem.dtypes) dtype = kAllDTypes[random() % 4];
-      check_problem(problem);
+    for (int run = 0; run < 40; ++run) {
+      problem.numel = any_size(random);
+      problem.guard = run % 2 == 0 ? 0 : kGuard;
+      problem.shifts = {};
+      if (problem.guard > 0) shift(problem, random);
+      check_problem(in_any_formats(problem, random));
     }
 }
 
 void test_strided() {
+  std::mt19937 random(6);
   for (const Problem& problem : all_problems())
-    for (const Dims& dims : strided_layouts())
-      for (const DType dtype : kAllDTypes)
-        check_problem(in_format(with_dims(problem, dims), dtype));
+    for (const Dims& dims : strided_layouts()) {
+      Problem strided = with_dims(problem, dims);
+      for (const DType dtype : kAllDTypes) check_problem(in_format(strided, dtype));
+      for (int run = 0; run < 4; ++run) {
+        strided.guard = run % 2 == 0 ? 0 : kGuard;
+        check_problem(in_any_formats(strided, random));
+      }
+    }
+}
+
+void test_special_values() {
+  std::mt19937 random(7);
+  for (Problem problem : all_problems())
+    for (int run = 0; run < 24; ++run) {
+      problem.numel = 777;
+      const Problem any =
+          run < 4 ? in_format(problem, kAllDTypes[run]) : in_any_formats(problem, random);
+      Buffers buffers = make_buffers(any);
+      put_special_values(any, buffers, 2, random);
+      check_values(any, buffers);
+    }
+}
+
+// One element for each pattern of a 16-bit format, with SGD that changes nothing and computes in
+// float or, with grads in it, in double.
+Problem unchanged(DType param, DType grad) {
+  Problem problem = problems_of(kIdOf<Sgd>)[0];
+  problem.hyper.lr = 0;
+  problem.scalars = scalars_at(problem, {1, true}, 1.0);
+  problem.dtypes[kParam] = param;
+  problem.dtypes[kGrad] = grad;
+  problem.numel = 65536;
+  return problem;
+}
+
+void test_every_pattern() {
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16})
+    for (const DType grad : {DType::kFloat32, DType::kFloat64}) {
+      const Problem problem = unchanged(dtype, grad);
+      Buffers before = make_buffers(problem);
+      for (int64_t i = 0; i < problem.numel; ++i)
+        before[kParam].set_word(i, static_cast<uint16_t>(i));
+      check_values(problem, before);
+      Buffers after = before;
+      drive(problem, after, cpu::best_isa(), 1);
+      const bool flushes = dtype == DType::kBFloat16 && grad == DType::kFloat32;
+      for (int64_t i = 0; i < problem.numel; ++i) {
+        const float value = before[kParam].get<float>(i);
+        const bool is_subnormal = std::fpclassify(value) == FP_SUBNORMAL;
+        if (std::isnan(value))
+          CHECK(std::isnan(after[kParam].get<float>(i)));
+        else
+          CHECK(after[kParam].word(i) == (is_subnormal && flushes ? i & 0x8000 : i));
+      }
+    }
+}
+
+// Params of 0 become what the grads are, rounded: numbers of every exponent, and those halfway
+// between two of the format with their neighbours.
+void test_every_rounding() {
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16})
+    for (const DType grad : {DType::kFloat32, DType::kFloat64}) {
+      Problem problem = unchanged(dtype, grad);
+      problem.hyper.lr = -1;
+      problem.scalars = scalars_at(problem, {1, true}, 1.0);
+      for (const int around : {-1, 0, 1}) {
+        Buffers buffers = make_buffers(problem);
+        for (int64_t i = 0; i < problem.numel; ++i) {
+          buffers[kParam].set_word(i, static_cast<uint16_t>(i));
+          const auto low = bit_cast<uint32_t>(buffers[kParam].get<float>(i));
+          buffers[kParam].set_word(i, 0);
+          // Half of a last place: of a float from bfloat16, or of one from a normal float16.
+          const uint32_t half = dtype == DType::kBFloat16 ? 0x8000u : 0x1000u;
+          const float value = bit_cast<float>(low + half + static_cast<uint32_t>(around));
+          buffers[kGrad].set(i, static_cast<double>(value));
+        }
+        check_values(problem, buffers);
+        for (int64_t i = 0; i < problem.numel; ++i) {  // subnormal float16, and too large ones
+          const double value = (static_cast<double>(i) - 32768 + 0.5 * around) * 0x1p-26;
+          buffers[kGrad].set(i, i % 2 == 0 ? value : std::ldexp(value, static_cast<int>(i % 61)));
+        }
+        check_values(problem, buffers);
+      }
+    }
+}
+
+// Roots and quotients of all magnitudes: Adam with params of 0 that become grad / sqrt(exp_avg_sq).
+void test_roots() {
+  std::mt19937 random(12);
+  const Hyper hyper = {};
+  Problem problem = problems_of(kIdOf<Adam>)[0];
+  StepScalars<Adam, double> scalars = schedule<Adam>(hyper, {1, true}, {});
+  scalars.rule = {};
+  scalars.rule.grad_factor = 1;
+  scalars.rule.beta2 = {1, 0};
+  scalars.rule.step_size = -1;
+  problem.scalars.set<Adam>(scalars);
+  problem.numel = 65536;
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64})
+    for (const uint32_t low : {0u, 1u, 0x7fffu, 0xfffeu, 0xffffu, 0x10000u, 0x10000u}) {
+      problem = in_format(problem, dtype);
+      Buffers buffers = make_buffers(problem);
+      for (int64_t i = 0; i < problem.numel; ++i) {
+        const uint32_t half = low < 0x10000u ? low : static_cast<uint32_t>(random() % 0x10000);
+        const float square = bit_cast<float>(static_cast<uint32_t>(i) << 16 | half);
+        buffers[kParam].set(i, 0.0);
+        buffers[kFirstState + Adam::kExpAvgSq].set(i, static_cast<double>(square));
+      }
+      check_values(problem, buffers);
+    }
+}
+
+// A step draws anew for each operand and element, whatever else is stepped with it.
+void test_draws() {
+  Problem problem = in_format(problems_of(kIdOf<Adam>).back(), DType::kBFloat16);
+  for (const StochasticRounding rounding :
+       {StochasticRounding::kNone, StochasticRounding::kSecondMoments, StochasticRounding::kAll})
+    for (const uint64_t step : {uint64_t{1}, uint64_t{2}, uint64_t{1} << 40}) {
+      problem.hyper.stochastic_rounding = rounding;
+      problem.scalars = scalars_at(problem, {step, false}, 1.0);
+      for (unsigned operands = 0; operands < 1u << kMaster; ++operands)
+        check_problem(rounded_stochastically(problem, operands));
+    }
 }
 
 }  // namespace
 
 void test_driver() {
   test_dense();
-  test_mixed_dtypes();
+  test_masters_and_averages();
+  test_rates_of_averages();
+  test_mixtures();
   test_strided();
+  test_special_values();
+  test_every_pattern();
+  test_every_rounding();
+  test_roots();
+  test_draws();
 }

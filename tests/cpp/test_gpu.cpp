@@ -3,6 +3,8 @@
 #include "check.h"
 #include "gpus.h"
 
+#include "cuda/update.h"
+
 #include <cmath>
 
 using namespace fusedopt;
@@ -33,76 +35,107 @@ void check_steps(Model model) {
 }
 
 void test_formats_and_sizes() {
-  for (const RuleId rule : kRules) {
-    Model model = empty_model(rule);
-    for (Problem problem : problems_of(rule))
-      for (const DType dtype : kAllDTypes)
-        for (const int64_t numel : sizes())
-          for (const int64_t guard : {int64_t{0}, kGuard}) {
-            problem.numel = numel;
-            problem.guard = guard;
-            model.add(in_format(problem, dtype));
-          }
-    check_steps(model);
-  }
+  Model model = empty_model();
+  for (Problem problem : all_problems())
+    for (const DType dtype : kAllDTypes)
+      for (const int64_t numel : sizes())
+        for (const int64_t guard : {int64_t{0}, kGuard}) {
+          problem.numel = numel;
+          problem.guard = guard;
+          model.add(in_format(problem, dtype));
+        }
+  check_steps(model);
+}
+
+// What there is beside param, grad and states, each alone and together.
+void test_masters_and_averages() {
+  Model model = empty_model();
+  for (Problem problem : all_problems())
+    for (const DType dtype : kAllDTypes) {
+      problem = in_format(problem, dtype);
+      for (const DType master : {DType::kAbsent, DType::kFloat32, DType::kRemainder}) {
+        if (master == DType::kRemainder && dtype != DType::kBFloat16) continue;
+        if (master == DType::kFloat32 && item_size(dtype) > 2) continue;
+        problem.dtypes[kMaster] = master;
+        for (const DType average : {DType::kAbsent, DType::kFloat32, DType::kFloat64, dtype}) {
+          problem.dtypes[kAverage] = average;
+          for (const unsigned stochastic : {0u, 1u << kParam, ~0u})
+            for (const int64_t numel : {33, 513, 2345}) {
+              problem.numel = numel;
+              problem.guard = numel == 513 ? 0 : kGuard;
+              model.add(rounded_stochastically(problem, stochastic));
+            }
+        }
+      }
+    }
+  check_steps(model);
 }
 
 void test_mixtures() {
   std::mt19937 random(5);
-  for (const RuleId rule : kRules) {
-    Model model = empty_model(rule);
-    for (Problem problem : problems_of(rule))
-      for (int run = 0; run < 60; ++run) {
-        for (DType& dtype : problem.dtypes) dtype = kAllDTypes[random() % 4];
-        problem.numel = sizes()[random() % sizes().size()];
-        problem.guard = run % 2 == 0 ? 0 : kGuard;
-        model.add(problem);
-      }
-    check_steps(model);
-  }
+  Model model = empty_model();
+  for (Problem problem : all_problems())
+    for (int run = 0; run < 60; ++run) {
+      problem.numel = sizes()[random() % sizes().size()];
+      problem.guard = run % 2 == 0 ? 0 : kGuard;
+      model.add(in_any_formats(problem, random));
+    }
+  check_steps(model);
 }
 
 // Each operand alone, then all, off the alignment that vectors need.
 void test_misaligned() {
   std::mt19937 random(6);
-  for (const RuleId rule : kRules) {
-    Model model = empty_model(rule);
-    for (Problem problem : problems_of(rule))
-      for (int mixture = 0; mixture < 6; ++mixture)
-        for (size_t moved = 0; moved <= problem.dtypes.size(); ++moved)
-          for (const int64_t by : {1, 2, 4}) {
-            for (DType& dtype : problem.dtypes)
-              dtype = kAllDTypes[mixture < 4 ? mixture : static_cast<int>(random() % 4)];
-            problem.shifts.assign(problem.dtypes.size(), moved == problem.dtypes.size() ? by : 0);
-            if (moved < problem.dtypes.size()) problem.shifts[moved] = by;
-            problem.numel = by == 1 ? 777 : 130;  // a block's and a warp's
-            model.add(problem);
-          }
-    check_steps(model);
-  }
+  Model model = empty_model();
+  for (const Problem& problem : all_problems())
+    for (int mixture = 0; mixture < 8; ++mixture)
+      for (int moved = 0; moved <= kMaxOperands; ++moved)
+        for (const int64_t by : {1, 2, 4}) {
+          Problem shifted = mixture < 4 ? in_format(problem, kAllDTypes[mixture])
+                                        : in_any_formats(problem, random);
+          if (moved < kMaxOperands && !shifted.has(moved)) continue;
+          for (int k = 0; k < kMaxOperands; ++k)
+            if (moved == k || moved == kMaxOperands) shifted.shifts[static_cast<size_t>(k)] = by;
+          shifted.numel = by == 1 ? 777 : 130;  // a block's and a warp's
+          model.add(shifted);
+        }
+  check_steps(model);
 }
 
 void test_strided() {
   std::mt19937 random(7);
-  for (const RuleId rule : kRules) {
-    Model model = empty_model(rule);
-    for (const Problem& problem : problems_of(rule))
-      for (const Dims& dims : strided_layouts())
-        for (int mixture = 0; mixture < 5; ++mixture) {
-          Problem strided = in_format(with_dims(problem, dims), kAllDTypes[mixture % 4]);
-          if (mixture == 4)
-            for (DType& dtype : strided.dtypes) dtype = kAllDTypes[random() % 4];
-          strided.guard = mixture % 2 == 0 ? 0 : kGuard;
-          model.add(strided);
-        }
-    model.add(with_dims(problems_of(rule)[0], {{0, {2, 1, 1, 1, 1}}}));
-    check_steps(model);
-  }
+  Model model = empty_model();
+  for (const Problem& problem : all_problems())
+    for (const Dims& dims : strided_layouts())
+      for (int mixture = 0; mixture < 8; ++mixture) {
+        Problem strided = with_dims(problem, dims);
+        strided =
+            mixture < 4 ? in_format(strided, kAllDTypes[mixture]) : in_any_formats(strided, random);
+        strided.guard = mixture % 2 == 0 ? 0 : kGuard;
+        model.add(strided);
+      }
+  model.add(with_dims(all_problems()[0], {{0, {2, 1, 1, 1, 1, 1, 1, 1}}}));
+  check_steps(model);
+}
+
+// Numbers that the quick square roots and divisions are not made for, and zeros.
+void test_special_values() {
+  std::mt19937 random(10);
+  Model model = empty_model();
+  for (Problem problem : all_problems())
+    for (int run = 0; run < 24; ++run) {
+      problem.numel = sizes()[random() % sizes().size()];
+      model.add(run < 4 ? in_format(problem, kAllDTypes[run]) : in_any_formats(problem, random));
+      Tensor& tensor = model.tensors.back();
+      // Few in a tensor, so that each has neighbours without need for care, or many.
+      put_special_values(tensor.problem, tensor.buffers, run % 3 == 0 ? 2 : 40, random);
+    }
+  check_steps(model);
 }
 
 void test_many_small_tensors() {
-  Model model = empty_model(RuleId::kAdam);
-  Problem problem = problems_of(RuleId::kAdam)[0];
+  Model model = empty_model();
+  Problem problem = problems_of(kIdOf<Adam>)[0];
   for (int i = 0; i < 10000; ++i) {
     problem.numel = i % 7 == 0 ? 64 : i % 5;
     model.add(problem);
@@ -112,24 +145,25 @@ void test_many_small_tensors() {
 
 void test_one_large_tensor() {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
-    Problem problem = in_format(problems_of(RuleId::kAdam)[0], dtype);
+    Problem problem = in_format(problems_of(kIdOf<Adam>).back(), dtype);
     problem.numel = 65536 + 77;
     problem.guard = 0;
-    Model model = empty_model(RuleId::kAdam);
-    model.add(problem);
+    Model model = empty_model();
+    model.add(rounded_stochastically(problem, ~0u));
     check_steps(model);
   }
 }
 
 // Numbers of scalars that fit into a kernel's arguments and that do not, in float and in double.
 void test_many_scalars() {
-  for (const RuleId rule : kRules)
-    for (const int count : {31, 32, 33, 64, 65, 76, 77, 153, 154, 400}) {
-      Model model = empty_model(rule);
-      model.scalars.clear();
-      Problem problem = problems_of(rule).back();
-      problem.numel = 5;
+  for (const int fit :
+       {UpdateArguments<Sgd, float>::kFew, UpdateArguments<Sgd, double>::kFew,
+        UpdateArguments<Adam, float>::kFew, UpdateArguments<Adam, double>::kFew, 400})
+    for (const int count : {fit - 1, fit, fit + 1}) {
+      Model model;
       for (int i = 0; i < count; ++i) {
+        Problem problem = problems_of(static_cast<RuleId>(i / 2 % Rules::kSize)).back();
+        problem.numel = 5;
         problem.hyper.lr = 0.001 * i;
         model.scalars.push_back(scalars_at(problem, {3, false}, 1.0));
         for (const DType dtype : kAllDTypes) model.add(in_format(problem, dtype), 0, i);
@@ -139,18 +173,15 @@ void test_many_scalars() {
 }
 
 // A tensor of any kind.
-Problem any_problem(RuleId rule, std::mt19937& random) {
-  const auto problems = problems_of(rule);
-  Problem problem = problems[random() % problems.size()];
-  const bool is_uniform = random() % 3 > 0;
-  const DType dtype = kAllDTypes[random() % 4];
-  for (DType& found : problem.dtypes) found = is_uniform ? dtype : kAllDTypes[random() % 4];
+Problem any_problem(std::mt19937& random) {
+  static const std::vector<Problem> kProblems = all_problems();
+  const Problem problem = in_any_formats(kProblems[random() % kProblems.size()], random);
   if (random() % 4 == 0)
     return with_dims(problem, strided_layouts()[random() % strided_layouts().size()]);
-  problem.numel = sizes()[random() % sizes().size()];
-  problem.shifts.assign(problem.dtypes.size(), 0);
-  for (int64_t& shift : problem.shifts) shift = random() % 8 == 0 ? 1 : 0;
-  return problem;
+  Problem dense = problem;
+  dense.numel = sizes()[random() % sizes().size()];
+  for (int64_t& shift : dense.shifts) shift = random() % 8 == 0 ? 1 : 0;
+  return dense;
 }
 
 // What users do between two steps.
@@ -160,42 +191,42 @@ void disturb(Model& model, std::mt19937& random) {
     if (random() % 5 == 0) tensor.buffers = std::vector<Buffer>(tensor.buffers);  // moves
     if (random() % 30 == 0) tensor.gpu = 3 - tensor.gpu;
     if (random() % 30 == 0) {
-      tensor.problem = any_problem(model.rule, random);
+      tensor.problem = any_problem(random);
       tensor.buffers = make_buffers(tensor.problem, static_cast<uint32_t>(random()));
     }
-    tensor.scalars = static_cast<int>(random() % model.scalars.size());
   }
-  if (random() % 4 == 0) model.scalars.resize(1 + random() % 100, model.scalars[0]);
-  for (Scalars& scalars : model.scalars) {
-    Problem problem = problems_of(model.rule).back();
+  // Groups of scalars, one for each rule.
+  if (random() % 4 == 0) model.scalars.resize((1 + random() % 50) * Rules::kSize);
+  for (size_t i = 0; i < model.scalars.size(); ++i) {
+    Problem problem = problems_of(static_cast<RuleId>(i % Rules::kSize)).back();
     problem.hyper.lr = static_cast<double>(random() % 1000) / 1000;
-    scalars = scalars_at(problem, {1 + random() % 10, false}, 1.0);
+    model.scalars[i] = scalars_at(problem, {1 + random() % 10, false}, 1.0);
   }
+  const auto groups = model.scalars.size() / Rules::kSize;
   for (Tensor& tensor : model.tensors)
-    tensor.scalars = tensor.scalars % static_cast<int>(model.scalars.size());
+    tensor.scalars = static_cast<int>(random() % groups) * Rules::kSize + tensor.problem.rule;
 }
 
 // Anything may change from one step to the next, on two GPUs.
 void test_everything_changes() {
   std::mt19937 random(8);
-  for (const RuleId rule : kRules)
-    for (int run = 0; run < 3; ++run) {
-      Gpus gpus;
-      Model model = empty_model(rule);
-      for (int i = 0; i < 30; ++i) model.add(any_problem(rule, random), i % 2 == 0 ? 0 : 3);
-      for (int step = 0; step < 15; ++step) {
-        check_steps(gpus, model);
-        if (step % 3 != 0) disturb(model, random);
-      }
+  for (int run = 0; run < 6; ++run) {
+    Gpus gpus;
+    Model model = empty_model();
+    for (int i = 0; i < 30; ++i) model.add(any_problem(random), i % 2 == 0 ? 0 : 3);
+    for (int step = 0; step < 15; ++step) {
+      check_steps(gpus, model);
+      if (step % 3 != 0) disturb(model, random);
     }
+  }
 }
 
 // Pointers that change, as grads do that are made anew, cost no memory of the device.
 void test_memory_is_kept() {
   Gpus gpus;
-  Model model = empty_model(RuleId::kAdam);
+  Model model = empty_model();
   for (const int64_t numel : sizes()) {
-    Problem problem = problems_of(RuleId::kAdam)[0];
+    Problem problem = problems_of(kIdOf<Adam>)[0];
     problem.numel = numel;
     for (const int gpu : {0, 3}) model.add(problem, gpu);
   }
@@ -213,22 +244,21 @@ void test_memory_is_kept() {
 
 // found_inf is read on the device; above 0 nothing changes.
 void test_found_inf() {
-  for (const RuleId rule : kRules)
-    for (const float found_inf : {0.0f, 1.0f, 2.0f}) {
-      Gpus gpus;
-      Model model = empty_model(rule);
-      for (const Problem& problem : problems_of(rule))
-        for (const DType dtype : kAllDTypes) {
-          model.add(in_format(problem, dtype));
-          model.add(in_format(with_dims(problem, strided_layouts()[0]), dtype));
-        }
-      Model expected = model;
-      if (found_inf == 0) step_on_cpu(expected);
-      Gpus::Options options;
-      options.found_inf = &found_inf;
-      gpus.step(model, options);
-      CHECK(model.has_values_of(expected));
-    }
+  for (const float found_inf : {0.0f, 1.0f, 2.0f}) {
+    Gpus gpus;
+    Model model = empty_model();
+    for (const Problem& problem : all_problems())
+      for (const DType dtype : kAllDTypes) {
+        model.add(in_format(problem, dtype));
+        model.add(in_format(with_dims(problem, strided_layouts()[0]), dtype));
+      }
+    Model expected = model;
+    if (found_inf == 0) step_on_cpu(expected);
+    Gpus::Options options;
+    options.found_inf = &found_inf;
+    gpus.step(model, options);
+    CHECK(model.has_values_of(expected));
+  }
 }
 
 // A step that finds no memory changes nothing, and the next one is right.
@@ -236,8 +266,8 @@ void test_no_memory() {
   std::mt19937 random(9);
   for (int allocations = 0; allocations < 4; ++allocations) {
     Gpus gpus;
-    Model model = empty_model(RuleId::kSgd);
-    for (int i = 0; i < 20; ++i) model.add(any_problem(RuleId::kSgd, random), i % 2 == 0 ? 0 : 3);
+    Model model = empty_model();
+    for (int i = 0; i < 20; ++i) model.add(any_problem(random), i % 2 == 0 ? 0 : 3);
     const Model before = model;
     gpus.fail_in(allocations);
     bool failed = false;
@@ -254,12 +284,12 @@ void test_no_memory() {
 
 void test_nothing_to_do() {
   Gpus gpus;
-  Model model = empty_model(RuleId::kSgd);
+  Model model = empty_model();
   gpus.step(model);  // no tensors
-  model.add(problems_of(RuleId::kSgd)[0]);
+  model.add(problems_of(kIdOf<Sgd>)[0]);
   model.tensors[0].idle = true;
   check_steps(gpus, model, 2);
-  Problem problem = problems_of(RuleId::kSgd)[0];
+  Problem problem = problems_of(kIdOf<Sgd>)[0];
   problem.numel = 0;
   for (int i = 0; i < 9; ++i) model.add(problem);
   check_steps(gpus, model, 2);
@@ -271,9 +301,11 @@ void test_nothing_to_do() {
 
 void test_gpu() {
   test_formats_and_sizes();
+  test_masters_and_averages();
   test_mixtures();
   test_misaligned();
   test_strided();
+  test_special_values();
   test_many_small_tensors();
   test_one_large_tensor();
   test_many_scalars();

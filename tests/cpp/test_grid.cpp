@@ -108,7 +108,8 @@ void test_many_blocks() {
   CHECK(check_grid({65536}) == 65536 / cuda::kMinChunkElements);
   CHECK(check_grid(Sizes(10000, 64)) == 10000 / kBlockWarps);
   CHECK(check_grid(Sizes(10000, 1)) == 10000 / kBlockWarps);
-  CHECK(check_grid(Sizes(1000, 1000)) == 2000);
+  CHECK(check_grid(Sizes(1000, cuda::kMinChunkElements)) == 1000);
+  CHECK(check_grid(Sizes(1000, cuda::kMinChunkElements + 1)) == 2000);
 }
 
 void test_huge() {

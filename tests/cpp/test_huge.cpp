@@ -48,16 +48,19 @@ class Reserved {
 class Huge {
  public:
   explicit Huge(const Problem& problem) : problem_(problem), starts_(plan_grid({problem.numel})) {
-    for (size_t k = 0; k < problem.dtypes.size(); ++k) {
-      const int64_t elements =
-          problem.dims.empty() ? problem.numel : extent(problem.dims, static_cast<int>(k));
-      memory_.push_back(std::make_unique<Reserved>(problem.dtypes[k], elements + shift(k)));
+    for (int k = 0; k < kMaxOperands; ++k) {
+      const DType dtype = dtype_of(k);
+      work_.formats.dtypes[k] = dtype;
+      memory_.emplace_back();
+      if (dtype == DType::kAbsent) continue;
+      const int64_t elements = problem.dims.empty() ? problem.numel : extent(problem.dims, k);
+      memory_.back() = std::make_unique<Reserved>(dtype, elements + shift(k));
       work_.data[k] = place(k, 0);
-      work_.dtypes[k] = problem.dtypes[k];
     }
+    work_.formats.stochastic = static_cast<uint8_t>(problem.stochastic);
     work_.numel = problem.numel;
     work_.layout = problem.dims.empty() ? kDense : 0;
-    work_.num_operands = static_cast<uint8_t>(memory_.size());
+    work_.rule = problem.rule;
     work_.variant = static_cast<uint8_t>(problem.variant);
     work_.device = kFirstGpu;
   }
@@ -75,58 +78,67 @@ class Huge {
 
     const int64_t first = std::max<int64_t>(begin - kGuard, 0);
     const int64_t last = std::min(end + kGuard, problem_.numel);
-    write(first, make_buffers(part(last - first)));
+    write(first, make_buffers(part(first, last)));
     const auto before = read(first, begin), behind = read(end, last);
     auto expected = read(begin, end);
-    update_one_by_one(part(end - begin), expected);
+    update_one_by_one(part(begin, end), expected);
     run(chunk);
     CHECK(read(begin, end) == expected);
     CHECK(read(first, begin) == before && read(end, last) == behind);
   }
 
  private:
-  int64_t shift(size_t k) const { return problem_.shifts.empty() ? 0 : problem_.shifts[k]; }
+  DType dtype_of(int operand) const { return problem_.dtypes[static_cast<size_t>(operand)]; }
+  int64_t shift(int operand) const { return problem_.shifts[static_cast<size_t>(operand)]; }
 
-  void* place(size_t k, int64_t element) const {
-    return memory_[k]->place(shift(k) + offset_of(problem_, element, k));
+  void* place(int operand, int64_t element) const {
+    return memory_[static_cast<size_t>(operand)]->place(shift(operand) +
+                                                        offset_of(problem_, element, operand));
   }
 
-  // As many elements of the same kind, without anything between or around them.
-  Problem part(int64_t numel) const {
+  // Elements [begin, end) without anything between or around them.
+  Problem part(int64_t begin, int64_t end) const {
     Problem part = problem_;
     part.dims.clear();
-    part.shifts.clear();
+    part.shifts = {};
     part.guard = 0;
-    part.numel = numel;
+    part.numel = end - begin;
+    part.first_number = begin;
     return part;
   }
 
-  void write(int64_t first, std::vector<Buffer> buffers) {
-    for (size_t k = 0; k < buffers.size(); ++k) {
-      const auto item = static_cast<size_t>(item_size(problem_.dtypes[k]));
-      for (size_t i = 0; i * item < buffers[k].bytes().size(); ++i)
-        std::memcpy(place(k, first + static_cast<int64_t>(i)), &buffers[k].bytes()[i * item], item);
+  // Calls `f` with a buffer's item of each element from `first` and its place in the tensor.
+  template <class F>
+  void for_each_item(int64_t first, std::vector<Buffer>& buffers, const F& f) const {
+    for (int k = 0; k < kMaxOperands; ++k) {
+      if (!problem_.has(k)) continue;
+      std::vector<uint8_t>& bytes = buffers[static_cast<size_t>(k)].bytes();
+      const auto item = static_cast<size_t>(item_size(dtype_of(k)));
+      for (size_t i = 0; i * item < bytes.size(); ++i)
+        f(&bytes[i * item], place(k, first + static_cast<int64_t>(i)), item);
     }
   }
 
+  void write(int64_t first, std::vector<Buffer> buffers) {
+    for_each_item(first, buffers,
+                  [](const void* from, void* to, size_t size) { std::memcpy(to, from, size); });
+  }
+
   std::vector<Buffer> read(int64_t begin, int64_t end) const {
-    std::vector<Buffer> buffers = make_buffers(part(end - begin));
-    for (size_t k = 0; k < buffers.size(); ++k) {
-      const auto item = static_cast<size_t>(item_size(problem_.dtypes[k]));
-      for (size_t i = 0; i * item < buffers[k].bytes().size(); ++i)
-        std::memcpy(&buffers[k].bytes()[i * item], place(k, begin + static_cast<int64_t>(i)), item);
-    }
+    std::vector<Buffer> buffers = make_buffers(part(begin, end));
+    for_each_item(begin, buffers,
+                  [](void* to, const void* from, size_t size) { std::memcpy(to, from, size); });
     return buffers;
   }
 
   void run(const ChunkStart* chunk) {
     const Layout layout = {problem_.dims.data(), static_cast<int>(problem_.dims.size())};
     UpdateCall call = {};
-    call.rule = problem_.rule;
-    call.column = column_of(work_);
+    call.column = {problem_.rule, is_in_double(work_)};
     call.works = &work_;
     call.chunks = chunk;
     call.num_chunks = 1;
+    call.warp_bytes = call.column.in_double ? warp_bytes<double>(work_) : warp_bytes<float>(work_);
     call.layouts = &layout;
     call.few_scalars = &problem_.scalars;
     call.num_few_scalars = 1;
@@ -153,30 +165,35 @@ Problem dense(RuleId rule, DType dtype, int64_t numel) {
 void test_dense() {
   const int64_t numel = 2 * kTwo30 + 4096 + 3;
   const auto chunks = {int64_t{0}, 2 * kTwo30 - 1, 2 * kTwo30, numel - 1};
-  check_chunks(dense(RuleId::kSgd, DType::kBFloat16, numel), chunks);
-  check_chunks(dense(RuleId::kAdam, DType::kFloat32, numel), chunks);
+  check_chunks(dense(kIdOf<Sgd>, DType::kBFloat16, numel), chunks);
+  check_chunks(dense(kIdOf<Adam>, DType::kFloat32, numel), chunks);
 
-  Problem mixture = dense(RuleId::kSgd, DType::kFloat32, numel);
-  mixture.dtypes[kGrad] = DType::kBFloat16;
+  Problem mixture = dense(kIdOf<Sgd>, DType::kBFloat16, numel);
+  mixture.dtypes[kFirstState] = DType::kFloat32;
+  mixture.dtypes[kMaster] = DType::kRemainder;
+  mixture.dtypes[kAverage] = DType::kFloat32;
   check_chunks(mixture, chunks);
 
-  Problem misaligned = dense(RuleId::kSgd, DType::kFloat32, numel);
-  misaligned.shifts = {0, 1, 0};
+  Problem misaligned = dense(kIdOf<Sgd>, DType::kFloat32, numel);
+  misaligned.shifts[kGrad] = 1;
+  check_chunks(misaligned, chunks);
+  misaligned.shifts[kParam] = 1;
   check_chunks(misaligned, chunks);
 
-  check_chunks(dense(RuleId::kSgd, DType::kFloat16, 5 * kTwo30),
-               {0, 4 * kTwo30 - 1, 4 * kTwo30, 5 * kTwo30 - 1});
+  // Draws depend on the number of an element, its bits beyond 32 and 33 too.
+  check_chunks(rounded_stochastically(dense(kIdOf<Sgd>, DType::kBFloat16, 8 * kTwo30 + 5), ~0u),
+               {0, 4 * kTwo30 - 1, 4 * kTwo30, 8 * kTwo30 - 1, 8 * kTwo30});
 }
 
 // The widest of the operands' strides goes beyond 2^31, or the numbers of elements do.
 void test_strided() {
-  const Problem problem = in_format(problems_of(RuleId::kSgd).back(), DType::kBFloat16);
-  const Dims transposed = {{3, {kTwo30, 1, kTwo30, 0, 0}}, {kTwo30, {1, 3, 1, 0, 0}}};
+  const Problem problem = in_format(problems_of(kIdOf<Sgd>).back(), DType::kBFloat16);
+  const Dims transposed = {{3, {kTwo30, 1, kTwo30}}, {kTwo30, {1, 3, 1}}};
   check_chunks(with_dims(problem, transposed), {0, 2 * kTwo30 - 1, 2 * kTwo30, 3 * kTwo30 - 1});
-  const Dims apart = {{5, {kTwo30, 3, 700, 0, 0}}, {3, {1, 1, 200, 0, 0}}};
+  const Dims apart = {{5, {kTwo30, 3, 700}}, {3, {1, 1, 200}}};
   check_chunks(with_dims(problem, apart), {0});
   // No dim may be taken for its last 32 bits, in the first chunk either.
-  const Dims expanded = {{4 * kTwo30 + 5, {1, 0, 1, 0, 0}}};
+  const Dims expanded = {{4 * kTwo30 + 5, {1, 0, 1}}};
   check_chunks(with_dims(problem, expanded), {0, 2 * kTwo30, 4 * kTwo30, 4 * kTwo30 + 4});
 }
 

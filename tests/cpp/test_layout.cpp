@@ -70,9 +70,9 @@ void test_huge_tensor() {  // element counts beyond 32 bits
     CHECK(starts[chunk].element < starts[chunk + 1].element);
 }
 
-using Offsets = std::array<int64_t, kMaxOperands>;
+using Offsets = std::array<int64_t, kIndex + 1>;
 
-// Where the operands of each element are, as a sorted list.
+// Where the operands of each element are and what its number is, as a sorted list.
 std::vector<Offsets> elements(const Dims& dims) {
   std::vector<Offsets> all = {Offsets{}};
   for (const Dim& dim : dims) {
@@ -80,7 +80,7 @@ std::vector<Offsets> elements(const Dims& dims) {
     for (const Offsets& at : all)
       for (int64_t i = 0; i < dim.size; ++i) {
         Offsets moved = at;
-        for (size_t k = 0; k < kMaxOperands; ++k) moved[k] += i * dim.strides[k];
+        for (size_t k = 0; k <= kIndex; ++k) moved[k] += i * dim.strides[k];
         next.push_back(moved);
       }
     all.swap(next);
@@ -123,11 +123,17 @@ void test_coalesce_keeps_partners() {
 }
 
 void test_descriptions() {
-  CHECK(is_dense({}, 5));
-  CHECK(is_dense({{9, {1, 1, 1, 2, 0}}}, 3));
-  CHECK(!is_dense({{9, {1, 1, 1, 2, 0}}}, 4));
-  CHECK(!is_dense({{9, {1, 0}}}, 2));
-  CHECK(!is_dense({{3, {3, 3}}, {3, {1, 1}}}, 2));
+  CHECK(is_dense({}, 0b11111));
+  CHECK(is_dense({consecutive(9)}, (1u << kMaxOperands) - 1));
+  const Dims one_apart = {{9, {1, 1, 1, 2, 1, 0}}};
+  CHECK(is_dense(one_apart, 0b10111));
+  CHECK(!is_dense(one_apart, 0b01000) && !is_dense(one_apart, 0b11111));
+  CHECK(!is_dense(one_apart, 0b100111));
+  CHECK(!is_dense({{3, {3, 3}}, {3, {1, 1}}}, 0b11));
+  // The element numbers of what is stepped as one run are a run too.
+  Dim numbered_apart = consecutive(9);
+  numbered_apart.strides[kIndex] = 2;
+  CHECK(!is_dense({numbered_apart}, 0b11));
   CHECK(extent({}, kParam) == 1);
   CHECK(extent({{3, {10, 0}}, {4, {2, 1}}}, kParam) == 27);
   CHECK(extent({{3, {10, 0}}, {4, {2, 1}}}, kGrad) == 4);

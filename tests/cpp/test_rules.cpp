@@ -1,6 +1,7 @@
 // The rules against the textbook formulas in double, in every variant.
 #include "check.h"
 
+#include "core/element.h"
 #include "core/schedule.h"
 
 #include <algorithm>
@@ -38,94 +39,142 @@ Hyper adam_hyper() {
   return hyper;
 }
 
-template <class T, Momentum kMomentum, Decay kDecay>
+template <class T, int kVariant>
 void test_sgd(double sign) {
+  using Momentum = Sgd::Momentum;
+  constexpr Sgd::Variant kIs = Sgd::Variant::of(kVariant);
   Hyper hyper = sgd_hyper();
   hyper.maximize = sign < 0;
-  T param = T(1.5), buffer = 0, unused1 = T(7), unused2 = T(8);
+  T param = T(1.5), state[] = {kIs.uses(Sgd::kMomentumBuffer) ? T(0) : T(7)};
   double p = param, v = 0;
   for (int step = 0; step < kSteps; ++step) {
     const Time time = {static_cast<uint64_t>(step) + 1, step == 0};
-    const Sgd<T, kMomentum, kDecay> rule = {
-        schedule_rule(SgdFamily{}, hyper, time, {4.0, 0}).template as<T>()};
-    rule(param, static_cast<T>(4 * kGrads[step]), buffer, unused1, unused2);
+    const auto scalars = Sgd::scalars(hyper, time, {4.0, 0}).template as<T>();
+    Ieee math;
+    Sgd::update<kVariant>(scalars, math, param, static_cast<T>(4 * kGrads[step]), state);
 
     double g = sign * static_cast<T>(4 * kGrads[step]) / 4;
-    if (kDecay == Decay::kL2) g += hyper.weight_decay * p;
-    if (kDecay == Decay::kDecoupled) p *= 1 - hyper.lr * hyper.weight_decay;
+    if (kIs.decay == Decay::kL2) g += hyper.weight_decay * p;
+    if (kIs.decay == Decay::kDecoupled) p *= 1 - hyper.lr * hyper.weight_decay;
     v = step == 0 ? g : hyper.momentum * v + (1 - hyper.dampening) * g;
-    if (kMomentum == Momentum::kHeavyBall) g = v;
-    if (kMomentum == Momentum::kNesterov) g += hyper.momentum * v;
+    if (kIs.momentum == Momentum::kHeavyBall) g = v;
+    if (kIs.momentum == Momentum::kNesterov) g += hyper.momentum * v;
     p -= hyper.lr * g;
   }
   constexpr double epsilon = std::numeric_limits<T>::epsilon();
   CHECK(near(param, p, epsilon));
-  CHECK(near(buffer, kMomentum == Momentum::kNone ? 0 : v, epsilon));
-  CHECK(unused1 == T(7) && unused2 == T(8));
+  if (kIs.momentum == Momentum::kNone)
+    CHECK(state[Sgd::kMomentumBuffer] == T(7));
+  else
+    CHECK(near(state[Sgd::kMomentumBuffer], v, epsilon));
 }
 
-template <class T, Decay kDecay, bool kAmsgrad>
+template <class T, int kVariant>
 void test_adam(double sign, double beta1) {
+  constexpr Adam::Variant kIs = Adam::Variant::of(kVariant);
+  if (!kIs.averages_grads && beta1 != 0) return;
   Hyper hyper = adam_hyper();
   hyper.maximize = sign < 0;
   hyper.beta1 = beta1;
-  T param = T(1.5), exp_avg = 0, exp_avg_sq = 0, max_exp_avg_sq = kAmsgrad ? T(0) : T(7);
+  T param = T(1.5), state[Adam::kNumStates];
+  for (int s = 0; s < Adam::kNumStates; ++s) state[s] = kIs.uses(s) ? T(0) : T(7);
   double p = param, m = 0, v = 0, largest = 0;
   for (int step = 1; step <= kSteps; ++step) {
     const Time time = {static_cast<uint64_t>(step), step == 1};
-    const Adam<T, kDecay, kAmsgrad> rule = {
-        schedule_rule(AdamFamily{}, hyper, time, {4.0, 0}).template as<T>()};
-    rule(param, static_cast<T>(4 * kGrads[step - 1]), exp_avg, exp_avg_sq, max_exp_avg_sq);
+    const auto scalars = Adam::scalars(hyper, time, {4.0, 0}).template as<T>();
+    Ieee math;
+    Adam::update<kVariant>(scalars, math, param, static_cast<T>(4 * kGrads[step - 1]), state);
 
     double g = sign * static_cast<T>(4 * kGrads[step - 1]) / 4;
-    if (kDecay == Decay::kDecoupled) p *= 1 - hyper.lr * hyper.weight_decay;
-    if (kDecay == Decay::kL2) g += hyper.weight_decay * p;
+    if (kIs.decay == Decay::kDecoupled) p *= 1 - hyper.lr * hyper.weight_decay;
+    if (kIs.decay == Decay::kL2) g += hyper.weight_decay * p;
     m = hyper.beta1 * m + (1 - hyper.beta1) * g;
     v = hyper.beta2 * v + (1 - hyper.beta2) * g * g;
     largest = std::max(largest, v);
     const double m_hat = m / (1 - std::pow(hyper.beta1, step));
-    const double v_hat = (kAmsgrad ? largest : v) / (1 - std::pow(hyper.beta2, step));
+    const double v_hat = (kIs.amsgrad ? largest : v) / (1 - std::pow(hyper.beta2, step));
     p -= hyper.lr * m_hat / (std::sqrt(v_hat) + hyper.eps);
   }
   constexpr double epsilon = std::numeric_limits<T>::epsilon();
   CHECK(near(param, p, epsilon));
-  CHECK(near(exp_avg, m, epsilon));
-  CHECK(near(exp_avg_sq, v, epsilon));
-  CHECK(near(max_exp_avg_sq, kAmsgrad ? largest : 7, epsilon));
+  const double expected[] = {m, v, largest};
+  for (int s = 0; s < Adam::kNumStates; ++s) {
+    if (kIs.uses(s))
+      CHECK(near(state[s], expected[s], epsilon));
+    else
+      CHECK(state[s] == T(7));
+  }
 }
 
-template <class T, Decay kDecay>
-void test_all_sgd(double sign) {
-  test_sgd<T, Momentum::kNone, kDecay>(sign);
-  test_sgd<T, Momentum::kHeavyBall, kDecay>(sign);
-  test_sgd<T, Momentum::kNesterov, kDecay>(sign);
+// Calls `f` with the number of every variant of a rule, as a constant.
+template <class Rule, class F>
+void for_each_variant(const F& f) {
+  for (int variant = 0; variant < Rule::kNumVariants; ++variant) with_variant<Rule>(variant, f);
+}
+
+// Numbers name variants, each one exactly once.
+template <class Rule>
+void test_numbers() {
+  int called = 0;
+  for_each_variant<Rule>([&](auto number) {
+    CHECK(number == called++);
+    CHECK(Rule::Variant::of(number).number() == number);
+  });
+  CHECK(called == Rule::kNumVariants && called <= 256);
+}
+
+void test_list() {
+  CHECK(kIdOf<Sgd> != kIdOf<Adam>);
+  for (int id = 0; id < Rules::kSize; ++id) {
+    int called = 0;
+    with_rule(static_cast<RuleId>(id), [&](auto rule) {
+      using Rule = decltype(rule);
+      ++called;
+      CHECK(kIdOf<Rule> == id && Rule::kNumStates <= kMaxStates);
+      test_numbers<Rule>();
+    });
+    CHECK(called == 1);
+  }
 }
 
 template <class T>
-void test_all_adam(double sign, double beta1) {
-  test_adam<T, Decay::kNone, false>(sign, beta1);
-  test_adam<T, Decay::kNone, true>(sign, beta1);
-  test_adam<T, Decay::kL2, false>(sign, beta1);
-  test_adam<T, Decay::kL2, true>(sign, beta1);
-  test_adam<T, Decay::kDecoupled, false>(sign, beta1);
-  test_adam<T, Decay::kDecoupled, true>(sign, beta1);
+void test_average(double rate) {
+  const Average<T> average = average_at(rate).template as<T>();
+  for (const T ema : {T(-3), T(0), T(0.3)})
+    for (const T weight : {T(0.7), T(-2), T(0.3)}) {
+      const double expected = static_cast<double>(ema) + rate * (static_cast<double>(weight) - ema);
+      CHECK(near(average(ema, weight), expected, std::numeric_limits<T>::epsilon()));
+      if (rate == 0) CHECK(average(ema, weight) == ema);
+      if (rate == 1) CHECK(average(ema, weight) == weight);
+    }
+  // What comes after a NaN or an infinity that is no longer there.
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  if (rate == 1) CHECK(average(nan, T(2)) == T(2));
+  if (rate == 0) CHECK(average(T(2), nan) == T(2));
+}
+
+bool has_number(Sgd::Variant found, Sgd::Variant expected) {
+  return found.number() == expected.number();
+}
+bool has_number(Adam::Variant found, Adam::Variant expected) {
+  return found.number() == expected.number();
 }
 
 }  // namespace
 
 void test_rules() {
   for (const double sign : {1.0, -1.0}) {
-    test_all_sgd<float, Decay::kNone>(sign);
-    test_all_sgd<float, Decay::kL2>(sign);
-    test_all_sgd<float, Decay::kDecoupled>(sign);
-    test_all_sgd<double, Decay::kNone>(sign);
-    test_all_sgd<double, Decay::kL2>(sign);
-    test_all_sgd<double, Decay::kDecoupled>(sign);
-    for (const double beta1 : {0.0, 0.4, 0.5, 0.9}) {
-      test_all_adam<float>(sign, beta1);
-      test_all_adam<double>(sign, beta1);
-    }
+    for_each_variant<Sgd>([&](auto variant) {
+      test_sgd<float, variant>(sign);
+      test_sgd<double, variant>(sign);
+    });
+    for (const double beta1 : {0.0, 0.4, 0.5, 0.9})
+      for_each_variant<Adam>([&](auto variant) {
+        test_adam<float, variant>(sign, beta1);
+        test_adam<double, variant>(sign, beta1);
+      });
   }
+  test_list();
 }
 
 void test_schedule() {
@@ -140,18 +189,21 @@ void test_schedule() {
     CHECK(std::signbit(keep.high) == std::signbit(1 - decay));
   }
   // Terms that torch skips are variants without the term.
+  using Momentum = Sgd::Momentum;
   Hyper hyper = sgd_hyper();
-  CHECK(variant(SgdFamily{}, hyper) == SgdFamily::variant(Momentum::kHeavyBall, Decay::kL2));
+  CHECK(has_number(Sgd::variant(hyper), {Momentum::kHeavyBall, Decay::kL2}));
   hyper.nesterov = true;
-  CHECK(variant(SgdFamily{}, hyper) == SgdFamily::variant(Momentum::kNesterov, Decay::kL2));
+  CHECK(has_number(Sgd::variant(hyper), {Momentum::kNesterov, Decay::kL2}));
   hyper.momentum = hyper.weight_decay = 0;
-  CHECK(variant(SgdFamily{}, hyper) == SgdFamily::variant(Momentum::kNone, Decay::kNone));
+  CHECK(has_number(Sgd::variant(hyper), {Momentum::kNone, Decay::kNone}));
   hyper = adam_hyper();
-  CHECK(variant(AdamFamily{}, hyper) == AdamFamily::variant(Decay::kL2, false));
+  CHECK(has_number(Adam::variant(hyper), {Decay::kL2, false, true}));
   hyper.decoupled_weight_decay = hyper.amsgrad = true;
-  CHECK(variant(AdamFamily{}, hyper) == AdamFamily::variant(Decay::kDecoupled, true));
+  CHECK(has_number(Adam::variant(hyper), {Decay::kDecoupled, true, true}));
   hyper.weight_decay = 0;
-  CHECK(variant(AdamFamily{}, hyper) == AdamFamily::variant(Decay::kNone, true));
+  CHECK(has_number(Adam::variant(hyper), {Decay::kNone, true, true}));
+  hyper.beta1 = 0;
+  CHECK(has_number(Adam::variant(hyper), {Decay::kNone, true, false}));
   // Clipping, as torch has it.
   hyper.max_grad_norm = 2;
   CHECK(clip_factor(hyper, 1) == 1 && clip_factor(hyper, 4) == 2 / (4 + 1e-6));
@@ -162,4 +214,17 @@ void test_schedule() {
   CHECK(average_rate(hyper, {1, true}) == 1 && average_rate(hyper, {2, false}) == 0.25);
   hyper.ema_bias_correction = true;
   CHECK(average_rate(hyper, {1, true}) == 1 && average_rate(hyper, {2, false}) == 0.25 / 0.4375);
+  for (const double rate : {0.0, 0.001, 0.25, 0.5, 0.6, 0.999, 1.0}) {
+    test_average<float>(rate);
+    test_average<double>(rate);
+  }
+  // What is the same for all rules is put beside what is the rule's own, and found there.
+  hyper.stochastic_rounding = StochasticRounding::kAll;
+  hyper.rounding_seed = 9;
+  Scalars scalars;
+  scalars.set<Adam>(schedule<Adam>(hyper, {2, false}, {}));
+  const CommonScalars<float> common = scalars.of<Adam>().as<float>().common;
+  CHECK(common.rounding_key == rounding_key(9, 2));
+  CHECK(common.average.factor == static_cast<float>(0.25 / 0.4375 - 1));
+  CHECK(scalars.of<Adam>().rule.eps == Adam::scalars(hyper, {2, false}, {}).eps);
 }

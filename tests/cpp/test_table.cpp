@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <set>
 #include <utility>
 #include <vector>
 
@@ -55,27 +54,38 @@ void test_empty_image() {
 constexpr int kGpu = 1;
 constexpr auto kOwn = static_cast<uint8_t>(kFirstGpu + kGpu);
 
-// A share of two dense columns and a strided one.
+// A share of three columns: SGD in float and in double, and Adam in float, where one work is
+// strided. Entry i of the scalars is for rule i % 2.
 class Given {
  public:
   Given() : scalars_(3), dims_({{5, {2, 1}}, {7, {20, 5}}}) {
-    for (int i = 0; i < 12; ++i) add(i < 5 ? DType::kFloat32 : DType::kBFloat16, 10 + 100 * i);
+    for (int i = 0; i < 12; ++i)
+      add(i < 5   ? kIdOf<Sgd>
+          : i < 8 ? kIdOf<Adam>
+                  : static_cast<RuleId>(i % 2),
+          i % 4 == 0 ? DType::kBFloat16 : DType::kFloat32, 10 + 100 * i);
+    for (Work& work : works)
+      if (work.rule == kIdOf<Sgd> && &work - works.data() > 7) set_dtypes(work, DType::kFloat64);
     add_layouts(2);
     works[11].layout = 1;
-    for (size_t i = 0; i < scalars_.size(); ++i) scalars_[i].sgd.rule.lr = static_cast<double>(i);
+    for (size_t i = 0; i < scalars_.size(); ++i) set_scalars_of(i, static_cast<double>(i));
   }
 
-  void add(DType dtype, int64_t numel) {
+  void add(RuleId rule, DType dtype, int64_t numel) {
     Work work = {};
-    for (int k = 0; k < 2; ++k) {
+    for (int k = 0; k < 2; ++k)
       work.data[k] = reinterpret_cast<void*>(uintptr_t{4096} * (2 * works.size() + 7 + k));
-      work.dtypes[k] = dtype;
-    }
+    set_dtypes(work, dtype);
     work.numel = numel;
     work.layout = kDense;
-    work.num_operands = 2;
+    work.rule = rule;
+    work.scalars = rule;
     work.device = kOwn;
     works.push_back(work);
+  }
+
+  static void set_dtypes(Work& work, DType dtype) {
+    for (int k = 0; k < 2; ++k) work.formats.dtypes[k] = dtype;
   }
 
   void add_layouts(int count) {
@@ -83,20 +93,30 @@ class Given {
   }
 
   void set_scalars(int64_t count) { scalars_.resize(static_cast<size_t>(count)); }
-  Scalars& scalars(size_t at) { return scalars_[at]; }
+  // Scalars that are recognised by this number.
+  void set_scalars_of(size_t at, double number) {
+    if (at % 2 == kIdOf<Sgd>) {
+      StepScalars<Sgd, double> scalars = {};
+      scalars.rule.lr = number;
+      scalars_[at].set<Sgd>(scalars);
+    } else {
+      StepScalars<Adam, double> scalars = {};
+      scalars.rule.step_size = number;
+      scalars_[at].set<Adam>(scalars);
+    }
+  }
   Dim& dim(size_t at) { return dims_[at]; }
 
   void add_clocks() {
     groups.resize(2);
     for (size_t i = 0; i < works.size(); ++i)
       clocks.push_back({reinterpret_cast<void*>(64 + 8 * i), static_cast<int32_t>(i % 2),
-                        DType::kFloat32, true, false});
+                        DType::kFloat32, true, false, false});
   }
 
   Share share() const {
     Share share = {};
     share.gpu = kGpu;
-    share.rule = RuleId::kSgd;
     share.works = works.data();
     share.num_works = static_cast<int64_t>(works.size());
     share.layouts = layouts_.data();
@@ -159,6 +179,15 @@ int64_t row_of(const Sender& sender, int64_t work) {
   return std::find(rows.begin(), rows.end(), work) - rows.begin();
 }
 
+// A column's table of the scalars, where those of its own rule are of use.
+template <class Rule, class T>
+void check_scalars(const StepScalars<Rule, T>* found, const Share& share) {
+  for (int64_t i = kIdOf<Rule>; i < share.num_scalars; i += 2) {
+    const auto expected = share.scalars[i].of<Rule>().template as<T>();
+    CHECK(std::memcmp(&found[i], &expected, sizeof(expected)) == 0);
+  }
+}
+
 // All that kernels read is as the share has it.
 void check_device(const Sender& sender, const Given& step) {
   const Parts& parts = sender.table->parts();
@@ -178,15 +207,13 @@ void check_device(const Sender& sender, const Given& step) {
     CHECK(std::equal(layout.dims, layout.dims + layout.num_dims, expected.dims));
   }
   if (share.clocks == nullptr && !has_few_scalars(share))
-    for (int64_t i = 0; i < share.num_scalars; ++i) {
-      const double lr = share.scalars[i].sgd.rule.lr;
-      using InFloat = StepScalars<SgdFamily, float>;
-      using InDouble = StepScalars<SgdFamily, double>;
-      const std::set<bool> used = sender.arrangement.number_types();
-      if (used.count(false) > 0)
-        CHECK(sender.rows_at<InFloat>(parts.scalars[0])[i].rule.lr == static_cast<float>(lr));
-      if (used.count(true) > 0) CHECK(sender.rows_at<InDouble>(parts.scalars[1])[i].rule.lr == lr);
-    }
+    for (size_t c = 0; c < sender.arrangement.columns().size(); ++c)
+      with_types(sender.arrangement.columns()[c].column, [&](auto rule, auto number) {
+        using Rule = decltype(rule);
+        using T = decltype(number);
+        check_scalars<Rule, T>(sender.rows_at<StepScalars<Rule, T>>(sender.table->scalars_of(c)),
+                               share);
+      });
   const auto& chunks = sender.arrangement.chunks();
   CHECK(std::memcmp(sender.table->at(parts.chunks), chunks.data(),
                     chunks.size() * sizeof(ChunkStart)) == 0);
@@ -195,14 +222,18 @@ void check_device(const Sender& sender, const Given& step) {
 // Rows of every column are neighbours, and each work of the device is in one.
 void check_arrangement(const Arrangement& arrangement, const Given& step) {
   int64_t row = 0, chunk = 0;
-  for (const Column& column : arrangement.columns()) {
+  for (const Rows& column : arrangement.columns()) {
     CHECK(column.first_row == row && column.first_chunk == chunk && column.num_rows > 0);
     CHECK(arrangement.chunks()[static_cast<size_t>(chunk + column.num_chunks)].work ==
           column.num_rows);
     for (; row < column.first_row + column.num_rows; ++row) {
       const Work& work =
           step.works[static_cast<size_t>(arrangement.rows()[static_cast<size_t>(row)])];
-      CHECK(work.device == kIdle || (work.device == kOwn && column_of(work) == column.column));
+      if (work.device == kIdle) continue;
+      CHECK(work.device == kOwn && work.rule == column.column.rule &&
+            is_in_double(work) == column.column.in_double);
+      CHECK(column.warp_bytes >=
+            (column.column.in_double ? warp_bytes<double>(work) : warp_bytes<float>(work)));
     }
     chunk += column.num_chunks + 1;
   }
@@ -254,7 +285,7 @@ void test_changed_numbers() {
   Given step;
   Sender sender;
   sender.send(step);
-  step.scalars(1).sgd.rule.lr = 7;  // travels with the kernel's arguments
+  step.set_scalars_of(1, 7);  // travels with the kernel's arguments
   CHECK(sender.send(step) == 0);
   step.dim(1).strides[kGrad] = 9;
   CHECK(sender.send(step) > 0);
@@ -262,9 +293,9 @@ void test_changed_numbers() {
 
   step.set_scalars(300);
   CHECK(sender.send(step) == sender.table->image().size());  // had no room
-  step.scalars(299).sgd.rule.lr = 8;
+  step.set_scalars_of(299, 8);
   const int64_t sent = sender.send(step);
-  CHECK(sent > 0 && sender.first >= sender.table->parts().scalars[0]);
+  CHECK(sent > 0 && sender.first >= sender.table->parts().scalars);
   check_device(sender, step);
   CHECK(sender.send(step) == 0);
   step.set_scalars(3);  // few again, and many again
@@ -291,7 +322,7 @@ void test_changed_clocks() {
     CHECK(clock.step == step.clocks[w].step && clock.active == step.clocks[w].active);
   }
   // The device writes row r's scalars where work r looks for them.
-  for (const Column& column : sender.arrangement.columns())
+  for (const Rows& column : sender.arrangement.columns())
     for (int64_t row = 0; row < column.num_rows; ++row)
       CHECK(sender.rows_at<Work>(parts.works)[column.first_row + row].scalars == row);
   const HyperSource& group = sender.rows_at<HyperSource>(parts.groups)[1];
@@ -333,17 +364,23 @@ void test_moving_works() {
   moves();
   step.works[3].numel *= 2;
   moves();
-  for (DType& dtype : step.works[3].dtypes) dtype = DType::kFloat64;
+  Given::set_dtypes(step.works[3], DType::kFloat64);
   moves();
+  step.works[3].rule = kIdOf<Adam>;  // where nothing was in double
+  moves();
+  step.works[3].formats.dtypes[kMaster] = DType::kFloat32;
   step.works[4].layout = 0;  // dense until now
-  moves();
+  Given::set_dtypes(step.works[5], DType::kFloat16);
+  CHECK(sender.send(step) < sender.table->image().size());  // all of them stay where they are
+  check_arrangement(sender.arrangement, step);
+  check_device(sender, step);
   step.works[0].device = kOwn + 1;
   moves();
   step.works[1].device = kCpu;
   moves();
   step.works[0].device = kOwn;
   moves();
-  step.add(DType::kFloat16, 3);
+  step.add(kIdOf<Sgd>, DType::kFloat16, 3);
   moves();
   step.works.erase(step.works.begin() + 5, step.works.end());
   moves();
@@ -387,6 +424,7 @@ void check_parts(const Given& step) {
   arrangement.update(share);
   const Parts parts = plan_parts(share, arrangement);
   const auto rows = static_cast<int64_t>(arrangement.rows().size());
+  const size_t columns = arrangement.columns().size();
   using Part = std::pair<int64_t, size_t>;  // from, bytes
   std::vector<Part> all = {{parts.chunks, arrangement.chunks().size() * sizeof(ChunkStart)},
                            {parts.dims, parts.max_dims * sizeof(Dim)},
@@ -394,8 +432,7 @@ void check_parts(const Given& step) {
                            {parts.groups, parts.max_groups * sizeof(HyperSource)},
                            {parts.clocks, parts.has_clocks ? rows * sizeof(Clock) : 0},
                            {parts.works, rows * sizeof(Work)},
-                           {parts.scalars[0], parts.max_scalars * sizeof(SgdScalars<float>)},
-                           {parts.scalars[1], parts.max_scalars * sizeof(SgdScalars<double>)},
+                           {parts.scalars, columns * parts.max_scalars * sizeof(Scalars)},
                            {parts.image_bytes, 0},
                            {parts.computed, parts.has_clocks ? rows * sizeof(Scalars) : 0},
                            {parts.bytes, 0}};

@@ -108,6 +108,7 @@ CASES = [
     Case("adam-maximize", "Adam", {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
     Case("adam-low-betas", "Adam", {"lr": 0.01, "betas": (0.3, 0.7), "eps": 1e-3}),
     Case("adam-no-beta1", "Adam", {"lr": 0.01, "betas": (0.0, 0.99)}),
+    Case("adam-no-beta1-amsgrad", "Adam", {"lr": 0.01, "betas": (0.0, 0.99), "amsgrad": True}),
     Case("adamw", "AdamW", {"lr": 0.01}),
     Case("adamw-strong-decay", "AdamW", {"lr": 0.01, "weight_decay": 0.5}),
     Case("adamw-amsgrad", "AdamW", {"lr": 0.01, "betas": (0.8, 0.9), "amsgrad": True}),

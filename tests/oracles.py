@@ -161,7 +161,9 @@ class AdamOracle(Oracle):
         self.param = self.param - self.lr * m_hat / (np.sqrt(v_hat) + self.eps)
 
     def _states(self) -> dict[str, Array]:
-        found = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        # Without beta1 the average of the grads is the grad, and not kept.
+        found = {} if self.beta1 == 0 else {"exp_avg": self.exp_avg}
+        found["exp_avg_sq"] = self.exp_avg_sq
         return {**found, "max_exp_avg_sq": self.max_exp_avg_sq} if self.amsgrad else found
 
 

@@ -1,7 +1,13 @@
 """What the compiler made of the CUDA kernels, read from the extension's machine code.
 
-`python tests/sass.py` prints a table: registers, and the accesses and instructions that
-tests/test_sass.py demands or forbids.
+`python tests/sass.py` prints a table: registers, the accesses and instructions that
+tests/test_sass.py demands or forbids, and for the update kernels what they have to do for an
+element and how much they have under way.
+
+An ordinary step of a setting, AdamW in bfloat16, say, is known by what it must do in the kernel's
+main loop: so many loads, stores, conversions and square roots, and nothing that only rare works and
+elements have. The shortest way round the loop that does exactly that is taken for the ordinary way.
+Whatever is added for each element lies on it, branches too.
 """
 
 import importlib.util
@@ -10,12 +16,13 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-FORMATS = {"f": "float32", "d": "float64", "NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16"}
+TYPES = {"f": "float32", "d": "float64"}
 
 INSTRUCTIONS = {
+    "wide copies": r"\bLDGSTS\.\S*\b128\b",
     "wide loads": r"\bLDG\.\S*\b128\b",
     "wide stores": r"\bSTG\.\S*\b128\b",
     "local": r"\b(?:LDL|STL)\b",
@@ -23,24 +30,155 @@ INSTRUCTIONS = {
     "double": r"\bD(?:ADD|MUL|FMA|SETP|MNMX)\b|\bMUFU\.\w+64H\b|\.F64\b",
 }
 
+# What a thread does for its elements in the main loop of Adam's kernel.
+ELEMENTS = 8
+WIDE_STORE = r"\bSTG\.E\.128\b"
+PACK = r"\bF2FP\.BF16\b"
+UNPACK = r"\b0xffff0000\b"
+ROOT = r"\bMUFU\.RSQ\b"
+DRAW = r"\b0x846ca68b\b|-0x7b935975\b"  # a factor of the hash, once or more often
+# Halves, views at odd places, elements that are done again: nothing of the settings below.
+RARE = r"\bLDG\b|\bF2FP\.F16\b|\bHADD2\b|\bSTG\.E\.U16\b|\bSTG\.E desc|\bSTG\.E \["
+SETTINGS = {
+    "fp32": {WIDE_STORE: 6, PACK: 0, UNPACK: 0, ROOT: 8, DRAW: 0},
+    "bf16": {WIDE_STORE: 3, PACK: 12, UNPACK: 16, ROOT: 8, DRAW: 0},
+    "bf16, stochastic": {WIDE_STORE: 3, PACK: 12, ROOT: 8, DRAW: 1},
+}
+COPIED_OPERANDS = 4
+# Pieces of 16 bytes that a thread copies of them.
+PIECES = {"fp32": 8, "bf16": 4, "bf16, stochastic": 4}
+
+STAGES = 3
+BLOCK_THREADS = 128
+NOTES = 4 * (7 * 16 + 32 + COPIED_OPERANDS * 16)  # bytes of a block, beside the stages
+# Of an SM: bytes of shared memory and threads.
+SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+
+
+@dataclass
+class Block:
+    """Instructions between one branch and the next."""
+
+    instructions: list[str]
+    successors: list[int]
+
 
 @dataclass
 class Kernel:
     arch: str
     kind: str  # update, schedule, measure, total or judge
     rule: str
-    format: str  # "float32", "mixed float32" ..., empty for kernels that have none
+    type: str  # "float32", "float64", empty for kernels that have none
     registers: int
     stack: int  # bytes
     counts: dict[str, int]  # of INSTRUCTIONS
+    code: list[tuple[int, str]] = field(repr=False)  # addresses and instructions
 
     @property
     def is_double(self) -> bool:
-        return self.kind != "update" or "float64" in self.format  # sums of squares end in double
+        return self.kind != "update" or self.type == "float64"  # sums of squares end in double
 
     @property
     def name(self) -> str:
-        return " ".join(filter(None, (self.kind, self.rule, self.format)))
+        return " ".join(filter(None, (self.kind, self.rule, self.type)))
+
+    @property
+    def number(self) -> int:
+        return int(re.sub(r"\D", "", self.arch))
+
+    def under_way(self, setting: str) -> int:
+        """Bytes that an SM's threads have asked for, in a setting of Adam's."""
+        stage = PIECES[setting] * 16 * BLOCK_THREADS
+        block = STAGES * stage + NOTES + 1024  # that CUDA takes itself
+        by_registers = 65536 // (BLOCK_THREADS * -(-self.registers // 8) * 8)
+        by_threads = THREADS[self.number] // BLOCK_THREADS
+        return STAGES * stage * min(by_registers, by_threads, SHARED[self.number] * 1024 // block)
+
+    def ordinary_way(self, setting: str) -> tuple[int, int]:
+        """Instructions and branches for ELEMENTS elements, copies for a later stage included."""
+        blocks, first = main_loop(self.code)
+        required = SETTINGS[setting]
+        ends = []
+        ways = {first: {(0,) * len(required): (0, 0)}}  # to each block, by what was done before it
+        for at in sorted(blocks):
+            text = "\n".join(blocks[at].instructions)
+            if re.search(RARE, text):
+                continue
+            counts = [len(re.findall(what, text)) for what in required]
+            for done, (length, branches) in ways.get(at, {}).items():
+                now = tuple(
+                    min(d + c, 1) if what == DRAW else d + c
+                    for d, c, what in zip(done, counts, required, strict=True)
+                )
+                if any(n > most for n, most in zip(now, required.values(), strict=True)):
+                    continue
+                is_branch = "BRA" in blocks[at].instructions[-1]
+                way = (length + len(blocks[at].instructions), branches + is_branch)
+                for after in blocks[at].successors:
+                    if after == first and now == tuple(required.values()):
+                        ends.append(way)
+                    if after > at:
+                        known = ways.setdefault(after, {}).get(now)
+                        if known is None or way < known:
+                            ways[after][now] = way
+        if not ends:
+            raise AssertionError(
+                f"{self.arch} {self.name}: no way round the main loop is {setting}"
+            )
+        length, branches = min(ends)
+        return length + copy_loop(blocks) * COPIED_OPERANDS, branches
+
+
+def blocks_of(code: list[tuple[int, str]]) -> dict[int, Block]:
+    """The blocks of a kernel, by their addresses."""
+    jump = r"(?:@!?U?P\w+ )?BRA\S* .*?\b0x([0-9a-f]+)"
+    addresses = [address for address, _ in code]
+    starts = {0}
+    for (_, text), after in zip(code, [*addresses[1:], None], strict=True):
+        if found := re.match(jump, text):
+            starts |= {int(found[1], 16), after}
+        elif re.match(r"(?:@!?U?P\w+ )?(?:EXIT|RET|BSYNC)\b", text):
+            starts.add(after)
+    blocks: dict[int, Block] = {}
+    current = 0
+    for (address, text), after in zip(code, [*addresses[1:], None], strict=True):
+        if address in starts:
+            current = address
+            blocks[current] = Block([], [])
+        blocks[current].instructions.append(text)
+        if after is None or after in starts:
+            found = re.match(jump, text)
+            falls = found is None or text.startswith("@") or re.search(r"BRA\S* !?U?P", text)
+            ends = re.match(r"(?:EXIT|RET)\b", text)
+            successors = [int(found[1], 16)] if found else []
+            blocks[current].successors = successors + (
+                [after] if falls and not ends and after is not None else []
+            )
+    return blocks
+
+
+def loops_of(blocks: dict[int, Block]) -> Iterator[tuple[int, int, str]]:
+    """First and last block of loops, and what lies between."""
+    for last, block in blocks.items():
+        for first in block.successors:
+            if first <= last:  # backwards
+                inside = (blocks[at].instructions for at in blocks if first <= at <= last)
+                yield first, last, "\n".join(text for texts in inside for text in texts)
+
+
+def main_loop(code: list[tuple[int, str]]) -> tuple[dict[int, Block], int]:
+    """The blocks of the largest loop that copies and stores, and where it starts."""
+    blocks = blocks_of(code)
+    loops = [(last - first, first, last) for first, last, text in loops_of(blocks)
+             if "LDGSTS" in text and "STG" in text]  # fmt: skip
+    _, first, last = max(loops)
+    return {at: block for at, block in blocks.items() if first <= at <= last}, first
+
+
+def copy_loop(blocks: dict[int, Block]) -> int:
+    """Instructions of the loop that copies an operand."""
+    return min(len(text.splitlines()) for _, _, text in loops_of(blocks) if "LDGSTS" in text)
 
 
 def find_cuobjdump() -> str | None:
@@ -67,19 +205,18 @@ def kernels_of(cuobjdump: str, library: str, arch: str) -> Iterator[Kernel]:
     for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
         symbol = part.split(maxsplit=1)[0]
         kind = re.search(r"\d([a-z]+)_kernel", symbol)[1]
-        family = re.search(r"_kernelINS_\d+(\w+?)Family", symbol)
-        rule = family[1] if family else ""
-        format_ = re.search(r"(Uniform|Mixed|kernel)I(f|d|NS_8BFloat16E|NS_7Float16E)E", symbol)
-        mixed = "mixed " if format_ and format_[1] == "Mixed" else ""
+        types = re.search(r"_kernelI(?:NS_\d+(\w+?)E)?([fd])?E", symbol)
         registers, stack = re.findall(r"\d+", resources[symbol])
+        code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", part)
         yield Kernel(
             arch,
             kind,
-            rule,
-            mixed + FORMATS[format_[2]] if format_ else "",
+            types[1] or "" if types else "",
+            TYPES.get(types[2] or "", "") if types else "",
             int(registers),
             int(stack),
             {what: len(re.findall(which, part)) for what, which in INSTRUCTIONS.items()},
+            [(int(address, 16), text) for address, text in code],
         )
 
 
@@ -87,20 +224,36 @@ def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def main() -> None:
-    from fusedopt import _C
-
+def main(library: str) -> None:
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
         raise SystemExit("there is no cuobjdump here; pip install triton brings one")
     columns = ["registers", "stack", *INSTRUCTIONS]
     print(f"{'':34}" + "".join(f"{column:>12}" for column in columns))
-    for arch in archs_of(cuobjdump, _C.__file__):
-        for kernel in sorted(kernels_of(cuobjdump, _C.__file__, arch), key=lambda k: k.name):
-            numbers = [kernel.registers, kernel.stack, *kernel.counts.values()]
-            title = f"{kernel.arch:7}{kernel.name:27}"
-            print(title + "".join(f"{number:12}" for number in numbers))
+    kernels = [
+        k for arch in archs_of(cuobjdump, library) for k in kernels_of(cuobjdump, library, arch)
+    ]
+    kernels.sort(key=lambda kernel: (kernel.number, kernel.name))
+    for kernel in kernels:
+        numbers = [kernel.registers, kernel.stack, *kernel.counts.values()]
+        print(f"{kernel.arch:7}{kernel.name:27}" + "".join(f"{number:12}" for number in numbers))
+    print("\nThe ordinary way, for an element, and bytes under way for an SM")
+    print(f"{'':34}{'instructions':>14}{'branches':>12}{'KiB':>8}")
+    for kernel in kernels:
+        if kernel.name == "update Adam float32":
+            for setting in SETTINGS:
+                instructions, branches = (n / ELEMENTS for n in kernel.ordinary_way(setting))
+                under_way = kernel.under_way(setting) / 1024
+                title = f"{kernel.arch:7}Adam {setting:22}"
+                print(f"{title}{instructions:14.1f}{branches:12.1f}{under_way:8.0f}")
 
 
 if __name__ == "__main__":
-    main()
+    import sys
+
+    if len(sys.argv) > 1:
+        main(sys.argv[1])
+    else:
+        from fusedopt import _C
+
+        main(_C.__file__)

@@ -13,6 +13,7 @@ from torch import Tensor
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 FLOATS = (FLOAT32, BFLOAT16, FLOAT16, FLOAT64)
+SECOND_MOMENT = "exp_avg_sq"  # which is rounded stochastically by default
 WEIGHTS = ("master_param", "param_remainder")  # what master weights add to the state
 
 
@@ -31,8 +32,10 @@ class Setting:
         """Params of 32 bits and more are their own master weights."""
         return self.options.get("master_weights") if dtype.itemsize == 2 else None
 
-    def is_stochastic(self, stored: torch.dtype) -> bool:
-        return stored == BFLOAT16 and self.options.get("stochastic_rounding", False)
+    def is_stochastic(self, name: str, stored: torch.dtype) -> bool:
+        """Whether the param or the state of that name is, if it is kept in that dtype."""
+        asked = self.options.get("stochastic_rounding")
+        return stored == BFLOAT16 and (name == SECOND_MOMENT if asked is None else asked)
 
     def state_dtypes(
         self, case: Case, dtype: torch.dtype, saved: torch.dtype | None = None
@@ -62,14 +65,15 @@ class Setting:
         for name, entry in state.items():
             assert entry.shape == (() if name == "step" else param.shape), name
 
-    def assert_stored(self, value: Tensor, expected: oracles.Array) -> None:
-        units = 1 if self.is_stochastic(value.dtype) else 0.5
+    def assert_stored(self, name: str, value: Tensor, expected: oracles.Array) -> None:
+        units = 1 if self.is_stochastic(name, value.dtype) else 0.5
         assert_rounded_once(value, expected, units)
 
 
 _F32_STATES, _BF16_STATES = {"state_dtype": FLOAT32}, {"state_dtype": BFLOAT16}
 _MASTERS, _SPLIT = {"master_weights": "float32"}, {"master_weights": "split"}
 _STOCHASTIC = {"stochastic_rounding": True, "rounding_seed": 7}
+_NEAREST = {"stochastic_rounding": False}
 
 SETTINGS = [
     Setting("plain"),
@@ -83,6 +87,10 @@ SETTINGS = [
     Setting("stochastic", _STOCHASTIC, (BFLOAT16, FLOAT32)),
     Setting("stochastic-float32-states", {**_STOCHASTIC, **_F32_STATES}, (BFLOAT16,)),
     Setting("stochastic-bfloat16-states", {**_STOCHASTIC, **_BF16_STATES}, (FLOAT32, FLOAT64)),
+    Setting("stochastic-masters", {**_STOCHASTIC, **_MASTERS}, (BFLOAT16,)),
+    Setting("stochastic-split", {**_STOCHASTIC, **_SPLIT}, (BFLOAT16,)),
+    Setting("nearest", _NEAREST, (BFLOAT16,)),
+    Setting("nearest-bfloat16-states", {**_NEAREST, **_BF16_STATES}, (FLOAT32,)),
 ]
 BY_ID = {setting.id: setting for setting in SETTINGS}
 EMAS: dict[str, dict[str, Any]] = {
@@ -127,18 +135,18 @@ class Honest:
     def step(self, grad: Tensor, is_first: bool) -> None:
         step_with(self.twin, [grad.to("cpu", self.weight.dtype)])
         if self.setting.masters(self.dtype) is None:
-            self._store(self.weight, self.dtype)
+            self._store("param", self.weight, self.dtype)
         for name, state in self.twin.state[self.weight].items():
             if name != "step":
-                self._store(state, self.setting.options.get("state_dtype") or self.dtype)
+                self._store(name, state, self.setting.options.get("state_dtype") or self.dtype)
         weight = self.weight.clone()
         self.ema_param = weight if is_first else self.ema_param.lerp(weight, 1 - self.decay)
 
     def results(self) -> dict[str, Tensor]:
         return {"param": self.weight, "ema_param": self.ema_param, **self.twin.state[self.weight]}
 
-    def _store(self, value: Tensor, dtype: torch.dtype) -> None:
-        if not self.setting.is_stochastic(dtype):
+    def _store(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
+        if not self.setting.is_stochastic(name, dtype):
             value.copy_(value.to(dtype))
             return
         integers = value.to(FLOAT32).view(torch.int32)
@@ -195,7 +203,7 @@ def assert_one_step(
         oracle.average_anew(average, oracles.exact(found["param"]))
     assert found.keys() == oracle.results().keys()
     for name, expected in oracle.results().items():
-        setting.assert_stored(found[name], expected)
+        setting.assert_stored(name, found[name], expected)
     (weight,) = optimizer.fp32_params()
     assert weight.dtype == (FLOAT64 if dtype == FLOAT64 else FLOAT32)
     assert_param_is_rounded_weight(param, weight, setting.masters(dtype))

@@ -79,7 +79,12 @@ EVERY_TORSO = pytest.mark.parametrize(
 )
 
 
-@EVERY_TORSO
+# exp_avg is left out while betas[0] is 0, so the step makes what may have been left out.
+@pytest.mark.parametrize(
+    ("damage", "missing"),
+    [row for key, row in TORSOS.items() if key != "no exp_avg"],
+    ids=[key for key in TORSOS if key != "no exp_avg"],
+)
 @ADAMS
 def test_step_refuses(name: str, damage: Callable[[dict[str, Any]], None], missing: str) -> None:
     optimizer, params = make(name)

@@ -45,7 +45,6 @@ def _restore_modes() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
 
 
 def use_plan(optimizer: torch.optim.Optimizer, isa: str, chunk_elements: int) -> None:
@@ -103,7 +102,7 @@ def test_a_tensor_of_one_value_keeps_one_value(case: Case, dtype: torch.dtype) -
     start = complex(0.7, -1.3) if dtype.is_complex else 0.7
     param = torch.full((size,), start, dtype=dtype)
     grads = [torch.full((size,), start * factor, dtype=dtype) for factor in (0.3, -1.1, 2.3, 0.1)]
-    optimizer = case.fused([param])
+    optimizer = case.fused([param], stochastic_rounding=False)
     step_with(optimizer, grads)
     for name, value in results(optimizer, param).items():
         assert not torch.equal(value[0], torch.tensor(start, dtype=dtype)), name
@@ -143,7 +142,8 @@ def test_param_groups(case: Case, group_size: int) -> None:
 def test_one_param_or_its_parts(case: Case, dtype: torch.dtype) -> None:
     whole = values(20011, dtype=dtype)
     parts = [part.clone() for part in whole.split([1, 10, 16000, 4000])]
-    optimizer, split = case.fused([whole]), case.fused(parts)
+    # Draws depend on the place in the tensor, so to the nearest.
+    optimizer, split = (case.fused(p, stochastic_rounding=False) for p in ([whole], parts))
     for seed in (1, 2, 3):
         whole.grad = values(20011, dtype=dtype, seed=seed)
         for part, grad in zip(parts, whole.grad.split([1, 10, 16000, 4000]), strict=True):
@@ -195,29 +195,3 @@ def test_instruction_sets(
     expected = run_isa(case, dtype, stride)
     monkeypatch.setenv("FUSEDOPT_ISA", isa)
     assert same_bits(run_isa(case, dtype, stride), expected)
-
-
-def train_on_subnormals(case: Case, dtype: torch.dtype, threads: int) -> dict[str, Tensor]:
-    small = {torch.float64: 1e-308, torch.float16: 1e-6}.get(dtype, 2e-38)
-    params = [values(5000, dtype=torch.float64, seed=seed) * small for seed in range(8)]
-    params = [param.to(dtype) for param in params]
-    optimizer = case.fused(params)
-    use_plan(optimizer, best_isa(), 64)  # many chunks, so that each thread takes some
-    torch.set_num_threads(threads)
-    grads = [(values(5000, dtype=torch.float64, seed=seed) * small).to(dtype) for seed in (10, 11)]
-    step_with(optimizer, grads)
-    return {f"{i}.{k}": v for i, p in enumerate(params) for k, v in results(optimizer, p).items()}
-
-
-@pytest.mark.cpu_only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
-@some_cases("sgd-l2", "momentum", "adamw")
-def test_flushing_subnormals_is_the_same_in_every_thread(case: Case, dtype: torch.dtype) -> None:
-    kept = train_on_subnormals(case, dtype, threads=1)
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush subnormals")
-    flushed = train_on_subnormals(case, dtype, threads=1)
-    in_two_threads = train_on_subnormals(case, dtype, threads=2)
-    torch.set_flush_denormal(False)
-    assert not same_bits(flushed, kept)
-    assert same_bits(in_two_threads, flushed)

@@ -86,6 +86,8 @@ def test_every_number_is_kept(kind: str, dtype: torch.dtype, make: Callable[[], 
     optimizer, param = loaded(kind, dtype, weight)
     assert_weight(optimizer, weight, kind)
     param.grad = torch.zeros_like(weight)
+    is_subnormal = weight.abs() < torch.finfo(FLOAT32).tiny  # which counts as zero in a step
+    weight = torch.where(is_subnormal, torch.zeros(()).copysign(weight), weight)
     for _ in range(2):
         optimizer.step()
         assert_weight(optimizer, weight, kind)

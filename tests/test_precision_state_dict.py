@@ -203,8 +203,6 @@ def test_a_refused_checkpoint_changes_nothing(kind: str, wanted: str, wrong: Any
 BAD: dict[str, dict[str, Any]] = {
     **{f"state_dtype={d}": {"state_dtype": d} for d in (FLOAT16, FLOAT64, torch.int16, "float32")},
     **{f"master_weights={m}": {"master_weights": m} for m in ("bfloat16", "", True, 32, FLOAT32)},
-    "rounded-masters": {"master_weights": "float32", "stochastic_rounding": True},
-    "rounded-split-masters": {"master_weights": "split", "stochastic_rounding": True},
     **{f"rounding_seed={s}": {"rounding_seed": s} for s in (-1, 2**32, 2**64, 0.5, NAN, "1")},
     **{f"ema_decay={d}": {"ema_decay": d} for d in (1.001, -0.1, 2, NAN, INF, "0.9")},
 }

@@ -279,11 +279,6 @@ def test_lr_taken_down_by_hand(name: str, length: int) -> None:
 CONFLICTS: dict[str, tuple[str, Options, str]] = {
     "differentiable": ("Adam", {"differentiable": True}, "differentiable"),
     "independent L2": ("SGD", {"lr_independent_weight_decay": True}, "decoupled_weight_decay"),
-    "stochastic masters": (
-        "AdamW",
-        {"master_weights": "float32", "stochastic_rounding": True},
-        "stochastic_rounding",
-    ),
     "unknown masters": ("AdamW", {"master_weights": "fp32"}, "master_weights"),
     "state dtype": ("SGD", {"state_dtype": torch.float16}, "state_dtype"),
     "beta1 of 1": ("Adam", {"betas": (1.0, 0.99)}, "index 0"),
@@ -291,7 +286,7 @@ CONFLICTS: dict[str, tuple[str, Options, str]] = {
     "beta2 above 1": ("Adam", {"betas": (0.9, 1 + 1e-15)}, "index 1"),
     "beta2 below -1": ("Adam", {"betas": (0.9, -1 - 1e-15)}, "index 1"),
 }
-OWN = {"lr_independent_weight_decay", "master_weights", "stochastic_rounding", "state_dtype"}
+OWN = {"lr_independent_weight_decay", "master_weights", "state_dtype"}
 
 
 @pytest.mark.parametrize(("name", "options", "words"), **by_id(CONFLICTS))

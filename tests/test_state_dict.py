@@ -100,6 +100,16 @@ def test_moves_between_us_and_torch(case: Case, direction: str) -> None:
     assert_same_math(all_of(optimizer), all_of(reference))
 
 
+def test_an_adam_checkpoint_makes_no_l2_penalty_of_adamws_decay() -> None:
+    """AdamW is decoupled whatever the checkpoint says, and may hold an option that needs it."""
+    theirs = torch.optim.Adam(make_params(), foreach=False)
+    train(theirs)
+    ours = fusedopt.AdamW(copy_params(theirs), lr_independent_weight_decay=True)
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    assert ours.param_groups[0]["decoupled_weight_decay"]
+    train(ours)
+
+
 # torch.optim's implementations write different things (devices and dtypes of step, None buffers).
 @MAIN_CASE
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}], ids=str)

@@ -1,4 +1,4 @@
-"""An eps above 0 keeps the denominator from 0, with subnormal numbers flushed or not.
+"""An eps above 0 keeps the denominator from 0, whether the caller flushes subnormals or not.
 
 With the bias correction folded in, eps sqrt(1 - beta2^t) may be subnormal although eps is not.
 """

@@ -46,7 +46,7 @@ def smaller(work: Workload) -> Workload:
 
 
 def compare(bar: Bar, entrants: dict[str, Entrant], device: torch.device) -> dict[str, Any]:
-    promised = bar.cuda if device.type == "cuda" else bar.cpu
+    promised = bar.promised(device, load_fusedopt()._config.cpu_isa())
     value = bar.value(entrants)
     good = None if promised is None else value["median"] >= promised
     key = {"of": bar.of, "against": bar.against, "by": "bytes/s" if bar.by_bytes else "time"}
@@ -106,7 +106,7 @@ def run_row(name: str, row: Row, args: argparse.Namespace) -> dict[str, Any]:
     if args.device.type == "cuda":
         torch.cuda.empty_cache()
     try:
-        for contender in row.works[:-1]:
+        for contender in row.works[:-1] if row.is_alike else ():
             if difference := disagreement(contender, row.works[-1], args.device):
                 return result | {"failed": f"not the same update: {difference}"}
         return result | measure(row, work, args)

@@ -27,6 +27,9 @@ class Work:
     dtype: torch.dtype = torch.float32  # of params and grads
     state_dtype: torch.dtype = torch.float32
     loss_scale: float = 1.0  # that the grads carry
+    grad_dtype: torch.dtype | None = None  # if it is not that of the params
+    offset: int = 0  # of the grads in memory of their own, in elements: views into buckets
+    grad_value: float | None = None  # of all grads, if they are not ordinary numbers
 
 
 class Holder(nn.Module):
@@ -38,13 +41,21 @@ class Holder(nn.Module):
 
 
 def ours(
-    name: str = "fusedopt", dtype: torch.dtype = torch.float32, scaled: bool = False, **options: Any
+    name: str = "fusedopt",
+    dtype: torch.dtype = torch.float32,
+    scaled: bool = False,
+    grad_dtype: torch.dtype | None = None,
+    offset: int = 0,
+    grad_value: float | None = None,
+    **options: Any,
 ) -> Work:
     """One pass; clipping and the scaler's look for inf each read the grads before it."""
     size, state_dtype = dtype.itemsize, options.get("state_dtype", dtype)
-    moved = 3 * size + 4 * state_dtype.itemsize  # param read and written, grad read; two states
+    grad_size = (grad_dtype or dtype).itemsize
+    # The param is read and written, the grad read, two states both.
+    moved = 2 * size + grad_size + 4 * state_dtype.itemsize
     moved += {None: 0, "split": 2 * 2, "float32": 2 * 4 - size}[options.get("master_weights")]
-    moved += size * (("max_grad_norm" in options) or scaled) + 8 * ("ema_decay" in options)
+    moved += grad_size * (("max_grad_norm" in options) or scaled) + 8 * ("ema_decay" in options)
 
     def make(params: list[nn.Parameter]) -> tuple[Step, Results]:
         library = load_fusedopt()
@@ -59,7 +70,11 @@ def ours(
 
     shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
     what = f"AdamW({shown})" + (", GradScaler" if scaled else "")
-    return Work(name, what, make, moved, dtype, state_dtype, LOSS_SCALE if scaled else 1.0)
+    what += f", grads in {SHORT[grad_dtype]}" if grad_dtype else ""
+    what += f", grads {offset} off" if offset else ""
+    what += f", grads {grad_value}" if grad_value is not None else ""
+    scale = LOSS_SCALE if scaled else 1.0
+    return Work(name, what, make, moved, dtype, state_dtype, scale, grad_dtype, offset, grad_value)
 
 
 def theirs(
@@ -138,9 +153,19 @@ def parameters(
         )
         for work, params in zip(works, every, strict=True):
             param = nn.Parameter(value.to(work.dtype, copy=True))
-            param.grad = (grad * work.loss_scale).to(work.dtype)
+            set_grad(param, grad if work.grad_value is None else grad.fill_(work.grad_value), work)
             params.append(param)
     return every
+
+
+def set_grad(param: nn.Parameter, grad: Tensor, work: Work) -> None:
+    dtype = work.grad_dtype or work.dtype
+    memory = torch.empty(grad.numel() + work.offset, dtype=dtype, device=grad.device)
+    placed = memory[work.offset :].view(grad.shape)
+    placed.copy_(grad * work.loss_scale)
+    if dtype != param.dtype:
+        param.grad_dtype = dtype
+    param.grad = placed
 
 
 def disagreement(one: Work, other: Work, device: torch.device) -> str:
@@ -160,12 +185,12 @@ def disagreement(one: Work, other: Work, device: torch.device) -> str:
             value = torch.randn(count, generator=generator) / 1000
             params.append(nn.Parameter(value.to(device, work.dtype)))
         for param, grad in zip(params, grads, strict=True):
-            param.grad = (grad * work.loss_scale).to(work.dtype)
+            set_grad(param, grad, work)
         step, results = work.make(params)
         for factor in (4.0, 1.0, 2.0):
             for param, grad in zip(params, grads, strict=True):
                 assert param.grad is not None
-                param.grad.copy_((factor * grad * work.loss_scale).to(work.dtype))
+                param.grad.copy_(factor * grad * work.loss_scale)
             step()
         return [result.detach().float().cpu() for result in results()]
 

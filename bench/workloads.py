@@ -102,6 +102,7 @@ WORKLOADS = {
         _one_group("many-1000x64", [(64,)] * 1000),
         _one_group("many-10000x64", [(64,)] * 10000),
         Workload("groups-400x5000", (((5000,),),) * 400),
+        _one_group("one-4Mi", [(4 * 2**20,)]),
         _one_group("one-64Mi", [(64 * 2**20,)]),
         # One element each: next to no memory, so the time is what a tensor costs on the host.
         _one_group("host-1000x1", [(1,)] * 1000),

@@ -77,7 +77,7 @@ sanitize: $(VENV)/built
 
 # An installed wheel, and not the sources. What the CPU driver computes is tested by make test.
 CUDA_TESTS = $(wildcard tests/test_api_*.py tests/test_cuda*.py tests/test_errors*.py) \
-    $(patsubst %,tests/test_%.py,build hypothesis install interrupted layers layouts readme sass \
+    $(patsubst %,tests/test_%.py,build exactness hypothesis install interrupted layers layouts readme sass \
     state_dict worked_examples)
 
 cuda: .venv-cuda/torch

@@ -14,6 +14,7 @@ import targets_cuda
 from gpu_logs import METRICS, ncu_cases, pytest_counts, sanitizer_findings
 from gpu_run import ROOT, Finished, Runner
 from training_report import lines_of as training_lines
+from training_rows import ROWS, SETTINGS
 
 Result = dict[str, Any]
 OK, FAILED, TIMED_OUT, MISSED, NO_TOOL = "ok", "failed", "timed out", "target missed", "no tool"
@@ -123,17 +124,35 @@ def step(runner: Runner) -> Result:
     return result | {"verdict": OK if good else MISSED}
 
 
+def exactness(runner: Runner) -> Result:
+    """Roots and quotients of the kernels beside IEEE's, all floats and billions of pairs."""
+    run = runner.python(*PYTEST, "tests/test_exactness.py", "-rA", installed=True)
+    counts = pytest_counts(run.text)
+    verdict = _verdict(run, good=counts["passed"] > 1 or runner.dry)
+    return {"verdict": verdict, **counts, "tail": run.tail()}
+
+
 def training(runner: Runner) -> Result:
-    path = runner.out / "training-step-cuda.json"
+    return _training(runner, [name for name in ROWS if name not in SETTINGS], "training-step")
+
+
+def settings(runner: Runner) -> Result:
+    """Every mixture of formats, averages, clipping, misaligned grads."""
+    return _training(runner, list(SETTINGS), "settings")
+
+
+def _training(runner: Runner, rows: list[str], name: str) -> Result:
+    path = runner.out / f"{name}-cuda.json"
+    wanted = [row for row in rows if "cuda" in ROWS[row].devices]
     limit = max(runner.left() - 20, 5)  # for the last row, the start
     run = runner.python(
-        "bench/training_step.py", "--device", "cuda", "--budget", "2",
+        "bench/training_step.py", "--device", "cuda", "--budget", "2", "--rows", *wanted,
         "--max-seconds", f"{limit:.0f}", "--json", path,
     )  # fmt: skip
-    rows = _read(path).get("rows", [])
-    result = {"cases": len(rows), "targets": training_lines(rows), "file": path.name}
+    measured = _read(path).get("rows", [])
+    result = {"cases": len(measured), "targets": training_lines(measured), "file": path.name}
     finished = "Promised figures:" in run.text or runner.dry
-    failed = any("failed" in row for row in rows)
+    failed = any("failed" in row for row in measured)
     if run.timed_out or not finished or failed:
         return result | {"verdict": _verdict(run, good=False), "tail": run.tail()}
     return result | {"verdict": OK if run.good else MISSED}
@@ -206,6 +225,8 @@ PARTS = {
     "step": Part(step, 140),
     "launches": Part(launches, 20),
     "ncu": Part(ncu, 45),
+    "exactness": Part(exactness, 25),
+    "settings": Part(settings, 90),
     "training": Part(training, 50),
     "train": Part(train, 40),
     "tune": Part(tune, 200, default=False),

@@ -93,7 +93,9 @@ def measure(row: Row, work: Workload, args: argparse.Namespace) -> dict[str, Any
 
 
 def run_row(name: str, row: Row, args: argparse.Namespace) -> dict[str, Any]:
-    work = smaller(WORKLOADS[row.workload]) if args.quick else WORKLOADS[row.workload]
+    is_on_gpu = args.device.type == "cuda"
+    work = WORKLOADS[(is_on_gpu and row.on_gpu) or row.workload]
+    work = smaller(work) if args.quick else work
     result: dict[str, Any] = {
         "row": name,
         "title": row.title,

@@ -1,0 +1,94 @@
+// Compares the roots and quotients of core/branch_free.h with IEEE's on a GPU: all floats there
+// are, and pairs of floats at the edges of the ranges and of mantissas. Prints a line for each;
+// exits with 1 if one differs or if ordinary operands are not taken for exact. Compiled and run by
+// tests/test_exactness.py, with the flags of the kernels that compute in float.
+#include "core/branch_free.h"
+#include "core/stochastic.h"
+
+#include <cstdint>
+#include <cstdio>
+
+using namespace fusedopt;
+
+namespace {
+
+constexpr int kThreads = 256, kBlocks = 8192;
+
+struct Counts {
+  unsigned long long compared, different, refused;
+  uint32_t first[2];  // operands of one that differs
+};
+
+__device__ void count(Counts& counts, bool is_exact, bool is_ordinary, float found, float expected,
+                      uint32_t a, uint32_t b) {
+  if (!is_exact) {
+    if (is_ordinary) atomicAdd(&counts.refused, 1ull);
+    return;
+  }
+  atomicAdd(&counts.compared, 1ull);
+  if (as_bits(found) == as_bits(expected)) return;
+  if (atomicAdd(&counts.different, 1ull) == 0) {
+    counts.first[0] = a;
+    counts.first[1] = b;
+  }
+}
+
+__global__ void compare_roots(Counts* counts) {
+  const uint64_t stride = uint64_t{gridDim.x} * blockDim.x;
+  for (uint64_t i = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < 1ull << 32; i += stride) {
+    const auto bits = static_cast<uint32_t>(i);
+    const float x = as_float(bits);
+    BranchFree<> math;
+    const float found = math.sqrt(x);
+    const bool is_ordinary = bits == 0 || (x >= 0x1p-126f && x < 0x1p99f);
+    count(*counts, math.is_exact(), is_ordinary, found, sqrtf(x), bits, 0);
+  }
+}
+
+// Random mantissas, or with a few bits that are not all zeros or all ones.
+__device__ uint32_t mantissa(uint32_t random) {
+  const uint32_t few = 1u << (random >> 8 & 31) | 1u << (random >> 13 & 31);
+  const uint32_t kind = random & 3;
+  return (kind == 0 ? few : kind == 1 ? ~few : hash(random)) & 0x7fffffu;
+}
+
+__global__ void compare_quotients(Counts* counts, uint64_t pairs, uint32_t seed) {
+  const uint64_t stride = uint64_t{gridDim.x} * blockDim.x;
+  for (uint64_t i = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < pairs; i += stride) {
+    const uint32_t a = hash(static_cast<uint32_t>(i) ^ hash(seed + static_cast<uint32_t>(i >> 32)));
+    const uint32_t b = hash(a + 0x9e3779b9u), c = hash(b + 0x85ebca6bu);
+    // Numerators from 2^-126 to 2^36 and 0, denominators from 2^-60 to 2^22.
+    const uint32_t numerator_exponent = 1 + (c & 0xffffu) % 162;
+    const uint32_t denominator_exponent = 127 - 60 + (c >> 16) % 82;
+    const uint32_t sign = a & 0x80000000u;
+    const uint32_t n = c % 1021 == 0 ? sign : sign | numerator_exponent << 23 | mantissa(a);
+    const uint32_t d = denominator_exponent << 23 | mantissa(b);
+    BranchFree<> math;
+    const float found = math.divide(as_float(n), as_float(d));
+    count(*counts, math.is_exact(), true, found, as_float(n) / as_float(d), n, d);
+  }
+}
+
+bool report(const char* what, const Counts& counts, unsigned long long least) {
+  std::printf("%s: %llu compared, %llu different", what, counts.compared, counts.different);
+  if (counts.different > 0) std::printf(" (%08x, %08x)", counts.first[0], counts.first[1]);
+  std::printf(", %llu ordinary ones refused\n", counts.refused);
+  return counts.different == 0 && counts.refused == 0 && counts.compared >= least;
+}
+
+}  // namespace
+
+int main() {
+  constexpr uint64_t kPairs = 1ull << 33;
+  Counts* counts = nullptr;
+  if (cudaMallocManaged(&counts, 2 * sizeof(Counts)) != cudaSuccess) return 2;
+  counts[0] = counts[1] = {};
+  compare_roots<<<kBlocks, kThreads>>>(counts);
+  compare_quotients<<<kBlocks, kThreads>>>(counts + 1, kPairs, 1);
+  if (const cudaError_t error = cudaDeviceSynchronize(); error != cudaSuccess) {
+    std::printf("%s\n", cudaGetErrorString(error));
+    return 2;
+  }
+  const bool roots = report("roots", counts[0], (99ull + 126) << 23);
+  return report("quotients", counts[1], kPairs) && roots ? 0 : 1;
+}

@@ -34,7 +34,7 @@ SANITIZE = os.environ.get("FUSEDOPT_SANITIZE")
 # it change no value; they let square roots and selections be vectorised.
 # Unknown are nvcc's pragmas.
 COMMON = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
-          "-Wno-unknown-pragmas", "-Icsrc"]  # fmt: skip
+          "-Wno-unknown-pragmas", "-Wno-psabi", "-Icsrc"]  # fmt: skip
 # Operands that are not there are not loaded and then not used, which GCC does not see.
 EXACT = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-uninitialized"]
 ISA = ["-fno-exceptions"]  # whose symbols could be those of another instruction set

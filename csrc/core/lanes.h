@@ -2,7 +2,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <type_traits>
 
 #include "core/bits.h"
 #include "core/macros.h"
@@ -54,11 +53,18 @@ FUSEDOPT_HD V from_float(float value) {
   return static_cast<V>(value);
 }
 
+// std::integral_constant, which the device lacks.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+  FUSEDOPT_HD constexpr operator int() const { return kValue; }
+};
+
 // Calls f(0), ... f(kCount - 1) with constants, so that arrays indexed by them are in registers.
 template <int kCount, int kFirst = 0, class F>
 FUSEDOPT_HD void unroll(const F& f) {
   if constexpr (kFirst < kCount) {
-    f(std::integral_constant<int, kFirst>{});
+    f(Constant<kFirst>{});
     unroll<kCount, kFirst + 1>(f);
   }
 }

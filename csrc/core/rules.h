@@ -50,7 +50,7 @@ void with_rule(RuleId id, const F& f) {
 template <class Rule, int kVariant = 0, class F>
 FUSEDOPT_HD void with_variant(int variant, const F& f) {
   if constexpr (kVariant < Rule::kNumVariants) {
-    if (variant == kVariant) return f(std::integral_constant<int, kVariant>{});
+    if (variant == kVariant) return f(Constant<kVariant>{});
     with_variant<Rule, kVariant + 1>(variant, f);
   }
 }

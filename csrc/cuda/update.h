@@ -36,7 +36,7 @@ struct UpdateArguments {
 template <int kFirst, int kEnd, class F>
 FUSEDOPT_HD void with_variant_between(int variant, const F& f) {
   if constexpr (kEnd - kFirst == 1) {
-    f(std::integral_constant<int, kFirst>{});
+    f(Constant<kFirst>{});
   } else {
     constexpr int kMiddle = (kFirst + kEnd) / 2;
     if (variant < kMiddle)

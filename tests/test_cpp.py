@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 ROOT = Path(__file__).parent.parent
 HEADERS = sorted(str(path.relative_to(ROOT / "csrc")) for path in ROOT.glob("csrc/**/*.h"))
 SUITES = [
-    *("dtypes", "rules", "schedule", "power", "branch_free", "fast_root", "chunks", "layout"),
+    *("dtypes", "rules", "schedule", "power", "branch_free", "chunks", "layout"),
     *("overlap", "driver", "grid", "image", "table", "gpu", "clocks", "huge"),
 ]
 TESTS = sorted(ROOT.glob("tests/cpp/*.cpp"))

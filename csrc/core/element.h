@@ -74,9 +74,10 @@ class Elements {
       Bits draws[kCount];
       memory_.find_draws(common.rounding_key, draws);
       unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-        // Drivers differ in the bits of their NaNs.
+        // Drivers differ in the bits of their NaNs; infinity stands in for them.
         const auto weight = to_float(weight_[j]);
-        draws[j] = element_draw(draws[j], select(weight == weight, as_bits(weight), Bits(0u)));
+        const decltype(to_float(weight_[j])) infinity = __builtin_inff();
+        draws[j] = element_draw(draws[j], as_bits(select(weight < infinity, weight, infinity)));
       });
       if (formats_.is_stochastic(kParam)) round(kParam, weight_, draws);
       unroll<Rule::kNumStates>([&](auto s) __attribute__((always_inline)) {

@@ -1,7 +1,6 @@
 #pragma once
 
 #include "core/element.h"
-#include "core/fast_root.h"
 #include "core/step.h"
 #include "cpu/cursor.h"
 #include "cpu/vec.h"
@@ -25,20 +24,6 @@ using Values = Vec<T, kRegisterBytes / static_cast<int>(sizeof(T))>;
 template <class T>
 constexpr int64_t kBlock = kCount * kRegisterBytes / static_cast<int64_t>(sizeof(T));
 
-// AVX-512 alone has estimates good enough to start from.
-template <class T>
-struct MathFor {
-  using Type = Ieee;
-};
-#if defined(__AVX512F__)
-template <>
-struct MathFor<float> {
-  using Type = FastRoot;
-};
-#endif
-template <class T>
-using MathOf = typename MathFor<T>::Type;
-
 // A block of elements in each operand, one after the other; `Memory` of core/element.h.
 template <class T>
 struct Block {
@@ -50,13 +35,14 @@ struct Block {
   int64_t at;             // elements from there to here
   uint64_t number;        // of the first element of `data` in its tensor,
   const uint32_t* draws;  // or if this is not nullptr, the elements' draws
+  int64_t ahead = 0;      // how far ahead to ask for memory, in elements
 
   template <class Storage>
   FUSEDOPT_HD void load(int operand, V (&to)[kCount]) const {
     const char* const from = place<Storage>(operand);
     constexpr int64_t kSize = sizeof(Storage);
     for (int64_t byte = 0; byte < kBlock<T> * kSize; byte += kCacheLine)
-      __builtin_prefetch(from + kPrefetchAhead * kSize + byte);
+      __builtin_prefetch(from + ahead * kSize + byte);
     Stored<V, Storage>::load(from, to);
   }
 
@@ -88,14 +74,25 @@ struct Block {
     }
     // Blocks begin at multiples of their size, so the upper half of the number is the same for all.
     const uint64_t first = number + static_cast<uint64_t>(at);
-    const uint32_t key = draw_key(rounding_key, first);
+    const Bits key = draw_key(rounding_key, first);
+    const Bits pair = static_cast<uint32_t>(first >> 1);
     Raw lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
+    const auto is_second = (Bits(lane) & 1u) != Bits(0u);
+#if defined(__clang__)
     unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-      const auto pair = static_cast<uint32_t>((first + j * kLanes) >> 1);
-      const Bits draw = pair_draw(key, Bits(pair) + (Bits(lane) >> 1));
-      to[j] = select((Bits(lane) & 1u) != Bits(0u), second_of_pair(draw), draw);
+      const Bits draw =
+          hash(pair + static_cast<uint32_t>(j * kLanes / 2) + (Bits(lane) >> 1) + key);
+      to[j] = select(is_second, second_of_pair(draw), draw);
     });
+#else  // a register of pairs for two of elements
+    const Bits pairs = hash(pair + Bits(lane) + key);
+    unroll<kCount>([&](auto j) __attribute__((always_inline)) {
+      const Bits draw =
+          __builtin_shuffle(pairs.raw, (lane >> 1) + static_cast<uint32_t>(j * kLanes / 2));
+      to[j] = select(is_second, second_of_pair(draw), draw);
+    });
+#endif
   }
 
  private:
@@ -110,8 +107,10 @@ __attribute__((noinline)) void update_blocks(const Formats formats,
                                              const StepScalars<Rule, T>& scalars, Block<T> block,
                                              int64_t n) {
   for (; block.at < n; block.at += kBlock<T>) {
+    // What lies behind the end is another thread's, perhaps.
+    block.ahead = block.at + kPrefetchAhead + kBlock<T> <= n ? kPrefetchAhead : 0;
     Elements<Rule, T, Values<T>, kCount, Block<T>> elements(formats, block);
-    MathOf<T> math;
+    Ieee math;
     elements.load();
     elements.template apply<kVariant>(scalars.rule, math);
     elements.finish(scalars.common);
@@ -190,11 +189,12 @@ class Tile {
   alignas(kCacheLine) uint32_t draws_[kTileElements];
 };
 
-// The last elements of a dense work, fewer than a block.
+// The last elements of a dense work, fewer than a block. What else is in the block is computed with
+// and dropped.
 template <class Rule, int kVariant, class T>
 void update_rest(const Formats& formats, const StepScalars<Rule, T>& scalars, void* const* data,
                  int64_t begin, int64_t n) {
-  alignas(kCacheLine) char bytes[kMaxOperands][kBlock<T> * sizeof(T)] = {};
+  alignas(kCacheLine) char bytes[kMaxOperands][kBlock<T> * sizeof(T)];
   void* copies[kMaxOperands];
   const auto size_of = [&](int k) { return static_cast<size_t>(n * item_size(formats.dtypes[k])); };
   for (int k = 0; k < kMaxOperands; ++k) {

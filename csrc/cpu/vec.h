@@ -90,12 +90,6 @@ struct Vec {
     return c;
   }
 
-#if defined(__AVX512F__)
-  FUSEDOPT_HD friend Vec reciprocal_root_estimate(Vec x) {
-    return Raw(_mm512_maskz_rsqrt14_ps(0xffff, __m512(x.raw)));
-  }
-#endif
-
   FUSEDOPT_HD friend Vec square_root(Vec x) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(Raw) == 64 && sizeof(T) == 4)

@@ -9,7 +9,6 @@ void test_rules();
 void test_schedule();
 void test_power();
 void test_branch_free();
-void test_fast_root();
 void test_chunks();
 void test_layout();
 void test_overlap();
@@ -30,7 +29,6 @@ int main(int argc, char** argv) {
                 {"schedule", test_schedule},
                 {"power", test_power},
                 {"branch_free", test_branch_free},
-                {"fast_root", test_fast_root},
                 {"chunks", test_chunks},
                 {"layout", test_layout},
                 {"overlap", test_overlap},

@@ -300,7 +300,7 @@ def test_loading_keeps_the_own_limit(case: ApiCase, saved: Any, own: Any) -> Non
 
 # Run by one process and by two. The norm is that of the full grads on every rank.
 SHARDED = """
-import sys, torch, torch.distributed as dist, fusedopt
+import os, sys, torch, torch.distributed as dist, fusedopt
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 rank, world = int(sys.argv[1]), int(sys.argv[3])
@@ -356,7 +356,10 @@ for name, placements in PLACED.items():
     scaler.update()
     skipped = optimizer.skipped and scaler.get_scale() == 2
     print(f"nan in scaled {name}:", "equal" if skipped else f"scale {scaler.get_scale()}")
+dist.barrier()
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads may abort a process that ends while they do
 """
 
 

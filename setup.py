@@ -148,9 +148,9 @@ def cpp_sources(build_dir: Path, with_cuda: bool) -> list[tuple[Path, list[str]]
     cuda = ["table", "driver"] if with_cuda else ["unavailable"]
     if cuda_mode() == "emulated":
         cuda = ["table", "driver", "emulated"]
-    # For tests: -O3 takes longer to compile than the tests gain by it.
-    # With all of an element in one function, sanitizers take hours.
+    # With all of an element in one function, a file takes sanitizers more than eight minutes.
     sanitized = ["-Og", "-Dalways_inline=unused"] if SANITIZE else []
+    # For tests: -O3 takes longer to compile than the tests gain by it.
     quick = (sanitized or ["-O2"]) if cuda_mode() == "emulated" else []
     # Without NDEBUG, pybind11 asks at every count of references whether the GIL is held.
     binding = ["-O1"] if SANITIZE else ["-O2", "-DNDEBUG"]

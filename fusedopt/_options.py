@@ -30,11 +30,12 @@ class Additions(TypedDict, total=False):
             right, instead of to the nearest, of what is kept in bfloat16. None: ``exp_avg_sq``,
             which to the nearest stands still where a step would change it by less than half a
             unit. With a beta2 of 0.999, 1000 steps after grads have fallen to a tenth, its root
-            is 1.67 times too large then, and right to 0.1 % if it is rounded stochastically.
+            is 1.67 times too large then, and right to half a percent if it is rounded
+            stochastically.
             True: all states, and parameters without master weights; not for float16 parameters.
             False: nothing, as in torch.
         rounding_seed: 0 to 2**32 - 1. The draws follow from it, from the step, the element's place
-            in its tensor and its value: the same in every run and on every device.
+            in its tensor and its new weight: the same in every run and on every device.
 
     Clipping:
         max_grad_norm: grads are multiplied by ``min(1, max_grad_norm / (norm + 1e-6))``, as

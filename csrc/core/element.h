@@ -43,6 +43,7 @@ struct Formats {
 template <class Rule, class T, class V, int kCount, class Memory>
 class Elements {
   using Bits = typename Lanes<V>::Bits;
+  using Float = typename Lanes<V>::Float;
   using Values = V[kCount];
 
  public:
@@ -75,8 +76,7 @@ class Elements {
       memory_.find_draws(common.rounding_key, draws);
       unroll<kCount>([&](auto j) __attribute__((always_inline)) {
         // Drivers differ in the bits of their NaNs; infinity stands in for them.
-        const auto weight = to_float(weight_[j]);
-        const decltype(to_float(weight_[j])) infinity = __builtin_inff();
+        const Float weight = to_float(weight_[j]), infinity = __builtin_inff();
         draws[j] = element_draw(draws[j], as_bits(select(weight < infinity, weight, infinity)));
       });
       if (formats_.is_stochastic(kParam)) round(kParam, weight_, draws);
@@ -115,7 +115,7 @@ class Elements {
   }
 
   FUSEDOPT_HD void store_rounded(int operand, const Values& values) const {
-    typename Lanes<V>::Float rounded[kCount];
+    Float rounded[kCount];
     unroll<kCount>([&](auto j)
                        __attribute__((always_inline)) { rounded[j] = to_float(values[j]); });
     memory_.store_bfloat16(operand, rounded);

@@ -10,18 +10,16 @@
 // on a CPU (cpu/vec.h). Both have the operators of numbers and the functions below.
 namespace fusedopt {
 
-// For a type of values: that of one number, and the types of as many floats and 32-bit words.
+// For a type of values: the types of as many floats and 32-bit words.
 template <class V>
 struct Lanes;
 template <>
 struct Lanes<float> {
-  using Number = float;
   using Float = float;
   using Bits = uint32_t;
 };
 template <>
 struct Lanes<double> {
-  using Number = double;
   using Float = float;
   using Bits = uint32_t;
 };

@@ -46,13 +46,17 @@ void with_rule(RuleId id, const F& f) {
   Rules::call(id, f);
 }
 
-// Calls `f` with the variant of this number as a constant.
-template <class Rule, int kVariant = 0, class F>
+// Calls `f` with the variant of this number, of [kFirst, kEnd), as a constant, in as many branches
+// as the number has bits.
+template <class Rule, int kFirst = 0, int kEnd = Rule::kNumVariants, class F>
 FUSEDOPT_HD void with_variant(int variant, const F& f) {
-  if constexpr (kVariant < Rule::kNumVariants) {
-    if (variant == kVariant) return f(Constant<kVariant>{});
-    with_variant<Rule, kVariant + 1>(variant, f);
-  }
+  constexpr int kMiddle = (kFirst + kEnd) / 2;
+  if constexpr (kEnd - kFirst == 1)
+    f(Constant<kFirst>{});
+  else if (variant < kMiddle)
+    with_variant<Rule, kFirst, kMiddle>(variant, f);
+  else
+    with_variant<Rule, kMiddle, kEnd>(variant, f);
 }
 
 }  // namespace fusedopt

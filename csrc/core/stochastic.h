@@ -38,9 +38,17 @@ FUSEDOPT_HD Bits pair_draw(uint32_t key, Bits pair) {
   return hash(pair + Bits(key));
 }
 
+// What the second of them has instead; the first has that.
 template <class Bits>
 FUSEDOPT_HD Bits second_of_pair(Bits pair_draw) {
   return (pair_draw << 16) | (pair_draw >> 16);
+}
+
+// What an element has of it, by its number.
+FUSEDOPT_HD uint32_t own_draw(uint32_t rounding_key, uint64_t element) {
+  const uint32_t draw =
+      pair_draw(draw_key(rounding_key, element), static_cast<uint32_t>(element >> 1));
+  return (element & 1) != 0 ? second_of_pair(draw) : draw;
 }
 
 // What the draws of an element's operands are made of. Less mixing, and weights that differ in a

@@ -74,7 +74,7 @@ struct Block {
     }
     // Blocks begin at multiples of their size, so the upper half of the number is the same for all.
     const uint64_t first = number + static_cast<uint64_t>(at);
-    const Bits key = draw_key(rounding_key, first);
+    const uint32_t key = draw_key(rounding_key, first);
     const Bits pair = static_cast<uint32_t>(first >> 1);
     Raw lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
@@ -82,11 +82,11 @@ struct Block {
 #if defined(__clang__)
     unroll<kCount>([&](auto j) __attribute__((always_inline)) {
       const Bits draw =
-          hash(pair + static_cast<uint32_t>(j * kLanes / 2) + (Bits(lane) >> 1) + key);
+          pair_draw(key, pair + static_cast<uint32_t>(j * kLanes / 2) + (Bits(lane) >> 1));
       to[j] = select(is_second, second_of_pair(draw), draw);
     });
 #else  // a register of pairs for two of elements
-    const Bits pairs = hash(pair + Bits(lane) + key);
+    const Bits pairs = pair_draw(key, pair + Bits(lane));
     unroll<kCount>([&](auto j) __attribute__((always_inline)) {
       const Bits draw =
           __builtin_shuffle(pairs.raw, (lane >> 1) + static_cast<uint32_t>(j * kLanes / 2));
@@ -175,10 +175,8 @@ class Tile {
 
   void draw(int64_t offset, int64_t n, const Cursor& from) {
     for (int64_t i = 0; i < n; ++i) {
-      const auto number = static_cast<uint64_t>(from.at(kIndex) + i * from.stride(kIndex));
-      const uint32_t pair =
-          pair_draw(draw_key(rounding_key_, number), static_cast<uint32_t>(number >> 1));
-      draws_[offset + i] = number % 2 == 0 ? pair : second_of_pair(pair);
+      const int64_t number = from.at(kIndex) + i * from.stride(kIndex);
+      draws_[offset + i] = own_draw(rounding_key_, static_cast<uint64_t>(number));
     }
   }
 

@@ -55,7 +55,6 @@ struct Vec {
   FUSEDOPT_HD Vec(Raw values) : raw(values) {}
   FUSEDOPT_HD Vec(T value) : raw(value - Raw{}) {}  // in all lanes; minus 0 keeps a sign
 
-  FUSEDOPT_HD friend Vec operator-(Vec a) { return -a.raw; }
   FUSEDOPT_HD friend Vec operator+(Vec a, Vec b) { return a.raw + b.raw; }
   FUSEDOPT_HD friend Vec operator-(Vec a, Vec b) { return a.raw - b.raw; }
   FUSEDOPT_HD friend Vec operator*(Vec a, Vec b) { return a.raw * b.raw; }
@@ -188,7 +187,6 @@ FUSEDOPT_HD __m512i halves_of(Vec<uint32_t, 16> low, Vec<uint32_t, 16> high, uin
                                             44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
   return _mm512_permutex2var_epi16(__m512i(low.raw), __m512i(lower + is_upper), __m512i(high.raw));
 }
-
 #endif
 
 // Words whose lower halves are stored.
@@ -278,7 +276,6 @@ namespace fusedopt {
 
 template <class T, int kLanes>
 struct Lanes<cpu::Vec<T, kLanes>> {
-  using Number = T;
   using Float = cpu::Vec<float, kLanes>;
   using Bits = cpu::Vec<uint32_t, kLanes>;
 };

@@ -78,10 +78,8 @@ class Singles {
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, uint32_t (&draws)[kCount]) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      const auto number = static_cast<uint64_t>(at_[j][kIsDense ? 0 : kIndex]);
-      const uint32_t draw =
-          pair_draw(draw_key(rounding_key, number), static_cast<uint32_t>(number >> 1));
-      draws[j] = (number & 1) != 0 ? second_of_pair(draw) : draw;
+      const int64_t number = at_[j][kIsDense ? 0 : kIndex];
+      draws[j] = own_draw(rounding_key, static_cast<uint64_t>(number));
     }
   }
 

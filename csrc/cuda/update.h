@@ -32,20 +32,6 @@ struct UpdateArguments {
   WorkScalars few[kFew];
 };
 
-// As with_variant(), in as many branches as the number has bits.
-template <int kFirst, int kEnd, class F>
-FUSEDOPT_HD void with_variant_between(int variant, const F& f) {
-  if constexpr (kEnd - kFirst == 1) {
-    f(Constant<kFirst>{});
-  } else {
-    constexpr int kMiddle = (kFirst + kEnd) / 2;
-    if (variant < kMiddle)
-      with_variant_between<kFirst, kMiddle>(variant, f);
-    else
-      with_variant_between<kMiddle, kEnd>(variant, f);
-  }
-}
-
 // What is the same for all elements of a work.
 template <class Rule, class T>
 class Update {
@@ -135,10 +121,9 @@ class Update {
     const Formats known = formats();
     Elements<Rule, T, T, kCount, Memory> elements(known, memory);
     elements.load();
-    with_variant_between<0, Rule::kNumVariants>(
-        variant_, [&](auto variant) __attribute__((always_inline)) {
-          elements.template apply<decltype(variant)::value>(scalars_.rule, math);
-        });
+    with_variant<Rule>(variant_, [&](auto variant) __attribute__((always_inline)) {
+      elements.template apply<decltype(variant)::value>(scalars_.rule, math);
+    });
     if (!math.is_exact()) return false;
     elements.finish(scalars_.common);
     return true;

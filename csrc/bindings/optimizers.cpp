@@ -96,7 +96,7 @@ cuda::HyperSource read_adam(GroupReader& group) {
 }
 
 const OptimizerRow kOptimizers[] = {
-    {"SGD", kIdOf<Sgd>, {Key("momentum_buffer"), Key(""), Key("")}, 0, 0, false, read_sgd},
+    {"SGD", kIdOf<Sgd>, {Key("momentum_buffer")}, 0, 0, false, read_sgd},
     {"Adam",
      kIdOf<Adam>,
      {Key("exp_avg"), Key("exp_avg_sq"), Key("max_exp_avg_sq")},

@@ -2,8 +2,8 @@
 
 #include <pybind11/pybind11.h>
 
-#include <array>
 #include <string>
+#include <vector>
 
 #include "bindings/operands.h"
 #include "bindings/python.h"
@@ -87,7 +87,7 @@ using States = unsigned;
 struct OptimizerRow {
   const char* name;
   RuleId rule;
-  std::array<Key, kMaxStates> state_names;        // by the rule's numbers
+  std::vector<Key> state_names;                   // by the rule's numbers
   States required;                                // without those in use, a state is incomplete
   States omissible;                               // of these: left out where they are not in use
   bool always_counts;                             // the state has "step" whatever the options

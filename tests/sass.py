@@ -30,27 +30,26 @@ INSTRUCTIONS = {
     "double": r"\bD(?:ADD|MUL|FMA|SETP|MNMX)\b|\bMUFU\.\w+64H\b|\.F64\b",
 }
 
-# What a thread does for its elements in the main loop of Adam's kernel.
+# What a thread does for its elements in the main loop of Adam's kernel: AdamW, whose text has so many
+# fused multiplications and additions for an element.
 ELEMENTS = 8
+COPY = r"\bLDGSTS\.\S*128\b"
 WIDE_STORE = r"\bSTG\.E\.128\b"
 PACK = r"\bF2FP\.BF16\b"
 UNPACK = r"\b0xffff0000\b"
-ROOT = r"\bMUFU\.RSQ\b"
+FMA = r"\bFFMA\b"
 DRAW = r"\b0x846ca68b\b|-0x7b935975\b"  # a factor of the hash, once or more often
 # Halves, views at odd places, elements that are done again: nothing of the settings below.
 RARE = r"\bLDG\b|\bF2FP\.F16\b|\bHADD2\b|\bSTG\.E\.U16\b|\bSTG\.E desc|\bSTG\.E \["
+ADAMW = {FMA: 14 * ELEMENTS}
 SETTINGS = {
-    "fp32": {WIDE_STORE: 6, PACK: 0, UNPACK: 0, ROOT: 8, DRAW: 0},
-    "bf16": {WIDE_STORE: 3, PACK: 12, UNPACK: 16, ROOT: 8, DRAW: 0},
-    "bf16, stochastic": {WIDE_STORE: 3, PACK: 12, ROOT: 8, DRAW: 1},
+    "fp32": {COPY: 8, WIDE_STORE: 6, PACK: 0, UNPACK: 0, DRAW: 0} | ADAMW,
+    "bf16": {COPY: 4, WIDE_STORE: 3, PACK: 12, UNPACK: 16, DRAW: 0} | ADAMW,
+    "bf16, stochastic": {COPY: 4, WIDE_STORE: 3, PACK: 12, DRAW: 1} | ADAMW,
 }
-COPIED_OPERANDS = 4
-# Pieces of 16 bytes that a thread copies of them.
-PIECES = {"fp32": 8, "bf16": 4, "bf16, stochastic": 4}
 
 STAGES = 3
 BLOCK_THREADS = 128
-NOTES = 4 * (7 * 16 + 32 + COPIED_OPERANDS * 16)  # bytes of a block, beside the stages
 # Of an SM: bytes of shared memory and threads.
 SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
@@ -89,8 +88,8 @@ class Kernel:
 
     def under_way(self, setting: str) -> int:
         """Bytes that an SM's threads have asked for, in a setting of Adam's."""
-        stage = PIECES[setting] * 16 * BLOCK_THREADS
-        block = STAGES * stage + NOTES + 1024  # that CUDA takes itself
+        stage = SETTINGS[setting][COPY] * 16 * BLOCK_THREADS
+        block = STAGES * stage + 1024  # that CUDA takes itself
         by_registers = 65536 // (BLOCK_THREADS * -(-self.registers // 8) * 8)
         by_threads = THREADS[self.number] // BLOCK_THREADS
         return STAGES * stage * min(by_registers, by_threads, SHARED[self.number] * 1024 // block)
@@ -127,7 +126,7 @@ class Kernel:
                 f"{self.arch} {self.name}: no way round the main loop is {setting}"
             )
         length, branches = min(ends)
-        return length + copy_loop(blocks) * COPIED_OPERANDS, branches
+        return length, branches
 
 
 def blocks_of(code: list[tuple[int, str]]) -> dict[int, Block]:
@@ -174,11 +173,6 @@ def main_loop(code: list[tuple[int, str]]) -> tuple[dict[int, Block], int]:
              if "LDGSTS" in text and "STG" in text]  # fmt: skip
     _, first, last = max(loops)
     return {at: block for at, block in blocks.items() if first <= at <= last}, first
-
-
-def copy_loop(blocks: dict[int, Block]) -> int:
-    """Instructions of the loop that copies an operand."""
-    return min(len(text.splitlines()) for _, _, text in loops_of(blocks) if "LDGSTS" in text)
 
 
 def find_cuobjdump() -> str | None:

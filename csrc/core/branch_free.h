@@ -33,44 +33,67 @@ struct Approximations {
   }
 };
 
-// Subnormal floats are flushed. A residual r that is flushed must be too small to matter, below
-// 2^-26 of the operand, so operands are scaled up. On an H200, the sequences were compared to
-// IEEE's results: roots of all floats in [2^-101, 3e38], 5.5e10 quotients of |n| in [2^-102, 2^60)
-// and d in [2^-60, 2^22). No result differed.
+// Subnormal floats are flushed. A residual that is flushed must be too small to matter, below 2^-26
+// of the operand, so operands are scaled up first. On an H200, the two sequences were compared to
+// IEEE's results: the roots of all floats in [2^-101, 3e38], 5.5e10 quotients of |n| in
+// [2^-102, 2^60) and d in [2^-60, 2^22). No result differed. Powers of two do not change that as
+// long as nothing overflows or is flushed.
 template <class Approximate = Approximations>
 class BranchFree {
  public:
-  FUSEDOPT_HD float sqrt(float x) {
-    const float scaled = x * 0x1p26f;
-    // What is added is lost, but for 0, whose root then is 0 and not 0 times infinity.
-    const float y = Approximate::reciprocal_root(fma(x, 0x1p26f, 0x1p-126f));
-    const float root = scaled * y;
-    const float r = fma(-root, root, scaled);
-    const float exact = fma(r, 0.5f * y, root) * 0x1p-13f;
-    largest_root_ = larger(largest_root_, exact);  // NaN for negative numbers
+  // The root of `scaled`, of at least 2^-101.
+  static FUSEDOPT_HD float root(float scaled) {
+    const float y = Approximate::reciprocal_root(scaled);
+    const float about = scaled * y;
+    const float r = fma(-about, about, scaled);
+    return fma(r, 0.5f * y, about);
+  }
+
+  // scaled / denominator. The residual has its sign so that -0 stays -0.
+  static FUSEDOPT_HD float quotient(float scaled, float denominator) {
+    const float about = Approximate::reciprocal(denominator);
+    const float y = fma(about, fma(-denominator, about, 1.0f), about);
+    const float near = scaled * y;
+    const float minus_r = fma(denominator, near, -scaled);
+    return fma(-minus_r, y, near);
+  }
+
+  // numerator / (the root of `square` + eps), with square and eps of at least 0.
+  FUSEDOPT_HD float divide_by_root(float numerator, float square, float eps) {
+    const float denominator = root(fma(square, 0x1p60f, zero_square(eps))) + eps * 0x1p30f;
+    const float exact = quotient(as_if_new(numerator * 0x1p58f), denominator) * 0x1p-28f;
+    largest_ = larger(largest_, std::fabs(exact));
     return exact;
   }
 
-  FUSEDOPT_HD float divide(float numerator, float denominator) {
-    const float scaled = numerator * 0x1p28f;
-    const float about = Approximate::reciprocal(denominator);
-    const float y = fma(about, fma(-denominator, about, 1.0f), about);
-    const float quotient = scaled * y;
-    const float r = fma(-denominator, quotient, scaled);
-    const float exact = fma(r, y, quotient) * 0x1p-28f;
-    largest_numerator_ = larger(largest_numerator_, std::fabs(numerator));
-    largest_denominator_ = larger(largest_denominator_, denominator);
-    smallest_denominator_ = -larger(-smallest_denominator_, -denominator);
-    return std::copysign(exact, numerator);  // of a zero
+  template <int kCount>
+  FUSEDOPT_HD Pack<float, kCount> divide_by_root(Pack<float, kCount> numerator,
+                                                 const Pack<float, kCount>& square,
+                                                 const Pack<float, kCount>& eps) {
+    for (int j = 0; j < kCount; ++j) numerator[j] = divide_by_root(numerator[j], square[j], eps[j]);
+    return numerator;
   }
 
-  // Whether all results so far are IEEE's: false if there was a NaN.
-  FUSEDOPT_HD bool is_exact() const {
-    return (largest_root_ < 0x1p50f) & (largest_numerator_ < 0x1p36f) &
-           (largest_denominator_ < 0x1p22f) & (smallest_denominator_ >= 0x1p-60f);
-  }
+  // Whether all results so far are IEEE's: false if there was a NaN, and what overflows on the way
+  // becomes one, or larger than this.
+  FUSEDOPT_HD bool is_exact() const { return largest_ < 0x1p97f; }
 
  private:
+  // Else the compiler multiplies once more, where to negate costs nothing.
+  static FUSEDOPT_HD float as_if_new(float number) {
+#if defined(__CUDA_ARCH__)
+    asm("" : "+f"(number));
+#endif
+    return number;
+  }
+
+  // Beside any other square this is lost, but the root of 0 is not NaN with it, and lost beside
+  // eps. Where eps is too small for that, it is NaN, as it is where eps is so large that its
+  // reciprocal would be flushed.
+  static FUSEDOPT_HD float zero_square(float eps) {
+    return eps < 0x1p-67f ? 0.0f : eps < 0x1p90f ? 0x1p-126f : __builtin_nanf("");
+  }
+
   // NaN if one of them is: the built-in functions would give the other one.
   static FUSEDOPT_HD float larger(float a, float b) {
 #if defined(__CUDA_ARCH__)
@@ -82,9 +105,7 @@ class BranchFree {
 #endif
   }
 
-  // Of all so far: one instruction an operand, where comparing each would take two.
-  float largest_root_ = 0, largest_numerator_ = 0;
-  float largest_denominator_ = 1, smallest_denominator_ = 1;
+  float largest_ = 0;  // of all quotients so far: one instruction for each
 };
 
 }  // namespace fusedopt

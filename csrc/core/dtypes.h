@@ -10,14 +10,20 @@
 // takes part); narrower formats exist in memory only.
 namespace fusedopt {
 
+// A bit each, not the lowest, which a GPU tests in one instruction.
 enum class DType : uint8_t {
-  kAbsent,  // there is no such operand
-  kFloat32,
-  kFloat64,
-  kBFloat16,
-  kFloat16,
-  kRemainder,  // what a bfloat16 param lacks of its weight (core/weight.h)
+  kAbsent = 0,  // there is no such operand
+  kFloat32 = 2,
+  kFloat64 = 4,
+  kBFloat16 = 8,
+  kFloat16 = 16,
+  kRemainder = 32,  // what a bfloat16 param lacks of its weight (core/weight.h)
 };
+
+// Whether `dtype` is `other`, which is not kAbsent.
+FUSEDOPT_HD constexpr bool is(DType dtype, DType other) {
+  return (static_cast<unsigned>(dtype) & static_cast<unsigned>(other)) != 0;
+}
 
 struct BFloat16 {
   uint16_t bits;
@@ -48,10 +54,10 @@ FUSEDOPT_HD constexpr int64_t item_size(DType dtype) {
 // computes with.
 template <class T, class F>
 FUSEDOPT_HD void with_storage(DType dtype, F&& f) {
-  if (dtype == DType::kFloat32) return f(float{});
-  if (dtype == DType::kBFloat16) return f(BFloat16{});
+  if (is(dtype, DType::kFloat32)) return f(float{});
+  if (is(dtype, DType::kBFloat16)) return f(BFloat16{});
   if constexpr (sizeof(T) == sizeof(double)) {
-    if (dtype == DType::kFloat64) return f(double{});
+    if (is(dtype, DType::kFloat64)) return f(double{});
   }
   f(Float16{});
 }

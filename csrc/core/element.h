@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/dtypes.h"
 #include "core/layout.h"
@@ -15,168 +16,182 @@ namespace fusedopt {
 // Square roots and divisions as IEEE 754 has them.
 struct Ieee {
   template <class V>
-  FUSEDOPT_HD V sqrt(V x) const {
-    return square_root(x);
-  }
-  template <class V>
-  FUSEDOPT_HD V divide(V numerator, V denominator) const {
-    return numerator / denominator;
+  FUSEDOPT_HD V divide_by_root(V numerator, V square, V eps) const {
+    return numerator / (square_root(square) + eps);
   }
   FUSEDOPT_HD static constexpr bool is_exact() { return true; }
 };
 
 // How the operands of a work are stored.
-struct Formats {
+struct alignas(8) Formats {
   DType dtypes[kMaxOperands];
   uint8_t stochastic;  // a bit for each operand that is rounded stochastically
 
   FUSEDOPT_HD bool has(int operand) const { return dtypes[operand] != DType::kAbsent; }
+  FUSEDOPT_HD bool has_float32_master() const { return is(dtypes[kMaster], DType::kFloat32); }
+  FUSEDOPT_HD bool has_split_master() const { return is(dtypes[kMaster], DType::kRemainder); }
   FUSEDOPT_HD bool is_stochastic(int operand) const { return (stochastic >> operand & 1) != 0; }
+  // Whether to compute in double, or in float.
+  FUSEDOPT_HD bool in_double() const {
+    bool found = false;
+    for (const DType dtype : dtypes) found = found || dtype == DType::kFloat64;
+    return found;
+  }
+  // The one format that all operands are stored in, or kAbsent.
+  FUSEDOPT_HD DType common() const {
+    DType found = dtypes[kParam];
+    for (const DType dtype : dtypes)
+      if (dtype != DType::kAbsent && dtype != dtypes[kParam]) found = DType::kAbsent;
+    return has(kMaster) ? DType::kAbsent : found;
+  }
 };
 
-// Steps of kCount values V each, of elements that are stored as `formats` says. `Memory`, a
-// driver's, has
-//   load<Storage>(operand, V (&to)[kCount]), store<Storage>(operand, const V (&from)[kCount]),
-//   store_bfloat16(operand, const Float (&from)[kCount]): of numbers that are bfloat16 already,
-//   load_words(operand, Bits (&to)[kCount]), store_words(...): 16 bits in the lower half of a word,
-//   find_draws(rounding_key, Bits (&draws)[kCount]): as core/stochastic.h has them.
-template <class Rule, class T, class V, int kCount, class Memory>
+// Instead of a storage type, where operands have several.
+struct Mixed {};
+
+// A step of as many elements as V has. T computes; `Memory`, a driver's, has
+//   load<Storage>(operand, V& to),
+//   store<Storage, kIsCommon>(operand, const V& from): kIsCommon if common() says the same,
+//   store_bfloat16(operand, const Float& from): of numbers that are bfloat16 already,
+//   load_words(operand, Bits& to), store_words(...): 16 bits in the lower half of a word,
+//   find_draws(rounding_key, Bits& draws): as core/stochastic.h has them,
+//   kRoundsForNothing: store() is as fast as store_bfloat16() where that would do,
+//   formats(): how the elements are stored,
+//   common(): the one format of all operands, or kAbsent.
+template <class Rule, class T, class V, class Memory>
 class Elements {
   using Bits = typename Lanes<V>::Bits;
   using Float = typename Lanes<V>::Float;
-  using Values = V[kCount];
+  static constexpr int kNumStates = Rule::kNumStates;
 
  public:
-  FUSEDOPT_HD Elements(const Formats& formats, const Memory& memory)
-      : formats_(formats), memory_(memory) {}
+  FUSEDOPT_HD explicit Elements(const Memory& memory) : memory_(memory) {}
 
   FUSEDOPT_HD void load() {
-    load_weight();
-    load(kGrad, grad_);
-    unroll<Rule::kNumStates>([&](auto s) __attribute__((always_inline)) {
-      if (formats_.has(kFirstState + s)) load(kFirstState + s, state_[s]);
-    });
+    with_common([&](auto format) __attribute__((always_inline)) { load<decltype(format)>(); });
   }
 
-  template <int kVariant, class Math>
-  FUSEDOPT_HD void apply(const typename Rule::template Scalars<T>& scalars, Math& math) {
-    unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-      V state[Rule::kNumStates];
-      unroll<Rule::kNumStates>([&](auto s)
-                                   __attribute__((always_inline)) { state[s] = state_[s][j]; });
-      Rule::template update<kVariant>(scalars, math, weight_[j], grad_[j], state);
-      unroll<Rule::kNumStates>([&](auto s)
-                                   __attribute__((always_inline)) { state_[s][j] = state[s]; });
-    });
+  template <class Math>
+  FUSEDOPT_HD void apply(typename Rule::Variant variant,
+                         const typename Rule::template Scalars<T>& scalars, Math& math) {
+    Rule::update(variant, scalars, math, weight_, grad_, states_);
   }
 
   FUSEDOPT_HD void finish(const CommonScalars<T>& common) {
+    formats_ = memory_.formats();
     if (formats_.stochastic != 0) {
-      Bits draws[kCount];
+      Bits draws;
       memory_.find_draws(common.rounding_key, draws);
-      unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-        // Drivers differ in the bits of their NaNs; infinity stands in for them.
-        const Float weight = to_float(weight_[j]), infinity = __builtin_inff();
-        draws[j] = element_draw(draws[j], as_bits(select(weight < infinity, weight, infinity)));
-      });
+      // Drivers differ in the bits of their NaNs; infinity stands in for them.
+      const Float weight = to_float(weight_), infinity = __builtin_inff();
+      draws = element_draw(draws, as_bits(select(weight < infinity, weight, infinity)));
       if (formats_.is_stochastic(kParam)) round(kParam, weight_, draws);
-      unroll<Rule::kNumStates>([&](auto s) __attribute__((always_inline)) {
-        if (formats_.is_stochastic(kFirstState + s)) round(kFirstState + s, state_[s], draws);
+      unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
+        if (formats_.is_stochastic(kFirstState + s)) round(kFirstState + s, states_[s], draws);
       });
     }
     if (formats_.has(kAverage)) {
-      Values average;
-      load(kAverage, average);
+      V average;
+      load<Mixed>(kAverage, average);
       // The average is of what the weight will be.
       as_stored(formats_.has(kMaster) ? DType::kFloat32 : formats_.dtypes[kParam], weight_);
-      unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-        average[j] = common.average(average[j], weight_[j]);
-      });
-      store(kAverage, average);
+      store<Mixed>(kAverage, common.average(average, weight_));
     }
-    store_weight();
-    unroll<Rule::kNumStates>([&](auto s) __attribute__((always_inline)) {
-      if (formats_.has(kFirstState + s)) store(kFirstState + s, state_[s]);
-    });
+    with_common([&](auto format) __attribute__((always_inline)) { store<decltype(format)>(); });
   }
 
  private:
-  FUSEDOPT_HD void load(int operand, Values& values) const {
-    with_storage<T>(formats_.dtypes[operand], [&](auto format) __attribute__((always_inline)) {
-      memory_.template load<decltype(format)>(operand, values);
+  // The formats that most models have in all operands are looked for once for all of them.
+  template <class F>
+  FUSEDOPT_HD void with_common(const F& f) {
+    formats_ = memory_.formats();  // anew, so that nothing is kept of it meanwhile
+    if constexpr (sizeof(T) == sizeof(float)) {
+      const DType common = memory_.common();
+      if (is(common, DType::kBFloat16)) return f(BFloat16{});
+      if (is(common, DType::kFloat32)) return f(float{});
+    }
+    f(Mixed{});
+  }
+
+  template <class Storage>
+  FUSEDOPT_HD void load() {
+    load_weight<Storage>();
+    load<Storage>(kGrad, grad_);
+    unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
+      if (formats_.has(kFirstState + s)) load<Storage>(kFirstState + s, states_[s]);
     });
   }
 
-  FUSEDOPT_HD void store(int operand, const Values& values) const {
-    if (formats_.is_stochastic(operand)) return store_rounded(operand, values);
-    with_storage<T>(formats_.dtypes[operand], [&](auto format) __attribute__((always_inline)) {
-      memory_.template store<decltype(format)>(operand, values);
+  template <class Storage>
+  FUSEDOPT_HD void store() const {
+    store_weight<Storage>();
+    unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
+      if (formats_.has(kFirstState + s)) store<Storage>(kFirstState + s, states_[s]);
     });
   }
 
-  FUSEDOPT_HD void store_rounded(int operand, const Values& values) const {
-    Float rounded[kCount];
-    unroll<kCount>([&](auto j)
-                       __attribute__((always_inline)) { rounded[j] = to_float(values[j]); });
-    memory_.store_bfloat16(operand, rounded);
+  template <class Storage>
+  FUSEDOPT_HD void load(int operand, V& values) const {
+    if constexpr (std::is_same_v<Storage, Mixed>)
+      with_storage<T>(formats_.dtypes[operand], [&](auto format) __attribute__((always_inline)) {
+        memory_.template load<decltype(format)>(operand, values);
+      });
+    else
+      memory_.template load<Storage>(operand, values);
   }
 
+  template <class Storage>
+  FUSEDOPT_HD void store(int operand, const V& values) const {
+    if (!Memory::kRoundsForNothing && formats_.is_stochastic(operand))
+      return memory_.store_bfloat16(operand, to_float(values));  // rounded already
+    if constexpr (std::is_same_v<Storage, Mixed>)
+      with_storage<T>(formats_.dtypes[operand], [&](auto format) __attribute__((always_inline)) {
+        memory_.template store<decltype(format), false>(operand, values);
+      });
+    else
+      memory_.template store<Storage, true>(operand, values);
+  }
+
+  template <class Storage>
   FUSEDOPT_HD void load_weight() {
-    const Master master = master_of(formats_.dtypes[kMaster]);
-    if (master == Master::kFloat32) return memory_.template load<float>(kMaster, weight_);
-    load(kParam, weight_);
-    if (master == Master::kNone) return;
-    Bits remainders[kCount];
-    memory_.load_words(kMaster, remainders);
-    unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-      weight_[j] = from_float<V>(join_weight(to_float(weight_[j]), remainders[j]));
-    });
+    constexpr bool kCanHaveMaster = std::is_same_v<Storage, Mixed>;
+    if (kCanHaveMaster && formats_.has_float32_master())
+      return memory_.template load<float>(kMaster, weight_);
+    load<Storage>(kParam, weight_);
+    if (!kCanHaveMaster || !formats_.has_split_master()) return;
+    Bits remainder;
+    memory_.load_words(kMaster, remainder);
+    weight_ = from_float<V>(join_weight(to_float(weight_), remainder));
   }
 
-  FUSEDOPT_HD void store_weight() {
-    const Master master = master_of(formats_.dtypes[kMaster]);
-    if (master == Master::kFloat32) memory_.template store<float>(kMaster, weight_);
-    if (master == Master::kSplit) {
-      Bits remainders[kCount];
-      unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-        const auto parts = split_weight(to_float(weight_[j]));
-        weight_[j] = from_float<V>(parts.param);
-        remainders[j] = parts.remainder;
-      });
-      memory_.store_words(kMaster, remainders);
-      return store_rounded(kParam, weight_);
-    }
-    store(kParam, weight_);
+  template <class Storage>
+  FUSEDOPT_HD void store_weight() const {
+    constexpr bool kCanHaveMaster = std::is_same_v<Storage, Mixed>;
+    if (kCanHaveMaster && formats_.has_float32_master())
+      memory_.template store<float, false>(kMaster, weight_);
+    if (!kCanHaveMaster || !formats_.has_split_master()) return store<Storage>(kParam, weight_);
+    const auto parts = split_weight(to_float(weight_));
+    memory_.store_words(kMaster, parts.remainder);
+    memory_.store_bfloat16(kParam, parts.param);
   }
 
-  static FUSEDOPT_HD void round(int operand, Values& values, const Bits (&draws)[kCount]) {
-    unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-      values[j] = from_float<V>(round_stochastically(to_float(values[j]), draws[j], operand));
-    });
+  static FUSEDOPT_HD void round(int operand, V& values, const Bits& draws) {
+    values = from_float<V>(round_stochastically(to_float(values), draws, operand));
   }
 
-  static FUSEDOPT_HD void as_stored(DType dtype, Values& weights) {
+  static FUSEDOPT_HD void as_stored(DType dtype, V& weights) {
     if constexpr (sizeof(T) == sizeof(double)) {
-      if (dtype == DType::kFloat32)
-        unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-          weights[j] = from_float<V>(to_float(weights[j]));
-        });
+      if (is(dtype, DType::kFloat32)) weights = from_float<V>(to_float(weights));
     }
-    if (dtype == DType::kBFloat16)
-      unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-        weights[j] =
-            from_float<V>(as_float(rounded_to_bfloat16(to_float(weights[j])) & 0xffff0000u));
-      });
-    if (dtype == DType::kFloat16)
-      unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-        weights[j] =
-            from_float<V>(float_from_half_bits(half_bits_from_float(to_float(weights[j]))));
-      });
+    if (is(dtype, DType::kBFloat16))
+      weights = from_float<V>(as_float(rounded_to_bfloat16(to_float(weights)) & 0xffff0000u));
+    if (is(dtype, DType::kFloat16))
+      weights = from_float<V>(float_from_half_bits(half_bits_from_float(to_float(weights))));
   }
 
-  const Formats& formats_;
   const Memory& memory_;
-  Values weight_, grad_, state_[Rule::kNumStates];
+  Formats formats_;
+  V weight_, grad_, states_[kNumStates];
 };
 
 }  // namespace fusedopt

@@ -6,8 +6,8 @@
 #include "core/bits.h"
 #include "core/macros.h"
 
-// What the text of an element computes with: single numbers on a GPU, as many as a register holds
-// on a CPU (cpu/vec.h). Both have the operators of numbers and the functions below.
+// What the text of an element computes with: packs of numbers, or of registers of them on a CPU
+// (cpu/vec.h). Both have the operators of numbers and the functions below.
 namespace fusedopt {
 
 // For a type of values: the types of as many floats and 32-bit words.
@@ -34,12 +34,6 @@ FUSEDOPT_HD T select(bool condition, T then, T otherwise) {
   return condition ? then : otherwise;
 }
 
-// As ?: of values; of variables, it would want their addresses, and so keep them in memory.
-template <class V>
-FUSEDOPT_HD V either(bool condition, V then, V otherwise) {
-  return condition ? then : otherwise;
-}
-
 FUSEDOPT_HD uint32_t as_bits(float value) { return bit_cast<uint32_t>(value); }
 FUSEDOPT_HD float as_float(uint32_t bits) { return bit_cast<float>(bits); }
 
@@ -49,6 +43,137 @@ FUSEDOPT_HD float to_float(double value) { return static_cast<float>(value); }
 template <class V>
 FUSEDOPT_HD V from_float(float value) {
   return static_cast<V>(value);
+}
+
+// Values that are computed with side by side.
+template <class V, int kCount>
+struct Pack {
+  using Value = V;
+  using Mask = Pack<decltype(V() < V()), kCount>;
+
+  V values[kCount];
+
+  Pack() = default;
+  template <class T>
+  FUSEDOPT_HD Pack(T value) {  // everywhere
+    for (V& own : values) own = V(value);
+  }
+
+  FUSEDOPT_HD V& operator[](int j) { return values[j]; }
+  FUSEDOPT_HD const V& operator[](int j) const { return values[j]; }
+
+  FUSEDOPT_HD friend Pack operator+(Pack a, const Pack& b) {
+    for (int j = 0; j < kCount; ++j) a[j] = a[j] + b[j];
+    return a;
+  }
+  FUSEDOPT_HD friend Pack operator-(Pack a, const Pack& b) {
+    for (int j = 0; j < kCount; ++j) a[j] = a[j] - b[j];
+    return a;
+  }
+  FUSEDOPT_HD friend Pack operator*(Pack a, const Pack& b) {
+    for (int j = 0; j < kCount; ++j) a[j] = a[j] * b[j];
+    return a;
+  }
+  FUSEDOPT_HD friend Pack operator/(Pack a, const Pack& b) {
+    for (int j = 0; j < kCount; ++j) a[j] = a[j] / b[j];
+    return a;
+  }
+  FUSEDOPT_HD friend Pack operator&(Pack a, const Pack& b) {
+    for (int j = 0; j < kCount; ++j) a[j] = a[j] & b[j];
+    return a;
+  }
+  FUSEDOPT_HD friend Pack operator|(Pack a, const Pack& b) {
+    for (int j = 0; j < kCount; ++j) a[j] = V(a[j] | b[j]);
+    return a;
+  }
+  FUSEDOPT_HD friend Pack operator^(Pack a, const Pack& b) {
+    for (int j = 0; j < kCount; ++j) a[j] = a[j] ^ b[j];
+    return a;
+  }
+  FUSEDOPT_HD friend Pack operator<<(Pack a, int n) {
+    for (int j = 0; j < kCount; ++j) a[j] = a[j] << n;
+    return a;
+  }
+  FUSEDOPT_HD friend Pack operator>>(Pack a, int n) {
+    for (int j = 0; j < kCount; ++j) a[j] = a[j] >> n;
+    return a;
+  }
+  FUSEDOPT_HD friend Mask operator<(const Pack& a, const Pack& b) {
+    Mask mask;
+    for (int j = 0; j < kCount; ++j) mask[j] = a[j] < b[j];
+    return mask;
+  }
+  FUSEDOPT_HD friend Mask operator>(const Pack& a, const Pack& b) {
+    Mask mask;
+    for (int j = 0; j < kCount; ++j) mask[j] = a[j] > b[j];
+    return mask;
+  }
+  FUSEDOPT_HD friend Mask operator==(const Pack& a, const Pack& b) {
+    Mask mask;
+    for (int j = 0; j < kCount; ++j) mask[j] = a[j] == b[j];
+    return mask;
+  }
+  FUSEDOPT_HD friend Mask operator!=(const Pack& a, const Pack& b) {
+    Mask mask;
+    for (int j = 0; j < kCount; ++j) mask[j] = a[j] != b[j];
+    return mask;
+  }
+
+  FUSEDOPT_HD friend Pack fma(const Pack& a, const Pack& b, Pack c) {
+    for (int j = 0; j < kCount; ++j) c[j] = fma(a[j], b[j], c[j]);
+    return c;
+  }
+  FUSEDOPT_HD friend Pack square_root(Pack x) {
+    for (int j = 0; j < kCount; ++j) x[j] = square_root(x[j]);
+    return x;
+  }
+  FUSEDOPT_HD friend Pack select(const Mask& mask, Pack then, const Pack& otherwise) {
+    for (int j = 0; j < kCount; ++j) then[j] = select(mask[j], then[j], otherwise[j]);
+    return then;
+  }
+};
+
+template <class V, int kCount>
+struct Lanes<Pack<V, kCount>> {
+  using Float = Pack<typename Lanes<V>::Float, kCount>;
+  using Bits = Pack<typename Lanes<V>::Bits, kCount>;
+};
+
+template <class Float, int kCount>
+FUSEDOPT_HD auto as_bits(const Pack<Float, kCount>& from) {
+  Pack<typename Lanes<Float>::Bits, kCount> to;
+  for (int j = 0; j < kCount; ++j) to[j] = as_bits(from[j]);
+  return to;
+}
+template <class Bits, int kCount>
+FUSEDOPT_HD auto as_float(const Pack<Bits, kCount>& from) {
+  Pack<decltype(as_float(from[0])), kCount> to;
+  for (int j = 0; j < kCount; ++j) to[j] = as_float(from[j]);
+  return to;
+}
+template <class V, int kCount>
+FUSEDOPT_HD auto to_float(const Pack<V, kCount>& from) {
+  Pack<typename Lanes<V>::Float, kCount> to;
+  for (int j = 0; j < kCount; ++j) to[j] = to_float(from[j]);
+  return to;
+}
+template <class P, class Float, int kCount>
+FUSEDOPT_HD P from_float(const Pack<Float, kCount>& from) {
+  P to;
+  for (int j = 0; j < kCount; ++j) to[j] = from_float<typename P::Value>(from[j]);
+  return to;
+}
+
+// As ?:, of which a compiler would take the addresses, and keep in memory what has one.
+template <class V>
+FUSEDOPT_HD V either(bool condition, V then, V otherwise) {
+  return condition ? then : otherwise;
+}
+template <class V, int kCount>
+FUSEDOPT_HD Pack<V, kCount> either(bool condition, Pack<V, kCount> then,
+                                   const Pack<V, kCount>& otherwise) {
+  for (int j = 0; j < kCount; ++j) then[j] = either(condition, then[j], otherwise[j]);
+  return then;
 }
 
 // std::integral_constant, which the device lacks.

@@ -46,17 +46,4 @@ void with_rule(RuleId id, const F& f) {
   Rules::call(id, f);
 }
 
-// Calls `f` with the variant of this number, of [kFirst, kEnd), as a constant, in as many branches
-// as the number has bits.
-template <class Rule, int kFirst = 0, int kEnd = Rule::kNumVariants, class F>
-FUSEDOPT_HD void with_variant(int variant, const F& f) {
-  constexpr int kMiddle = (kFirst + kEnd) / 2;
-  if constexpr (kEnd - kFirst == 1)
-    f(Constant<kFirst>{});
-  else if (variant < kMiddle)
-    with_variant<Rule, kFirst, kMiddle>(variant, f);
-  else
-    with_variant<Rule, kMiddle, kEnd>(variant, f);
-}
-
 }  // namespace fusedopt

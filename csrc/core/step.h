@@ -33,13 +33,6 @@ inline constexpr uint8_t kFirstGpu = 2;
 inline constexpr int kMaxGpus = 255 - kFirstGpu;
 static_assert(sizeof(Work) == 96, "whole halves of cache lines, and whole vectors of a GPU");
 
-// Whether a work is computed in double, or in float.
-FUSEDOPT_HD bool is_in_double(const Work& work) {
-  bool found = false;
-  for (const DType dtype : work.formats.dtypes) found = found || dtype == DType::kFloat64;
-  return found;
-}
-
 // Every pointer is borrowed for the call. `chunks` has `num_chunks + 1` entries.
 struct Step {
   const Work* works;

@@ -12,21 +12,12 @@
 namespace fusedopt::cpu {
 namespace {
 
-using Runner = void (*)(const Step&, const Work&, int64_t, int64_t);
-
-template <class Rule, class T>
-Runner find_runner(int variant) {
-  Runner found = nullptr;
-  with_variant<Rule>(variant, [&](auto number) { found = update<Rule, number, T>; });
-  return found;
-}
-
 void run_work(const Step& step, const Work& work, int64_t begin, int64_t end) {
   with_rule(work.rule, [&](auto rule) {
     using Rule = decltype(rule);
-    if (!is_in_double(work)) return find_runner<Rule, float>(work.variant)(step, work, begin, end);
+    if (!work.formats.in_double()) return update<Rule, float>(step, work, begin, end);
     const FlushMode mode(false);
-    find_runner<Rule, double>(work.variant)(step, work, begin, end);
+    update<Rule, double>(step, work, begin, end);
   });
 }
 

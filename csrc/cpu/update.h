@@ -20,52 +20,58 @@ constexpr int64_t kCacheLine = 64;
 constexpr int64_t kTileElements = 256;
 
 template <class T>
-using Values = Vec<T, kRegisterBytes / static_cast<int>(sizeof(T))>;
+using Register = Vec<T, kRegisterBytes / static_cast<int>(sizeof(T))>;
 template <class T>
 constexpr int64_t kBlock = kCount * kRegisterBytes / static_cast<int64_t>(sizeof(T));
 
 // A block of elements in each operand, one after the other; `Memory` of core/element.h.
 template <class T>
 struct Block {
-  using V = Values<T>;
-  using Bits = typename Lanes<V>::Bits;
+  using Values = Pack<Register<T>, kCount>;
+  using Bits = typename Lanes<Values>::Bits;
+  static constexpr bool kRoundsForNothing = false;
   static constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
 
+  Formats how;            // the operands are stored
+  DType one;              // for all of them, or kAbsent
   void* const* data;      // of each operand
   int64_t at;             // elements from there to here
   uint64_t number;        // of the first element of `data` in its tensor,
   const uint32_t* draws;  // or if this is not nullptr, the elements' draws
   int64_t ahead = 0;      // how far ahead to ask for memory, in elements
 
+  FUSEDOPT_HD const Formats& formats() const { return how; }
+  FUSEDOPT_HD DType common() const { return one; }
+
   template <class Storage>
-  FUSEDOPT_HD void load(int operand, V (&to)[kCount]) const {
+  FUSEDOPT_HD void load(int operand, Values& to) const {
     const char* const from = place<Storage>(operand);
     constexpr int64_t kSize = sizeof(Storage);
     for (int64_t byte = 0; byte < kBlock<T> * kSize; byte += kCacheLine)
       __builtin_prefetch(from + ahead * kSize + byte);
-    Stored<V, Storage>::load(from, to);
+    Stored<Register<T>, Storage>::load(from, to.values);
   }
 
-  template <class Storage>
-  FUSEDOPT_HD void store(int operand, const V (&from)[kCount]) const {
-    Stored<V, Storage>::store(place<Storage>(operand), from);
+  template <class Storage, bool>
+  FUSEDOPT_HD void store(int operand, const Values& from) const {
+    Stored<Register<T>, Storage>::store(place<Storage>(operand), from.values);
   }
 
-  FUSEDOPT_HD void store_bfloat16(int operand,
-                                  const typename Lanes<V>::Float (&from)[kCount]) const {
+  FUSEDOPT_HD void store_bfloat16(int operand, const typename Lanes<Values>::Float& from) const {
     store_upper_halves(place<uint16_t>(operand), as_bits(from[0]), as_bits(from[1]));
   }
 
-  FUSEDOPT_HD void load_words(int operand, Bits (&to)[kCount]) const {
-    Halves::load(place<uint16_t>(operand), to);
+  FUSEDOPT_HD void load_words(int operand, Bits& to) const {
+    Halves::load(place<uint16_t>(operand), to.values);
   }
 
-  FUSEDOPT_HD void store_words(int operand, const Bits (&from)[kCount]) const {
-    Halves::store(place<uint16_t>(operand), from);
+  FUSEDOPT_HD void store_words(int operand, const Bits& from) const {
+    Halves::store(place<uint16_t>(operand), from.values);
   }
 
-  FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits (&to)[kCount]) const {
-    using Raw = typename Bits::Raw;
+  FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& to) const {
+    using Word = typename Bits::Value;
+    using Raw = typename Word::Raw;
     if (draws != nullptr) {
       unroll<kCount>([&](auto j) __attribute__((always_inline)) {
         to[j] = read<Raw>(draws + at + j * kLanes);
@@ -75,20 +81,20 @@ struct Block {
     // Blocks begin at multiples of their size, so the upper half of the number is the same for all.
     const uint64_t first = number + static_cast<uint64_t>(at);
     const uint32_t key = draw_key(rounding_key, first);
-    const Bits pair = static_cast<uint32_t>(first >> 1);
+    const Word pair = static_cast<uint32_t>(first >> 1);
     Raw lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
-    const auto is_second = (Bits(lane) & 1u) != Bits(0u);
+    const auto is_second = (Word(lane) & 1u) != Word(0u);
 #if defined(__clang__)
     unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-      const Bits draw =
-          pair_draw(key, pair + static_cast<uint32_t>(j * kLanes / 2) + (Bits(lane) >> 1));
+      const Word draw =
+          pair_draw(key, pair + static_cast<uint32_t>(j * kLanes / 2) + (Word(lane) >> 1));
       to[j] = select(is_second, second_of_pair(draw), draw);
     });
 #else  // a register of pairs for two of elements
-    const Bits pairs = pair_draw(key, pair + Bits(lane));
+    const Word pairs = pair_draw(key, pair + Word(lane));
     unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-      const Bits draw =
+      const Word draw =
           __builtin_shuffle(pairs.raw, (lane >> 1) + static_cast<uint32_t>(j * kLanes / 2));
       to[j] = select(is_second, second_of_pair(draw), draw);
     });
@@ -102,17 +108,17 @@ struct Block {
   }
 };
 
-template <class Rule, int kVariant, class T>
-__attribute__((noinline)) void update_blocks(const Formats formats,
+template <class Rule, class T>
+__attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
                                              const StepScalars<Rule, T>& scalars, Block<T> block,
                                              int64_t n) {
   for (; block.at < n; block.at += kBlock<T>) {
     // What lies behind the end is another thread's, perhaps.
     block.ahead = block.at + kPrefetchAhead + kBlock<T> <= n ? kPrefetchAhead : 0;
-    Elements<Rule, T, Values<T>, kCount, Block<T>> elements(formats, block);
+    Elements<Rule, T, typename Block<T>::Values, Block<T>> elements(block);
     Ieee math;
     elements.load();
-    elements.template apply<kVariant>(scalars.rule, math);
+    elements.apply(variant, scalars.rule, math);
     elements.finish(scalars.common);
   }
 }
@@ -152,7 +158,7 @@ class Tile {
     });
   }
 
-  Block<T> block() const { return {data_, 0, 0, draws_}; }
+  Block<T> block() const { return {work_.formats, work_.formats.common(), data_, 0, 0, draws_}; }
 
  private:
   template <class F>
@@ -189,42 +195,46 @@ class Tile {
 
 // The last elements of a dense work, fewer than a block. What else is in the block is computed with
 // and dropped.
-template <class Rule, int kVariant, class T>
-void update_rest(const Formats& formats, const StepScalars<Rule, T>& scalars, void* const* data,
-                 int64_t begin, int64_t n) {
+template <class Rule, class T>
+void update_rest(typename Rule::Variant variant, const StepScalars<Rule, T>& scalars,
+                 Block<T> block, int64_t n) {
   alignas(kCacheLine) char bytes[kMaxOperands][kBlock<T> * sizeof(T)];
   void* copies[kMaxOperands];
-  const auto size_of = [&](int k) { return static_cast<size_t>(n * item_size(formats.dtypes[k])); };
+  void* const* const data = block.data;
+  const auto size_of = [&](int k) {
+    return static_cast<size_t>(n * item_size(block.how.dtypes[k]));
+  };
   for (int k = 0; k < kMaxOperands; ++k) {
     copies[k] = bytes[k];
-    if (formats.has(k)) __builtin_memcpy(bytes[k], data[k], size_of(k));
+    if (block.how.has(k)) __builtin_memcpy(bytes[k], data[k], size_of(k));
   }
-  const auto number = static_cast<uint64_t>(begin);
-  update_blocks<Rule, kVariant, T>(formats, scalars, {copies, 0, number, nullptr}, n);
+  block.data = copies;
+  update_blocks<Rule, T>(variant, scalars, block, n);
   for (int k = 0; k < kMaxOperands; ++k)
-    if (k != kGrad && formats.has(k)) __builtin_memcpy(data[k], bytes[k], size_of(k));
+    if (k != kGrad && block.how.has(k)) __builtin_memcpy(data[k], bytes[k], size_of(k));
 }
 
 // Elements [begin, end) of a work.
-template <class Rule, int kVariant, class T>
+template <class Rule, class T>
 void update(const Step& step, const Work& work, int64_t begin, int64_t end) {
+  const auto variant = Rule::Variant::of(work.variant);
   const StepScalars<Rule, T> scalars =
       step.scalars[work.scalars].template of<Rule>().template as<T>();
-  const Formats formats = work.formats;
   if (work.layout == kDense) {
+    const Formats formats = work.formats;
     void* data[kMaxOperands];
+    Block<T> block = {formats, formats.common(), data, 0, 0, nullptr};
     const auto go_to = [&](int64_t element) {
+      block.number = static_cast<uint64_t>(element);
       for (int k = 0; k < kMaxOperands; ++k)
         data[k] = static_cast<char*>(work.data[k]) + element * item_size(formats.dtypes[k]);
     };
     const int64_t whole = (end - begin) / kBlock<T> * kBlock<T>;
     go_to(begin);
-    if (whole > 0)
-      update_blocks<Rule, kVariant, T>(formats, scalars,
-                                       {data, 0, static_cast<uint64_t>(begin), nullptr}, whole);
+    if (whole > 0) update_blocks<Rule, T>(variant, scalars, block, whole);
     begin += whole;
     go_to(begin);
-    if (begin < end) update_rest<Rule, kVariant, T>(formats, scalars, data, begin, end - begin);
+    if (begin < end) update_rest<Rule, T>(variant, scalars, block, end - begin);
     return;
   }
   const Layout& layout = step.layouts[work.layout];
@@ -233,7 +243,7 @@ void update(const Step& step, const Work& work, int64_t begin, int64_t end) {
   for (; begin < end; begin += kTileElements) {
     const int64_t n = end - begin < kTileElements ? end - begin : kTileElements;
     tile.load(source, n);
-    update_blocks<Rule, kVariant, T>(formats, scalars, tile.block(), n);
+    update_blocks<Rule, T>(variant, scalars, tile.block(), n);
     tile.store(target, n);
   }
 }

@@ -102,31 +102,6 @@ FUSEDOPT_HD void store_words(void* to, const Words<kWords>& from) {
 #endif
 }
 
-// The same if `condition` holds, without a branch.
-template <int kWords>
-FUSEDOPT_HD void store_words_if(bool condition, void* to, const Words<kWords>& from) {
-  static_assert(kWords == 2 || kWords == 4, "no such access");
-#if defined(__CUDA_ARCH__)
-  const uint32_t* const w = from.words;
-  const size_t address = __cvta_generic_to_global(to);
-  const int32_t holds = condition;
-  if constexpr (kWords == 4)
-    asm volatile(
-        "{ .reg .pred p; setp.ne.s32 p, %5, 0; @p st.global.v4.u32 [%0], {%1, %2, %3, %4}; }" ::"l"(
-            address),
-        "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(holds)
-        : "memory");
-  else
-    asm volatile(
-        "{ .reg .pred p; setp.ne.s32 p, %3, 0; @p st.global.v2.u32 [%0], {%1, %2}; }" ::"l"(
-            address),
-        "r"(w[0]), "r"(w[1]), "r"(holds)
-        : "memory");
-#else
-  if (condition) store_words(to, from);
-#endif
-}
-
 // A place in a block's shared memory.
 #if defined(__CUDA_ARCH__)
 using SharedPlace = uint32_t;
@@ -138,28 +113,27 @@ using SharedPlace = char*;
 inline SharedPlace shared_place(void* data) { return static_cast<char*>(data); }
 #endif
 
-// Starts a copy to shared memory if `condition` holds, without a branch. It is done once
+// Starts a copy to shared memory if `condition` is not 0, without a branch. It is done once
 // wait_for_copies() says so.
 template <int kBytes>
-FUSEDOPT_HD void start_copy_if(bool condition, SharedPlace to, const void* from) {
+FUSEDOPT_HD void start_copy_if(uint32_t condition, SharedPlace to, const void* from) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "no such copy");
 #if defined(__CUDA_ARCH__)
   const size_t address = __cvta_generic_to_global(from);
-  const int32_t holds = condition;
   if constexpr (kBytes == 16)
     asm volatile(
         "{ .reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16; }" ::
             "r"(to),
-        "l"(address), "r"(holds)
+        "l"(address), "r"(condition)
         : "memory");
   else
     asm volatile(
         "{ .reg .pred p; setp.ne.s32 p, %2, 0; @p cp.async.ca.shared.global [%0], [%1], %3; }" ::
             "r"(to),
-        "l"(address), "r"(holds), "n"(kBytes)
+        "l"(address), "r"(condition), "n"(kBytes)
         : "memory");
 #else
-  if (condition) memcpy(to, from, kBytes);
+  if (condition != 0) memcpy(to, from, kBytes);
 #endif
 }
 
@@ -199,22 +173,34 @@ FUSEDOPT_HD Words<kWords> load_shared(SharedPlace from) {
 #endif
 }
 
-template <int kWords>
-FUSEDOPT_HD void store_shared(SharedPlace to, const Words<kWords>& from) {
-  static_assert(kWords == 4, "no such access");
+FUSEDOPT_HD void store_shared(SharedPlace to, uint32_t word) {
 #if defined(__CUDA_ARCH__)
-  const uint32_t* const w = from.words;
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(w[0]), "r"(w[1]),
-               "r"(w[2]), "r"(w[3])
-               : "memory");
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
 #else
-  memcpy(to, &from, sizeof(from));
+  memcpy(to, &word, sizeof(word));
+#endif
+}
+
+// What all threads of a warp find the same, so that the compiler knows it: it is kept once for all
+// of them, and what depends on it is no divergent branch.
+template <class T>
+FUSEDOPT_HD T same_for_warp(T value) {
+#if defined(__CUDA_ARCH__)
+  struct {
+    uint32_t all[sizeof(T) / 4];
+  } words;
+  memcpy(&words, &value, sizeof(words));
+  for (uint32_t& word : words.all) word = __shfl_sync(0xffffffffu, word, 0);
+  return bit_cast<T>(words);
+#else
+  return value;
 #endif
 }
 
 // The same number, of which the compiler does not know that it is: what follows from it is found
 // out again where it is needed. To keep all that over a loop would take dozens of registers.
-FUSEDOPT_HD uint32_t as_if_new(uint32_t number) {
+template <class T>
+FUSEDOPT_HD T as_if_new(T number) {
   asm volatile("" : "+r"(number));
   return number;
 }

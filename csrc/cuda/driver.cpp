@@ -178,7 +178,7 @@ class Device {
     arguments.skip = skip_flag(share);
     arguments.grad_norm = share.measures ? &share.verdict->grad_norm : nullptr;
     arguments.num_rows = rows.num_rows;
-    arguments.in_double = rows.column.in_double;
+    arguments.in_double = rows.column.formats.in_double();
     runtime::schedule(rows.column.rule, arguments, share.stream);
   }
 
@@ -194,7 +194,6 @@ class Device {
     call.layouts = reinterpret_cast<const Layout*>(current_->at(parts.layouts));
     call.skip = skip_flag(share);
     call.num_chunks = rows.num_chunks;
-    call.warp_bytes = rows.warp_bytes;
     if (share.clocks != nullptr) {
       call.scalars = computed(rows);
     } else if (has_few_scalars(share)) {

@@ -42,7 +42,7 @@ class SharedMemory {
 template <class Rule, class T>
 void update_all(const UpdateArguments<Rule, T>& arguments, int64_t num_chunks) {
   const FlushMode flush(sizeof(T) == sizeof(float));
-  SharedMemory shared(int64_t{arguments.warp_bytes} * kBlockWarps);
+  SharedMemory shared(int64_t{kStages} * arguments.plan.stage_bytes);
   for (uint32_t block = 0; block < num_chunks; ++block) {
     const SharedPlace place = shared.renew();
     for (uint32_t thread = 0; thread < kBlockThreads; ++thread)

@@ -34,9 +34,8 @@ void check(cudaError_t error, const char* call) {
   throw std::runtime_error(message);
 }
 
-const void* kernel_of(Column column) {
-  return column.in_double ? update_kernel_of<double>(column.rule)
-                          : update_kernel_of<float>(column.rule);
+const void* kernel_of(RuleId rule, bool in_double) {
+  return in_double ? update_kernel_of<double>(rule) : update_kernel_of<float>(rule);
 }
 
 // While it lives, calls of this thread that a capture forbids are allowed; none of them goes into
@@ -172,7 +171,7 @@ void check_kernels(int gpu) {
     kernels.push_back(schedule_kernel_of(id));
     for (const bool in_double : {false, true})
       if (error == cudaSuccess)  // of shared memory, a kernel gets no more than this allows
-        error = cudaFuncSetAttribute(kernel_of({id, in_double}),
+        error = cudaFuncSetAttribute(kernel_of(id, in_double),
                                      cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
   }
   cudaFuncAttributes attributes;
@@ -246,8 +245,9 @@ void Point::wait() const {
 
 void update(const UpdateCall& call) {
   with_types(call.column, [&](auto rule, auto number) {
-    launch(kernel_of(call.column), call.num_chunks, kBlockThreads, call.warp_bytes * kBlockWarps,
-           call.stream, arguments_for<decltype(rule), decltype(number)>(call));
+    const auto arguments = arguments_for<decltype(rule), decltype(number)>(call);
+    launch(kernel_of(call.column.rule, call.column.formats.in_double()), call.num_chunks,
+           kBlockThreads, int64_t{kStages} * arguments.plan.stage_bytes, call.stream, arguments);
   });
 }
 

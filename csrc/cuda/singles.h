@@ -13,23 +13,30 @@
 namespace fusedopt::cuda {
 
 // What Elements asks of memory. A place that is taken twice is written twice, with the same bytes.
-template <class T, int kCount, bool kIsDense>
+template <class T, int kCount>
 class Singles {
- public:
-  // `work` is in device memory: its pointers are loaded when they are needed, and take no
-  // registers.
-  FUSEDOPT_HD explicit Singles(const Work* work) : work_(work) {}
+  using Bits = Pack<uint32_t, kCount>;
 
-  // Takes an element of a dense work as number `j` of kCount.
-  FUSEDOPT_HD void place(int j, int64_t element) {
-    static_assert(kIsDense, "else there is a layout");
-    at_[j][0] = element;
+ public:
+  using Values = Pack<T, kCount>;
+  static constexpr bool kRoundsForNothing = true;
+
+  FUSEDOPT_HD DType common() const { return DType::kAbsent; }
+  FUSEDOPT_HD Formats formats() const {
+    return bit_cast<Formats>(fusedopt::cuda::load_words<2>(&work_->formats));
   }
 
-  // Takes the one that the layout visits as number `element`; `is_small`: all numbers fit 31 bits.
-  FUSEDOPT_HD void place(int j, const Layout& layout, int64_t element, bool is_small) {
+  // `work` is in device memory: what is in it is loaded when it is needed, and takes no registers.
+  FUSEDOPT_HD Singles(const Work* work, const Layout* layouts) : work_(work), layouts_(layouts) {}
+
+  // Takes the element that the work's layout visits as number `element`, as number `j` of kCount.
+  FUSEDOPT_HD void place(int j, int64_t element) {
+    const int32_t number = load_item(&work_->layout);
 #pragma unroll
-    for (int64_t& at : at_[j]) at = 0;
+    for (int64_t& at : at_[j]) at = number == kDense ? element : 0;
+    if (number == kDense) return;
+    const Layout layout = layouts_[number];
+    const bool is_small = load_item(&work_->numel) <= INT32_MAX;
     int64_t left = element;
 #pragma unroll 1
     for (int d = layout.num_dims - 1; d >= 0; --d) {
@@ -44,14 +51,14 @@ class Singles {
   }
 
   template <class Storage>
-  FUSEDOPT_HD void load(int operand, T (&to)[kCount]) const {
+  FUSEDOPT_HD void load(int operand, Values& to) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
       to[j] = fusedopt::load<T>(load_item(address<Storage>(operand, j)));
   }
 
-  template <class Storage, class From>
-  FUSEDOPT_HD void store(int operand, const From (&from)[kCount]) const {
+  template <class Storage, bool, class From>
+  FUSEDOPT_HD void store(int operand, const Pack<From, kCount>& from) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       Storage stored;
@@ -60,37 +67,36 @@ class Singles {
     }
   }
 
-  FUSEDOPT_HD void store_bfloat16(int operand, const float (&from)[kCount]) const {
-    store<BFloat16>(operand, from);
+  FUSEDOPT_HD void store_bfloat16(int operand, const Pack<float, kCount>& from) const {
+    store<BFloat16, false>(operand, from);
   }
 
-  FUSEDOPT_HD void load_words(int operand, uint32_t (&to)[kCount]) const {
+  FUSEDOPT_HD void load_words(int operand, Bits& to) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) to[j] = load_item(address<uint16_t>(operand, j));
   }
 
-  FUSEDOPT_HD void store_words(int operand, const uint32_t (&from)[kCount]) const {
+  FUSEDOPT_HD void store_words(int operand, const Bits& from) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
       store_item(address<uint16_t>(operand, j), static_cast<uint16_t>(from[j]));
   }
 
-  FUSEDOPT_HD void find_draws(uint32_t rounding_key, uint32_t (&draws)[kCount]) const {
+  FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& draws) const {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const int64_t number = at_[j][kIsDense ? 0 : kIndex];
-      draws[j] = own_draw(rounding_key, static_cast<uint64_t>(number));
-    }
+    for (int j = 0; j < kCount; ++j)
+      draws[j] = own_draw(rounding_key, static_cast<uint64_t>(at_[j][kIndex]));
   }
 
  private:
   template <class Storage>
   FUSEDOPT_HD Storage* address(int operand, int j) const {
-    return static_cast<Storage*>(load_item(work_->data + operand)) + at_[j][kIsDense ? 0 : operand];
+    return static_cast<Storage*>(load_item(work_->data + operand)) + at_[j][operand];
   }
 
   const Work* const work_;
-  int64_t at_[kCount][kIsDense ? 1 : kIndex + 1];
+  const Layout* const layouts_;
+  int64_t at_[kCount][kIndex + 1];
 };
 
 }  // namespace fusedopt::cuda

@@ -1,423 +1,264 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "core/element.h"
 #include "core/step.h"
-#include "core/stochastic.h"
 #include "cuda/access.h"
 #include "cuda/lane.h"
 #include "cuda/tuning.h"
 
-// Operands of dense works on their way through shared memory. Every thread copies the bytes that it
-// needs to a place of its own, some stages ahead, and reads no others: there is nothing to wait for
-// but its own copies. A stage holds bytes, whatever the formats, which matter when they are read.
+// Operands of dense works on their way into shared memory. Every thread copies the bytes that it
+// needs to places of its own, some stages ahead, and reads no others: there is nothing to wait for
+// but its own copies. A stage holds bytes, whatever the formats, which matter when they are read
+// (cuda/staged.h). Bytes under way in shared memory take no registers, so there can be enough of
+// them to keep a GPU's memory busy (cuda/tuning.h).
 namespace fusedopt::cuda {
 
 // A thread has kThreadElements at a time: in one piece if that makes 16 bytes of every operand,
-// else in two, a warp or a block apart, so that neighbours always touch neighbouring bytes. An
-// operand is copied in granules of a piece's size at addresses that are multiples of it: one for
-// each piece, or the two that a piece lies across where memory is not aligned to pieces.
-struct Pieces {
-  uint32_t elements;  // of one
-
-  template <class T>
-  static FUSEDOPT_HD Pieces of(const Formats& formats) {
-    bool is_narrow = sizeof(T) == sizeof(float);
-#pragma unroll
-    for (int k = 0; k < kMaxOperands; ++k)
-      is_narrow = is_narrow && item_size(formats.dtypes[k]) <= 2;
-    return {static_cast<uint32_t>(is_narrow ? kThreadElements<T> : kThreadElements<T> / 2)};
-  }
-
-  FUSEDOPT_HD uint32_t bytes(DType dtype) const {
-    return elements * static_cast<uint32_t>(item_size(dtype));
-  }
-  // Of an operand's start, from a multiple of a piece's size.
-  FUSEDOPT_HD uint32_t shift(const void* data, DType dtype) const {
-    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(data)) & (bytes(dtype) - 1);
-  }
-};
-
-// A float32 master is the weight; then the param is only written.
-FUSEDOPT_HD bool is_loaded(const Formats& formats, int operand) {
-  return formats.has(operand) &&
-         (operand != kParam || master_of(formats.dtypes[kMaster]) != Master::kFloat32);
+// else in two, a warp or a block apart, so that neighbours always touch neighbouring bytes.
+template <class T>
+FUSEDOPT_HD constexpr uint32_t piece_elements(const Formats& formats) {
+  bool is_narrow = sizeof(T) == sizeof(float);
+  for (const DType dtype : formats.dtypes) is_narrow = is_narrow && item_size(dtype) <= 2;
+  return static_cast<uint32_t>(is_narrow ? kThreadElements<T> : kThreadElements<T> / 2);
 }
 
-template <class Rule>
-FUSEDOPT_HD constexpr bool is_in_rule(int operand) {
-  return operand < kFirstState + Rule::kNumStates || operand >= kMaster;
+// Sets of operands. The lowest bit takes a GPU two instructions to test, and is not used.
+FUSEDOPT_HD constexpr uint32_t only(int operand) { return 2u << operand; }
+
+// From one piece of 16 bytes to a thread's second.
+inline constexpr uint32_t kNextPiece = 16 * kBlockThreads;
+static_assert(kStages * kMaxOperands * 2 * kNextPiece <= kMaxSharedBytes,
+              "every work must have room for all stages");
+
+// What is the same for all works of a launch. It is among the kernel's arguments, where the
+// compiler knows that all threads find the same and branch alike.
+struct StagePlan {
+  Words<2> formats;  // Formats
+  uint32_t common;   // DType: that of all operands, if all lie at multiples of their pieces' size
+  // Sets of operands, by how their pieces are copied: in one access of so many bytes, or word by
+  // word. Not at all: a float32 master is the weight, and the param then only written.
+  uint32_t of16, of8, of4, in_words;
+  uint32_t not_of16;             // the last three together
+  uint32_t shifted;              // those that do not lie at multiples of their pieces' size
+  uint32_t whole;                // those that do, and whose thread's elements are in one piece
+  uint32_t has_two;              // pieces
+  uint32_t sizes[kMaxOperands];  // of an element, in bytes
+  // In a stage: of the first and the last 16 bytes that a thread has, which may be the same.
+  uint32_t places[2][kMaxOperands];
+  uint32_t stage_bytes;  // of a block
+};
+
+// Calls f(k), a constant, for the operands that works of a rule can have.
+template <class Rule, class F>
+FUSEDOPT_HD void for_operands(const F& f) {
+  unroll<kMaxOperands>([&](auto k) __attribute__((always_inline)) {
+    constexpr int kOperand = decltype(k)::value;
+    if constexpr (kOperand < kFirstState + Rule::kNumStates || kOperand >= kMaster) f(k);
+  });
 }
 
-// What a warp notes in shared memory, where it takes no registers: of an operand,
-struct alignas(16) OperandNote {
-  char* data;      // of the chunk's first element
-  uint32_t place;  // of the warp's granules, in a stage
-  uint32_t shift;
-};
-// of granules to be copied, those of all pieces,
-struct alignas(16) GranulesNote {
-  const char* data;  // of an element at the chunk's start
-  uint32_t place;
-  uint16_t item_size;
-  uint16_t bytes;  // of one
-};
-// and elements [begin, end) of a work, for a thread among those that share them.
+// The operands of a work that do not lie at multiples of their pieces' size.
+inline uint32_t shifted_operands(const Work& work) {
+  const uint32_t elements = work.formats.in_double() ? piece_elements<double>(work.formats)
+                                                     : piece_elements<float>(work.formats);
+  uint32_t shifted = 0;
+  for (int k = 0; k < kMaxOperands && work.layout == kDense; ++k) {
+    const uint64_t bytes = elements * static_cast<uint64_t>(item_size(work.formats.dtypes[k]));
+    if (bytes != 0 && reinterpret_cast<uintptr_t>(work.data[k]) % bytes != 0) shifted |= only(k);
+  }
+  return shifted;
+}
+
+template <class T>
+StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
+  StagePlan plan = {};
+  plan.formats = bit_cast<Words<2>>(formats);
+  plan.shifted = shifted;
+  plan.common = static_cast<uint32_t>(shifted == 0 ? formats.common() : DType::kAbsent);
+  const uint32_t elements = piece_elements<T>(formats);
+  plan.has_two = elements != kThreadElements<T>;
+  for (int k = 0; k < kMaxOperands; ++k) {
+    plan.sizes[k] = static_cast<uint32_t>(item_size(formats.dtypes[k]));
+    if (!formats.has(k)) continue;
+    const bool is_shifted = (shifted & only(k)) != 0;
+    if (plan.has_two == 0 && !is_shifted) plan.whole |= only(k);
+    if (k == kParam && formats.has_float32_master()) continue;
+    const uint32_t bytes = plan.sizes[k] * elements;
+    (is_shifted    ? plan.in_words
+     : bytes == 16 ? plan.of16
+     : bytes == 8  ? plan.of8
+                   : plan.of4) |= only(k);
+    if (is_shifted || bytes != 16) plan.not_of16 |= only(k);
+    const uint32_t more = plan.sizes[k] * kThreadElements<T> == 32 ? kNextPiece : 0;
+    for (const int found_as : {k, k == kMaster && formats.has_float32_master() ? kParam : k}) {
+      plan.places[0][found_as] = plan.stage_bytes;
+      plan.places[1][found_as] = plan.stage_bytes + more;
+    }
+    plan.stage_bytes += kNextPiece + more;
+    // The last bytes of pieces at odd places are in one word more.
+    if (is_shifted && plan.sizes[k] == 2) plan.stage_bytes += kBlockThreads * 8;
+  }
+  return plan;
+}
+
+// Elements [begin, end) of a work, for a thread among those that share them.
 struct Chunk {
   const Work* work;  // in device memory
   int64_t begin, end;
   Lane lane;
 };
 
-// Shared memory that a warp needs for its notes and all stages.
-template <class T>
-FUSEDOPT_HD uint32_t warp_bytes(const Work& work) {
-  const Pieces pieces = Pieces::of<T>(work.formats);
-  uint32_t sum = kMaxOperands * sizeof(OperandNote) + sizeof(Chunk);
-  for (int k = 0; k < kMaxOperands; ++k) {
-    if (!is_loaded(work.formats, k)) continue;
-    const DType dtype = work.formats.dtypes[k];
-    const uint32_t bytes = kWarp * kThreadElements<T> * static_cast<uint32_t>(item_size(dtype));
-    const uint32_t copies = pieces.shift(work.data[k], dtype) != 0 ? 2 : 1;
-    sum += copies * (static_cast<uint32_t>(sizeof(GranulesNote)) + kStages * bytes);
-  }
-  return sum;
-}
-
-// Where a thread's elements start, in each piece; the second is the first again where there is only
-// one, or room for only one.
+// A thread's pieces, counted from the chunk's start; the second is the first again where there is
+// only one, or room for only one.
 struct Tile {
   uint32_t at[2];
 };
 
-// A chunk of a dense work as one thread sees it.
+// The stages of one thread, for its part of a chunk of a dense work.
 template <class Rule, class T>
-class Staged {
-  static constexpr int kCount = kThreadElements<T>;
+class Stages {
+  static constexpr uint32_t kCount = kThreadElements<T>;
 
  public:
-  // All threads of a warp note the same, each for itself.
-  FUSEDOPT_HD Staged(const Chunk& chunk, const Work& work, uint32_t thread, SharedPlace shared,
-                     uint32_t shared_bytes)
-      : pieces_(Pieces::of<T>(work.formats)),
-        lanes_(chunk.lane.count),
-        warp_lane_(thread % kWarp),
-        notes_(shared),
-        stage_bytes_(0) {
-    bool any_is_shifted = false;
-    SharedPlace granules = notes_ + kGranules;
-#pragma unroll
-    for (int k = 0; k < kMaxOperands; ++k) {
-      if (!is_in_rule<Rule>(k) || !work.formats.has(k)) continue;
-      const DType dtype = work.formats.dtypes[k];
-      const uint32_t shift = pieces_.shift(work.data[k], dtype);
-      const OperandNote note = {static_cast<char*>(work.data[k]) + chunk.begin * item_size(dtype),
-                                stage_bytes_, shift};
-      store_shared(notes_ + k * sizeof(OperandNote), bit_cast<Words<4>>(note));
-      if (!is_loaded(work.formats, k)) continue;
-      any_is_shifted = any_is_shifted || shift != 0;
-      for (uint32_t g = 0; g < (shift != 0 ? 2u : 1u); ++g) {
-        const GranulesNote these = {note.data - shift + g * pieces_.bytes(dtype), stage_bytes_,
-                                    static_cast<uint16_t>(item_size(dtype)),
-                                    static_cast<uint16_t>(pieces_.bytes(dtype))};
-        store_shared(granules, bit_cast<Words<4>>(these));
-        granules = granules + sizeof(GranulesNote);
-        stage_bytes_ += kWarp * kCount * static_cast<uint32_t>(item_size(dtype));
-      }
-    }
-    granules_end_ = granules;
-    const auto notes_bytes = static_cast<uint32_t>(granules_end_ - notes_);
-    const uint32_t fit = (shared_bytes - notes_bytes) / stage_bytes_;
-    const uint32_t stages = fit < kStages ? fit : kStages;
-    stages_end_ = first_stage() + stages * stage_bytes_;
-    // Granules must not reach beyond an operand's own memory.
+  FUSEDOPT_HD Stages(const StagePlan& plan, const Work& work, const Chunk& chunk, uint32_t thread,
+                     SharedPlace shared)
+      : plan_(plan), own_(as_if_new(shared + 16 * thread)), thread_(thread), begin_(chunk.begin) {
+    for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
+      data_[k] = same_for_warp(static_cast<char*>(work.data[k]) + chunk.begin * plan.sizes[k]);
+    });
+    // The words of what is shifted must not reach beyond its own memory.
+    const bool is_shifted = plan.shifted != 0;
+    const uint32_t margin = is_shifted && chunk.end == work.numel ? 1 : 0;
     const auto n = static_cast<uint32_t>(chunk.end - chunk.begin);
-    const uint32_t margin = any_is_shifted ? pieces_.elements : 0;
-    const uint32_t first = chunk.begin == 0 ? margin : 0;
-    const int64_t after = work.numel - chunk.end;
-    const uint32_t last = after < margin ? margin - static_cast<uint32_t>(after) : 0;
-    const uint32_t room = stages > 0 && n > first + last ? n - first - last : 0;
-    first_ = first;
-    end_ = first + room / pieces_.elements * pieces_.elements;
-    start_ = first + chunk.lane.index * pieces_.elements;
-
-    const Chunk of_warp = {
-        chunk.work, chunk.begin, chunk.end, {chunk.lane.index - warp_lane_, chunk.lane.count}};
-    const auto words = bit_cast<Two>(of_warp);
-    store_shared(notes_ + kChunkNote, words.parts[0]);
-    store_shared(notes_ + kChunkNote + sizeof(Words<4>), words.parts[1]);
+    end_ = n > margin ? (n - margin) / piece_elements() : 0;
+    first_ = is_shifted && chunk.begin == 0 && end_ > 0 ? 1 : 0;
+    start_ = first_ + chunk.lane.index;
+    lanes_ = chunk.lane.count;
+    stride_ = as_if_new(has_two() ? 2 * lanes_ : lanes_);
   }
 
-  // As it was noted.
-  FUSEDOPT_HD Chunk chunk() const {
-    Two words;
-    words.parts[0] = load_shared<4>(notes_ + kChunkNote);
-    words.parts[1] = load_shared<4>(notes_ + kChunkNote + sizeof(Words<4>));
-    const auto of_warp = bit_cast<Chunk>(words);
-    return {of_warp.work,
-            of_warp.begin,
-            of_warp.end,
-            {of_warp.lane.index + warp_lane_, of_warp.lane.count}};
+  FUSEDOPT_HD const StagePlan& plan() const { return plan_; }
+  FUSEDOPT_HD int64_t begin() const { return begin_; }
+  FUSEDOPT_HD char* data(int operand) const { return data_[operand]; }  // at the chunk's start
+
+  FUSEDOPT_HD bool has_two() const { return plan_.has_two != 0; }
+  FUSEDOPT_HD uint32_t piece_elements() const { return has_two() ? kCount / 2 : kCount; }
+  FUSEDOPT_HD uint32_t piece_bytes(int operand) const {
+    return plan_.sizes[operand] * piece_elements();
   }
 
-  // Elements [first(), end()) are staged, counted from the chunk's start.
+  // Pieces [first(), end()) are staged; a thread takes those from start() on, at strides.
   FUSEDOPT_HD uint32_t first() const { return first_; }
   FUSEDOPT_HD uint32_t end() const { return end_; }
-  FUSEDOPT_HD uint32_t piece_elements() const { return pieces_.elements; }
-
   FUSEDOPT_HD uint32_t start() const { return start_; }
-  FUSEDOPT_HD uint32_t stride() const { return lanes_ * kCount; }
+  FUSEDOPT_HD uint32_t stride() const { return stride_; }
   FUSEDOPT_HD Tile tile(uint32_t at) const {
-    const uint32_t second = at + lanes_ * pieces_.elements;
-    const bool has_second = has_two() && second < end_;
-    return {{at, has_second ? second : at}};
+    return {{at, has_two() && at + lanes_ < end_ ? at + lanes_ : at}};
   }
 
-  // Stages of a thread, in turn.
-  FUSEDOPT_HD SharedPlace first_stage() const { return granules_end_; }
+  // One stage after the other, in turn.
+  FUSEDOPT_HD SharedPlace first_stage() const { return own_; }
   FUSEDOPT_HD SharedPlace after(SharedPlace stage) const {
-    const SharedPlace next = stage + stage_bytes_;
-    return next == stages_end_ ? first_stage() : next;
-  }
-  FUSEDOPT_HD bool has_all_stages() const {
-    return stages_end_ == first_stage() + kStages * stage_bytes_;
+    const SharedPlace next = stage + plan_.stage_bytes;
+    return next == own_ + kStages * plan_.stage_bytes ? own_ : next;
   }
 
-  // Two pieces of 8 bytes, or of 4, lie side by side, so that one access reads both.
+  // Pieces of 16 bytes lie a block's apart, smaller ones side by side, so that one access reads
+  // both.
   FUSEDOPT_HD void start_copies(const Tile& tile, SharedPlace stage) const {
-    const bool has_two = this->has_two();
-#pragma unroll 1
-    for (SharedPlace note = notes_ + kGranules; note != granules_end_;
-         note += sizeof(GranulesNote)) {
-      const auto granules = bit_cast<GranulesNote>(load_shared<4>(note));
-      const SharedPlace to = stage + warp_lane_ * 16 + granules.place;
-      const char* const first = granules.data + uint64_t{tile.at[0]} * granules.item_size;
-      const char* const second = granules.data + uint64_t{tile.at[1]} * granules.item_size;
-      const bool is_16 = granules.bytes == 16, is_8 = granules.bytes == 8;
-      start_copy_if<16>(is_16, to, first);
-      start_copy_if<16>(is_16 && has_two, to + kWarp * 16, second);
-      start_copy_if<8>(is_8, to, first);
-      start_copy_if<8>(is_8, to + 8, second);
-      if constexpr (sizeof(T) == sizeof(double)) {
-        start_copy_if<4>(!is_16 && !is_8, to - warp_lane_ * 8, first);
-        start_copy_if<4>(!is_16 && !is_8, to - warp_lane_ * 8 + 4, second);
-      }
+    copy<16>(plan_.of16, tile.at[0], stage);
+    if (has_two()) copy<16>(plan_.of16, tile.at[1], stage + kNextPiece);
+    if (plan_.not_of16 == 0) return;
+    if (plan_.of8 != 0) {
+      copy<8>(plan_.of8, tile.at[0], stage);
+      copy<8>(plan_.of8, tile.at[1], stage + 8);
     }
+    if (sizeof(T) == sizeof(double) && plan_.of4 != 0) {
+      copy<4>(plan_.of4, tile.at[0], stage);
+      copy<4>(plan_.of4, tile.at[1], stage + 4);
+    }
+    for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
+      if ((plan_.in_words & only(k)) != 0) copy_words(k, tile, stage);
+    });
   }
 
-  // What Elements asks of memory.
-  class Memory {
-   public:
-    FUSEDOPT_HD Memory(const Staged& staged, const Tile& tile, SharedPlace stage)
-        : staged_(staged), tile_(tile), stage_(stage) {}
-
-    template <class Storage>
-    FUSEDOPT_HD void load(int operand, T (&to)[kCount]) const {
-      uint32_t words[kCount * sizeof(Storage) / 4];
-      staged_.read(operand, stage_, words);
-      if constexpr (std::is_same_v<Storage, BFloat16>) {
-#pragma unroll
-        for (int j = 0; j < kCount; ++j)
-          to[j] = static_cast<T>(
-              as_float(j % 2 == 0 ? words[j / 2] << 16 : words[j / 2] & 0xffff0000u));
-      } else if constexpr (std::is_same_v<Storage, Float16>) {
-#pragma unroll
-        for (int j = 0; j < kCount; ++j)
-          to[j] = static_cast<T>(float_from_half(
-              static_cast<uint16_t>(j % 2 == 0 ? words[j / 2] : words[j / 2] >> 16)));
-      } else {
-        const auto stored = bit_cast<Stored<Storage>>(words_of(words));
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) to[j] = fusedopt::load<T>(stored.values[j]);
-      }
-    }
-
-    template <class Storage>
-    FUSEDOPT_HD void store(int operand, const T (&from)[kCount]) const {
-      if constexpr (sizeof(Storage) == 2) {
-        uint32_t words[kCount / 2];
-#pragma unroll
-        for (int i = 0; i < kCount / 2; ++i)
-          words[i] = pack<Storage>(to_float(from[2 * i]), to_float(from[2 * i + 1]));
-        staged_.write(operand, tile_, words);
-      } else {
-        Stored<Storage> stored;
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) fusedopt::store(stored.values[j], from[j]);
-        auto words = bit_cast<Words<kCount * sizeof(Storage) / 4>>(stored);
-        staged_.write(operand, tile_, words.words);
-      }
-    }
-
-    FUSEDOPT_HD void store_bfloat16(int operand, const float (&from)[kCount]) const {
-      uint32_t words[kCount / 2];
-#pragma unroll
-      for (int i = 0; i < kCount / 2; ++i)
-        words[i] = word_of(as_bits(from[2 * i]) >> 16, as_bits(from[2 * i + 1]) >> 16);
-      staged_.write(operand, tile_, words);
-    }
-
-    FUSEDOPT_HD void load_words(int operand, uint32_t (&to)[kCount]) const {
-      uint32_t words[kCount / 2];
-      staged_.read(operand, stage_, words);
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) to[j] = j % 2 == 0 ? words[j / 2] : words[j / 2] >> 16;
-    }
-
-    FUSEDOPT_HD void store_words(int operand, const uint32_t (&from)[kCount]) const {
-      uint32_t words[kCount / 2];
-#pragma unroll
-      for (int i = 0; i < kCount / 2; ++i) words[i] = word_of(from[2 * i], from[2 * i + 1]);
-      staged_.write(operand, tile_, words);
-    }
-
-    // Pieces start at even elements.
-    FUSEDOPT_HD void find_draws(uint32_t rounding_key, uint32_t (&draws)[kCount]) const {
-      constexpr int kHalf = kCount / 2;
-      const bool is_one = staged_.pieces_.elements == kCount;
-#pragma unroll
-      for (int p = 0; p < 2; ++p) {
-        const uint32_t at = p == 0 ? tile_.at[0] : is_one ? tile_.at[0] + kHalf : tile_.at[1];
-        const auto element = static_cast<uint64_t>(staged_.chunk().begin) + at;
-        const uint32_t key = draw_key(rounding_key, element);
-        const auto pair = static_cast<uint32_t>(element >> 1);
-#pragma unroll
-        for (int j = 0; j < kHalf; j += 2) {
-          draws[p * kHalf + j] = pair_draw(key, pair + static_cast<uint32_t>(j / 2));
-          draws[p * kHalf + j + 1] = second_of_pair(draws[p * kHalf + j]);
-        }
-      }
-    }
-
-   private:
-    template <class Storage>
-    struct Stored {
-      Storage values[kCount];
-    };
-    template <int kWords>
-    static FUSEDOPT_HD Words<kWords> words_of(const uint32_t (&words)[kWords]) {
-      Words<kWords> same;
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) same.words[i] = words[i];
-      return same;
-    }
-
-    const Staged& staged_;
-    const Tile& tile_;
-    const SharedPlace stage_;
-  };
+  // Makes pieces of words that have arrived.
+  FUSEDOPT_HD void align(SharedPlace stage) const {
+    if (plan_.in_words == 0) return;
+    for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
+      if ((plan_.in_words & only(k)) != 0 && shift(k) != 0) align_words(k, stage);
+    });
+  }
 
  private:
-  FUSEDOPT_HD bool has_two() const { return pieces_.elements != kCount; }
+  // Operands that not every step has.
+  static constexpr uint32_t kRare = ~(only(kFirstState + 2) - 1);
 
-  FUSEDOPT_HD OperandNote note_of(int operand) const {
-    return bit_cast<OperandNote>(load_shared<4>(notes_ + operand * sizeof(OperandNote)));
+  // In one run, without a branch between them: a GPU has to wait before the first after a branch.
+  template <int kBytes>
+  FUSEDOPT_HD void copy(uint32_t operands, uint32_t at, SharedPlace stage) const {
+    const uint32_t wanted = as_if_new(operands), offset = at * kBytes;
+    const auto start = [&](auto k) __attribute__((always_inline)) {
+      start_copy_if<kBytes>(wanted & only(k), stage + plan_.places[0][k], data_[k] + offset);
+    };
+    if ((operands & kRare) != 0)
+      for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
+        if ((only(k) & kRare) != 0) start(k);
+      });
+    for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
+      if ((only(k) & kRare) == 0) start(k);
+    });
   }
 
-  struct PlaceAndShift {
-    uint32_t place, shift;
-  };
-
-  // The bytes of a thread's elements.
-  template <int kWords>
-  FUSEDOPT_HD void read(int operand, SharedPlace stage, uint32_t (&words)[kWords]) const {
-    const auto note =
-        bit_cast<PlaceAndShift>(load_shared<2>(notes_ + operand * sizeof(OperandNote) + 8));
-    const SharedPlace from = stage + warp_lane_ * (kWords == 2 ? 8 : 16) + note.place;
-    read_granules(from, words);
-    if (note.shift == 0) return;
-    uint32_t next[kWords];
-    read_granules(from + kWarp * 4 * kWords, next);
-    if constexpr (kWords == 4 && sizeof(T) == sizeof(float))
-      if (!has_two()) return move_to_front<4>(next, note.shift, words);
-    move_to_front<kWords / 2>(next, note.shift, words);
-    move_to_front<kWords / 2>(next + kWords / 2, note.shift, words + kWords / 2);
+  // Of an operand's pieces, from a multiple of 4.
+  FUSEDOPT_HD uint32_t shift(int operand) const {
+    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(data_[operand])) & 3;
+  }
+  FUSEDOPT_HD SharedPlace place(int operand, SharedPlace stage, uint32_t piece) const {
+    const uint32_t bytes = piece_bytes(operand);
+    return stage + plan_.places[0][operand] + piece * (bytes == 16 ? kNextPiece : bytes);
+  }
+  // The last bytes of a piece that is shifted.
+  FUSEDOPT_HD SharedPlace rest(int operand, SharedPlace stage, uint32_t piece) const {
+    return stage + plan_.places[0][operand] + kNextPiece + 4 * kBlockThreads * piece - 12 * thread_;
   }
 
-  template <int kWords>
-  static FUSEDOPT_HD void read_granules(SharedPlace from, uint32_t (&to)[kWords]) {
-    constexpr int kPart = kWords < 4 ? kWords : 4;
-#pragma unroll
-    for (int first = 0; first < kWords; first += kPart) {
-      const Words<kPart> words = load_shared<kPart>(from + first / kPart * kWarp * 16);
-#pragma unroll
-      for (int i = 0; i < kPart; ++i) to[first + i] = words.words[i];
+  FUSEDOPT_HD void copy_words(int operand, const Tile& tile, SharedPlace stage) const {
+    const uint32_t bytes = piece_bytes(operand), shift = this->shift(operand);
+#pragma unroll 1
+    for (uint32_t p = 0; p <= plan_.has_two; ++p) {
+      const SharedPlace to = place(operand, stage, p);
+      const char* const from = data_[operand] + (p == 0 ? tile.at[0] : tile.at[1]) * bytes - shift;
+#pragma unroll 1
+      for (uint32_t i = 0; i < bytes; i += 4) start_copy_if<4>(1, to + i, from + i);
+      if (shift != 0) start_copy_if<4>(1, rest(operand, stage, p), from + bytes);
     }
   }
 
-  // From byte `shift` on of the granule in `words` and the one after it.
-  template <int kWords>
-  static FUSEDOPT_HD void move_to_front(const uint32_t* next, uint32_t shift, uint32_t* words) {
-    uint32_t all[2 * kWords];
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      all[i] = words[i];
-      all[kWords + i] = next[i];
-    }
-#pragma unroll
-    for (int by = kWords / 2; by > 0; by /= 2)
-#pragma unroll
-      for (int i = 0; i < kWords + by; ++i)
-        all[i] = (shift & static_cast<uint32_t>(4 * by)) != 0 ? all[i + by] : all[i];
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) words[i] = word_across(all[i], all[i + 1], shift & 3);
-  }
-
-  template <int kWords>
-  FUSEDOPT_HD void write(int operand, const Tile& tile, const uint32_t (&words)[kWords]) const {
-    constexpr int kHalf = kWords / 2, kSize = 4 * kWords / kCount;
-    const OperandNote note = note_of(operand);
-    char* const first = note.data + uint64_t{tile.at[0]} * kSize;
-    char* const second = note.data + uint64_t{tile.at[1]} * kSize;
-    if constexpr (kWords == 4 && sizeof(T) == sizeof(float)) {
-      const bool is_whole = note.shift == 0;
-      store_words_if(is_whole && !has_two(), first, part_of<4>(words));
-      store_words_if(is_whole && has_two(), first, part_of<2>(words));
-      store_words_if(is_whole && has_two(), second, part_of<2>(words + 2));
-      if (is_whole) return;
-      if (!has_two()) return write_shifted<4, 2>(note.shift, first, words);
-    } else if (note.shift == 0) {
-      fusedopt::cuda::store_words(first, part_of<kHalf>(words));
-      return fusedopt::cuda::store_words(second, part_of<kHalf>(words + kHalf));
-    }
-    write_shifted<kHalf, kSize>(note.shift, first, words);
-    write_shifted<kHalf, kSize>(note.shift, second, words + kHalf);
-  }
-
-  template <int kWords>
-  static FUSEDOPT_HD Words<kWords> part_of(const uint32_t* words) {
-    Words<kWords> part;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) part.words[i] = words[i];
-    return part;
-  }
-
-  template <int kWords, int kSize>
-  static FUSEDOPT_HD void write_shifted(uint32_t shift, char* to, const uint32_t* from) {
-    if (kSize >= 4 || shift % 4 == 0) {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) fusedopt::cuda::store_words(to + 4 * i, Words<1>{{from[i]}});
-    } else {
-#pragma unroll
-      for (int i = 0; i < 2 * kWords; ++i)
-        store_item(reinterpret_cast<uint16_t*>(to) + i,
-                   static_cast<uint16_t>(i % 2 == 0 ? from[i / 2] : from[i / 2] >> 16));
+  FUSEDOPT_HD void align_words(int operand, SharedPlace stage) const {
+    const uint32_t bytes = piece_bytes(operand);
+#pragma unroll 1
+    for (uint32_t p = 0; p <= plan_.has_two; ++p) {
+      const SharedPlace to = place(operand, stage, p);
+      uint32_t word = load_shared<1>(to).words[0];
+#pragma unroll 1
+      for (uint32_t i = 0; i < bytes; i += 4) {
+        const SharedPlace after = i + 4 < bytes ? to + (i + 4) : rest(operand, stage, p);
+        const uint32_t next = load_shared<1>(after).words[0];
+        store_shared(to + i, word_across(word, next, shift(operand)));
+        word = next;
+      }
     }
   }
 
-  static constexpr uint32_t kChunkNote = kMaxOperands * sizeof(OperandNote);
-  static constexpr uint32_t kGranules = kChunkNote + sizeof(Chunk);
-  struct Two {
-    Words<4> parts[2];
-  };
-
-  Pieces pieces_;
-  uint32_t lanes_, warp_lane_;
-  SharedPlace notes_, granules_end_, stages_end_;
-  uint32_t stage_bytes_;  // of the warp
-  uint32_t first_, end_, start_;
+  const StagePlan& plan_;
+  const SharedPlace own_;  // in the first stage
+  const uint32_t thread_;
+  const int64_t begin_;       // of the chunk
+  char* data_[kMaxOperands];  // at the chunk's start
+  uint32_t first_, end_, start_, lanes_, stride_;
 };
 
 }  // namespace fusedopt::cuda

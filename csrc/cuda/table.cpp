@@ -30,7 +30,7 @@ int64_t scalars_bytes(int64_t count) {
 
 // Scalars in the types of a column, as bytes. What works of other rules use comes along, without
 // meaning.
-std::vector<uint8_t> converted(const Share& share, Column column) {
+std::vector<uint8_t> converted(const Share& share, const Column& column) {
   const auto count = static_cast<size_t>(share.num_scalars);
   std::vector<uint8_t> bytes(count * sizeof(Scalars));
   with_types(column, [&](auto rule, auto number) {
@@ -43,16 +43,6 @@ std::vector<uint8_t> converted(const Share& share, Column column) {
   return bytes;
 }
 
-int number_of(const Work& work) { return 2 * work.rule + (is_in_double(work) ? 1 : 0); }
-
-Column column_of(int number) { return {static_cast<RuleId>(number / 2), number % 2 != 0}; }
-
-// What does not fit is done with fewer stages, or none.
-int64_t warp_bytes_of(const Work& work) {
-  const uint32_t bytes = is_in_double(work) ? warp_bytes<double>(work) : warp_bytes<float>(work);
-  return std::min<int64_t>(bytes, kMaxSharedBytes / kBlockWarps / 16 * 16);
-}
-
 }  // namespace
 
 bool Arrangement::update(const Share& share) {
@@ -62,21 +52,14 @@ bool Arrangement::update(const Share& share) {
   for (size_t w = 0; w < members_.size(); ++w) {
     const Work& work = share.works[w];
     if (work.device == kIdle) continue;  // what is known of it still holds
-    const bool is_own = work.device == own_device;
-    const Member found =
-        is_own ? Member{number_of(work), work.numel, warp_bytes_of(work)} : Member();
+    const bool is_here = work.device == own_device;
+    const Member found = is_here ? Member{true, column_of(work), work.numel} : Member();
     Member& member = members_[w];
-    changed = changed || found.column != member.column || found.numel != member.numel;
+    changed = changed || found.is_here != member.is_here || found.numel != member.numel ||
+              !(found.column == member.column);
     member = found;
   }
   if (changed) arrange();
-  for (Rows& rows : columns_) {
-    rows.warp_bytes = 0;
-    for (int64_t row = rows.first_row; row < rows.first_row + rows.num_rows; ++row) {
-      const Member& member = members_[static_cast<size_t>(rows_[static_cast<size_t>(row)])];
-      rows.warp_bytes = std::max(rows.warp_bytes, member.warp_bytes);
-    }
-  }
   return changed;
 }
 
@@ -85,19 +68,22 @@ void Arrangement::arrange() {
   columns_.clear();
   chunks_.clear();
   leaves_.clear();
-  for (int number = 0; number < 2 * Rules::kSize; ++number) {
+  std::vector<Column> found;  // in the order of the works
+  for (const Member& member : members_)
+    if (member.is_here && std::find(found.begin(), found.end(), member.column) == found.end())
+      found.push_back(member.column);
+  for (const Column& column : found) {
     std::vector<int64_t> sizes;
     const auto first_row = static_cast<int64_t>(rows_.size());
     for (size_t w = 0; w < members_.size(); ++w) {
-      if (members_[w].column != number) continue;
+      if (!members_[w].is_here || !(members_[w].column == column)) continue;
       rows_.push_back(static_cast<int64_t>(w));
       sizes.push_back(members_[w].numel);
     }
-    if (sizes.empty()) continue;
     const std::vector<ChunkStart> chunks = plan_grid(sizes);
-    columns_.push_back({column_of(number), first_row, static_cast<int64_t>(sizes.size()),
+    columns_.push_back({column, first_row, static_cast<int64_t>(sizes.size()),
                         static_cast<int64_t>(chunks_.size()),
-                        static_cast<int64_t>(chunks.size()) - 1, 0});
+                        static_cast<int64_t>(chunks.size()) - 1});
     chunks_.insert(chunks_.end(), chunks.begin(), chunks.end());
   }
 }
@@ -125,10 +111,11 @@ int64_t Arrangement::max_leaves() const {
 
 bool has_few_scalars(const Share& share) {
   int64_t few = share.num_scalars;
-  for (int number = 0; number < 2 * Rules::kSize; ++number)
-    with_types(column_of(number), [&](auto rule, auto type) {
-      few = std::min<int64_t>(few, UpdateArguments<decltype(rule), decltype(type)>::kFew);
-    });
+  for (int rule = 0; rule < Rules::kSize; ++rule)
+    for (const bool in_double : {false, true})
+      with_types(static_cast<RuleId>(rule), in_double, [&](auto known, auto type) {
+        few = std::min<int64_t>(few, UpdateArguments<decltype(known), decltype(type)>::kFew);
+      });
   return share.clocks == nullptr && share.num_scalars == few;
 }
 

@@ -16,11 +16,10 @@ struct Rows {
   Column column;
   int64_t first_row, num_rows;
   int64_t first_chunk, num_chunks;  // and one more start, the end
-  int64_t warp_bytes;               // of shared memory, for the work that takes most
 };
 
-// The works of one device, sorted by column. All but warp_bytes follows from sizes, rules and
-// formats alone.
+// The works of one device, sorted by column. All of it follows from what their columns and sizes
+// are.
 class Arrangement {
  public:
   // Takes in what a step brings; true if something is not as it was.
@@ -38,9 +37,9 @@ class Arrangement {
   void arrange();
 
   struct Member {
-    int column = -1;  // not on this device
+    bool is_here = false;  // on this device
+    Column column = {};
     int64_t numel = 0;
-    int64_t warp_bytes = 0;
   };
   std::vector<Member> members_;  // one for each work of the optimizer
   std::vector<int64_t> rows_;

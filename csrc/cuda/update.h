@@ -10,6 +10,7 @@
 #include "cuda/lane.h"
 #include "cuda/singles.h"
 #include "cuda/stage.h"
+#include "cuda/staged.h"
 #include "cuda/tuning.h"
 
 // What one thread of the update kernel does: one text for a rule and the type it computes in, for
@@ -28,48 +29,74 @@ struct UpdateArguments {
   const Layout* layouts;
   const WorkScalars* scalars;  // by Work::scalars; nullptr: they are in `few`
   const float* skip;           // nullptr or the flag that makes the step do nothing
-  uint32_t warp_bytes;         // of shared memory, for each warp; a multiple of 16
+  StagePlan plan;
   WorkScalars few[kFew];
 };
 
-// What is the same for all elements of a work.
+// What is the same for all elements of a chunk.
 template <class Rule, class T>
 class Update {
  public:
-  FUSEDOPT_HD Update(const Work& work, const StepScalars<Rule, T>& scalars)
-      : scalars_(scalars), formats_(bit_cast<Packed>(work.formats)), variant_(work.variant) {}
+  using Arguments = UpdateArguments<Rule, T>;
 
-  FUSEDOPT_HD void run_dense(const Staged<Rule, T>& staged) const {
-    run_staged(staged);
-    const Chunk chunk = staged.chunk();
-    const uint32_t head = staged.first(), tail = staged.end();
-    const uint32_t left = static_cast<uint32_t>(chunk.end - chunk.begin) - (tail - head);
+  FUSEDOPT_HD Update(const Arguments& arguments, const Chunk& chunk,
+                     const StepScalars<Rule, T>& scalars, uint32_t variant)
+      : arguments_(arguments), chunk_(chunk), scalars_(scalars), variant_(variant) {}
+
+  // The copies are so many stages ahead that they go where the last elements were read.
+  FUSEDOPT_HD void run_dense(const Stages<Rule, T>& stages) const {
+    const uint32_t stride = stages.stride(), end = stages.end(), piece = stages.piece_elements();
+    uint32_t next = stages.start();  // to be copied
+    const auto copy_next = [&](SharedPlace stage) __attribute__((always_inline)) {
+      if (next < end) stages.start_copies(stages.tile(next), stage);
+      end_copies();
+      next += stride;
+    };
+    SharedPlace stage = stages.first_stage();
 #pragma unroll 1
-    for (uint32_t i = chunk.lane.index; i < left; i += chunk.lane.count)
-      update_single(chunk.work, chunk.begin + i + (i < head ? 0 : tail - head));
+    while (stages.after(stage) != stages.first_stage()) {
+      copy_next(stage);
+      stage = stages.after(stage);
+    }
+#pragma unroll 1
+    for (uint32_t at = stages.start(); at < end; at += stride) {
+      copy_next(stage);
+      wait_for_copies<kStages - 1>();
+      stage = stages.after(stage);
+      stages.align(stage);
+      const Tile tile = stages.tile(at);
+      Math math;
+      if (update(Staged<Rule, T>(stages, tile, stage), math)) continue;
+      const uint32_t count = tile.at[1] != tile.at[0] ? 2 * piece : piece;
+#pragma unroll 1
+      for (uint32_t i = 0; i < count; ++i)
+        update_single(chunk_.begin +
+                      (i < piece ? tile.at[0] * piece + i : tile.at[1] * piece + i - piece));
+    }
+    const uint32_t head = stages.first() * piece, staged_elements = end * piece - head;
+    const uint32_t left = static_cast<uint32_t>(chunk_.end - chunk_.begin) - staged_elements;
+#pragma unroll 1
+    for (uint32_t i = chunk_.lane.index; i < left; i += chunk_.lane.count)
+      update_single(chunk_.begin + i + (i < head ? 0 : staged_elements));
   }
 
   // Neighbours by neighbouring threads. Several at a time: their loads overlap.
-  FUSEDOPT_HD void run_strided(const Chunk& chunk, const Layout& layout, bool is_small) const {
+  FUSEDOPT_HD void run_strided() const {
     constexpr int kAtATime = 2;
-    const int64_t step = kAtATime * chunk.lane.count;
+    const int64_t step = kAtATime * chunk_.lane.count;
 #pragma unroll 1
-    for (int64_t i = chunk.begin + chunk.lane.index; i < chunk.end; i += step) {
-      Singles<T, kAtATime, false> singles(chunk.work);
+    for (int64_t i = chunk_.begin + chunk_.lane.index; i < chunk_.end; i += step) {
+      Singles<T, kAtATime> singles(chunk_.work, arguments_.layouts);
 #pragma unroll
       for (int j = 0; j < kAtATime; ++j) {
-        const int64_t own = i + j * chunk.lane.count;
-        singles.place(j, layout, own < chunk.end ? own : i, is_small);
+        const int64_t own = i + j * chunk_.lane.count;
+        singles.place(j, own < chunk_.end ? own : i);
       }
       Math math;
-      if (update<kAtATime>(singles, math)) continue;
+      if (update(singles, math)) continue;
 #pragma unroll 1
-      for (int64_t own = i; own < chunk.end && own < i + step; own += chunk.lane.count) {
-        Singles<T, 1, false> single(chunk.work);
-        single.place(0, layout, own, is_small);
-        Ieee ieee;
-        update<1>(single, ieee);
-      }
+      for (int64_t own = i; own < chunk_.end && own < i + step; own += chunk_.lane.count)
+        update_single(own);
     }
   }
 
@@ -77,77 +104,27 @@ class Update {
   // Square roots and divisions in double are IEEE's own: rare enough to be slow.
   using Math = std::conditional_t<sizeof(T) == sizeof(float), BranchFree<>, Ieee>;
 
-  struct Packed {
-    uint32_t words[2];
-  };
-
-  FUSEDOPT_HD Formats formats() const {
-    return bit_cast<Formats>(Packed{{as_if_new(formats_.words[0]), as_if_new(formats_.words[1])}});
-  }
-
-  // The copies are so many stages ahead that they go where the last elements were read.
-  FUSEDOPT_HD void run_staged(const Staged<Rule, T>& staged) const {
-    const uint32_t stride = staged.stride(), end = staged.end();
-    uint32_t next = staged.start();  // to be copied
-    const auto copy_next = [&](SharedPlace stage) __attribute__((always_inline)) {
-      if (next < end) staged.start_copies(staged.tile(next), stage);
-      end_copies();
-      next += stride;
-    };
-    SharedPlace stage = staged.first_stage();
-#pragma unroll 1
-    while (staged.after(stage) != staged.first_stage()) {
-      copy_next(stage);
-      stage = staged.after(stage);
-    }
-#pragma unroll 1
-    for (uint32_t at = staged.start(); at < end; at += stride) {
-      copy_next(stage);
-      if (staged.has_all_stages())
-        wait_for_copies<kStages - 1>();
-      else
-        wait_for_copies<0>();
-      stage = staged.after(stage);
-      const Tile tile = staged.tile(at);
-      Math math;
-      if (!update<kThreadElements<T>>(typename Staged<Rule, T>::Memory(staged, tile, stage), math))
-        update_again(staged, tile);
-    }
-  }
-
   // All at once; false if `math` does not do for one of them, and then nothing is stored.
-  template <int kCount, class Memory, class AnyMath>
+  template <class Memory, class AnyMath>
   FUSEDOPT_HD bool update(const Memory& memory, AnyMath& math) const {
-    const Formats known = formats();
-    Elements<Rule, T, T, kCount, Memory> elements(known, memory);
+    Elements<Rule, T, typename Memory::Values, Memory> elements(memory);
     elements.load();
-    with_variant<Rule>(variant_, [&](auto variant) __attribute__((always_inline)) {
-      elements.template apply<decltype(variant)::value>(scalars_.rule, math);
-    });
+    elements.apply(Rule::Variant::of(as_if_new(variant_)), scalars_.rule, math);
     if (!math.is_exact()) return false;
     elements.finish(scalars_.common);
     return true;
   }
 
-  FUSEDOPT_HD void update_again(const Staged<Rule, T>& staged, const Tile& tile) const {
-    const uint32_t piece = staged.piece_elements();
-    const uint32_t count = tile.at[1] != tile.at[0] ? 2 * piece : piece;
-    const Chunk chunk = staged.chunk();
-#pragma unroll 1
-    for (uint32_t i = 0; i < count; ++i)
-      update_single(chunk.work,
-                    chunk.begin + (i < piece ? tile.at[0] + i : tile.at[1] + i - piece));
-  }
-
-  FUSEDOPT_HD void update_single(const Work* work, int64_t element) const {
-    Singles<T, 1, true> single(work);
+  FUSEDOPT_HD void update_single(int64_t element) const {
+    Singles<T, 1> single(chunk_.work, arguments_.layouts);
     single.place(0, element);
     Ieee ieee;
-    update<1>(single, ieee);
+    update(single, ieee);
   }
 
+  const Arguments& arguments_;
+  const Chunk& chunk_;
   const StepScalars<Rule, T>& scalars_;
-  const Packed formats_;
   const uint32_t variant_;
 };
 
@@ -159,22 +136,21 @@ FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, Shared
   const ChunkStart from = arguments.chunks[block], to = arguments.chunks[block + 1];
   // A part of one work for the whole block, or a work for each warp.
   const bool is_shared = to.work - from.work <= 1;
-  const int64_t w = from.work + (is_shared ? 0 : thread / kWarp);
+  const int64_t w = same_for_warp(from.work + (is_shared ? 0 : thread / kWarp));
   if (!is_shared && w >= to.work) return;
   const Work work = load_work(arguments.works + w);
   if (work.device == kIdle) return;
   const Lane lane = is_shared ? Lane{thread, kBlockThreads} : Lane{thread % kWarp, kWarp};
-  const Chunk chunk = {arguments.works + w, w == from.work ? from.element : 0,
-                       w == to.work ? to.element : work.numel, lane};
+  const Chunk chunk = {arguments.works + w, same_for_warp(w == from.work ? from.element : 0),
+                       same_for_warp(w == to.work ? to.element : work.numel), lane};
   // A copy: a reference to one place or another would be of an unknown address space.
-  const StepScalars<Rule, T> scalars =
-      arguments.scalars != nullptr ? arguments.scalars[work.scalars] : arguments.few[work.scalars];
-  const Update<Rule, T> update(work, scalars);
+  const StepScalars<Rule, T> scalars = same_for_warp(
+      arguments.scalars != nullptr ? arguments.scalars[work.scalars] : arguments.few[work.scalars]);
+  const Update<Rule, T> update(arguments, chunk, scalars, same_for_warp(uint32_t{work.variant}));
   if (work.layout == kDense)
-    update.run_dense(Staged<Rule, T>(
-        chunk, work, thread, shared + thread / kWarp * arguments.warp_bytes, arguments.warp_bytes));
+    update.run_dense(Stages<Rule, T>(arguments.plan, work, chunk, thread, shared));
   else
-    update.run_strided(chunk, arguments.layouts[work.layout], work.numel <= INT32_MAX);
+    update.run_strided();
 }
 
 }  // namespace fusedopt::cuda

@@ -85,7 +85,7 @@ class Element {
 };
 
 // Not inlined, so that nothing is computed before the mode is set.
-template <class Rule, int kVariant, class T>
+template <class Rule, class T>
 __attribute__((noinline)) void update_elements(const Problem& problem,
                                                std::vector<Buffer>& buffers) {
   const auto scalars = problem.scalars.of<Rule>().template as<T>();
@@ -96,7 +96,8 @@ __attribute__((noinline)) void update_elements(const Problem& problem,
       state[s] = problem.has(kFirstState + s) ? element.get<T>(kFirstState + s)
                                               : std::numeric_limits<T>::quiet_NaN();
     Ieee math;
-    Rule::template update<kVariant>(scalars.rule, math, weight, element.get<T>(kGrad), state);
+    Rule::update(Rule::Variant::of(problem.variant), scalars.rule, math, weight,
+                 element.get<T>(kGrad), state);
 
     const uint32_t draw = draw_alone(scalars.common.rounding_key, element.number(), weight);
     const auto rounded = [&](int operand, T value) {
@@ -326,12 +327,10 @@ void update_one_by_one(const Problem& problem, std::vector<Buffer>& buffers) {
   const FlushMode mode(!in_double);
   with_rule(problem.rule, [&](auto rule) {
     using Rule = decltype(rule);
-    with_variant<Rule>(problem.variant, [&](auto variant) {
-      if (in_double)
-        update_elements<Rule, variant, double>(problem, buffers);
-      else
-        update_elements<Rule, variant, float>(problem, buffers);
-    });
+    if (in_double)
+      update_elements<Rule, double>(problem, buffers);
+    else
+      update_elements<Rule, float>(problem, buffers);
   });
 }
 

@@ -45,70 +45,90 @@ float number(int exponent, uint32_t mantissa) {
 
 bool is_same(float a, float b) { return bit_cast<uint32_t>(a) == bit_cast<uint32_t>(b); }
 
-void check_root(float x, bool must_be_exact) {
-  BranchFree<Perturbed> math;
-  const float root = math.sqrt(x);
-  if (must_be_exact) CHECK(math.is_exact());
-  if (math.is_exact()) CHECK(is_same(root, std::sqrt(x)));
-}
-
 // A mantissa of all ones is the one denominator whose reciprocal has to be right at the start: a
 // correction then ends in a tie. GPUs have it right.
 bool is_delicate(float denominator) {
   return g_ulps != 0 && (bit_cast<uint32_t>(denominator) & 0x7fffffu) == 0x7fffffu;
 }
 
-void check_quotient(float numerator, float denominator, bool must_be_exact) {
+void check_root(float x) { CHECK(is_same(BranchFree<Perturbed>::root(x), std::sqrt(x))); }
+
+void check_quotient(float numerator, float denominator) {
+  if (is_delicate(denominator)) return;
+  CHECK(is_same(BranchFree<Perturbed>::quotient(numerator, denominator), numerator / denominator));
+}
+
+void check_both(float numerator, float square, float eps, bool must_be_exact) {
+  const float denominator = std::sqrt(square) + eps;
   if (is_delicate(denominator)) return;
   BranchFree<Perturbed> math;
-  const float quotient = math.divide(numerator, denominator);
+  const float found = math.divide_by_root(numerator, square, eps);
   if (must_be_exact) CHECK(math.is_exact());
-  if (math.is_exact()) CHECK(is_same(quotient, numerator / denominator));
+  if (math.is_exact()) CHECK(is_same(found, numerator / denominator));
 }
 
 void roots_are_exact() {
   std::mt19937 random(1);
-  for (int exponent = -126; exponent <= 127; ++exponent)
+  for (int exponent = -101; exponent <= 127; ++exponent)
     for (int again = 0; again < 20; ++again)
-      for (const uint32_t mantissa : mantissas(random))
-        check_root(number(exponent, mantissa), exponent < 99);
-  for (int i = 0; i < 300000; ++i) check_root(bit_cast<float>(uint32_t(random())), false);
+      for (const uint32_t mantissa : mantissas(random)) check_root(number(exponent, mantissa));
 }
 
 void quotients_are_exact() {
   std::mt19937 random(2);
-  for (int top = -126; top < 127; top += 3)
-    for (int bottom = -70; bottom < 30; ++bottom)
+  for (int top = -68; top < 127; top += 3)
+    for (int bottom = -40; bottom < 100; bottom += 2)
       for (const uint32_t n : mantissas(random))
         for (const uint32_t d : mantissas(random)) {
-          const bool must = top < 36 && bottom >= -60 && bottom < 22;
-          check_quotient(number(top, n), number(bottom, d), must);
-          check_quotient(-number(top, n), number(bottom, d), must);
+          if (top - bottom < -96 || top - bottom > 124) continue;
+          check_quotient(number(top, n), number(bottom, d));
+          check_quotient(-number(top, n), number(bottom, d));
+        }
+}
+
+void ratios_are_exact() {
+  std::mt19937 random(3);
+  for (const float eps :
+       {0.0f, 0x1p-126f, 1e-30f, 1e-20f, 0x1p-67f, 1e-15f, 1e-8f, 1e-3f, 1.0f, 1e6f, 0x1p80f})
+    for (int top = -126; top < 127; top += 5)
+      for (int bottom = -126; bottom < 127; bottom += 4)
+        for (const uint32_t n : mantissas(random)) {
+          const float numerator = number(top, n), square = number(bottom, random() & 0x7fffffu);
+          const double ratio =
+              std::fabs(double{numerator}) / (std::sqrt(double{square}) + double{eps});
+          const bool must = top < 69 && bottom < 67 && ratio < 0x1p96;
+          check_both(numerator, square, eps, must);
+          check_both(-numerator, square, eps, must);
         }
   for (int i = 0; i < 300000; ++i)
-    check_quotient(bit_cast<float>(uint32_t(random())), bit_cast<float>(uint32_t(random())), false);
+    check_both(bit_cast<float>(uint32_t(random())), std::fabs(bit_cast<float>(uint32_t(random()))),
+               i % 2 != 0 ? 1e-8f : std::fabs(bit_cast<float>(uint32_t(random()))), false);
 }
 
 void rare_operands_are_found_or_exact() {
   const float inf = INFINITY, nan = NAN, subnormal = bit_cast<float>(1u);
-  const float all[] = {0.0f, -0.0f, 1.0f, -1.0f,     0x1p-126f,  0x1p-60f, 0x1p22f, 0x1p36f,
+  const float all[] = {0.0f, -0.0f, 1.0f, -1.0f,     0x1p-126f,  0x1p-60f, 0x1p22f, 0x1p69f,
                        inf,  -inf,  nan,  subnormal, -subnormal, 0x1p100f, 0x1p127f};
-  for (const float x : all) check_root(x, false);
   for (const float n : all)
-    for (const float d : all) check_quotient(n, d, false);
-  check_root(0.0f, true);
-  check_quotient(0.0f, 1e-8f, true);
-  check_quotient(-0.0f, 1e-8f, true);
-  for (const float x : {-1.0f, inf, nan, 0x1p101f}) {
+    for (const float square : all)
+      for (const float eps : all)
+        if (!(eps < 0)) check_both(n, square, eps, false);
+  // Where nothing was learnt for a while, grads and states are 0.
+  for (const float eps : {1e-8f, 1e-15f, 0x1p-67f, 1.0f})
+    for (const float n : {0.0f, -0.0f, 1.0f, 0x1p-126f, -0x1p-126f}) {
+      check_both(n, 0.0f, eps, n * n < 1e20f * eps);
+      check_both(n, 0x1p-126f, eps, true);
+    }
+  const struct {
+    float numerator, square, eps;
+  } rare[] = {{1, -1, 1},  {1, inf, 1},     {1, nan, 1},  {inf, 1, 1},     {nan, 1, 1},
+              {1, 1, inf}, {1, 1, nan},     {1, 0, 0},    {1, 1, 0x1p96f}, {1, 0x1p80f, 1},
+              {0, 0, 0},   {0x1p75f, 1, 1}, {1, -0.0f, 0}};
+  for (const auto& r : rare) {
     BranchFree<Perturbed> math;
-    math.sqrt(x);
+    math.divide_by_root(r.numerator, r.square, r.eps);
     CHECK(!math.is_exact());
-    math.sqrt(1.0f);  // it stays cleared
-    CHECK(!math.is_exact());
-  }
-  for (const float d : {0.0f, -1.0f, inf, nan, 0x1p22f, 0x1p-61f}) {
-    BranchFree<Perturbed> math;
-    math.divide(1.0f, d);
+    math.divide_by_root(1.0f, 1.0f, 1.0f);  // it stays so
     CHECK(!math.is_exact());
   }
 }
@@ -136,6 +156,7 @@ void test_branch_free() {
   for (g_ulps = -2; g_ulps <= 2; ++g_ulps) {
     roots_are_exact();
     quotients_are_exact();
+    ratios_are_exact();
     rare_operands_are_found_or_exact();
   }
 }

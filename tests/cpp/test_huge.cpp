@@ -134,11 +134,10 @@ class Huge {
   void run(const ChunkStart* chunk) {
     const Layout layout = {problem_.dims.data(), static_cast<int>(problem_.dims.size())};
     UpdateCall call = {};
-    call.column = {problem_.rule, is_in_double(work_)};
+    call.column = column_of(work_);
     call.works = &work_;
     call.chunks = chunk;
     call.num_chunks = 1;
-    call.warp_bytes = call.column.in_double ? warp_bytes<double>(work_) : warp_bytes<float>(work_);
     call.layouts = &layout;
     call.few_scalars = &problem_.scalars;
     call.num_few_scalars = 1;

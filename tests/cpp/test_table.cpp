@@ -230,10 +230,7 @@ void check_arrangement(const Arrangement& arrangement, const Given& step) {
       const Work& work =
           step.works[static_cast<size_t>(arrangement.rows()[static_cast<size_t>(row)])];
       if (work.device == kIdle) continue;
-      CHECK(work.device == kOwn && work.rule == column.column.rule &&
-            is_in_double(work) == column.column.in_double);
-      CHECK(column.warp_bytes >=
-            (column.column.in_double ? warp_bytes<double>(work) : warp_bytes<float>(work)));
+      CHECK(work.device == kOwn && column_of(work) == column.column);
     }
     chunk += column.num_chunks + 1;
   }
@@ -369,8 +366,10 @@ void test_moving_works() {
   step.works[3].rule = kIdOf<Adam>;  // where nothing was in double
   moves();
   step.works[3].formats.dtypes[kMaster] = DType::kFloat32;
-  step.works[4].layout = 0;  // dense until now
+  moves();
   Given::set_dtypes(step.works[5], DType::kFloat16);
+  moves();
+  step.works[4].layout = 0;                                 // dense until now
   CHECK(sender.send(step) < sender.table->image().size());  // all of them stay where they are
   check_arrangement(sender.arrangement, step);
   check_device(sender, step);

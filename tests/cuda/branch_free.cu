@@ -19,12 +19,7 @@ struct Counts {
   uint32_t first[2];  // operands of one that differs
 };
 
-__device__ void count(Counts& counts, bool is_exact, bool is_ordinary, float found, float expected,
-                      uint32_t a, uint32_t b) {
-  if (!is_exact) {
-    if (is_ordinary) atomicAdd(&counts.refused, 1ull);
-    return;
-  }
+__device__ void count(Counts& counts, float found, float expected, uint32_t a, uint32_t b) {
   atomicAdd(&counts.compared, 1ull);
   if (as_bits(found) == as_bits(expected)) return;
   if (atomicAdd(&counts.different, 1ull) == 0) {
@@ -38,10 +33,7 @@ __global__ void compare_roots(Counts* counts) {
   for (uint64_t i = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < 1ull << 32; i += stride) {
     const auto bits = static_cast<uint32_t>(i);
     const float x = as_float(bits);
-    BranchFree<> math;
-    const float found = math.sqrt(x);
-    const bool is_ordinary = bits == 0 || (x >= 0x1p-126f && x < 0x1p99f);
-    count(*counts, math.is_exact(), is_ordinary, found, sqrtf(x), bits, 0);
+    if (x >= 0x1p-101f && x < HUGE_VALF) count(*counts, BranchFree<>::root(x), sqrtf(x), bits, 0);
   }
 }
 
@@ -57,15 +49,36 @@ __global__ void compare_quotients(Counts* counts, uint64_t pairs, uint32_t seed)
   for (uint64_t i = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < pairs; i += stride) {
     const uint32_t a = hash(static_cast<uint32_t>(i) ^ hash(seed + static_cast<uint32_t>(i >> 32)));
     const uint32_t b = hash(a + 0x9e3779b9u), c = hash(b + 0x85ebca6bu);
-    // Numerators from 2^-126 to 2^36 and 0, denominators from 2^-60 to 2^22.
-    const uint32_t numerator_exponent = 1 + (c & 0xffffu) % 162;
-    const uint32_t denominator_exponent = 127 - 60 + (c >> 16) % 82;
+    // Denominators from 2^-96 to 2^120, numerators such that the quotient is from 2^-96 to 2^124.
+    const int denominator = 127 - 96 + static_cast<int>(c >> 16) % 216;
+    const int numerator = denominator - 96 + static_cast<int>(c & 0xffffu) % 220;
     const uint32_t sign = a & 0x80000000u;
-    const uint32_t n = c % 1021 == 0 ? sign : sign | numerator_exponent << 23 | mantissa(a);
-    const uint32_t d = denominator_exponent << 23 | mantissa(b);
+    if (numerator < 127 - 68 || numerator > 254) continue;  // scaled by 2^58, so never below
+    const uint32_t n =
+        c % 1021 == 0 ? sign : sign | static_cast<uint32_t>(numerator) << 23 | mantissa(a);
+    const uint32_t d = static_cast<uint32_t>(denominator) << 23 | mantissa(b);
+    count(*counts, BranchFree<>::quotient(as_float(n), as_float(d)), as_float(n) / as_float(d), n,
+          d);
+  }
+}
+
+// All together, and whether what is rare is found.
+__global__ void compare_ratios(Counts* counts, uint64_t triples, uint32_t seed) {
+  const uint64_t stride = uint64_t{gridDim.x} * blockDim.x;
+  for (uint64_t i = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < triples; i += stride) {
+    const uint32_t a = hash(static_cast<uint32_t>(i) ^ hash(seed + static_cast<uint32_t>(i >> 32)));
+    const uint32_t b = hash(a + 0x9e3779b9u), c = hash(b + 0x85ebca6bu);
+    const float n = as_float(a), square = as_float(b & 0x7fffffffu);
+    const float eps = c % 4 == 0   ? 0.0f
+                      : c % 4 == 1 ? 1e-8f
+                      : c % 4 == 2 ? 1e-15f
+                                   : as_float(c & 0x7fffffffu);
     BranchFree<> math;
-    const float found = math.divide(as_float(n), as_float(d));
-    count(*counts, math.is_exact(), true, found, as_float(n) / as_float(d), n, d);
+    const float found = math.divide_by_root(n, square, eps);
+    if (math.is_exact())
+      count(*counts, found, n / (sqrtf(square) + eps), a, b);
+    else if (fabsf(n) < 0x1p30f && square < 0x1p60f && square >= 0x1p-60f && eps < 1.0f)
+      atomicAdd(&counts->refused, 1ull);
   }
 }
 
@@ -81,14 +94,16 @@ bool report(const char* what, const Counts& counts, unsigned long long least) {
 int main() {
   constexpr uint64_t kPairs = 1ull << 33;
   Counts* counts = nullptr;
-  if (cudaMallocManaged(&counts, 2 * sizeof(Counts)) != cudaSuccess) return 2;
-  counts[0] = counts[1] = {};
+  if (cudaMallocManaged(&counts, 3 * sizeof(Counts)) != cudaSuccess) return 2;
+  counts[0] = counts[1] = counts[2] = {};
   compare_roots<<<kBlocks, kThreads>>>(counts);
   compare_quotients<<<kBlocks, kThreads>>>(counts + 1, kPairs, 1);
+  compare_ratios<<<kBlocks, kThreads>>>(counts + 2, kPairs, 2);
   if (const cudaError_t error = cudaDeviceSynchronize(); error != cudaSuccess) {
     std::printf("%s\n", cudaGetErrorString(error));
     return 2;
   }
-  const bool roots = report("roots", counts[0], (99ull + 126) << 23);
-  return report("quotients", counts[1], kPairs) && roots ? 0 : 1;
+  const bool roots = report("roots", counts[0], (101ull + 128) << 23);
+  const bool quotients = report("quotients", counts[1], kPairs / 2);
+  return report("ratios", counts[2], kPairs / 4) && quotients && roots ? 0 : 1;
 }

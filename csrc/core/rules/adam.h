@@ -64,11 +64,11 @@ struct Adam {
             kept_by_decay(hyper)};
   }
 
-  // Terms that torch skips are absent at compile time, so that inf and NaN act as in torch.
+  // Terms that torch skips are skipped, so that inf and NaN act as in torch.
   struct Variant {
     Decay decay;
     bool amsgrad;
-    bool averages_grads;  // beta1 is not 0: else exp_avg would be the grad
+    bool averages_grads;  // beta1 is not 0: else exp_avg is the grad, and not kept
 
     constexpr int number() const {
       return (static_cast<int>(decay) * 2 + (amsgrad ? 1 : 0)) * 2 + (averages_grads ? 1 : 0);
@@ -86,23 +86,25 @@ struct Adam {
   }
 
   // One element, or several.
-  template <int kVariant, class T, class V, class Math>
-  static FUSEDOPT_HD void update(const Scalars<T>& scalars, Math& math, V& param, V grad,
-                                 V (&state)[kNumStates]) {
-    constexpr Variant kIs = Variant::of(kVariant);
+  template <class T, class V, class Math>
+  static FUSEDOPT_HD void update(Variant variant, const Scalars<T>& scalars, Math& math, V& param,
+                                 V grad, V (&state)[kNumStates]) {
     V &exp_avg = state[kExpAvg], &exp_avg_sq = state[kExpAvgSq];
     grad = grad * V(scalars.grad_factor);
-    if constexpr (kIs.decay == Decay::kL2) grad = fma(V(scalars.weight_decay), param, grad);
+    if (variant.decay == Decay::kL2) grad = fma(V(scalars.weight_decay), param, grad);
 
     // m + (1 - beta1) (g - m) rounds less than beta1 m + (1 - beta1) g. The second moment keeps
     // torch's form instead: once it has overflowed it stays inf, where a difference gives NaN.
-    if constexpr (kIs.averages_grads)
-      exp_avg = fma(V(scalars.exp_avg_weight), grad - exp_avg,
-                    either(scalars.exp_avg_to_grad != 0, grad, exp_avg));
     exp_avg_sq = fma(scalars.one_minus_beta2.times(grad), grad, scalars.beta2.times(exp_avg_sq));
+    if (!variant.averages_grads)
+      exp_avg = grad;
+    else if (scalars.exp_avg_to_grad != 0)
+      exp_avg = fma(V(scalars.exp_avg_weight), grad - exp_avg, grad);
+    else
+      exp_avg = fma(V(scalars.exp_avg_weight), grad - exp_avg, exp_avg);
 
     V second_moment = exp_avg_sq;
-    if constexpr (kIs.amsgrad) {
+    if (variant.amsgrad) {
       // As torch.maximum: a NaN on either side wins. Adding 0 makes of what was loaded a result,
       // in which subnormals are flushed and NaNs are quiet.
       V& largest = state[kMaxExpAvgSq];
@@ -110,10 +112,9 @@ struct Adam {
       largest = select((exp_avg_sq > largest) | (exp_avg_sq != exp_avg_sq), exp_avg_sq, largest);
       second_moment = largest;
     }
-    const V denominator = math.sqrt(second_moment) + V(scalars.eps);
-    if constexpr (kIs.decay == Decay::kDecoupled) param = scalars.keep.times(param);
-    const V first_moment = kIs.averages_grads ? exp_avg : grad;
-    param = fma(V(-scalars.step_size), math.divide(first_moment, denominator), param);
+    if (variant.decay == Decay::kDecoupled) param = scalars.keep.times(param);
+    const V ratio = math.divide_by_root(exp_avg, second_moment, V(scalars.eps));
+    param = fma(V(-scalars.step_size), ratio, param);
   }
 };
 

@@ -43,7 +43,7 @@ struct Sgd {
 
   enum class Momentum { kNone, kHeavyBall, kNesterov };
 
-  // Terms that torch skips are absent at compile time, so that inf and NaN act as in torch.
+  // Terms that torch skips are skipped, so that inf and NaN act as in torch.
   struct Variant {
     Momentum momentum;
     Decay decay;
@@ -65,18 +65,20 @@ struct Sgd {
   }
 
   // One element, or several.
-  template <int kVariant, class T, class V, class Math>
-  static FUSEDOPT_HD void update(const Scalars<T>& scalars, Math&, V& param, V grad,
-                                 V (&state)[kNumStates]) {
-    constexpr Variant kIs = Variant::of(kVariant);
+  template <class T, class V, class Math>
+  static FUSEDOPT_HD void update(Variant variant, const Scalars<T>& scalars, Math&, V& param,
+                                 V grad, V (&state)[kNumStates]) {
     grad = grad * V(scalars.grad_factor);
-    if constexpr (kIs.decay == Decay::kL2) grad = fma(V(scalars.weight_decay), param, grad);
-    if constexpr (kIs.momentum != Momentum::kNone) {
+    if (variant.decay == Decay::kL2) grad = fma(V(scalars.weight_decay), param, grad);
+    if (variant.momentum != Momentum::kNone) {
       V& buffer = state[kMomentumBuffer];
       buffer = fma(V(scalars.momentum), buffer, V(scalars.grad_weight) * grad);
-      grad = kIs.momentum == Momentum::kNesterov ? fma(V(scalars.momentum), buffer, grad) : buffer;
+      if (variant.momentum == Momentum::kNesterov)
+        grad = fma(V(scalars.momentum), buffer, grad);
+      else
+        grad = buffer;
     }
-    if constexpr (kIs.decay == Decay::kDecoupled) param = scalars.keep.times(param);
+    if (variant.decay == Decay::kDecoupled) param = scalars.keep.times(param);
     param = fma(V(-scalars.lr), grad, param);
   }
 };

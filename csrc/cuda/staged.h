@@ -1,0 +1,177 @@
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/element.h"
+#include "core/stochastic.h"
+#include "cuda/access.h"
+#include "cuda/stage.h"
+
+// Values from the bytes of a stage, and back to global memory.
+namespace fusedopt::cuda {
+
+// What Elements asks of memory, for a thread's elements.
+template <class Rule, class T>
+class Staged {
+  static constexpr int kCount = kThreadElements<T>;
+  using Bits = Pack<uint32_t, kCount>;
+
+ public:
+  using Values = Pack<T, kCount>;
+  static constexpr bool kRoundsForNothing = true;
+
+  FUSEDOPT_HD Staged(const Stages<Rule, T>& stages, const Tile& tile, SharedPlace stage)
+      : stages_(stages), tile_(tile), stage_(stage) {
+    for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
+      if (is_usual(k)) bytes_[k] = read(k);
+    });
+  }
+
+  FUSEDOPT_HD Formats formats() const {
+    Words<2> words = stages_.plan().formats;
+    for (uint32_t& word : words.words) word = as_if_new(word);
+    return bit_cast<Formats>(words);
+  }
+  FUSEDOPT_HD DType common() const { return static_cast<DType>(as_if_new(stages_.plan().common)); }
+
+  template <class Storage>
+  FUSEDOPT_HD void load(int operand, Values& to) const {
+    // The param's place is that of a float32 master, which is found early there.
+    const Bytes bytes = bytes_of(operand == kMaster ? kParam : operand);
+    if constexpr (std::is_same_v<Storage, BFloat16>) {
+      for (int j = kCount - 1; j >= 0; --j)  // so that they may take the words' registers
+        to[j] =
+            static_cast<T>(as_float(j % 2 == 0 ? bytes[j / 2] << 16 : bytes[j / 2] & 0xffff0000u));
+    } else if constexpr (std::is_same_v<Storage, Float16>) {
+      for (int j = 0; j < kCount; ++j)
+        to[j] = static_cast<T>(float_from_half(static_cast<uint16_t>(half_of(bytes, j))));
+    } else {
+      constexpr int kPart = sizeof(Storage) / 4;
+      for (int j = 0; j < kCount; ++j) {
+        Words<kPart> part;
+        for (int i = 0; i < kPart; ++i) part.words[i] = bytes[j * kPart + i];
+        to[j] = static_cast<T>(bit_cast<Storage>(part));
+      }
+    }
+  }
+
+  FUSEDOPT_HD void load_words(int operand, Bits& to) const {
+    const Bytes bytes = bytes_of(operand);
+    for (int j = 0; j < kCount; ++j) to[j] = half_of(bytes, j);
+  }
+
+  template <class Storage, bool kIsCommon>
+  FUSEDOPT_HD void store(int operand, const Values& from) const {
+    constexpr int kWords = kCount * sizeof(Storage) / 4;
+    Words<kWords> words;
+    if constexpr (sizeof(Storage) == 2) {
+      for (int i = 0; i < kWords; ++i)
+        words.words[i] = pack<Storage>(to_float(from[2 * i]), to_float(from[2 * i + 1]));
+    } else {
+      constexpr int kPart = sizeof(Storage) / 4;
+      for (int j = 0; j < kCount; ++j) {
+        const auto part = bit_cast<Words<kPart>>(static_cast<Storage>(from[j]));
+        for (int i = 0; i < kPart; ++i) words.words[j * kPart + i] = part.words[i];
+      }
+    }
+    write<kIsCommon>(operand, words);
+  }
+
+  FUSEDOPT_HD void store_bfloat16(int operand, const Pack<float, kCount>& from) const {
+    store_words(operand, as_bits(from) >> 16);
+  }
+
+  FUSEDOPT_HD void store_words(int operand, const Bits& from) const {
+    Words<kCount / 2> words;
+    for (int i = 0; i < kCount / 2; ++i) words.words[i] = word_of(from[2 * i], from[2 * i + 1]);
+    write<false>(operand, words);
+  }
+
+  // Pieces start at even elements.
+  FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& draws) const {
+    constexpr int kHalf = kCount / 2;
+    for (int p = 0; p < 2; ++p) {
+      const uint32_t at =
+          stages_.has_two() ? tile_.at[p] * kHalf : tile_.at[0] * kCount + p * kHalf;
+      const auto element = static_cast<uint64_t>(stages_.begin()) + at;
+      const uint32_t key = draw_key(rounding_key, element);
+      const auto pair = static_cast<uint32_t>(element >> 1);
+      for (int j = 0; j < kHalf; j += 2) {
+        draws[p * kHalf + j] = pair_draw(key, pair + static_cast<uint32_t>(j / 2));
+        draws[p * kHalf + j + 1] = second_of_pair(draws[p * kHalf + j]);
+      }
+    }
+  }
+
+ private:
+  using Bytes = Pack<uint32_t, 8>;  // those of an operand, or twice the same 16
+
+  // The operands that most steps have are read at once, for all formats alike: without a branch
+  // between them the reads overlap. What is not there is not looked at.
+  static FUSEDOPT_HD constexpr bool is_usual(int operand) { return operand < kFirstState + 2; }
+
+  FUSEDOPT_HD Bytes read(int operand) const {
+    Bytes bytes;
+    for (int half = 0; half < 2; ++half) {
+      const Words<4> part = load_shared<4>(stage_ + stages_.plan().places[half][operand]);
+      for (int i = 0; i < 4; ++i) bytes[half * 4 + i] = part.words[i];
+    }
+    return bytes;
+  }
+  FUSEDOPT_HD Bytes bytes_of(int operand) const {
+    return is_usual(operand) ? bytes_[operand] : read(operand);
+  }
+
+  static FUSEDOPT_HD uint32_t half_of(const Bytes& bytes, int j) {
+    return j % 2 == 0 ? bytes[j / 2] : bytes[j / 2] >> 16;
+  }
+
+  // kIsPlain: to whole pieces, and only to one where 16 bytes would do.
+  template <bool kIsPlain, int kWords>
+  FUSEDOPT_HD void write(int operand, const Words<kWords>& words) const {
+    constexpr uint32_t kHalf = kWords / 2, kHalfBytes = 4 * kHalf;
+    char* const data = stages_.data(operand);
+    if constexpr (kWords == 4)
+      if (kIsPlain || (as_if_new(stages_.plan().whole) & only(operand)) != 0)
+        return fusedopt::cuda::store_words(data + tile_.at[0] * 16, words);
+    if (kIsPlain || (as_if_new(stages_.plan().shifted) & only(operand)) == 0) {
+      fusedopt::cuda::store_words(data + tile_.at[0] * kHalfBytes, half_of(words, 0));
+      fusedopt::cuda::store_words(data + tile_.at[1] * kHalfBytes, half_of(words, kHalf));
+      return;
+    }
+    const uint32_t bytes = stages_.piece_bytes(operand), first = tile_.at[0] * bytes;
+    write_items(data + first, half_of(words, 0));
+    write_items(data + (stages_.has_two() ? tile_.at[1] * bytes : first + kHalfBytes),
+                half_of(words, kHalf));
+  }
+
+  template <int kWords>
+  static FUSEDOPT_HD Words<kWords / 2> half_of(const Words<kWords>& words, uint32_t from) {
+    Words<kWords / 2> half;
+    for (int i = 0; i < kWords / 2; ++i) half.words[i] = words.words[from + i];
+    return half;
+  }
+
+  // To a place that is no multiple of the words' size together.
+  template <int kWords>
+  static FUSEDOPT_HD void write_items(char* to, const Words<kWords>& words) {
+    constexpr bool kAreHalves = 2 * kWords < kCount;
+    for (int i = 0; i < kWords; ++i) {
+      if constexpr (kAreHalves) {
+        store_item(reinterpret_cast<uint16_t*>(to) + 2 * i, static_cast<uint16_t>(words.words[i]));
+        store_item(reinterpret_cast<uint16_t*>(to) + 2 * i + 1,
+                   static_cast<uint16_t>(words.words[i] >> 16));
+      } else {
+        store_item(reinterpret_cast<uint32_t*>(to) + i, words.words[i]);
+      }
+    }
+  }
+
+  const Stages<Rule, T>& stages_;
+  const Tile& tile_;
+  const SharedPlace stage_;
+  Bytes bytes_[kMaxOperands];
+};
+
+}  // namespace fusedopt::cuda

@@ -30,22 +30,39 @@ INSTRUCTIONS = {
     "double": r"\bD(?:ADD|MUL|FMA|SETP|MNMX)\b|\bMUFU\.\w+64H\b|\.F64\b",
 }
 
-# What a thread does for its elements in the main loop of Adam's kernel: AdamW, whose text has so many
-# fused multiplications and additions for an element.
+# What a thread does for its elements in the main loop of Adam's kernel, at least, or not at all:
+# AdamW, whose text has so many fused multiplications and additions for an element.
 ELEMENTS = 8
 COPY = r"\bLDGSTS\.\S*128\b"
+HALF_COPY = r"\bLDGSTS\.\S*64\b"
 WIDE_STORE = r"\bSTG\.E\.128\b"
+HALF_STORE = r"\bSTG\.E\.64\b"
 PACK = r"\bF2FP\.BF16\b"
-UNPACK = r"\b0xffff0000\b"
+UPPER_HALF = r"\b0xffff0000\b"  # one of two numbers in bfloat16, or one that is rounded
 FMA = r"\bFFMA\b"
-DRAW = r"\b0x846ca68b\b|-0x7b935975\b"  # a factor of the hash, once or more often
+DRAW = r"\b0x846ca68b\b|-0x7b935975\b"  # a factor of the hash
 # Halves, views at odd places, elements that are done again: nothing of the settings below.
 RARE = r"\bLDG\b|\bF2FP\.F16\b|\bHADD2\b|\bSTG\.E\.U16\b|\bSTG\.E desc|\bSTG\.E \["
 ADAMW = {FMA: 14 * ELEMENTS}
+WHOLE = ADAMW | {HALF_COPY: 0, HALF_STORE: 0}
 SETTINGS = {
-    "fp32": {COPY: 8, WIDE_STORE: 6, PACK: 0, UNPACK: 0, DRAW: 0} | ADAMW,
-    "bf16": {COPY: 4, WIDE_STORE: 3, PACK: 12, UNPACK: 16, DRAW: 0} | ADAMW,
-    "bf16, stochastic": {COPY: 4, WIDE_STORE: 3, PACK: 12, DRAW: 1} | ADAMW,
+    "fp32": WHOLE | {COPY: 8, WIDE_STORE: 6, PACK: 0, UPPER_HALF: 0, DRAW: 0},
+    "bf16": WHOLE | {COPY: 4, WIDE_STORE: 3, PACK: 12, UPPER_HALF: 16, DRAW: 0},
+    "bf16, stochastic": WHOLE | {COPY: 4, WIDE_STORE: 3, PACK: 12, UPPER_HALF: 24, DRAW: 4},
+    "split, bf16 states": WHOLE | {COPY: 5, WIDE_STORE: 4, PACK: 8, UPPER_HALF: 24, DRAW: 0},
+    "fp32 masters": ADAMW
+    | {COPY: 6, HALF_COPY: 2, WIDE_STORE: 6, HALF_STORE: 2, PACK: 4, UPPER_HALF: 4, DRAW: 0},
+    "fp32, bf16 states": ADAMW
+    | {COPY: 4, HALF_COPY: 4, WIDE_STORE: 2, HALF_STORE: 4, PACK: 8, UPPER_HALF: 8, DRAW: 0},
+}
+# Of a stage, for each thread.
+STAGED_BYTES = {
+    "fp32": 4 * 32,
+    "bf16": 4 * 16,
+    "bf16, stochastic": 4 * 16,
+    "split, bf16 states": 5 * 16,
+    "fp32 masters": 16 + 3 * 32,
+    "fp32, bf16 states": 2 * 32 + 2 * 16,
 }
 
 STAGES = 3
@@ -88,7 +105,7 @@ class Kernel:
 
     def under_way(self, setting: str) -> int:
         """Bytes that an SM's threads have asked for, in a setting of Adam's."""
-        stage = SETTINGS[setting][COPY] * 16 * BLOCK_THREADS
+        stage = STAGED_BYTES[setting] * BLOCK_THREADS
         block = STAGES * stage + 1024  # that CUDA takes itself
         by_registers = 65536 // (BLOCK_THREADS * -(-self.registers // 8) * 8)
         by_threads = THREADS[self.number] // BLOCK_THREADS
@@ -106,12 +123,10 @@ class Kernel:
                 continue
             counts = [len(re.findall(what, text)) for what in required]
             for done, (length, branches) in ways.get(at, {}).items():
-                now = tuple(
-                    min(d + c, 1) if what == DRAW else d + c
-                    for d, c, what in zip(done, counts, required, strict=True)
-                )
-                if any(n > most for n, most in zip(now, required.values(), strict=True)):
+                least = required.values()
+                if any(c > 0 == n for c, n in zip(counts, least, strict=True)):
                     continue
+                now = tuple(min(d + c, n) for d, c, n in zip(done, counts, least, strict=True))
                 is_branch = "BRA" in blocks[at].instructions[-1]
                 way = (length + len(blocks[at].instructions), branches + is_branch)
                 for after in blocks[at].successors:

@@ -27,12 +27,12 @@ FUSEDOPT_HD uint32_t rounding_key(uint32_t seed, uint64_t step) {
   return hash(seed ^ hash(static_cast<uint32_t>(step) ^ high));
 }
 
-// For the elements whose numbers have the same upper half as `element`.
-FUSEDOPT_HD uint32_t draw_key(uint32_t rounding_key, uint64_t element) {
-  return rounding_key ^ static_cast<uint32_t>(element >> 33) * 0x9e3779b1u;
+// For the pairs of elements whose numbers have the same upper half as `pair`.
+FUSEDOPT_HD uint32_t draw_key(uint32_t rounding_key, uint64_t pair) {
+  return rounding_key ^ static_cast<uint32_t>(pair >> 32) * 0x9e3779b1u;
 }
 
-// What elements 2 `pair` and 2 `pair` + 1 have in common; `pair` is its lower 32 bits.
+// What elements 2 `pair` and 2 `pair` + 1 have in common; `pair` is its lower half.
 template <class Bits>
 FUSEDOPT_HD Bits pair_draw(uint32_t key, Bits pair) {
   return hash(pair + Bits(key));
@@ -46,8 +46,8 @@ FUSEDOPT_HD Bits second_of_pair(Bits pair_draw) {
 
 // What an element has of it, by its number.
 FUSEDOPT_HD uint32_t own_draw(uint32_t rounding_key, uint64_t element) {
-  const uint32_t draw =
-      pair_draw(draw_key(rounding_key, element), static_cast<uint32_t>(element >> 1));
+  const uint64_t pair = element / 2;
+  const uint32_t draw = pair_draw(draw_key(rounding_key, pair), static_cast<uint32_t>(pair));
   return (element & 1) != 0 ? second_of_pair(draw) : draw;
 }
 

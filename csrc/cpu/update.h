@@ -79,9 +79,9 @@ struct Block {
       return;
     }
     // Blocks begin at multiples of their size, so the upper half of the number is the same for all.
-    const uint64_t first = number + static_cast<uint64_t>(at);
+    const uint64_t first = (number + static_cast<uint64_t>(at)) / 2;
     const uint32_t key = draw_key(rounding_key, first);
-    const Word pair = static_cast<uint32_t>(first >> 1);
+    const Word pair = static_cast<uint32_t>(first);
     Raw lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
     const auto is_second = (Word(lane) & 1u) != Word(0u);

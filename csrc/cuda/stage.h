@@ -124,7 +124,10 @@ class Stages {
  public:
   FUSEDOPT_HD Stages(const StagePlan& plan, const Work& work, const Chunk& chunk, uint32_t thread,
                      SharedPlace shared)
-      : plan_(plan), own_(as_if_new(shared + 16 * thread)), thread_(thread), begin_(chunk.begin) {
+      : plan_(plan),
+        own_(as_if_new(shared + 16 * thread)),
+        thread_(thread),
+        first_pair_(static_cast<uint64_t>(chunk.begin) / 2) {
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
       data_[k] = same_for_warp(static_cast<char*>(work.data[k]) + chunk.begin * plan.sizes[k]);
     });
@@ -140,7 +143,7 @@ class Stages {
   }
 
   FUSEDOPT_HD const StagePlan& plan() const { return plan_; }
-  FUSEDOPT_HD int64_t begin() const { return begin_; }
+  FUSEDOPT_HD uint64_t first_pair() const { return first_pair_; }       // of elements, of the chunk
   FUSEDOPT_HD char* data(int operand) const { return data_[operand]; }  // at the chunk's start
 
   FUSEDOPT_HD bool has_two() const { return plan_.has_two != 0; }
@@ -256,7 +259,7 @@ class Stages {
   const StagePlan& plan_;
   const SharedPlace own_;  // in the first stage
   const uint32_t thread_;
-  const int64_t begin_;       // of the chunk
+  const uint64_t first_pair_;
   char* data_[kMaxOperands];  // at the chunk's start
   uint32_t first_, end_, start_, lanes_, stride_;
 };

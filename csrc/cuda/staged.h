@@ -88,18 +88,18 @@ class Staged {
     write<false>(operand, words);
   }
 
-  // Pieces start at even elements.
+  // Chunks and pieces start at even elements.
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& draws) const {
-    constexpr int kHalf = kCount / 2;
-    for (int p = 0; p < 2; ++p) {
+    constexpr uint32_t kHalf = kCount / 2;
+    for (uint32_t p = 0; p < 2; ++p) {
       const uint32_t at =
-          stages_.has_two() ? tile_.at[p] * kHalf : tile_.at[0] * kCount + p * kHalf;
-      const auto element = static_cast<uint64_t>(stages_.begin()) + at;
-      const uint32_t key = draw_key(rounding_key, element);
-      const auto pair = static_cast<uint32_t>(element >> 1);
-      for (int j = 0; j < kHalf; j += 2) {
-        draws[p * kHalf + j] = pair_draw(key, pair + static_cast<uint32_t>(j / 2));
-        draws[p * kHalf + j + 1] = second_of_pair(draws[p * kHalf + j]);
+          stages_.has_two() ? tile_.at[p] * (kHalf / 2) : tile_.at[0] * kHalf + p * (kHalf / 2);
+      const uint64_t first = stages_.first_pair() + at;
+      const uint32_t key = draw_key(rounding_key, first);
+      for (uint32_t j = 0; j < kHalf / 2; ++j) {
+        const uint32_t draw = pair_draw(key, static_cast<uint32_t>(first) + j);
+        draws[p * kHalf + 2 * j] = draw;
+        draws[p * kHalf + 2 * j + 1] = second_of_pair(draw);
       }
     }
   }

@@ -27,7 +27,7 @@ template <class T>
 uint32_t draw_alone(uint32_t rounding_key, int64_t number, T weight) {
   const auto element = static_cast<uint64_t>(number);
   const auto pair_number = static_cast<uint32_t>(element / 2);
-  const uint32_t pair = pair_draw(draw_key(rounding_key, element), pair_number);
+  const uint32_t pair = pair_draw(draw_key(rounding_key, element / 2), pair_number);
   const uint32_t own = element % 2 == 0 ? pair : second_of_pair(pair);
   return element_draw(own, as_bits(weight == weight ? static_cast<float>(weight) : HUGE_VALF));
 }

@@ -42,23 +42,30 @@ const void* pointer_at(const void* base, size_t offset) {
 }
 
 // An odd constant for each word, so that exchanged or shifted words do not cancel out.
-constexpr uint64_t weight(uint64_t index) {
-  uint64_t z = (index + 1) * 0x9e3779b97f4a7c15u;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-  return (z ^ (z >> 31)) | 1;
-}
+struct Weights {
+  uint64_t of[kNumWords + kDataWords] = {};
+
+  constexpr Weights() {
+    for (uint64_t i = 0; i < kNumWords + kDataWords; ++i) {
+      uint64_t z = (i + 1) * 0x9e3779b97f4a7c15u;
+      z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+      z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+      of[i] = (z ^ (z >> 31)) | 1;
+    }
+  }
+};
+constexpr Weights kWeights;
 
 uint64_t mix(PyObject* tensor) {
   const void* const description = pointer_at(tensor, g_offsets.description);
   const void* const storage = pointer_at(description, g_offsets.storage);
-  uint64_t sum = reinterpret_cast<uintptr_t>(tensor) * weight(0);
-  sum += reinterpret_cast<uintptr_t>(description) * weight(1);
+  uint64_t sum = reinterpret_cast<uintptr_t>(tensor) * kWeights.of[0];
+  sum += reinterpret_cast<uintptr_t>(description) * kWeights.of[1];
   for (size_t i = kFirstWord; i < kNumWords; i += 2)
-    sum += (word_at(description, i * kWord) + weight(i)) *
-           (word_at(description, (i + 1) * kWord) + weight(i + 1));
+    sum += (word_at(description, i * kWord) + kWeights.of[i]) *
+           (word_at(description, (i + 1) * kWord) + kWeights.of[i + 1]);
   for (size_t i = 0; storage != nullptr && i < kDataWords; ++i)
-    sum += word_at(storage, g_offsets.data + i * kWord) * weight(kNumWords + i);
+    sum += word_at(storage, g_offsets.data + i * kWord) * kWeights.of[kNumWords + i];
   return sum != kNoFingerprint ? sum : 1;
 }
 

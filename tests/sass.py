@@ -124,7 +124,7 @@ class Kernel:
             counts = [len(re.findall(what, text)) for what in required]
             for done, (length, branches) in ways.get(at, {}).items():
                 least = required.values()
-                if any(c > 0 == n for c, n in zip(counts, least, strict=True)):
+                if any(n == 0 and c > 0 for c, n in zip(counts, least, strict=True)):
                     continue
                 now = tuple(min(d + c, n) for d, c, n in zip(done, counts, least, strict=True))
                 is_branch = "BRA" in blocks[at].instructions[-1]

@@ -55,7 +55,7 @@ class BranchFree {
     const float y = fma(about, fma(-denominator, about, 1.0f), about);
     const float near = scaled * y;
     const float minus_r = fma(denominator, near, -scaled);
-    return fma(-minus_r, y, near);
+    return fma(minus_r, -y, near);  // with -minus_r, a host may fold the signs and lose that of 0
   }
 
   // numerator / (the root of `square` + eps), with square and eps of at least 0.
@@ -88,10 +88,11 @@ class BranchFree {
   }
 
   // Beside any other square this is lost, but the root of 0 is not NaN with it, and lost beside
-  // eps. Where eps is too small for that, it is NaN, as it is where eps is so large that its
-  // reciprocal would be flushed.
+  // eps. Where eps is too small for that, it is NaN, as it is where eps is negative, or so large
+  // that its reciprocal would be flushed.
   static FUSEDOPT_HD float zero_square(float eps) {
-    return eps < 0x1p-67f ? 0.0f : eps < 0x1p90f ? 0x1p-126f : __builtin_nanf("");
+    if (!(eps >= 0 && eps < 0x1p90f)) return __builtin_nanf("");
+    return eps < 0x1p-67f ? 0.0f : 0x1p-126f;
   }
 
   // NaN if one of them is: the built-in functions would give the other one.

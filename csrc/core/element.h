@@ -37,8 +37,8 @@ struct alignas(8) Formats {
     for (const DType dtype : dtypes) found = found || dtype == DType::kFloat64;
     return found;
   }
-  // The one format that all operands are stored in, or kAbsent.
-  FUSEDOPT_HD DType common() const {
+  // The one that all operands are stored in, or kAbsent.
+  FUSEDOPT_HD DType one_format() const {
     DType found = dtypes[kParam];
     for (const DType dtype : dtypes)
       if (dtype != DType::kAbsent && dtype != dtypes[kParam]) found = DType::kAbsent;
@@ -51,13 +51,13 @@ struct Mixed {};
 
 // A step of as many elements as V has. T computes; `Memory`, a driver's, has
 //   load<Storage>(operand, V& to),
-//   store<Storage, kIsCommon>(operand, const V& from): kIsCommon if common() says the same,
+//   store<Storage, kIsOneFormat>(operand, const V& from): kIsOneFormat: one_format() is that,
 //   store_bfloat16(operand, const Float& from): of numbers that are bfloat16 already,
 //   load_words(operand, Bits& to), store_words(...): 16 bits in the lower half of a word,
 //   find_draws(rounding_key, Bits& draws): as core/stochastic.h has them,
 //   kRoundsForNothing: store() is as fast as store_bfloat16() where that would do,
 //   formats(): how the elements are stored,
-//   common(): the one format of all operands, or kAbsent.
+//   one_format(): of all operands, or kAbsent.
 template <class Rule, class T, class V, class Memory>
 class Elements {
   using Bits = typename Lanes<V>::Bits;
@@ -68,7 +68,7 @@ class Elements {
   FUSEDOPT_HD explicit Elements(const Memory& memory) : memory_(memory) {}
 
   FUSEDOPT_HD void load() {
-    with_common([&](auto format) __attribute__((always_inline)) { load<decltype(format)>(); });
+    with_format([&](auto format) __attribute__((always_inline)) { load<decltype(format)>(); });
   }
 
   template <class Math>
@@ -97,18 +97,18 @@ class Elements {
       as_stored(formats_.has(kMaster) ? DType::kFloat32 : formats_.dtypes[kParam], weight_);
       store<Mixed>(kAverage, common.average(average, weight_));
     }
-    with_common([&](auto format) __attribute__((always_inline)) { store<decltype(format)>(); });
+    with_format([&](auto format) __attribute__((always_inline)) { store<decltype(format)>(); });
   }
 
  private:
   // The formats that most models have in all operands are looked for once for all of them.
   template <class F>
-  FUSEDOPT_HD void with_common(const F& f) {
+  FUSEDOPT_HD void with_format(const F& f) {
     formats_ = memory_.formats();  // anew, so that nothing is kept of it meanwhile
     if constexpr (sizeof(T) == sizeof(float)) {
-      const DType common = memory_.common();
-      if (is(common, DType::kBFloat16)) return f(BFloat16{});
-      if (is(common, DType::kFloat32)) return f(float{});
+      const DType format = memory_.one_format();
+      if (is(format, DType::kBFloat16)) return f(BFloat16{});
+      if (is(format, DType::kFloat32)) return f(float{});
     }
     f(Mixed{});
   }

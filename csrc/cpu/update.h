@@ -32,16 +32,16 @@ struct Block {
   static constexpr bool kRoundsForNothing = false;
   static constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
 
-  Formats how;            // the operands are stored
-  DType one;              // for all of them, or kAbsent
+  Formats stored_as;
+  DType format;           // of all operands, or kAbsent
   void* const* data;      // of each operand
   int64_t at;             // elements from there to here
   uint64_t number;        // of the first element of `data` in its tensor,
   const uint32_t* draws;  // or if this is not nullptr, the elements' draws
   int64_t ahead = 0;      // how far ahead to ask for memory, in elements
 
-  FUSEDOPT_HD const Formats& formats() const { return how; }
-  FUSEDOPT_HD DType common() const { return one; }
+  FUSEDOPT_HD const Formats& formats() const { return stored_as; }
+  FUSEDOPT_HD DType one_format() const { return format; }
 
   template <class Storage>
   FUSEDOPT_HD void load(int operand, Values& to) const {
@@ -158,7 +158,9 @@ class Tile {
     });
   }
 
-  Block<T> block() const { return {work_.formats, work_.formats.common(), data_, 0, 0, draws_}; }
+  Block<T> block() const {
+    return {work_.formats, work_.formats.one_format(), data_, 0, 0, draws_};
+  }
 
  private:
   template <class F>
@@ -202,16 +204,16 @@ void update_rest(typename Rule::Variant variant, const StepScalars<Rule, T>& sca
   void* copies[kMaxOperands];
   void* const* const data = block.data;
   const auto size_of = [&](int k) {
-    return static_cast<size_t>(n * item_size(block.how.dtypes[k]));
+    return static_cast<size_t>(n * item_size(block.stored_as.dtypes[k]));
   };
   for (int k = 0; k < kMaxOperands; ++k) {
     copies[k] = bytes[k];
-    if (block.how.has(k)) __builtin_memcpy(bytes[k], data[k], size_of(k));
+    if (block.stored_as.has(k)) __builtin_memcpy(bytes[k], data[k], size_of(k));
   }
   block.data = copies;
   update_blocks<Rule, T>(variant, scalars, block, n);
   for (int k = 0; k < kMaxOperands; ++k)
-    if (k != kGrad && block.how.has(k)) __builtin_memcpy(data[k], bytes[k], size_of(k));
+    if (k != kGrad && block.stored_as.has(k)) __builtin_memcpy(data[k], bytes[k], size_of(k));
 }
 
 // Elements [begin, end) of a work.
@@ -223,7 +225,7 @@ void update(const Step& step, const Work& work, int64_t begin, int64_t end) {
   if (work.layout == kDense) {
     const Formats formats = work.formats;
     void* data[kMaxOperands];
-    Block<T> block = {formats, formats.common(), data, 0, 0, nullptr};
+    Block<T> block = {formats, formats.one_format(), data, 0, 0, nullptr};
     const auto go_to = [&](int64_t element) {
       block.number = static_cast<uint64_t>(element);
       for (int k = 0; k < kMaxOperands; ++k)

@@ -26,15 +26,15 @@ FUSEDOPT_HD T load_item(const T* from) {
   const size_t address = __cvta_generic_to_global(from);
   if constexpr (sizeof(T) == 2) {
     uint16_t bits;
-    asm("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(address));
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(address));
     return bit_cast<T>(bits);
   } else if constexpr (sizeof(T) == 4) {
     uint32_t bits;
-    asm("ld.global.u32 %0, [%1];" : "=r"(bits) : "l"(address));
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(bits) : "l"(address));
     return bit_cast<T>(bits);
   } else {
     uint64_t bits;
-    asm("ld.global.u64 %0, [%1];" : "=l"(bits) : "l"(address));
+    asm volatile("ld.global.u64 %0, [%1];" : "=l"(bits) : "l"(address));
     return bit_cast<T>(bits);
   }
 #else
@@ -63,7 +63,7 @@ FUSEDOPT_HD void store_item(T* to, T value) {
 
 template <int kWords>
 FUSEDOPT_HD Words<kWords> load_words(const void* from) {
-  static_assert(kWords == 1 || kWords == 2 || kWords == 4, "no such access");
+  static_assert(kWords == 2 || kWords == 4, "no such access");
 #if defined(__CUDA_ARCH__)
   Words<kWords> to;
   uint32_t* const w = to.words;
@@ -72,10 +72,8 @@ FUSEDOPT_HD Words<kWords> load_words(const void* from) {
     asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
         : "l"(address));
-  else if constexpr (kWords == 2)
-    asm("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(address));
   else
-    asm("ld.global.u32 %0, [%1];" : "=r"(w[0]) : "l"(address));
+    asm("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(address));
   return to;
 #else
   return *static_cast<const Words<kWords>*>(from);
@@ -154,6 +152,7 @@ FUSEDOPT_HD void wait_for_copies() {
 
 template <int kWords>
 FUSEDOPT_HD Words<kWords> load_shared(SharedPlace from) {
+  static_assert(kWords == 1 || kWords == 4, "no such access");
 #if defined(__CUDA_ARCH__)
   Words<kWords> to;
   uint32_t* const w = to.words;
@@ -161,8 +160,6 @@ FUSEDOPT_HD Words<kWords> load_shared(SharedPlace from) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
                  : "r"(from));
-  else if constexpr (kWords == 2)
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(from));
   else
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w[0]) : "r"(from));
   return to;

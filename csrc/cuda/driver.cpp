@@ -67,9 +67,9 @@ class Device {
   void launch(const Share& share) {
     try {
       send(share);
-      for (size_t c = 0; c < arrangement_.columns().size(); ++c) {
-        if (share.clocks != nullptr) schedule(share, arrangement_.columns()[c]);
-        update(share, c);
+      for (const Rows& rows : arrangement_.columns()) {
+        if (share.clocks != nullptr) schedule(share, rows);
+        update(share, rows);
       }
     } catch (...) {
       table_.reset();  // the device may not have what its image says
@@ -182,8 +182,7 @@ class Device {
     runtime::schedule(rows.column.rule, arguments, share.stream);
   }
 
-  void update(const Share& share, size_t c) const {
-    const Rows& rows = arrangement_.columns()[c];
+  void update(const Share& share, const Rows& rows) const {
     const Parts& parts = current_->parts();
     UpdateCall call = {};
     call.column = rows.column;
@@ -200,7 +199,7 @@ class Device {
       call.few_scalars = share.scalars;
       call.num_few_scalars = share.num_scalars;
     } else {
-      call.scalars = current_->at(current_->scalars_of(c));
+      call.scalars = current_->at(current_->scalars_of(rows));
     }
     runtime::update(call);
   }

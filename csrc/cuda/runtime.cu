@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/kernels.cuh"
@@ -160,6 +161,12 @@ OnGpu::OnGpu(int gpu) : before_(nullptr) {
 
 OnGpu::~OnGpu() { contexts().set(before_); }
 
+// A block of an update kernel gets no more than the first allows; of what an SM has, the second
+// leaves no more to its cache than there must be.
+constexpr std::pair<cudaFuncAttribute, int> kSharedMemory[] = {
+    {cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes},
+    {cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared}};
+
 void check_kernels(int gpu) {
   const Relaxed relaxed;
   std::vector<const void*> kernels = {measure_kernel_of<float>(), measure_kernel_of<double>(),
@@ -170,9 +177,9 @@ void check_kernels(int gpu) {
     const auto id = static_cast<RuleId>(rule);
     kernels.push_back(schedule_kernel_of(id));
     for (const bool in_double : {false, true})
-      if (error == cudaSuccess)  // of shared memory, a kernel gets no more than this allows
-        error = cudaFuncSetAttribute(kernel_of(id, in_double),
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
+      for (const auto& [attribute, value] : kSharedMemory)
+        if (error == cudaSuccess)
+          error = cudaFuncSetAttribute(kernel_of(id, in_double), attribute, value);
   }
   cudaFuncAttributes attributes;
   for (const void* kernel : kernels)

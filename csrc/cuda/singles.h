@@ -21,7 +21,7 @@ class Singles {
   using Values = Pack<T, kCount>;
   static constexpr bool kRoundsForNothing = true;
 
-  FUSEDOPT_HD DType common() const { return DType::kAbsent; }
+  FUSEDOPT_HD DType one_format() const { return DType::kAbsent; }
   FUSEDOPT_HD Formats formats() const {
     return bit_cast<Formats>(fusedopt::cuda::load_words<2>(&work_->formats));
   }

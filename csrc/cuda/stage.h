@@ -27,6 +27,10 @@ FUSEDOPT_HD constexpr uint32_t piece_elements(const Formats& formats) {
 // Sets of operands. The lowest bit takes a GPU two instructions to test, and is not used.
 FUSEDOPT_HD constexpr uint32_t only(int operand) { return 2u << operand; }
 
+// Those that most steps have are copied, and read, without a branch between them.
+FUSEDOPT_HD constexpr bool is_usual(int operand) { return operand < kFirstState + 2; }
+inline constexpr uint32_t kUnusual = ~(only(kFirstState + 2) - 1);
+
 // From one piece of 16 bytes to a thread's second.
 inline constexpr uint32_t kNextPiece = 16 * kBlockThreads;
 static_assert(kStages * kMaxOperands * 2 * kNextPiece <= kMaxSharedBytes,
@@ -35,8 +39,8 @@ static_assert(kStages * kMaxOperands * 2 * kNextPiece <= kMaxSharedBytes,
 // What is the same for all works of a launch. It is among the kernel's arguments, where the
 // compiler knows that all threads find the same and branch alike.
 struct StagePlan {
-  Words<2> formats;  // Formats
-  uint32_t common;   // DType: that of all operands, if all lie at multiples of their pieces' size
+  Words<2> formats;     // Formats
+  uint32_t one_format;  // DType: of all operands, if all lie at multiples of their pieces' size
   // Sets of operands, by how their pieces are copied: in one access of so many bytes, or word by
   // word. Not at all: a float32 master is the weight, and the param then only written.
   uint32_t of16, of8, of4, in_words;
@@ -65,8 +69,9 @@ inline uint32_t shifted_operands(const Work& work) {
                                                      : piece_elements<float>(work.formats);
   uint32_t shifted = 0;
   for (int k = 0; k < kMaxOperands && work.layout == kDense; ++k) {
-    const uint64_t bytes = elements * static_cast<uint64_t>(item_size(work.formats.dtypes[k]));
-    if (bytes != 0 && reinterpret_cast<uintptr_t>(work.data[k]) % bytes != 0) shifted |= only(k);
+    if (!work.formats.has(k)) continue;
+    const uint32_t bytes = elements * static_cast<uint32_t>(item_size(work.formats.dtypes[k]));
+    if ((reinterpret_cast<uintptr_t>(work.data[k]) & (bytes - 1)) != 0) shifted |= only(k);
   }
   return shifted;
 }
@@ -76,7 +81,7 @@ StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
   StagePlan plan = {};
   plan.formats = bit_cast<Words<2>>(formats);
   plan.shifted = shifted;
-  plan.common = static_cast<uint32_t>(shifted == 0 ? formats.common() : DType::kAbsent);
+  plan.one_format = static_cast<uint32_t>(shifted == 0 ? formats.one_format() : DType::kAbsent);
   const uint32_t elements = piece_elements<T>(formats);
   plan.has_two = elements != kThreadElements<T>;
   for (int k = 0; k < kMaxOperands; ++k) {
@@ -196,9 +201,6 @@ class Stages {
   }
 
  private:
-  // Operands that not every step has.
-  static constexpr uint32_t kRare = ~(only(kFirstState + 2) - 1);
-
   // In one run, without a branch between them: a GPU has to wait before the first after a branch.
   template <int kBytes>
   FUSEDOPT_HD void copy(uint32_t operands, uint32_t at, SharedPlace stage) const {
@@ -206,12 +208,12 @@ class Stages {
     const auto start = [&](auto k) __attribute__((always_inline)) {
       start_copy_if<kBytes>(wanted & only(k), stage + plan_.places[0][k], data_[k] + offset);
     };
-    if ((operands & kRare) != 0)
+    if ((operands & kUnusual) != 0)
       for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
-        if ((only(k) & kRare) != 0) start(k);
+        if (!is_usual(k)) start(k);
       });
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
-      if ((only(k) & kRare) == 0) start(k);
+      if (is_usual(k)) start(k);
     });
   }
 

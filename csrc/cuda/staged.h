@@ -24,7 +24,7 @@ class Staged {
   FUSEDOPT_HD Staged(const Stages<Rule, T>& stages, const Tile& tile, SharedPlace stage)
       : stages_(stages), tile_(tile), stage_(stage) {
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
-      if (is_usual(k)) bytes_[k] = read(k);
+      if (is_usual(k)) bytes_[k] = read(k);  // what is not there is not looked at
     });
   }
 
@@ -33,7 +33,9 @@ class Staged {
     for (uint32_t& word : words.words) word = as_if_new(word);
     return bit_cast<Formats>(words);
   }
-  FUSEDOPT_HD DType common() const { return static_cast<DType>(as_if_new(stages_.plan().common)); }
+  FUSEDOPT_HD DType one_format() const {
+    return static_cast<DType>(as_if_new(stages_.plan().one_format));
+  }
 
   template <class Storage>
   FUSEDOPT_HD void load(int operand, Values& to) const {
@@ -45,7 +47,7 @@ class Staged {
             static_cast<T>(as_float(j % 2 == 0 ? bytes[j / 2] << 16 : bytes[j / 2] & 0xffff0000u));
     } else if constexpr (std::is_same_v<Storage, Float16>) {
       for (int j = 0; j < kCount; ++j)
-        to[j] = static_cast<T>(float_from_half(static_cast<uint16_t>(half_of(bytes, j))));
+        to[j] = static_cast<T>(float_from_half(static_cast<uint16_t>(word_with(bytes, j))));
     } else {
       constexpr int kPart = sizeof(Storage) / 4;
       for (int j = 0; j < kCount; ++j) {
@@ -58,10 +60,10 @@ class Staged {
 
   FUSEDOPT_HD void load_words(int operand, Bits& to) const {
     const Bytes bytes = bytes_of(operand);
-    for (int j = 0; j < kCount; ++j) to[j] = half_of(bytes, j);
+    for (int j = 0; j < kCount; ++j) to[j] = word_with(bytes, j);
   }
 
-  template <class Storage, bool kIsCommon>
+  template <class Storage, bool kIsOneFormat>
   FUSEDOPT_HD void store(int operand, const Values& from) const {
     constexpr int kWords = kCount * sizeof(Storage) / 4;
     Words<kWords> words;
@@ -75,7 +77,7 @@ class Staged {
         for (int i = 0; i < kPart; ++i) words.words[j * kPart + i] = part.words[i];
       }
     }
-    write<kIsCommon>(operand, words);
+    write<kIsOneFormat>(operand, words);
   }
 
   FUSEDOPT_HD void store_bfloat16(int operand, const Pack<float, kCount>& from) const {
@@ -107,10 +109,6 @@ class Staged {
  private:
   using Bytes = Pack<uint32_t, 8>;  // those of an operand, or twice the same 16
 
-  // The operands that most steps have are read at once, for all formats alike: without a branch
-  // between them the reads overlap. What is not there is not looked at.
-  static FUSEDOPT_HD constexpr bool is_usual(int operand) { return operand < kFirstState + 2; }
-
   FUSEDOPT_HD Bytes read(int operand) const {
     Bytes bytes;
     for (int half = 0; half < 2; ++half) {
@@ -123,7 +121,8 @@ class Staged {
     return is_usual(operand) ? bytes_[operand] : read(operand);
   }
 
-  static FUSEDOPT_HD uint32_t half_of(const Bytes& bytes, int j) {
+  // The lower half is the j-th of the 16 bits that there are.
+  static FUSEDOPT_HD uint32_t word_with(const Bytes& bytes, int j) {
     return j % 2 == 0 ? bytes[j / 2] : bytes[j / 2] >> 16;
   }
 

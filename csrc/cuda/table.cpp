@@ -66,6 +66,7 @@ bool Arrangement::update(const Share& share) {
 void Arrangement::arrange() {
   rows_.clear();
   columns_.clear();
+  num_scalars_tables_ = 0;
   chunks_.clear();
   leaves_.clear();
   std::vector<Column> found;  // in the order of the works
@@ -81,9 +82,14 @@ void Arrangement::arrange() {
       sizes.push_back(members_[w].numel);
     }
     const std::vector<ChunkStart> chunks = plan_grid(sizes);
+    const auto same = std::find_if(columns_.begin(), columns_.end(), [&](const Rows& rows) {
+      return rows.column.rule == column.rule &&
+             rows.column.formats.in_double() == column.formats.in_double();
+    });
     columns_.push_back({column, first_row, static_cast<int64_t>(sizes.size()),
                         static_cast<int64_t>(chunks_.size()),
-                        static_cast<int64_t>(chunks.size()) - 1});
+                        static_cast<int64_t>(chunks.size()) - 1,
+                        same != columns_.end() ? same->scalars : num_scalars_tables_++});
     chunks_.insert(chunks_.end(), chunks.begin(), chunks.end());
   }
 }
@@ -144,8 +150,7 @@ Parts plan_parts(const Share& share, const Arrangement& arrangement) {
   parts.groups = reserve(parts.max_groups, sizeof(HyperSource));
   parts.clocks = reserve(parts.has_clocks ? num_rows : 0, sizeof(Clock));
   parts.works = reserve(num_rows, sizeof(Work));
-  parts.scalars =
-      reserve(static_cast<int64_t>(arrangement.columns().size()), scalars_bytes(parts.max_scalars));
+  parts.scalars = reserve(arrangement.num_scalars_tables(), scalars_bytes(parts.max_scalars));
   parts.image_bytes = end;
   parts.computed = reserve(parts.has_clocks ? num_rows : 0, sizeof(Scalars));
   parts.sums = reserve(num_leaves, sizeof(GradSum));
@@ -153,8 +158,8 @@ Parts plan_parts(const Share& share, const Arrangement& arrangement) {
   return parts;
 }
 
-int64_t Table::scalars_of(size_t column) const {
-  return parts_.scalars + static_cast<int64_t>(column) * scalars_bytes(parts_.max_scalars);
+int64_t Table::scalars_of(const Rows& rows) const {
+  return parts_.scalars + rows.scalars * scalars_bytes(parts_.max_scalars);
 }
 
 bool Table::fits(const Share& share) const {
@@ -180,10 +185,13 @@ void Table::fill(const Share& share, Arrangement& arrangement) {
     for (int64_t g = 0; g < share.num_groups; ++g)
       image_.put(parts_.groups + g * static_cast<int64_t>(sizeof(HyperSource)), &share.groups[g],
                  sizeof(HyperSource));
-  else if (!has_few_scalars(share))
-    for (size_t c = 0; c < arrangement.columns().size(); ++c) {
-      const std::vector<uint8_t> bytes = converted(share, arrangement.columns()[c].column);
-      image_.put(scalars_of(c), bytes.data(), static_cast<int64_t>(bytes.size()));
+  int64_t done = 0;
+  if (share.clocks == nullptr && !has_few_scalars(share))
+    for (const Rows& rows : arrangement.columns()) {
+      if (rows.scalars < done) continue;
+      const std::vector<uint8_t> bytes = converted(share, rows.column);
+      image_.put(scalars_of(rows), bytes.data(), static_cast<int64_t>(bytes.size()));
+      ++done;
     }
 }
 

@@ -16,6 +16,7 @@ struct Rows {
   Column column;
   int64_t first_row, num_rows;
   int64_t first_chunk, num_chunks;  // and one more start, the end
+  int64_t scalars;                  // which table of scalars: columns of the same types share one
 };
 
 // The works of one device, sorted by column. All of it follows from what their columns and sizes
@@ -27,6 +28,7 @@ class Arrangement {
 
   const std::vector<int64_t>& rows() const { return rows_; }  // numbers of works
   const std::vector<Rows>& columns() const { return columns_; }
+  int64_t num_scalars_tables() const { return num_scalars_tables_; }
   const std::vector<ChunkStart>& chunks() const { return chunks_; }  // rows count from first_row
   // Leaves of the global norm of the grads that there are, in the order of the works; rows count
   // from 0. They take no more room than those of all grads.
@@ -44,6 +46,7 @@ class Arrangement {
   std::vector<Member> members_;  // one for each work of the optimizer
   std::vector<int64_t> rows_;
   std::vector<Rows> columns_;
+  int64_t num_scalars_tables_ = 0;
   std::vector<ChunkStart> chunks_;
   std::vector<ChunkStart> leaves_;  // of grads of
   std::vector<int64_t> leaf_sizes_;
@@ -52,7 +55,7 @@ class Arrangement {
 // The block's parts, by their offsets: those that change most often come last.
 struct Parts {
   int64_t chunks, leaves, dims, layouts, groups, clocks, works;
-  int64_t scalars;      // a table for each column
+  int64_t scalars;      // tables, Rows::scalars
   int64_t image_bytes;  // of all these
   int64_t computed;     // scalars that the device computes, sizeof(Scalars) for each row
   int64_t sums;         // a GradSum for each leaf
@@ -74,7 +77,7 @@ class Table {
   Image& image() { return image_; }
   uint8_t* at(int64_t offset) const { return static_cast<uint8_t*>(memory_.get()) + offset; }
   const Parts& parts() const { return parts_; }
-  int64_t scalars_of(size_t column) const;  // where that column's table is
+  int64_t scalars_of(const Rows& rows) const;  // where that table is
 
   // Brings the image up to date.
   void fill(const Share& share, Arrangement& arrangement);

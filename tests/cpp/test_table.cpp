@@ -52,10 +52,11 @@ void test_empty_image() {
 }
 
 constexpr int kGpu = 1;
+void* const kElsewhere = reinterpret_cast<void*>(uintptr_t{1} << 20);
 constexpr auto kOwn = static_cast<uint8_t>(kFirstGpu + kGpu);
 
-// A share of three columns: SGD in float and in double, and Adam in float, where one work is
-// strided. Entry i of the scalars is for rule i % 2.
+// A share of four columns: SGD in bfloat16, float32 and float64, and Adam in float32, where one
+// work is strided. Entry i of the scalars is for rule i % 2.
 class Given {
  public:
   Given() : scalars_(3), dims_({{5, {2, 1}}, {7, {20, 5}}}) {
@@ -207,11 +208,11 @@ void check_device(const Sender& sender, const Given& step) {
     CHECK(std::equal(layout.dims, layout.dims + layout.num_dims, expected.dims));
   }
   if (share.clocks == nullptr && !has_few_scalars(share))
-    for (size_t c = 0; c < sender.arrangement.columns().size(); ++c)
-      with_types(sender.arrangement.columns()[c].column, [&](auto rule, auto number) {
+    for (const Rows& rows : sender.arrangement.columns())
+      with_types(rows.column, [&](auto rule, auto number) {
         using Rule = decltype(rule);
         using T = decltype(number);
-        check_scalars<Rule, T>(sender.rows_at<StepScalars<Rule, T>>(sender.table->scalars_of(c)),
+        check_scalars<Rule, T>(sender.rows_at<StepScalars<Rule, T>>(sender.table->scalars_of(rows)),
                                share);
       });
   const auto& chunks = sender.arrangement.chunks();
@@ -267,13 +268,13 @@ void test_changed_pointers() {
   Sender sender;
   sender.send(step);
   for (const int64_t w : {0, 4, 5, 11}) {
-    step.works[static_cast<size_t>(w)].data[kGrad] = &step;
+    step.works[static_cast<size_t>(w)].data[kGrad] = kElsewhere;
     CHECK(sender.send(step) == sizeof(Work));
     CHECK(sender.first ==
           sender.table->parts().works + row_of(sender, w) * static_cast<int64_t>(sizeof(Work)));
     check_device(sender, step);
   }
-  step.works[1].data[kParam] = step.works[3].data[kParam] = &sender;
+  step.works[1].data[kParam] = step.works[3].data[kParam] = kElsewhere;
   CHECK(sender.send(step) == 3 * sizeof(Work));  // and what lies between them
   check_device(sender, step);
 }
@@ -369,6 +370,8 @@ void test_moving_works() {
   moves();
   Given::set_dtypes(step.works[5], DType::kFloat16);
   moves();
+  step.works[1].data[kGrad] = static_cast<char*>(kElsewhere) + 4;  // aligned until now
+  moves();
   step.works[4].layout = 0;                                 // dense until now
   CHECK(sender.send(step) < sender.table->image().size());  // all of them stay where they are
   check_arrangement(sender.arrangement, step);
@@ -423,7 +426,9 @@ void check_parts(const Given& step) {
   arrangement.update(share);
   const Parts parts = plan_parts(share, arrangement);
   const auto rows = static_cast<int64_t>(arrangement.rows().size());
-  const size_t columns = arrangement.columns().size();
+  // SGD in float and in double, Adam in float.
+  const int64_t tables = arrangement.num_scalars_tables();
+  CHECK(arrangement.columns().size() == 4 && tables == 3);
   using Part = std::pair<int64_t, size_t>;  // from, bytes
   std::vector<Part> all = {{parts.chunks, arrangement.chunks().size() * sizeof(ChunkStart)},
                            {parts.dims, parts.max_dims * sizeof(Dim)},
@@ -431,7 +436,7 @@ void check_parts(const Given& step) {
                            {parts.groups, parts.max_groups * sizeof(HyperSource)},
                            {parts.clocks, parts.has_clocks ? rows * sizeof(Clock) : 0},
                            {parts.works, rows * sizeof(Work)},
-                           {parts.scalars, columns * parts.max_scalars * sizeof(Scalars)},
+                           {parts.scalars, tables * parts.max_scalars * sizeof(Scalars)},
                            {parts.image_bytes, 0},
                            {parts.computed, parts.has_clocks ? rows * sizeof(Scalars) : 0},
                            {parts.bytes, 0}};

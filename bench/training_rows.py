@@ -69,7 +69,12 @@ def setting(
     )
     works = (ours("setting", dtype, **options), ours("fusedopt-fp32"))
     return Row(
-        f"AdamW, {title}", "one-64Mi", works, bars if on_cpu else bars[1:], on_gpu="one-256Mi"
+        f"AdamW, {title}",
+        "one-64Mi",
+        works,
+        bars if on_cpu else bars[1:],
+        is_alike=not options.keys() & {"ema_decay", "max_grad_norm"},
+        on_gpu="one-256Mi",
     )
 
 

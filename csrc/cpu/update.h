@@ -52,9 +52,14 @@ struct Block {
     Stored<Register<T>, Storage>::load(from, to.values);
   }
 
-  template <class Storage, bool>
+  template <class Storage, bool kIsOneFormat>
   FUSEDOPT_HD void store(int operand, const Values& from) const {
-    Stored<Register<T>, Storage>::store(place<Storage>(operand), from.values);
+    if constexpr (kIsOneFormat && sizeof(Storage) == sizeof(BFloat16)) {
+      const auto rounded = bfloat16_nearest(to_float(from));
+      store_upper_halves(place<uint16_t>(operand), rounded[0], rounded[1]);
+    } else {
+      Stored<Register<T>, Storage>::store(place<Storage>(operand), from.values);
+    }
   }
 
   FUSEDOPT_HD void store_bfloat16(int operand, const typename Lanes<Values>::Float& from) const {

@@ -11,29 +11,50 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 def training_table(content: dict[str, Any]) -> list[str]:
-    """One line for each comparison that something is promised for."""
+    """One line for each comparison with torch that something is promised for."""
     lines = ["| work | fusedopt | against | measured | target |", "|---|---|---|---|---|"]
+    for row, found in _promised(content, against_torch=True):
+        mine, other = (row["contenders"][found[key]] for key in ("of", "against"))
+        lines.append(
+            f"| {row['title']} | {mine['dtype']} `{mine['what']}` "
+            f"| torch, {other['dtype']} `{other['what']}` "
+            f"| {found['value']['median']:.3g} x | >= {found['target']:g} x{_missed(found)} |"
+        )
+    return lines
+
+
+def settings_table(content: dict[str, Any]) -> list[str]:
+    """What a setting costs beside another one: by the bytes that it moves, or by time."""
+    lines = ["| setting | beside | speed | target |", "|---|---|---|---|"]
+    for row, found in _promised(content, against_torch=False):
+        is_by_time = found["by"] == "time"
+        name = f", {found['of']}" if is_by_time and len(row["comparisons"]) > 2 else ""
+        other = {"fusedopt-fp32": "plain fp32"}.get(found["against"], found["against"])
+        lines.append(
+            f"| {row['title']}{name} | {other}, by {'time' if is_by_time else 'bytes'} "
+            f"| {found['value']['median']:.0%} | >= {found['target']:.0%}{_missed(found)} |"
+        )
+    return lines
+
+
+def _promised(
+    content: dict[str, Any], against_torch: bool
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     for row in content["rows"]:
         for found in row.get("comparisons", ()):
-            if found["target"] is None:
-                continue
-            mine, other = (row["contenders"][found[key]] for key in ("of", "against"))
-            by_time = found["by"] == "time"
-            value = found["value"]["median"]
-            measured = f"{value:.3g} x" if by_time else f"{value:.0%} of its bytes/s"
-            bar = f">= {found['target']:g} x" if by_time else f">= {found['target']:.0%}"
-            missed = "" if found["good"] else ", missed"
-            whose = "torch" if found["against"] == "torch" else "fusedopt"
-            lines.append(
-                f"| {row['title']} | {mine['dtype']} `{mine['what']}` "
-                f"| {whose}, {other['dtype']} `{other['what']}` | {measured} | {bar}{missed} |"
-            )
-    return lines
+            is_wanted = (found["against"] == "torch") == against_torch
+            if is_wanted and found["target"] is not None:
+                yield row, found
+
+
+def _missed(found: dict[str, Any]) -> str:
+    return "" if found["good"] else ", missed"
 
 
 def share_table(content: dict[str, Any]) -> list[str]:
@@ -86,11 +107,12 @@ def _loss(over_seeds: dict[str, Any], shape: str) -> str:
     return text if deviation is None else f"{text} ± {deviation:.4f}"
 
 
-def table_of(content: dict[str, Any]) -> list[str]:
+def tables_of(content: dict[str, Any]) -> list[list[str]]:
     if "rows" not in content:
-        return precision_table(content)
-    on_cpu = content["machine"]["device"] == "cpu"
-    return training_table(content) if on_cpu else share_table(content)
+        return [precision_table(content)]
+    if content["machine"]["device"] != "cpu":
+        return [share_table(content)]
+    return [training_table(content), settings_table(content)]
 
 
 def main() -> int:
@@ -100,7 +122,8 @@ def main() -> int:
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of either program")
     for path in parser.parse_args().results:
         content = json.loads(path.read_text())
-        print("\n".join(table_of(content)), end="\n\n")
+        for table in tables_of(content):
+            print("\n".join(table), end="\n\n")
     return 0
 
 

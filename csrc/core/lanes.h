@@ -83,7 +83,7 @@ struct Pack {
     return a;
   }
   FUSEDOPT_HD friend Pack operator|(Pack a, const Pack& b) {
-    for (int j = 0; j < kCount; ++j) a[j] = V(a[j] | b[j]);
+    for (int j = 0; j < kCount; ++j) a[j] = a[j] | b[j];
     return a;
   }
   FUSEDOPT_HD friend Pack operator^(Pack a, const Pack& b) {

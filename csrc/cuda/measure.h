@@ -83,11 +83,13 @@ FUSEDOPT_HD void visit_grads(const Leaf& leaf, const Layout* layouts, uint32_t t
 #pragma unroll 4
     for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
       const auto grads_at = bit_cast<Vector>(load_words<4>(grads + at + sweep * kLanes));
+#pragma unroll
       for (int j = 0; j < kV; ++j) add(j, load<T>(grads_at.values[j]));
     }
     at += sweeps * kLanes;
   }
   for (; at < leaf.end; at += kLanes)
+#pragma unroll
     for (int j = 0; j < kV; ++j)
       if (at + j < leaf.end) {
         const int64_t place =

@@ -109,7 +109,8 @@ struct Adam {
       // in which subnormals are flushed and NaNs are quiet.
       V& largest = state[kMaxExpAvgSq];
       largest = largest + V(0);
-      largest = select((exp_avg_sq > largest) | (exp_avg_sq != exp_avg_sq), exp_avg_sq, largest);
+      largest = select(exp_avg_sq > largest, exp_avg_sq, largest);
+      largest = select(exp_avg_sq != exp_avg_sq, exp_avg_sq, largest);
       second_moment = largest;
     }
     if (variant.decay == Decay::kDecoupled) param = scalars.keep.times(param);

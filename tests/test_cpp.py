@@ -27,7 +27,7 @@ SUITES = [
 ]
 TESTS = sorted(ROOT.glob("tests/cpp/*.cpp"))
 CUDA = [ROOT / f"csrc/cuda/{name}.cpp" for name in ("emulated", "table", "driver")]
-# What is always inlined, for every variant of a rule, takes many minutes to compile with
+# What is always inlined takes many minutes to compile with
 # sanitizers. It is inlined for the sake of objects of other instruction sets, which have none.
 KERNELS = [CUDA[0], ROOT / "csrc/cpu/isa_baseline.cpp"]
 FAST = {source: ["-Dalways_inline=unused"] for source in KERNELS}

@@ -9,9 +9,9 @@
 #include "core/macros.h"
 #include "core/step.h"
 
-// Accesses to memory, and conversions of two numbers at once. Written out for the device: a
-// compiler that is left to itself splits some of the wide ones into single words, and finds out at
-// run time what kind of memory it is.
+// Accesses to memory, and conversions of two numbers at once. The compiler is told that pointers
+// are into global memory: else it finds out at run time, for each access. What goes through shared
+// memory is written out, since it does not know what copies do there meanwhile.
 namespace fusedopt::cuda {
 
 template <int kWords>
@@ -21,83 +21,29 @@ struct alignas(4 * kWords) Words {
 
 template <class T>
 FUSEDOPT_HD T load_item(const T* from) {
-  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8, "no such access");
 #if defined(__CUDA_ARCH__)
-  const size_t address = __cvta_generic_to_global(from);
-  if constexpr (sizeof(T) == 2) {
-    uint16_t bits;
-    asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(address));
-    return bit_cast<T>(bits);
-  } else if constexpr (sizeof(T) == 4) {
-    uint32_t bits;
-    asm volatile("ld.global.u32 %0, [%1];" : "=r"(bits) : "l"(address));
-    return bit_cast<T>(bits);
-  } else {
-    uint64_t bits;
-    asm volatile("ld.global.u64 %0, [%1];" : "=l"(bits) : "l"(address));
-    return bit_cast<T>(bits);
-  }
-#else
-  return *from;
+  __builtin_assume(__isGlobal(from));
 #endif
+  return *from;
 }
 
 template <class T>
 FUSEDOPT_HD void store_item(T* to, T value) {
-  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8, "no such access");
 #if defined(__CUDA_ARCH__)
-  const size_t address = __cvta_generic_to_global(to);
-  if constexpr (sizeof(T) == 2)
-    asm volatile("st.global.u16 [%0], %1;" ::"l"(address), "h"(bit_cast<uint16_t>(value))
-                 : "memory");
-  else if constexpr (sizeof(T) == 4)
-    asm volatile("st.global.u32 [%0], %1;" ::"l"(address), "r"(bit_cast<uint32_t>(value))
-                 : "memory");
-  else
-    asm volatile("st.global.u64 [%0], %1;" ::"l"(address), "l"(bit_cast<uint64_t>(value))
-                 : "memory");
-#else
-  *to = value;
+  __builtin_assume(__isGlobal(to));
 #endif
+  *to = value;
 }
 
+// In one access.
 template <int kWords>
 FUSEDOPT_HD Words<kWords> load_words(const void* from) {
-  static_assert(kWords == 2 || kWords == 4, "no such access");
-#if defined(__CUDA_ARCH__)
-  Words<kWords> to;
-  uint32_t* const w = to.words;
-  const size_t address = __cvta_generic_to_global(from);
-  if constexpr (kWords == 4)
-    asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-        : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-        : "l"(address));
-  else
-    asm("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(address));
-  return to;
-#else
-  return *static_cast<const Words<kWords>*>(from);
-#endif
+  return load_item(static_cast<const Words<kWords>*>(from));
 }
 
 template <int kWords>
 FUSEDOPT_HD void store_words(void* to, const Words<kWords>& from) {
-  static_assert(kWords == 1 || kWords == 2 || kWords == 4, "no such access");
-#if defined(__CUDA_ARCH__)
-  const uint32_t* const w = from.words;
-  const size_t address = __cvta_generic_to_global(to);
-  if constexpr (kWords == 4)
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(w[0]), "r"(w[1]),
-                 "r"(w[2]), "r"(w[3])
-                 : "memory");
-  else if constexpr (kWords == 2)
-    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(w[0]), "r"(w[1])
-                 : "memory");
-  else
-    asm volatile("st.global.u32 [%0], %1;" ::"l"(address), "r"(w[0]) : "memory");
-#else
-  *static_cast<Words<kWords>*>(to) = from;
-#endif
+  store_item(static_cast<Words<kWords>*>(to), from);
 }
 
 // A place in a block's shared memory.

@@ -27,8 +27,8 @@ SUITES = [
 ]
 TESTS = sorted(ROOT.glob("tests/cpp/*.cpp"))
 CUDA = [ROOT / f"csrc/cuda/{name}.cpp" for name in ("emulated", "table", "driver")]
-# What is always inlined takes many minutes to compile with
-# sanitizers. It is inlined for the sake of objects of other instruction sets, which have none.
+# What is always inlined takes many minutes to compile with sanitizers. It is inlined for the sake
+# of objects of other instruction sets, which have none.
 KERNELS = [CUDA[0], ROOT / "csrc/cpu/isa_baseline.cpp"]
 FAST = {source: ["-Dalways_inline=unused"] for source in KERNELS}
 SANITIZE = ["-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]

@@ -6,8 +6,8 @@ element and how much they have under way.
 
 An ordinary step of a setting, AdamW in bfloat16, say, is known by what it must do in the kernel's
 main loop: so many loads, stores, conversions and square roots, and nothing that only rare works and
-elements have. The shortest way round the loop that does exactly that is taken for the ordinary way.
-Whatever is added for each element lies on it, branches too.
+elements have. The shortest way round the loop that does at least that is taken for the ordinary
+way. Whatever is added for each element lies on it, branches too.
 """
 
 import importlib.util

@@ -95,3 +95,19 @@ def test_nan_stays_nan_in_16_bits(dtype: torch.dtype, pattern: int) -> None:
     optimizer.state[param]["momentum_buffer"] = nan
     step_with(optimizer, [torch.ones_like(param)])
     assert param.isnan().all()
+
+
+@pytest.mark.parametrize("place", ["param", "grad", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("pattern", [0x7FFF, -1, 0x7F81], ids=["ones", "negative", "low"])
+def test_nan_of_bfloat16_stays_nan_where_all_is_bfloat16(pattern: int, place: str) -> None:
+    # Such steps round without a look for NaNs: what lies below the 16 bits must be 0 in all of them.
+    nan = torch.full((70,), pattern, dtype=torch.int16).view(torch.bfloat16)
+    param, grad = (torch.ones(70, dtype=torch.bfloat16) for _ in range(2))
+    optimizer = Case("adamw", "AdamW", {"lr": 0.1, "stochastic_rounding": False}).fused([param])
+    step_with(optimizer, [grad])
+    tensors = {"param": param, "grad": grad, **optimizer.state[param]}
+    tensors[place].copy_(nan)
+    step_with(optimizer, [grad])
+    assert param.isnan().all()
+    if place in ("grad", "exp_avg_sq"):
+        assert optimizer.state[param]["exp_avg_sq"].isnan().all()

@@ -51,7 +51,7 @@ struct Mixed {};
 
 // A step of as many elements as V has. T computes; `Memory`, a driver's, has
 //   load<Storage>(operand, V& to),
-//   store<Storage, kIsOneFormat>(operand, const V& from): kIsOneFormat: one_format() is that,
+//   store<Storage, kIsOneFormat>(operand, const V& from): all operands may be stored so,
 //   store_bfloat16(operand, const Float& from): of numbers that are bfloat16 already,
 //   load_words(operand, Bits& to), store_words(...): 16 bits in the lower half of a word,
 //   find_draws(rounding_key, Bits& draws): as core/stochastic.h has them,

@@ -54,7 +54,7 @@ struct Block {
 
   template <class Storage, bool kIsOneFormat>
   FUSEDOPT_HD void store(int operand, const Values& from) const {
-    if constexpr (kIsOneFormat && sizeof(Storage) == sizeof(BFloat16)) {
+    if constexpr (kIsOneFormat && std::is_same_v<Storage, BFloat16>) {
       const auto rounded = bfloat16_nearest(to_float(from));
       store_upper_halves(place<uint16_t>(operand), rounded[0], rounded[1]);
     } else {

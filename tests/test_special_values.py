@@ -100,7 +100,7 @@ def test_nan_stays_nan_in_16_bits(dtype: torch.dtype, pattern: int) -> None:
 @pytest.mark.parametrize("place", ["param", "grad", "exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("pattern", [0x7FFF, -1, 0x7F81], ids=["ones", "negative", "low"])
 def test_nan_of_bfloat16_stays_nan_where_all_is_bfloat16(pattern: int, place: str) -> None:
-    # Such steps round without a look for NaNs: what lies below the 16 bits must be 0 in all of them.
+    # Such steps round without a look for NaNs: what lies below their 16 bits must be 0.
     nan = torch.full((70,), pattern, dtype=torch.int16).view(torch.bfloat16)
     param, grad = (torch.ones(70, dtype=torch.bfloat16) for _ in range(2))
     optimizer = Case("adamw", "AdamW", {"lr": 0.1, "stochastic_rounding": False}).fused([param])

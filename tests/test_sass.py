@@ -18,7 +18,7 @@ MOST_REGISTERS_IN_DOUBLE = 168
 MOST_INSTRUCTIONS = {
     "fp32": 55,
     "bf16": 55,
-    "bf16, stochastic": 77,
+    "bf16, stochastic": 72,
     "split, bf16 states": 62,
     "fp32 masters": 68,
     "fp32, bf16 states": 67,

@@ -154,6 +154,27 @@ def test_operands_do_not_resemble_each_other() -> None:
     assert_unrelated([is_up(rounder.round(), number)], [is_up(rounder.momentum(), number)])
 
 
+def second_moments_up(weights: Tensor, *, seed: int = 0) -> Tensor:
+    """Where exp_avg_sq, 0.1 everywhere, was rounded up, as it is by default."""
+    param = Parameter(weights.clone())
+    param.grad = torch.ones_like(param)
+    options = {"betas": (0.9, 0.9), "state_dtype": BFLOAT16, "rounding_seed": seed}
+    optimizer: Any = fusedopt.Adam([param], **options)  # type: ignore[arg-type]
+    optimizer.step()
+    return is_up(optimizer.state[param]["exp_avg_sq"], pattern(0x3DCCCCCD, weights.numel()))
+
+
+def test_second_moments_are_rounded_fairly_and_each_in_its_own_way() -> None:
+    ones = torch.ones(DRAWS)
+    ups = [second_moments_up(ones), second_moments_up(ones, seed=1)]
+    ups += [second_moments_up(values(DRAWS, seed=seed)) for seed in (1, 2)]
+    for up in ups:
+        assert_fair(up, 0xCCCD / 65536)
+        for distance in (1, 2, 3, 4, 8, 16, 64, 1024):
+            assert_unrelated([up[distance:]], [up[:-distance]])
+    assert_unrelated(ups, ups)
+
+
 def test_the_same_inputs_give_the_same_bits() -> None:
     numbers = values(3000)
     first, second = (Rounder(numbers, rounding_seed=5) for _ in range(2))

@@ -37,12 +37,17 @@ struct alignas(8) Formats {
     for (const DType dtype : dtypes) found = found || dtype == DType::kFloat64;
     return found;
   }
-  // The one that all operands are stored in, or kAbsent.
-  FUSEDOPT_HD DType one_format() const {
-    DType found = dtypes[kParam];
-    for (const DType dtype : dtypes)
-      if (dtype != DType::kAbsent && dtype != dtypes[kParam]) found = DType::kAbsent;
-    return has(kMaster) ? DType::kAbsent : found;
+  // The one that all operands are stored in, or kAbsent. `with_split`: the halves of split masters
+  // count as bfloat16, which goes with them.
+  FUSEDOPT_HD DType one_format(bool with_split) const {
+    const DType param = dtypes[kParam];
+    const bool can_be_split = with_split && is(param, DType::kBFloat16);
+    for (const DType dtype : dtypes) {
+      const bool fits = dtype == param || dtype == DType::kAbsent ||
+                        (can_be_split && is(dtype, DType::kRemainder));
+      if (!fits) return DType::kAbsent;
+    }
+    return has_float32_master() ? DType::kAbsent : param;
   }
 };
 
@@ -50,19 +55,27 @@ struct alignas(8) Formats {
 struct Mixed {};
 
 // A step of as many elements as V has. T computes; `Memory`, a driver's, has
-//   load<Storage>(operand, V& to),
-//   store<Storage, kIsOneFormat>(operand, const V& from): all operands may be stored so,
-//   store_bfloat16(operand, const Float& from): of numbers that are bfloat16 already,
-//   load_words(operand, Bits& to), store_words(...): 16 bits in the lower half of a word,
+//   load<Storage, kIsOneFormat>(operand, V& to), store<...>(operand, const V& from),
+//   store_bfloat16<kIsOneFormat>(operand, const Float& from): of numbers that are bfloat16 already,
+//   load_words<kIsOneFormat>(operand, Bits& to): 16 bits in the lower half of a word,
+//   store_words<kIsOneFormat>(operand, const Bits& from),
 //   find_draws(rounding_key, Bits& draws): as core/stochastic.h has them,
 //   kRoundsForNothing: store() is as fast as store_bfloat16() where that would do,
 //   formats(): how the elements are stored,
-//   one_format(): of all operands, or kAbsent.
+//   kSplitIsOneFormat, one_format(): as that of Formats; kIsOneFormat says that it is not kAbsent.
+//   `V` may have its
+//     elements in another order then, the same in all operands.
 template <class Rule, class T, class V, class Memory>
 class Elements {
   using Bits = typename Lanes<V>::Bits;
   using Float = typename Lanes<V>::Float;
   static constexpr int kNumStates = Rule::kNumStates;
+  template <class Storage>
+  static constexpr bool kIsOneFormat = !std::is_same_v<Storage, Mixed>;
+  template <class Storage>
+  static constexpr bool kCanBeSplit =
+      std::is_same_v<Storage, Mixed> ||
+      (std::is_same_v<Storage, BFloat16> && Memory::kSplitIsOneFormat);
 
  public:
   FUSEDOPT_HD explicit Elements(const Memory& memory) : memory_(memory) {}
@@ -85,18 +98,19 @@ class Elements {
       // Drivers differ in the bits of their NaNs; infinity stands in for them.
       const Float weight = to_float(weight_), infinity = __builtin_inff();
       draws = element_draw(draws, as_bits(select(weight < infinity, weight, infinity)));
-      if (formats_.is_stochastic(kParam)) round(kParam, weight_, draws);
-      unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
-        if (formats_.is_stochastic(kFirstState + s)) round(kFirstState + s, states_[s], draws);
-      });
+      if constexpr (kFirstState + kNumStates > kCheapest)
+        round(kCheapest, states_[kCheapest - kFirstState], draws);
+      if ((formats_.stochastic & ~(1 << kCheapest)) != 0) {
+        draws = mixed(draws);
+        round(kParam, weight_, draws);
+        unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
+          if (kFirstState + s != kCheapest) round(kFirstState + s, states_[s], draws);
+        });
+      }
     }
-    if (formats_.has(kAverage)) {
-      V average;
-      load<Mixed>(kAverage, average);
-      // The average is of what the weight will be.
-      as_stored(formats_.has(kMaster) ? DType::kFloat32 : formats_.dtypes[kParam], weight_);
-      store<Mixed>(kAverage, common.average(average, weight_));
-    }
+    if (formats_.has(kAverage))
+      with_format([&](auto format)
+                      __attribute__((always_inline)) { update_average<decltype(format)>(common); });
     with_format([&](auto format) __attribute__((always_inline)) { store<decltype(format)>(); });
   }
 
@@ -122,6 +136,15 @@ class Elements {
     });
   }
 
+  // The average is of what the weight will be.
+  template <class Storage>
+  FUSEDOPT_HD void update_average(const CommonScalars<T>& common) {
+    V average;
+    load<Storage>(kAverage, average);
+    as_stored(formats_.has(kMaster) ? DType::kFloat32 : formats_.dtypes[kParam], weight_);
+    store<Storage>(kAverage, common.average(average, weight_));
+  }
+
   template <class Storage>
   FUSEDOPT_HD void store() const {
     store_weight<Storage>();
@@ -134,16 +157,16 @@ class Elements {
   FUSEDOPT_HD void load(int operand, V& values) const {
     if constexpr (std::is_same_v<Storage, Mixed>)
       with_storage<T>(formats_.dtypes[operand], [&](auto format) __attribute__((always_inline)) {
-        memory_.template load<decltype(format)>(operand, values);
+        memory_.template load<decltype(format), false>(operand, values);
       });
     else
-      memory_.template load<Storage>(operand, values);
+      memory_.template load<Storage, true>(operand, values);
   }
 
   template <class Storage>
   FUSEDOPT_HD void store(int operand, const V& values) const {
     if (!Memory::kRoundsForNothing && formats_.is_stochastic(operand))
-      return memory_.store_bfloat16(operand, to_float(values));  // rounded already
+      return memory_.template store_bfloat16<kIsOneFormat<Storage>>(operand, to_float(values));
     if constexpr (std::is_same_v<Storage, Mixed>)
       with_storage<T>(formats_.dtypes[operand], [&](auto format) __attribute__((always_inline)) {
         memory_.template store<decltype(format), false>(operand, values);
@@ -154,29 +177,29 @@ class Elements {
 
   template <class Storage>
   FUSEDOPT_HD void load_weight() {
-    constexpr bool kCanHaveMaster = std::is_same_v<Storage, Mixed>;
-    if (kCanHaveMaster && formats_.has_float32_master())
-      return memory_.template load<float>(kMaster, weight_);
+    if (!kIsOneFormat<Storage> && formats_.has_float32_master())
+      return memory_.template load<float, false>(kMaster, weight_);
     load<Storage>(kParam, weight_);
-    if (!kCanHaveMaster || !formats_.has_split_master()) return;
+    if (!kCanBeSplit<Storage> || !formats_.has_split_master()) return;
     Bits remainder;
-    memory_.load_words(kMaster, remainder);
+    memory_.template load_words<kIsOneFormat<Storage>>(kMaster, remainder);
     weight_ = from_float<V>(join_weight(to_float(weight_), remainder));
   }
 
   template <class Storage>
   FUSEDOPT_HD void store_weight() const {
-    constexpr bool kCanHaveMaster = std::is_same_v<Storage, Mixed>;
-    if (kCanHaveMaster && formats_.has_float32_master())
+    if (!kIsOneFormat<Storage> && formats_.has_float32_master())
       memory_.template store<float, false>(kMaster, weight_);
-    if (!kCanHaveMaster || !formats_.has_split_master()) return store<Storage>(kParam, weight_);
+    if (!kCanBeSplit<Storage> || !formats_.has_split_master())
+      return store<Storage>(kParam, weight_);
     const auto parts = split_weight(to_float(weight_));
-    memory_.store_words(kMaster, parts.remainder);
-    memory_.store_bfloat16(kParam, parts.param);
+    memory_.template store_words<kIsOneFormat<Storage>>(kMaster, parts.remainder);
+    memory_.template store_bfloat16<kIsOneFormat<Storage>>(kParam, parts.param);
   }
 
-  static FUSEDOPT_HD void round(int operand, V& values, const Bits& draws) {
-    values = from_float<V>(round_stochastically(to_float(values), draws, operand));
+  FUSEDOPT_HD void round(int operand, V& values, const Bits& draws) const {
+    if (formats_.is_stochastic(operand))
+      values = from_float<V>(round_stochastically(to_float(values), draws, operand));
   }
 
   static FUSEDOPT_HD void as_stored(DType dtype, V& weights) {

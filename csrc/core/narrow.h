@@ -61,19 +61,12 @@ FUSEDOPT_HD uint16_t half_from_float(float value) {
 #endif
 }
 
-// The bits are the upper half of the word; the lower one is what is left over. For what comes of
-// bfloat16 alone: the lower half of a NaN is 0 then, and it stays the NaN that it is.
-template <class Float>
-FUSEDOPT_HD auto bfloat16_nearest(Float value) {
-  const auto bits = as_bits(value);
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
-}
-
-// For all floats.
+// The bits are the upper half of the word; the lower one is what is left over.
 template <class Float>
 FUSEDOPT_HD auto rounded_to_bfloat16(Float value) {
-  const auto nan = as_bits(value) | 0x400000u;  // quiet, and never rounded up to infinity
-  return select(value != value, nan, bfloat16_nearest(value));
+  const auto bits = as_bits(value);
+  const auto nan = bits | 0x400000u;  // quiet, and never rounded up to infinity
+  return select(value != value, nan, bits + 0x7fffu + ((bits >> 16) & 1u));
 }
 
 FUSEDOPT_HD uint16_t bfloat16_from_float(float value) {

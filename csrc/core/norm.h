@@ -7,6 +7,7 @@
 
 #include "core/chunks.h"
 #include "core/dtypes.h"
+#include "core/lanes.h"
 #include "core/macros.h"
 
 // The global norm of the grads, summed in one fixed tree by all drivers and any number of threads.
@@ -47,7 +48,7 @@ inline std::vector<ChunkStart> plan_leaves(const std::vector<int64_t>& sizes) {
 
 template <class T>
 FUSEDOPT_HD T add_square(T sum, T grad) {
-  return std::fma(grad, grad, sum);
+  return fma(grad, grad, sum);
 }
 
 template <class T>

@@ -9,8 +9,8 @@
 // Stochastic rounding to bfloat16: up or down with the probabilities that make the mean right. The
 // draws come from a counter-based generator, so a resumed run repeats them: a hash of seed, step,
 // number of the element in its tensor, and the element's new weight before it is rounded. The
-// weight keeps tensors of one shape from all being rounded the same way. What costs most is shared:
-// two neighbours have the first half of the work in common, the operands of an element the second.
+// weight keeps tensors of one shape from all being rounded the same way. Two neighbours share the
+// work of the hash.
 namespace fusedopt {
 
 // Every input bit changes every output bit with a probability of nearly one half (C. Wellons, "Hash
@@ -51,31 +51,39 @@ FUSEDOPT_HD uint32_t own_draw(uint32_t rounding_key, uint64_t element) {
   return (element & 1) != 0 ? second_of_pair(draw) : draw;
 }
 
-// What the draws of an element's operands are made of. Less mixing, and weights that differ in a
-// few bits would be rounded alike more often than by chance.
+// What the draws of an element's operands are made of.
 template <class Bits>
 FUSEDOPT_HD Bits element_draw(Bits draw, Bits weight) {
-  Bits x = draw + weight * Bits(0x85ebca6bu);
-  x = (x ^ (x >> 15)) * Bits(0x2c1b3c6du);
+  return draw + weight * Bits(0x85ebca6bu);
+}
+
+// Adam's second moment, of which nothing else is rounded stochastically by default, takes its draw
+// from that.
+inline constexpr int kCheapest = kFirstState + 1;
+
+// The other operands take theirs from this. With less mixing, tensors of equal weights would be
+// rounded alike more often than by chance.
+template <class Bits>
+FUSEDOPT_HD Bits mixed(Bits element_draw) {
+  const Bits x = (element_draw ^ (element_draw >> 15)) * Bits(0x2c1b3c6du);
   return x ^ (x >> 16);
 }
 
-// 16 bits; any two operands' are independent of each other. The cheapest are those of the states
-// that are rounded most often.
+// 16 bits; any two operands' are independent of each other.
 template <class Bits>
-FUSEDOPT_HD Bits draw_for(Bits element_draw, int operand) {
-  if (operand == kFirstState + 1) return element_draw >> 16;
-  if (operand == kFirstState) return element_draw & 0xffffu;
-  return (element_draw * Bits(0x297a2d39u + 0x61c88646u * static_cast<uint32_t>(operand))) >> 16;
+FUSEDOPT_HD Bits draw_for(int operand, Bits draw) {
+  if (operand == kCheapest) return draw >> 16;
+  if (operand == kFirstState) return draw & 0xffffu;
+  return (draw * Bits(0x297a2d39u + 0x61c88646u * static_cast<uint32_t>(operand))) >> 16;
 }
 
 // A finite number never becomes infinite, infinities and NaNs stay. The result is a bfloat16, still
 // as a float. `value` is a result of arithmetic: a NaN then has a bit in its upper half.
 template <class Float, class Bits>
-FUSEDOPT_HD Float round_stochastically(Float value, Bits element_draw, int operand) {
+FUSEDOPT_HD Float round_stochastically(Float value, Bits draw, int operand) {
   const Bits bits = as_bits(value);
   const auto stays = (bits & 0x7fffffffu) > Bits(0x7f7effffu);  // the last finite one, and more
-  const Bits moved = bits + draw_for(element_draw, operand);
+  const Bits moved = bits + draw_for(operand, draw);
   return as_float(select(stays, bits, moved) & 0xffff0000u);
 }
 

@@ -45,8 +45,8 @@ FUSEDOPT_HD SplitWeight<Float> split_weight(Float weight) {
 // The upper halves of the remainder's words do not count.
 template <class Float, class Bits>
 FUSEDOPT_HD Float join_weight(Float param, Bits remainder) {
-  const Bits low = remainder & 0xffffu;
-  return as_float(as_bits(param) + low - ((low & 0x8000u) << 1));
+  const Bits from_least = (remainder & 0xffffu) ^ 0x8000u;  // 0 for -0x8000
+  return as_float(as_bits(param) + from_least - 0x8000u);
 }
 
 }  // namespace fusedopt

@@ -24,16 +24,22 @@ using Register = Vec<T, kRegisterBytes / static_cast<int>(sizeof(T))>;
 template <class T>
 constexpr int64_t kBlock = kCount * kRegisterBytes / static_cast<int64_t>(sizeof(T));
 
-// A block of elements in each operand, one after the other; `Memory` of core/element.h.
+// A block of elements in each operand, one after the other; `Memory` of core/element.h. In one
+// register and the next, but where all operands are halves of words: then the first register has
+// the elements at even places and the second those at odd ones, which takes the fewest
+// instructions.
 template <class T>
 struct Block {
   using Values = Pack<Register<T>, kCount>;
   using Bits = typename Lanes<Values>::Bits;
+  using Word = typename Bits::Value;
   static constexpr bool kRoundsForNothing = false;
+  static constexpr bool kSplitIsOneFormat = true;
+  static constexpr uint32_t kUpperHalf = 0xffff0000u;
   static constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
 
   Formats stored_as;
-  DType format;           // of all operands, or kAbsent
+  DType format;           // as Formats::one_format()
   void* const* data;      // of each operand
   int64_t at;             // elements from there to here
   uint64_t number;        // of the first element of `data` in its tensor,
@@ -43,39 +49,58 @@ struct Block {
   FUSEDOPT_HD const Formats& formats() const { return stored_as; }
   FUSEDOPT_HD DType one_format() const { return format; }
 
-  template <class Storage>
+  template <class Storage, bool kIsOneFormat>
   FUSEDOPT_HD void load(int operand, Values& to) const {
     const char* const from = place<Storage>(operand);
     constexpr int64_t kSize = sizeof(Storage);
     for (int64_t byte = 0; byte < kBlock<T> * kSize; byte += kCacheLine)
       __builtin_prefetch(from + ahead * kSize + byte);
-    Stored<Register<T>, Storage>::load(from, to.values);
+    if constexpr (kIsOneFormat && std::is_same_v<Storage, BFloat16>) {
+      const Word pairs = read<typename Word::Raw>(from);
+      to[0] = as_float(pairs << 16);
+      to[1] = as_float(pairs & kUpperHalf);
+    } else {
+      Stored<Register<T>, Storage>::load(from, to.values);
+    }
   }
 
   template <class Storage, bool kIsOneFormat>
   FUSEDOPT_HD void store(int operand, const Values& from) const {
-    if constexpr (kIsOneFormat && std::is_same_v<Storage, BFloat16>) {
-      const auto rounded = bfloat16_nearest(to_float(from));
-      store_upper_halves(place<uint16_t>(operand), rounded[0], rounded[1]);
-    } else {
+    if constexpr (!kIsOneFormat || !std::is_same_v<Storage, BFloat16>)
       Stored<Register<T>, Storage>::store(place<Storage>(operand), from.values);
+    else if (stored_as.has(kMaster))  // a NaN may have any bits then
+      store_upper_halves<kIsOneFormat>(operand, rounded_to_bfloat16(to_float(from)));
+    else
+      write(place<Storage>(operand), bfloat16_nearest(as_bits(from[0]), as_bits(from[1])).raw);
+  }
+
+  template <bool kIsOneFormat>
+  FUSEDOPT_HD void store_bfloat16(int operand, const typename Lanes<Values>::Float& from) const {
+    store_upper_halves<kIsOneFormat>(operand, as_bits(from));
+  }
+
+  template <bool kIsOneFormat>
+  FUSEDOPT_HD void load_words(int operand, Bits& to) const {
+    const char* const from = place<uint16_t>(operand);
+    if constexpr (kIsOneFormat) {
+      const Word pairs = read<typename Word::Raw>(from);
+      to[0] = pairs & ~kUpperHalf;
+      to[1] = pairs >> 16;
+    } else {
+      Halves::load(from, to.values);
     }
   }
 
-  FUSEDOPT_HD void store_bfloat16(int operand, const typename Lanes<Values>::Float& from) const {
-    store_upper_halves(place<uint16_t>(operand), as_bits(from[0]), as_bits(from[1]));
-  }
-
-  FUSEDOPT_HD void load_words(int operand, Bits& to) const {
-    Halves::load(place<uint16_t>(operand), to.values);
-  }
-
+  template <bool kIsOneFormat>
   FUSEDOPT_HD void store_words(int operand, const Bits& from) const {
-    Halves::store(place<uint16_t>(operand), from.values);
+    char* const to = place<uint16_t>(operand);
+    if constexpr (kIsOneFormat)
+      write(to, ((from[0] & ~kUpperHalf) | (from[1] << 16)).raw);
+    else
+      Halves::store(to, from.values);
   }
 
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& to) const {
-    using Word = typename Bits::Value;
     using Raw = typename Word::Raw;
     if (draws != nullptr) {
       unroll<kCount>([&](auto j) __attribute__((always_inline)) {
@@ -86,30 +111,27 @@ struct Block {
     // Blocks begin at multiples of their size, so the upper half of the number is the same for all.
     const uint64_t first = (number + static_cast<uint64_t>(at)) / 2;
     const uint32_t key = draw_key(rounding_key, first);
-    const Word pair = static_cast<uint32_t>(first);
     Raw lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
-    const auto is_second = (Word(lane) & 1u) != Word(0u);
-#if defined(__clang__)
-    unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-      const Word draw =
-          pair_draw(key, pair + static_cast<uint32_t>(j * kLanes / 2) + (Word(lane) >> 1));
-      to[j] = select(is_second, second_of_pair(draw), draw);
-    });
-#else  // a register of pairs for two of elements
-    const Word pairs = pair_draw(key, pair + Word(lane));
-    unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-      const Word draw =
-          __builtin_shuffle(pairs.raw, (lane >> 1) + static_cast<uint32_t>(j * kLanes / 2));
-      to[j] = select(is_second, second_of_pair(draw), draw);
-    });
-#endif
+    const Word pairs = pair_draw(key, static_cast<uint32_t>(first) + Word(lane));
+    to[0] = pairs;
+    to[1] = second_of_pair(pairs);
+    if (!is(format, DType::kBFloat16)) interleave(to.values);
   }
 
  private:
   template <class Storage>
   FUSEDOPT_HD char* place(int operand) const {
     return static_cast<char*>(data[operand]) + at * static_cast<int64_t>(sizeof(Storage));
+  }
+
+  template <bool kIsOneFormat>
+  FUSEDOPT_HD void store_upper_halves(int operand, const Bits& from) const {
+    char* const to = place<uint16_t>(operand);
+    if constexpr (kIsOneFormat)
+      write(to, ((from[0] >> 16) | (from[1] & kUpperHalf)).raw);
+    else
+      cpu::store_upper_halves(to, from[0], from[1]);
   }
 };
 
@@ -164,7 +186,7 @@ class Tile {
   }
 
   Block<T> block() const {
-    return {work_.formats, work_.formats.one_format(), data_, 0, 0, draws_};
+    return {work_.formats, DType::kAbsent, data_, 0, 0, draws_};  // in order, as the draws are
   }
 
  private:
@@ -230,7 +252,8 @@ void update(const Step& step, const Work& work, int64_t begin, int64_t end) {
   if (work.layout == kDense) {
     const Formats formats = work.formats;
     void* data[kMaxOperands];
-    Block<T> block = {formats, formats.one_format(), data, 0, 0, nullptr};
+    Block<T> block = {formats, formats.one_format(Block<T>::kSplitIsOneFormat), data, 0, 0,
+                      nullptr};
     const auto go_to = [&](int64_t element) {
       block.number = static_cast<uint64_t>(element);
       for (int k = 0; k < kMaxOperands; ++k)

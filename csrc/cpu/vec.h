@@ -189,6 +189,24 @@ FUSEDOPT_HD __m512i halves_of(Vec<uint32_t, 16> low, Vec<uint32_t, 16> high, uin
 }
 #endif
 
+// Two registers' first words, then their second ones, and so on.
+template <int kLanes>
+FUSEDOPT_HD void interleave(Vec<uint32_t, kLanes> (&words)[2]) {
+  using Raw = typename RawVec<uint32_t, kLanes>::Type;
+  const Raw even = words[0].raw, odd = words[1].raw;
+  unroll<2>([&](auto j) __attribute__((always_inline)) {
+#if defined(__clang__)
+    for (int i = 0; i < kLanes; ++i)
+      words[j].raw[i] = (i % 2 == 0 ? even : odd)[(j * kLanes + i) / 2];
+#else
+    Raw from;
+    for (int i = 0; i < kLanes; ++i)
+      from[i] = static_cast<uint32_t>((j * kLanes + i) / 2 + i % 2 * kLanes);
+    words[j] = __builtin_shuffle(even, odd, from);
+#endif
+  });
+}
+
 // Words whose lower halves are stored.
 struct Halves {
   template <int kLanes>
@@ -218,6 +236,20 @@ FUSEDOPT_HD void store_upper_halves(char* to, Vec<uint32_t, kLanes> low,
   }
 #endif
   Halves::store<kLanes>(to, {low >> 16, high >> 16});
+}
+
+// The nearest bfloat16 numbers, ties to even, of floats at even and at odd places. The lower half
+// of a NaN must be 0, as it is in all that comes of bfloat16 alone: then it stays the NaN that it
+// is.
+template <int kLanes>
+FUSEDOPT_HD Vec<uint16_t, 2 * kLanes> bfloat16_nearest(Vec<uint32_t, kLanes> even,
+                                                       Vec<uint32_t, kLanes> odd) {
+  using Half = Vec<uint16_t, 2 * kLanes>;
+  using Raw = typename Half::Raw;
+  const Half upper = Raw(((even >> 16) | (odd & 0xffff0000u)).raw);
+  const Half lower = Raw(((even & 0xffffu) | (odd << 16)).raw);
+  const Half largest_down = 0x7fff + (~upper.raw & 1);
+  return select(lower > largest_down, upper + Half(1), upper);
 }
 
 template <class T, int kLanes>

@@ -20,6 +20,7 @@ class Singles {
  public:
   using Values = Pack<T, kCount>;
   static constexpr bool kRoundsForNothing = true;
+  static constexpr bool kSplitIsOneFormat = false;
 
   FUSEDOPT_HD DType one_format() const { return DType::kAbsent; }
   FUSEDOPT_HD Formats formats() const {
@@ -50,7 +51,7 @@ class Singles {
     }
   }
 
-  template <class Storage>
+  template <class Storage, bool>
   FUSEDOPT_HD void load(int operand, Values& to) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
@@ -67,15 +68,18 @@ class Singles {
     }
   }
 
+  template <bool>
   FUSEDOPT_HD void store_bfloat16(int operand, const Pack<float, kCount>& from) const {
     store<BFloat16, false>(operand, from);
   }
 
+  template <bool>
   FUSEDOPT_HD void load_words(int operand, Bits& to) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) to[j] = load_item(address<uint16_t>(operand, j));
   }
 
+  template <bool>
   FUSEDOPT_HD void store_words(int operand, const Bits& from) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)

@@ -81,7 +81,8 @@ StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
   StagePlan plan = {};
   plan.formats = bit_cast<Words<2>>(formats);
   plan.shifted = shifted;
-  plan.one_format = static_cast<uint32_t>(shifted == 0 ? formats.one_format() : DType::kAbsent);
+  plan.one_format =
+      static_cast<uint32_t>(shifted == 0 ? formats.one_format(false) : DType::kAbsent);
   const uint32_t elements = piece_elements<T>(formats);
   plan.has_two = elements != kThreadElements<T>;
   for (int k = 0; k < kMaxOperands; ++k) {

@@ -20,6 +20,7 @@ class Staged {
  public:
   using Values = Pack<T, kCount>;
   static constexpr bool kRoundsForNothing = true;
+  static constexpr bool kSplitIsOneFormat = false;
 
   FUSEDOPT_HD Staged(const Stages<Rule, T>& stages, const Tile& tile, SharedPlace stage)
       : stages_(stages), tile_(tile), stage_(stage) {
@@ -37,7 +38,7 @@ class Staged {
     return static_cast<DType>(as_if_new(stages_.plan().one_format));
   }
 
-  template <class Storage>
+  template <class Storage, bool>
   FUSEDOPT_HD void load(int operand, Values& to) const {
     // The param's place is that of a float32 master, which is found early there.
     const Bytes bytes = bytes_of(operand == kMaster ? kParam : operand);
@@ -58,6 +59,7 @@ class Staged {
     }
   }
 
+  template <bool>
   FUSEDOPT_HD void load_words(int operand, Bits& to) const {
     const Bytes bytes = bytes_of(operand);
     for (int j = 0; j < kCount; ++j) to[j] = word_with(bytes, j);
@@ -80,14 +82,16 @@ class Staged {
     write<kIsOneFormat>(operand, words);
   }
 
+  template <bool kIsOneFormat>
   FUSEDOPT_HD void store_bfloat16(int operand, const Pack<float, kCount>& from) const {
-    store_words(operand, as_bits(from) >> 16);
+    store_words<kIsOneFormat>(operand, as_bits(from) >> 16);
   }
 
+  template <bool kIsOneFormat>
   FUSEDOPT_HD void store_words(int operand, const Bits& from) const {
     Words<kCount / 2> words;
     for (int i = 0; i < kCount / 2; ++i) words.words[i] = word_of(from[2 * i], from[2 * i + 1]);
-    write<false>(operand, words);
+    write<kIsOneFormat>(operand, words);
   }
 
   // Chunks and pieces start at even elements.

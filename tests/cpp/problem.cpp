@@ -99,8 +99,9 @@ __attribute__((noinline)) void update_elements(const Problem& problem,
     Rule::update(Rule::Variant::of(problem.variant), scalars.rule, math, weight,
                  element.get<T>(kGrad), state);
 
-    const uint32_t draw = draw_alone(scalars.common.rounding_key, element.number(), weight);
+    const uint32_t own = draw_alone(scalars.common.rounding_key, element.number(), weight);
     const auto rounded = [&](int operand, T value) {
+      const uint32_t draw = operand == kCheapest ? own : mixed(own);
       return (problem.stochastic >> operand & 1) == 0
                  ? value
                  : static_cast<T>(round_stochastically(static_cast<float>(value), draw, operand));

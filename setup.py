@@ -58,7 +58,7 @@ CUDA_STRICT = [
 ]
 CUDA_NO_DOUBLE = ["-Xptxas=--warn-on-double-precision-use"]
 # Computation in float flushes subnormal numbers. Sums of squares begin in it and end in double.
-CUDA_FLUSHING = ("float.cu", "measure.cu")
+CUDA_FLUSHING = ("float.cu", "grad_norm.cu")
 CUDA_WITHOUT_DOUBLE = ("float.cu",)
 ALL_ARCHS = ["80", "86", "89", "90", "100", "120"]
 # Where a compiler comes from if FUSEDOPT_CUDA=1 asks for one that the machine does not have.

@@ -83,7 +83,7 @@ class Block:
 @dataclass
 class Kernel:
     arch: str
-    kind: str  # update, schedule, measure, total or judge
+    kind: str  # update, step_scalars, sum_squares, total or finalize
     rule: str
     type: str  # "float32", "float64", empty for kernels that have none
     registers: int
@@ -213,7 +213,7 @@ def kernels_of(cuobjdump: str, library: str, arch: str) -> Iterator[Kernel]:
     sass = _run(cuobjdump, "-arch", arch, "-sass", library)
     for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
         symbol = part.split(maxsplit=1)[0]
-        kind = re.search(r"\d([a-z]+)_kernel", symbol)[1]
+        kind = re.search(r"\d([a-z_]+)_kernel", symbol)[1]
         types = re.search(r"_kernelI(?:NS_\d+(\w+?)E)?([fd])?E", symbol)
         registers, stack = re.findall(r"\d+", resources[symbol])
         code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", part)

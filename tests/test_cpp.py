@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 ROOT = Path(__file__).parent.parent
 HEADERS = sorted(str(path.relative_to(ROOT / "csrc")) for path in ROOT.glob("csrc/**/*.h"))
 SUITES = [
-    *("dtypes", "rules", "schedule", "power", "branch_free", "chunks", "layout"),
-    *("overlap", "driver", "grid", "image", "table", "gpu", "clocks", "huge"),
+    *("dtypes", "rules", "step_scalars", "power", "branch_free", "chunks", "layout"),
+    *("overlap", "driver", "grid", "host_mirror", "table", "gpu", "counters", "huge"),
 ]
 TESTS = sorted(ROOT.glob("tests/cpp/*.cpp"))
 CUDA = [ROOT / f"csrc/cuda/{name}.cpp" for name in ("emulated", "table", "driver")]

@@ -71,7 +71,7 @@ def test_every_kernel_is_there_for_every_arch(cuobjdump: str) -> None:
     assert {kernel.arch for kernel in kernels} == {f"sm_{arch}" for arch in built}
     for arch in built:
         names = [kernel.name for kernel in kernels if kernel.arch == f"sm_{arch}"]
-        # Rules x (in float, in double, the schedule), and for the norm: in float, in double, sum,
+        # Rules x (in float, in double, the scalars), and for the norm: in float, in double, sum,
         # verdict.
         assert len(names) == len(set(names)) == 2 * 3 + 4
 
@@ -84,7 +84,7 @@ def test_accesses_are_128_bits_wide(cuobjdump: str) -> None:
         assert kernel.counts["wide copies"] >= 2, kernel.name
         assert kernel.counts["wide stores"] >= 2 * (2 if kernel.rule == "Sgd" else 3), kernel.name
     for kernel in all_kernels(cuobjdump):
-        assert kernel.kind != "measure" or kernel.counts["wide loads"] >= 4, kernel.name
+        assert kernel.kind != "sum_squares" or kernel.counts["wide loads"] >= 4, kernel.name
 
 
 def adam(cuobjdump: str) -> list[Kernel]:
@@ -122,7 +122,7 @@ def test_no_double_in_kernels_that_compute_in_float(cuobjdump: str) -> None:
 
 
 def test_updates_know_the_address_space(cuobjdump: str) -> None:
-    kernels = [k for k in all_kernels(cuobjdump) if k.kind in ("update", "measure")]
+    kernels = [k for k in all_kernels(cuobjdump) if k.kind in ("update", "sum_squares")]
     assert not offenders(kernels, "generic")
 
 

@@ -38,18 +38,18 @@ bool share_elements(const Region& a, const Region& b) {
 
 }  // namespace
 
-const Dims* Plan::dims_of(const Work& work) const {
-  const auto layout = static_cast<size_t>(work.layout);
-  return work.layout == kDense || layout >= dims_.size() ? nullptr : &dims_[layout];
+const Dims* Plan::dims_of(const ParamUpdate& update) const {
+  const auto layout = static_cast<size_t>(update.layout);
+  return update.layout == kDense || layout >= dims_.size() ? nullptr : &dims_[layout];
 }
 
 // The memory of one operand.
 Region Plan::region_of(size_t at, int operand) const {
-  const Work& work = works_[at];
-  const int64_t item = item_size(work.formats.dtypes[operand]);
-  const Dims* const strided = dims_of(work);
-  const int64_t elements = strided ? extent(*strided, operand) : work.numel;
-  return {reinterpret_cast<uintptr_t>(work.data[operand]),
+  const ParamUpdate& update = updates_[at];
+  const int64_t item = item_size(update.formats.dtypes[operand]);
+  const Dims* const strided = dims_of(update);
+  const int64_t elements = strided ? extent(*strided, operand) : update.numel;
+  return {reinterpret_cast<uintptr_t>(update.data[operand]),
           item,
           elements * item,
           strided,
@@ -58,21 +58,23 @@ Region Plan::region_of(size_t at, int operand) const {
 }
 
 // "exp_avg of parameter 'fc.weight' (group 0, index 3)" for an owner of a region.
-std::string Plan::name_of(const Walk& walk, int64_t owner) const {
+std::string Plan::name_of(const StepContext& context, int64_t owner) const {
   auto at = owner / kMaxOperands;
   const auto operand = static_cast<int>(owner % kMaxOperands);
   size_t g = 0;
-  for (; at >= PyTuple_GET_SIZE(walk.groups[g].params.ptr()); ++g)
-    at -= PyTuple_GET_SIZE(walk.groups[g].params.ptr());
-  const std::string param = Place{walk.groups[g].dict.ptr(), static_cast<int64_t>(g), at}.text();
+  for (; at >= PyTuple_GET_SIZE(context.groups[g].params.ptr()); ++g)
+    at -= PyTuple_GET_SIZE(context.groups[g].params.ptr());
+  const std::string param =
+      ParamId{context.groups[g].dict.ptr(), static_cast<int64_t>(g), at}.text();
   if (operand == kParam) return param;
-  return name_of_state(works_[static_cast<size_t>(owner / kMaxOperands)], operand) + " of " + param;
+  return name_of_state(updates_[static_cast<size_t>(owner / kMaxOperands)], operand) + " of " +
+         param;
 }
 
-std::string Plan::name_of_state(const Work& work, int operand) const {
-  if (operand == kAverage) return kEmaParam.name();
+std::string Plan::name_of_state(const ParamUpdate& update, int operand) const {
+  if (operand == kEma) return kEmaParam.name();
   if (operand == kMaster) {
-    const bool is_split = master_of(work.formats.dtypes[kMaster]) == Master::kSplit;
+    const bool is_split = master_of(update.formats.dtypes[kMaster]) == Master::kSplit;
     return (is_split ? kParamRemainder : kMasterParam).name();
   }
   return row_.state_names[static_cast<size_t>(operand - kFirstState)].name();
@@ -80,40 +82,41 @@ std::string Plan::name_of_state(const Work& work, int operand) const {
 
 // Raises ValueError if the step would write some memory twice. Parameters that rest this time are
 // looked at too if they have been before, so that the answer stands when their turn comes.
-void Plan::refuse_overlap(const Walk& walk) {
+void Plan::refuse_overlap(const StepContext& context) {
   if (disjoint_) return;
   ++overlap_checks_;
   std::vector<Region> regions;
   const auto collect = [&](bool with_resting) {
     regions.clear();
-    for (size_t at = 0; at < works_.size(); ++at) {
-      const Work& work = works_[at];
-      const bool counts = work.device != kIdle || (with_resting && slots_[at].is_disjoint);
-      for (int k = 0; counts && work.numel > 0 && k < kMaxOperands; ++k)
-        if (k != kGrad && work.data[k] != nullptr) regions.push_back(region_of(at, k));
+    for (size_t at = 0; at < updates_.size(); ++at) {
+      const ParamUpdate& update = updates_[at];
+      const bool counts = update.device != kIdle || (with_resting && caches_[at].is_disjoint);
+      for (int k = 0; counts && update.numel > 0 && k < kMaxOperands; ++k)
+        if (k != kGrad && update.data[k] != nullptr) regions.push_back(region_of(at, k));
     }
   };
   const auto is_resting = [&](int64_t owner) {
-    return works_[static_cast<size_t>(owner / kMaxOperands)].device == kIdle;
+    return updates_[static_cast<size_t>(owner / kMaxOperands)].device == kIdle;
   };
   collect(/*with_resting=*/true);
   auto found = find_overlap(regions);
   if (found && (is_resting(found->first) || is_resting(found->second))) {
     // Its memory may be another's by now.
-    for (size_t at = 0; at < works_.size(); ++at)
-      if (works_[at].device == kIdle) slots_[at].is_disjoint = false;
+    for (size_t at = 0; at < updates_.size(); ++at)
+      if (updates_[at].device == kIdle) caches_[at].is_disjoint = false;
     collect(/*with_resting=*/false);
     found = find_overlap(regions);
   }
   if (found && found->first == found->second)
-    throw py::value_error("elements of " + name_of(walk, found->first) +
+    throw py::value_error("elements of " + name_of(context, found->first) +
                           " share memory (an expanded tensor?); clone() it first");
   if (found)
-    throw py::value_error(name_of(walk, found->first) + " and " + name_of(walk, found->second) +
+    throw py::value_error(name_of(context, found->first) + " and " +
+                          name_of(context, found->second) +
                           " share memory, so one step would update it twice");
-  for (size_t at = 0; at < works_.size(); ++at) {
-    if (works_[at].device != kIdle) slots_[at].is_disjoint = true;
-    slots_[at].checked_grad = nullptr;
+  for (size_t at = 0; at < updates_.size(); ++at) {
+    if (updates_[at].device != kIdle) caches_[at].is_disjoint = true;
+    caches_[at].checked_grad = nullptr;
   }
   written_.clear();
   written_.reserve(regions.size());
@@ -128,18 +131,18 @@ void Plan::refuse_overlap(const Walk& walk) {
 // Compares the grads' memory with what the step writes, unless that has been done for the same
 // memory before. Returns true if a grad is written to as another parameter's, so that the order of
 // the parameters counts. Raises ValueError if an element is written to before another has read it.
-bool Plan::check_grads(const Walk& walk) {
+bool Plan::check_grads(const StepContext& context) {
   bool in_order = false;
   size_t guess = 0;
-  for (size_t at = 0; at < works_.size(); ++at) {
-    const Work& work = works_[at];
-    Slot& slot = slots_[at];
-    if (work.device == kIdle || work.numel == 0) continue;
-    if (slot.checked_grad != work.data[kGrad]) {
-      slot.reads_others = meets_written(region_of(at, kGrad), guess) && reads_others(walk, at);
-      slot.checked_grad = work.data[kGrad];
+  for (size_t at = 0; at < updates_.size(); ++at) {
+    const ParamUpdate& update = updates_[at];
+    ParamCache& cache = caches_[at];
+    if (update.device == kIdle || update.numel == 0) continue;
+    if (cache.checked_grad != update.data[kGrad]) {
+      cache.reads_others = meets_written(region_of(at, kGrad), guess) && reads_others(context, at);
+      cache.checked_grad = update.data[kGrad];
     }
-    in_order = in_order || slot.reads_others;
+    in_order = in_order || cache.reads_others;
   }
   return in_order;
 }
@@ -154,7 +157,7 @@ bool Plan::meets_written(const Region& region, size_t& guess) const {
   const uintptr_t end = end_of(region);
   const auto is_before = [&](size_t i) {
     const auto owner = static_cast<size_t>(written_[i].owner);
-    return reinterpret_cast<uintptr_t>(works_[owner / kMaxOperands].data[owner % kMaxOperands]) <
+    return reinterpret_cast<uintptr_t>(updates_[owner / kMaxOperands].data[owner % kMaxOperands]) <
            end;
   };
   const bool good = guess <= written_.size() && (guess == 0 || is_before(guess - 1)) &&
@@ -179,24 +182,24 @@ bool Plan::meets_written(const Region& region, size_t& guess) const {
 }
 
 // The exact answer for one grad: whether it is memory of another parameter's.
-bool Plan::reads_others(const Walk& walk, size_t at) {
+bool Plan::reads_others(const StepContext& context, size_t at) {
   const Region grad = region_of(at, kGrad);
   bool others = false;
   for (const Written& written : written_) {
     const auto owner = static_cast<size_t>(written.owner) / kMaxOperands;
     const Region region = region_of(owner, static_cast<int>(written.owner % kMaxOperands));
     if (!have_common_bytes(grad, region)) continue;
-    if (works_[owner].device == kIdle) {  // not written to; its memory may be the grad's by now
-      disjoint_ = slots_[owner].is_disjoint = false;
+    if (updates_[owner].device == kIdle) {  // not written to; its memory may be the grad's by now
+      disjoint_ = caches_[owner].is_disjoint = false;
       continue;
     }
     if (owner == at && are_same_elements(grad, region)) continue;  // read before it is written
     if (!share_elements(grad, region)) continue;
-    if (owner == at || works_[at].device != kCpu)
+    if (owner == at || updates_[at].device != kCpu)
       throw py::value_error(
-          "grad of " + name_of(walk, owner_of(at, kParam)) + " and " +
+          "grad of " + name_of(context, owner_of(at, kParam)) + " and " +
           (region.owner == owner_of(at, kParam) ? "the parameter itself"
-                                                : name_of(walk, region.owner)) +
+                                                : name_of(context, region.owner)) +
           " share memory, so that the step would write to elements of the grad that it has yet to "
           "read; clone() the grad");
     others = true;

@@ -37,8 +37,8 @@ void check_group(const std::string& optimizer, const py::dict& group, int64_t in
 }
 
 // Reads a param group that has been checked.
-fusedopt::Hyper read_group(const fusedopt::OptimizerRow& row, const py::object& group,
-                           int64_t index) {
+fusedopt::HyperParams read_group(const fusedopt::OptimizerRow& row, const py::object& group,
+                                 int64_t index) {
   const py::object dict = fusedopt::as_dict(group.ptr(), "param group");
   fusedopt::GroupReader reader(dict.ptr(), index, /*leave_on_gpu=*/true);
   return row.read(reader).values;
@@ -56,7 +56,7 @@ void check_state(const std::string& optimizer, const py::dict& state, const py::
 // they have none, and whether there is a "step".
 py::tuple state_names(const std::string& optimizer, const py::object& group) {
   const fusedopt::OptimizerRow& row = fusedopt::find_optimizer(optimizer);
-  const fusedopt::Hyper hyper = read_group(row, group, 0);
+  const fusedopt::HyperParams hyper = read_group(row, group, 0);
   const fusedopt::States in_use = states_in_use(row, hyper);
   py::list used, left_out;
   for (size_t s = 0; s < row.state_names.size(); ++s) {
@@ -86,7 +86,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def("step", &fusedopt::Plan::step, py::arg("param_groups"), py::arg("state"),
            py::arg("grad_scale"), py::arg("found_inf"), py::arg("create_state"),
            py::arg("num_threads"), py::arg("checks_grads"))
-      .def_property_readonly("verdict", &fusedopt::Plan::verdict)
+      .def_property_readonly("verdict", &fusedopt::Plan::status)
       .def("bookkeeping_bytes", &fusedopt::Plan::bookkeeping_bytes)
       .def("overlap_checks", &fusedopt::Plan::overlap_checks);
   m.def("check_group", &check_group, py::arg("optimizer"), py::arg("group"), py::arg("index"),

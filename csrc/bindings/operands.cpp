@@ -10,7 +10,7 @@ namespace fusedopt {
 namespace {
 
 std::string subject(const Operands& operands, int k) {
-  return subject(operands.place, k == kParam ? "" : operands.names[k]);
+  return subject(operands.id, k == kParam ? "" : operands.names[k]);
 }
 
 [[noreturn]] void raise_unreadable(const Operands& operands, int k) {
@@ -37,7 +37,7 @@ std::string subject(const Operands& operands, int k) {
 
 }  // namespace
 
-std::string Place::text() const {
+std::string ParamId::text() const {
   const std::string where =
       "group " + std::to_string(group_index) + ", index " + std::to_string(index);
   const py::object names = lookup(group, py::str("param_names").ptr());
@@ -46,8 +46,8 @@ std::string Place::text() const {
   return "the parameter at " + where;
 }
 
-std::string subject(const Place& place, const std::string& name) {
-  return (name.empty() ? "" : name + " of ") + place.text() + " is ";
+std::string subject(const ParamId& id, const std::string& name) {
+  return (name.empty() ? "" : name + " of ") + id.text() + " is ";
 }
 
 void read_operand(Operands& operands, int k) {

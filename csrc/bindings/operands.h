@@ -14,7 +14,7 @@
 namespace fusedopt {
 
 // Where a parameter stands in its optimizer, for messages.
-struct Place {
+struct ParamId {
   PyObject* group;  // the param group's dict
   int64_t group_index;
   int64_t index;
@@ -23,7 +23,7 @@ struct Place {
 };
 
 struct Operands {
-  Place place;
+  ParamId id;
   References& held;  // where what is found on the way to a tensor's memory is kept
   // Each in its place (core/layout.h), which is in use if it has a name.
   PyObject* tensors[kMaxOperands] = {};  // borrowed; null for state that is missing
@@ -33,13 +33,13 @@ struct Operands {
   Master master = Master::kNone;
   StochasticRounding rounding = StochasticRounding::kNone;
 
-  Operands(const Place& at, References& references) : place(at), held(references) {}
+  Operands(const ParamId& at, References& references) : id(at), held(references) {}
   bool has(int k) const { return names[k] != nullptr; }
 };
 
 // "grad of parameter 'fc.weight' (group 0, index 3) is ", to begin a message with; for the param
 // itself and for step, `name` is "" and "step".
-std::string subject(const Place& place, const std::string& name);
+std::string subject(const ParamId& id, const std::string& name);
 
 // Reads tensor number k into its view. Raises TypeError for what no step can work on, ValueError
 // where memory does not hold the tensor's values; a grad is then replaced by a copy that does, if
@@ -52,8 +52,8 @@ void check_against_param(const Operands& operands, int k);
 // Raises TypeError for a master weight of another dtype than its kind has.
 void check_master(const Operands& operands);
 
-// Who steps the param, in Work::device's terms. Raises if it is on a device that this build cannot
-// step.
+// Who steps the param, in ParamUpdate::device's terms. Raises if it is on a device that this build
+// cannot step.
 uint8_t find_device(const Operands& operands);
 
 // Real dims with the strides of every operand; a complex element is a dim of two. For draws also

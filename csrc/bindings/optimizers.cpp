@@ -23,7 +23,7 @@ const Key kMaxGradNorm("max_grad_norm"), kErrorIfNonfinite("error_if_nonfinite")
 const Key kEmaDecay("ema_decay"), kEmaBiasCorrection("ema_bias_correction");
 
 // What a group adds to torch's options: all that is off has no effect.
-void read_additions(GroupReader& group, Hyper& hyper) {
+void read_additions(GroupReader& group, HyperParams& hyper) {
   hyper.max_grad_norm = group.number_or(kMaxGradNorm, 0);
   if (!(hyper.max_grad_norm > 0) && group.has(kMaxGradNorm))
     group.fail("max_grad_norm must be above 0, or None: " + std::to_string(hyper.max_grad_norm));
@@ -47,8 +47,8 @@ void read_additions(GroupReader& group, Hyper& hyper) {
   group.master_weights();  // checks it
 }
 
-void read_common(GroupReader& group, cuda::HyperSource& source) {
-  Hyper& hyper = source.values;
+void read_common(GroupReader& group, cuda::HyperParamsRef& source) {
+  HyperParams& hyper = source.values;
   hyper.lr = group.number(kLr, source.lr);
   hyper.weight_decay = group.number(kWeightDecay, source.weight_decay);
   hyper.maximize = group.flag(kMaximize);
@@ -63,10 +63,10 @@ void read_common(GroupReader& group, cuda::HyperSource& source) {
     group.fail("differentiable=True is not supported: the step is not recorded by autograd");
 }
 
-cuda::HyperSource read_sgd(GroupReader& group) {
-  cuda::HyperSource source = {};
+cuda::HyperParamsRef read_sgd(GroupReader& group) {
+  cuda::HyperParamsRef source = {};
   read_common(group, source);
-  Hyper& hyper = source.values;
+  HyperParams& hyper = source.values;
   hyper.momentum = group.number(kMomentum, source.momentum);
   hyper.dampening = group.number(kDampening, source.dampening);
   hyper.nesterov = group.flag(kNesterov);
@@ -77,10 +77,10 @@ cuda::HyperSource read_sgd(GroupReader& group) {
   return source;
 }
 
-cuda::HyperSource read_adam(GroupReader& group) {
-  cuda::HyperSource source = {};
+cuda::HyperParamsRef read_adam(GroupReader& group) {
+  cuda::HyperParamsRef source = {};
   read_common(group, source);
-  Hyper& hyper = source.values;
+  HyperParams& hyper = source.values;
   hyper.eps = group.number(kEps, source.eps);
   group.betas(source);
   hyper.amsgrad = group.flag(kAmsgrad);
@@ -122,7 +122,7 @@ py::object GroupReader::find(const Key& key) const { return lookup(group_, key.o
 // Stands in for a number that stays on a GPU: within the range of every option.
 constexpr double kUnknownNumber = 0.5;
 
-bool GroupReader::find_on_gpu(py::handle value, const char* name, cuda::DeviceNumber& on_gpu) {
+bool GroupReader::find_on_gpu(py::handle value, const char* name, cuda::DeviceScalar& on_gpu) {
   TensorView view;
   try {
     if (!is_tensor(value.ptr()) || !read_tensor(value.ptr(), view, held_)) return false;
@@ -135,16 +135,16 @@ bool GroupReader::find_on_gpu(py::handle value, const char* name, cuda::DeviceNu
       count_elements(view) != 1)
     fail(std::string(name) + " is " + describe(value.ptr()) +
          ", but on a GPU it must be one float32 or float64 number");
-  if (numbers_gpu_ >= 0 && numbers_gpu_ != view.device_id)
+  if (scalars_gpu_ >= 0 && scalars_gpu_ != view.device_id)
     fail(std::string(name) + " is on cuda:" + std::to_string(view.device_id) +
-         ", other options of the group are on cuda:" + std::to_string(numbers_gpu_));
+         ", other options of the group are on cuda:" + std::to_string(scalars_gpu_));
   held_.hold(py::reinterpret_borrow<py::object>(value));
-  numbers_gpu_ = view.device_id;
+  scalars_gpu_ = view.device_id;
   on_gpu = {view.data, view.dtype};
   return true;
 }
 
-double GroupReader::to_number(py::handle value, const char* name, cuda::DeviceNumber* on_gpu) {
+double GroupReader::to_number(py::handle value, const char* name, cuda::DeviceScalar* on_gpu) {
   if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
   if (PyLong_CheckExact(value.ptr())) {
     const double number = PyLong_AsDouble(value.ptr());
@@ -169,7 +169,7 @@ double GroupReader::to_number(py::handle value, const char* name, cuda::DeviceNu
   return number;
 }
 
-double GroupReader::number(const Key& key, cuda::DeviceNumber& on_gpu) {
+double GroupReader::number(const Key& key, cuda::DeviceScalar& on_gpu) {
   const py::object value = find(key);
   if (!value) fail(std::string("the group has no '") + key.name() + "'");
   return to_number(value, key.name(), &on_gpu);
@@ -227,7 +227,7 @@ py::object GroupReader::params() const {
 
 bool GroupReader::is_capturable() const { return flag(kCapturable); }
 
-void GroupReader::betas(cuda::HyperSource& source) {
+void GroupReader::betas(cuda::HyperParamsRef& source) {
   const py::object pair = find(kBetas);
   py::tuple values;
   if (pair && !PyUnicode_Check(pair.ptr()) && py::hasattr(pair, "__iter__"))
@@ -237,7 +237,7 @@ void GroupReader::betas(cuda::HyperSource& source) {
   source.values.beta2 = to_number(values[1], "betas[1]", &source.beta2);
 }
 
-States states_in_use(const OptimizerRow& row, const Hyper& hyper) {
+States states_in_use(const OptimizerRow& row, const HyperParams& hyper) {
   States in_use = 0;
   with_rule(row.rule, [&](auto rule) {
     const auto variant = rule.variant(hyper);
@@ -247,7 +247,7 @@ States states_in_use(const OptimizerRow& row, const Hyper& hyper) {
   return in_use;
 }
 
-void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state, const Place& place,
+void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state, const ParamId& id,
                     bool is_checkpoint) {
   const auto has = [&](const Key& key) {
     const py::object value = lookup(state, key.object());
@@ -278,13 +278,13 @@ void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state, con
     if (!is_master) others += (others.empty() ? "" : ", ") + std::string(py::repr(key));
   }
   if (others.empty()) return;  // a parameter that has not been stepped
-  throw py::value_error("the state of " + place.text() + " has no '" + missing->name() +
+  throw py::value_error("the state of " + id.text() + " has no '" + missing->name() +
                         "', but has " + others +
                         ": it is another optimizer's, or incomplete; load all of it, or delete the "
                         "parameter's state for a fresh start");
 }
 
-bool counts_steps(const OptimizerRow& row, const Hyper& hyper) {
+bool counts_steps(const OptimizerRow& row, const HyperParams& hyper) {
   return row.always_counts || hyper.has_ema() ||
          hyper.stochastic_rounding == StochasticRounding::kAll;
 }

@@ -45,19 +45,19 @@ class GroupReader {
       : group_(group), index_(index), leave_on_gpu_(leave_on_gpu), ranges_(ranges) {}
 
   // A Python number or a tensor of one element; `on_gpu` tells where it is, if it was left there.
-  double number(const Key& key, cuda::DeviceNumber& on_gpu);
+  double number(const Key& key, cuda::DeviceScalar& on_gpu);
   bool flag(const Key& key) const;  // false if the group lacks it
   StochasticRounding stochastic_rounding() const;
   // A Python number or a tensor of one element; `otherwise` if the group lacks it or it is None.
   double number_or(const Key& key, double otherwise);
   bool has(const Key& key) const;  // and it is not None
   Master master_weights() const;
-  void betas(cuda::HyperSource& source);
+  void betas(cuda::HyperParamsRef& source);
   pybind11::object params() const;  // a tuple
   bool is_capturable() const;
   bool errs_if_nonfinite() const;
   void check_state_dtype() const;
-  int numbers_gpu() const { return numbers_gpu_; }  // the GPU they were left on, or -1
+  int scalars_gpu() const { return scalars_gpu_; }  // the GPU they were left on, or -1
   [[noreturn]] void fail(const std::string& what) const;
   // Fails for infinite and NaN values.
   void require(bool holds, const char* what, double value) const;
@@ -70,14 +70,14 @@ class GroupReader {
 
  private:
   pybind11::object find(const Key& key) const;  // a null object if it is not there
-  double to_number(pybind11::handle value, const char* name, cuda::DeviceNumber* on_gpu);
-  bool find_on_gpu(pybind11::handle value, const char* name, cuda::DeviceNumber& on_gpu);
+  double to_number(pybind11::handle value, const char* name, cuda::DeviceScalar* on_gpu);
+  bool find_on_gpu(pybind11::handle value, const char* name, cuda::DeviceScalar& on_gpu);
 
   PyObject* group_;
   int64_t index_;
   bool leave_on_gpu_;
   Ranges ranges_;
-  int numbers_gpu_ = -1;
+  int scalars_gpu_ = -1;
   References held_;
 };
 
@@ -87,25 +87,25 @@ using States = unsigned;
 struct OptimizerRow {
   const char* name;
   RuleId rule;
-  std::vector<Key> state_names;                   // by the rule's numbers
-  States required;                                // without those in use, a state is incomplete
-  States omissible;                               // of these: left out where they are not in use
-  bool always_counts;                             // the state has "step" whatever the options
-  cuda::HyperSource (*read)(GroupReader& group);  // checks every value
+  std::vector<Key> state_names;                      // by the rule's numbers
+  States required;                                   // without those in use, a state is incomplete
+  States omissible;                                  // of these: left out where they are not in use
+  bool always_counts;                                // the state has "step" whatever the options
+  cuda::HyperParamsRef (*read)(GroupReader& group);  // checks every value
 };
 
 // The states that a param group's options have a use for.
-States states_in_use(const OptimizerRow& row, const Hyper& hyper);
+States states_in_use(const OptimizerRow& row, const HyperParams& hyper);
 
 // Whether a parameter's state has "step".
-bool counts_steps(const OptimizerRow& row, const Hyper& hyper);
+bool counts_steps(const OptimizerRow& row, const HyperParams& hyper);
 
 // Raises ValueError for a state that lacks some of what every step of the optimizer leaves there,
 // but holds other things: it is another optimizer's, or was cut short. What an option needs may be
 // missing, since it may have been switched on later. A state that some options have no use for
 // (exp_avg, with a beta1 of 0) may be missing if all else is there, but not from a checkpoint,
 // which is written with all of them.
-void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state, const Place& place,
+void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state, const ParamId& id,
                     bool is_checkpoint);
 
 // Raises ValueError for an unknown name.

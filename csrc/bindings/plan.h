@@ -41,8 +41,8 @@ class Plan {
                         const pybind11::object& grad_scale, const pybind11::object& found_inf,
                         const pybind11::function& create_state, int num_threads, bool checks_grads);
 
-  // The Verdict on the grads of the latest step, a tensor; None if they were not read for one.
-  pybind11::object verdict() const;
+  // The GradStatus on the grads of the latest step, a tensor; None if they were not read for one.
+  pybind11::object status() const;
 
   // Bytes that the plan keeps between steps.
   int64_t bookkeeping_bytes();
@@ -54,8 +54,8 @@ class Plan {
   struct Group {
     pybind11::object dict;
     pybind11::object params;  // a tuple
-    cuda::HyperSource source;
-    int numbers_gpu;  // where the numbers of `source` are that are on a GPU, or -1
+    cuda::HyperParamsRef source;
+    int scalars_gpu;  // where the numbers of `source` are that are on a GPU, or -1
     States states;    // of the rule that are in use
     uint8_t variant;
     bool capturable;
@@ -68,7 +68,7 @@ class Plan {
     }
     const Key* names[kMaxOperands] = {};  // of what is in use of the state, in their places
     int num_names = 0;
-    Hyper host_values = source.values;  // for parameters on the CPU
+    HyperParams host_values = source.values;  // for parameters on the CPU
     // Where the scalars of a (step, is first) are, for those that occur in the group; the ones of
     // the parameter before fit the next one as a rule.
     std::map<std::pair<double, bool>, int32_t> scalars = {};
@@ -79,13 +79,13 @@ class Plan {
   // What scalars follow from: the group, the number of the step, whether the state is new.
   struct ScalarsKey {
     size_t group;
-    std::pair<double, bool> time;
+    std::pair<double, bool> info;
   };
 
   enum class StepType : uint8_t { kFloat32, kFloat64, kInt64 };
 
-  // What is kept of a parameter beside its Work.
-  struct Slot {
+  // What is kept of a parameter beside its ParamUpdate.
+  struct ParamCache {
     uint64_t fingerprint = kNoFingerprint;       // of the param, its states and step together
     uint64_t grad_fingerprint = kNoFingerprint;  // of the grad
     void* step = nullptr;  // the count, or for optimizers without one its stand-in on a GPU
@@ -95,7 +95,7 @@ class Plan {
     bool step_on_gpu = false;
     bool counts_steps = false;
     StochasticRounding rounding = StochasticRounding::kNone;  // as its group has it
-    uint8_t device = kIdle;  // as in Work, whether there is a grad or not
+    uint8_t device = kIdle;  // as in ParamUpdate, whether there is a grad or not
     bool is_first = false;
     bool is_fresh = false;      // its first state was created here, and not loaded
     bool recognizable = false;  // equal fingerprints mean that the work stands
@@ -119,18 +119,18 @@ class Plan {
   // What the drivers are to do, and what holds the memory of that.
   struct Launches {
     std::vector<Layout> layouts;
-    std::vector<cuda::HyperSource> groups;
+    std::vector<cuda::HyperParamsRef> groups;
     std::vector<pybind11::object> kept;  // copies of the scaling tensors, where they are read
-    std::vector<cuda::Share> shares;     // one for each GPU
-    bool captured;                       // and replayed, perhaps
+    std::vector<cuda::DeviceStep> device_steps;  // one for each GPU
+    bool captured;                               // and replayed, perhaps
   };
 
   // One walk over all parameters.
-  struct Walk {
+  struct StepContext {
     std::vector<Group> groups;
     PyObject* state;      // borrowed from the caller of step()
     bool state_is_plain;  // see is_plain_dict()
-    GradFacts grads;
+    GradInfo grads;
     bool gpu_counts;          // GPUs count the steps of their parameters and compute the scalars
     bool is_second;           // after the creation of missing state
     Py_ssize_t state_at = 0;  // PyDict_Next's position in `state`, whose order is nearly always
@@ -149,7 +149,7 @@ class Plan {
   };
 
   // The tensors of one parameter, which held_ keeps; null for state that is missing or not in use.
-  struct Found {
+  struct ParamTensors {
     PyObject* tensors[kMaxOperands] = {};
     PyObject* step = nullptr;
     PyObject* state = nullptr;            // the dict they are from
@@ -160,58 +160,64 @@ class Plan {
   };
 
   void begin();
-  Walk start_walk(const pybind11::object& param_groups, const pybind11::object& state,
-                  const GradFacts& grads, bool is_second);
-  void walk(Walk& walk);
-  void walk_block(Walk& walk, Group& group, int64_t group_index, Py_ssize_t first, int n,
-                  size_t at);
-  void visit(Walk& walk, Group& group, const Place& place, const Found& found, size_t at);
-  void keep_layout(Walk& walk, Work& work, Slot& slot) const;
-  PyObject* find_state_dict(Walk& walk, const Group& group, PyObject* param, bool active,
-                            const Place& place);
+  StepContext collect(const pybind11::object& param_groups, const pybind11::object& state,
+                      const GradInfo& grads, bool is_second);
+  void collect_params(StepContext& context);
+  void collect_block(StepContext& context, Group& group, int64_t group_index, Py_ssize_t first,
+                     int n, size_t at);
+  void visit(StepContext& context, Group& group, const ParamId& id, const ParamTensors& found,
+             size_t at);
+  void keep_layout(StepContext& context, ParamUpdate& update, ParamCache& cache) const;
+  PyObject* find_state_dict(StepContext& context, const Group& group, PyObject* param, bool active,
+                            const ParamId& id);
   void name_states(Group& group) const;
-  void name_states(const Group& group, const Place& place, Found& found);
-  bool uses_less(const Work& work, const Slot& slot, const Found& found, const Group& group) const;
-  bool has_unused_state(const Found& found, const Group& group) const;
-  bool find_state(PyObject* state, const Group& group, const Place& place, Found& found);
-  void take_over(const Group& group, const Found& found, Operands& operands, Slot& slot) const;
+  void name_states(const Group& group, const ParamId& id, ParamTensors& found);
+  bool uses_less(const ParamUpdate& update, const ParamCache& cache, const ParamTensors& found,
+                 const Group& group) const;
+  bool has_unused_state(const ParamTensors& found, const Group& group) const;
+  bool find_state(PyObject* state, const Group& group, const ParamId& id, ParamTensors& found);
+  void take_over(const Group& group, const ParamTensors& found, Operands& operands,
+                 ParamCache& cache) const;
   enum class Unchanged { kNothing, kAllButGrad, kAll };
-  Unchanged compare(const Found& found, bool is_known, Slot& slot) const;
-  void read_param_and_grad(Operands& operands, Slot& slot);
+  Unchanged compare(const ParamTensors& found, bool is_known, ParamCache& cache) const;
+  void read_param_and_grad(Operands& operands, ParamCache& cache);
   void align_grad(Operands& operands) const;
-  void read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slot& slot);
-  void find_step(const Operands& operands, Slot& slot) const;
-  void set_clock(Walk& walk, const Group& group, const Place& place, bool is_complete, size_t at);
-  void read_step(const Place& place, Slot& slot) const;
+  void read_rest(StepContext& context, Operands& operands, bool found, ParamUpdate& update,
+                 ParamCache& cache);
+  void find_step(const Operands& operands, ParamCache& cache) const;
+  void set_counter(StepContext& context, const Group& group, const ParamId& id, bool is_complete,
+                   size_t at);
+  void read_step(const ParamId& id, ParamCache& cache) const;
   uint8_t rounded_stochastically(const Operands& operands) const;
-  void fill(Walk& walk, const Operands& operands, Work& work, Slot& slot);
-  void lay_out(Walk& walk, const Operands& operands, Work& work) const;
-  int32_t schedule(Walk& walk, Group& group, const Slot& slot) const;
-  const Dims* dims_of(const Work& work) const;  // nullptr: it is dense
+  void fill(StepContext& context, const Operands& operands, ParamUpdate& update, ParamCache& cache);
+  void lay_out(StepContext& context, const Operands& operands, ParamUpdate& update) const;
+  int32_t step_scalars(StepContext& context, Group& group, const ParamCache& cache) const;
+  const Dims* dims_of(const ParamUpdate& update) const;  // nullptr: it is dense
   Region region_of(size_t at, int operand) const;
-  void refuse_overlap(const Walk& walk);
-  bool check_grads(const Walk& walk);
+  void refuse_overlap(const StepContext& context);
+  bool check_grads(const StepContext& context);
   bool meets_written(const Region& region, size_t& guess) const;
-  bool reads_others(const Walk& walk, size_t at);
-  std::string name_of(const Walk& walk, int64_t owner) const;
-  std::string name_of_state(const Work& work, int operand) const;
-  bool refuse_capture(const Walk& walk) const;
-  void count_first_steps(Walk& walk);
-  void prepare(const Walk& walk, const Scaling& scaling, bool measures, Launches& launches);
+  bool reads_others(const StepContext& context, size_t at);
+  std::string name_of(const StepContext& context, int64_t owner) const;
+  std::string name_of_state(const ParamUpdate& update, int operand) const;
+  bool refuse_capture(const StepContext& context) const;
+  void count_first_steps(StepContext& context);
+  void prepare(const StepContext& context, const Scaling& scaling, bool reads_grads,
+               Launches& launches);
   void plan_cpu_chunks();
-  bool measure(Walk& walk, const pybind11::object& reductions, const Scaling& scaling,
-               Launches& launches, int num_threads, bool checks_grads);
+  bool sum_squares(StepContext& context, const pybind11::object& reductions, const Scaling& scaling,
+                   Launches& launches, int num_threads, bool checks_grads);
   static bool skips_for(const Scaling& scaling);
-  pybind11::object classify_grads(const Walk& walk);
-  void measure_on_cpu(int num_threads, double* totals, int64_t num_classes);
+  pybind11::object classify_grads(const StepContext& context);
+  void sum_on_cpu(int num_threads, double* totals, int64_t num_classes);
   void combine(Launches& launches, const pybind11::object& reductions,
                std::vector<pybind11::object>& numbers, std::vector<double*>& data);
-  void rescale(Walk& walk) const;
-  void run(Walk& walk, const Launches& launches, int num_threads);
-  void launch(const Walk& walk, const Launches& launches);
-  void run_on_cpu(Walk& walk, const std::vector<Layout>& layouts, int num_threads);
-  void write_steps(const Walk& walk) const;
-  void set_verdict(pybind11::object verdict);
+  void rescale(StepContext& context) const;
+  void run(StepContext& context, const Launches& launches, int num_threads);
+  void launch(const StepContext& context, const Launches& launches);
+  void run_on_cpu(StepContext& context, const std::vector<Layout>& layouts, int num_threads);
+  void write_steps(const StepContext& context) const;
+  void set_status(pybind11::object status);
 
   const OptimizerRow& row_;
   States second_moments_ = 0;  // of the rule
@@ -222,8 +228,8 @@ class Plan {
   References held_;      // all that the step touches, until it ends
 
   // One entry for each parameter, in the order of the groups.
-  std::vector<Work> works_;
-  std::vector<Slot> slots_;
+  std::vector<ParamUpdate> updates_;
+  std::vector<ParamCache> caches_;
   std::vector<Dims> dims_;  // of works that are not dense
   std::vector<ChunkStart> chunks_;
   std::vector<ChunkStart> leaves_;   // of the norm, if it was needed, for grads of
@@ -231,13 +237,13 @@ class Plan {
   std::vector<Written> written_;  // all operands that works_ write, by address, as refuse_overlap()
   bool disjoint_ = false;         // left it, which stands if this is true: they do not overlap
   int64_t overlap_checks_ = 0;
-  bool in_order_ = false;            // in this step, the order of the parameters counts
-  bool walked_ = true;               // the last walk came to its end
-  bool chunked_ = false;             // chunks_ fit works_
-  std::vector<cuda::Clock> clocks_;  // of this step, if GPUs count
+  bool in_order_ = false;                    // in this step, the order of the parameters counts
+  bool is_collected_ = true;                 // the last walk came to its end
+  bool chunked_ = false;                     // chunks_ fit works_
+  std::vector<cuda::StepCounter> counters_;  // of this step, if GPUs count
 
-  mutable std::mutex verdict_mutex_;
-  pybind11::object verdict_ = pybind11::none();
+  mutable std::mutex status_mutex_;
+  pybind11::object status_ = pybind11::none();
   std::vector<pybind11::object> captured_;  // what captured graphs write to
   pybind11::list changed_;  // (group, index) of params that use less state than in the step before
 

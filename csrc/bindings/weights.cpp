@@ -22,14 +22,14 @@ TensorView view_of(py::handle tensor, DType dtype, References& held) {
   return view;
 }
 
-struct Parts {
+struct TableLayout {
   References held;
   uint16_t* param;
   uint16_t* remainder;
   float* weight;
   int64_t count;
 
-  Parts(py::handle param_tensor, py::handle remainder_tensor, py::handle weight_tensor) {
+  TableLayout(py::handle param_tensor, py::handle remainder_tensor, py::handle weight_tensor) {
     const TensorView params = view_of(param_tensor, DType::kBFloat16, held);
     const TensorView remainders = view_of(remainder_tensor, DType::kRemainder, held);
     const TensorView weights = view_of(weight_tensor, DType::kFloat32, held);
@@ -45,14 +45,14 @@ struct Parts {
 }  // namespace
 
 void join_weights(py::handle param, py::handle remainder, py::handle weight) {
-  const Parts parts(param, remainder, weight);
+  const TableLayout parts(param, remainder, weight);
   for (int64_t i = 0; i < parts.count; ++i)
     parts.weight[i] =
         join_weight(float_from_bfloat16(parts.param[i]), uint32_t{parts.remainder[i]});
 }
 
 void split_weights(py::handle weight, py::handle param, py::handle remainder) {
-  const Parts parts(param, remainder, weight);
+  const TableLayout parts(param, remainder, weight);
   for (int64_t i = 0; i < parts.count; ++i) {
     const auto split = split_weight(parts.weight[i]);
     parts.param[i] = static_cast<uint16_t>(as_bits(split.param) >> 16);

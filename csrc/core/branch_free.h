@@ -61,7 +61,7 @@ class BranchFree {
   // numerator / (the root of `square` + eps), with square and eps of at least 0.
   FUSEDOPT_HD float divide_by_root(float numerator, float square, float eps) {
     const float denominator = root(fma(square, 0x1p60f, zero_square(eps))) + eps * 0x1p30f;
-    const float exact = quotient(as_if_new(numerator * 0x1p58f), denominator) * 0x1p-28f;
+    const float exact = quotient(opaque(numerator * 0x1p58f), denominator) * 0x1p-28f;
     largest_ = larger(largest_, std::fabs(exact));
     return exact;
   }
@@ -80,7 +80,7 @@ class BranchFree {
 
  private:
   // Else the compiler multiplies once more, where to negate costs nothing.
-  static FUSEDOPT_HD float as_if_new(float number) {
+  static FUSEDOPT_HD float opaque(float number) {
 #if defined(__CUDA_ARCH__)
     asm("" : "+f"(number));
 #endif

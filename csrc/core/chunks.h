@@ -11,7 +11,7 @@ namespace fusedopt {
 
 // A chunk goes from its start to the start of the next one.
 struct ChunkStart {
-  int64_t work;
+  int64_t update;
   int64_t element;  // within that work
 };
 
@@ -34,14 +34,14 @@ inline int64_t chunk_elements_for(const std::vector<int64_t>& sizes) {
 inline std::vector<ChunkStart> plan_chunks(const std::vector<int64_t>& sizes,
                                            int64_t chunk_elements) {
   std::vector<ChunkStart> starts;
-  const auto num_works = static_cast<int64_t>(sizes.size());
+  const auto num_updates = static_cast<int64_t>(sizes.size());
   int64_t room = 0;  // elements that the current chunk can still take
-  for (int64_t work = 0; work < num_works; ++work) {
-    const int64_t size = sizes[static_cast<size_t>(work)];
+  for (int64_t update = 0; update < num_updates; ++update) {
+    const int64_t size = sizes[static_cast<size_t>(update)];
     int64_t element = 0;
     do {
       if (room <= 0) {
-        starts.push_back({work, element});
+        starts.push_back({update, element});
         room = chunk_elements;
       }
       const int64_t fits = std::max(room - kTensorCost, kChunkAlignment);
@@ -51,7 +51,7 @@ inline std::vector<ChunkStart> plan_chunks(const std::vector<int64_t>& sizes,
       room -= taken + kTensorCost;
     } while (element < size);
   }
-  starts.push_back({num_works, 0});
+  starts.push_back({num_updates, 0});
   return starts;
 }
 

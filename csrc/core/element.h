@@ -5,7 +5,7 @@
 
 #include "core/dtypes.h"
 #include "core/layout.h"
-#include "core/schedule.h"
+#include "core/step_scalars.h"
 #include "core/stochastic.h"
 #include "core/weight.h"
 
@@ -108,9 +108,9 @@ class Elements {
         });
       }
     }
-    if (formats_.has(kAverage))
+    if (formats_.has(kEma))
       with_format([&](auto format)
-                      __attribute__((always_inline)) { update_average<decltype(format)>(common); });
+                      __attribute__((always_inline)) { update_ema<decltype(format)>(common); });
     with_format([&](auto format) __attribute__((always_inline)) { store<decltype(format)>(); });
   }
 
@@ -138,11 +138,11 @@ class Elements {
 
   // The average is of what the weight will be.
   template <class Storage>
-  FUSEDOPT_HD void update_average(const CommonScalars<T>& common) {
-    V average;
-    load<Storage>(kAverage, average);
+  FUSEDOPT_HD void update_ema(const CommonScalars<T>& common) {
+    V ema;
+    load<Storage>(kEma, ema);
     as_stored(formats_.has(kMaster) ? DType::kFloat32 : formats_.dtypes[kParam], weight_);
-    store<Storage>(kAverage, common.average(average, weight_));
+    store<Storage>(kEma, common.ema(ema, weight_));
   }
 
   template <class Storage>

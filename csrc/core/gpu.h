@@ -12,20 +12,20 @@
 namespace fusedopt::cuda {
 
 // A number that only the device knows, a tensor of one element there; `data` is nullptr for others.
-struct DeviceNumber {
+struct DeviceScalar {
   const void* data;
   DType dtype;
   uint8_t unused[7] = {};  // nothing uncertain: what did not change is recognised by its bytes
 };
 
 // The hyper-parameters of a param group; a number that the device knows better is read there.
-struct HyperSource {
-  Hyper values;
-  DeviceNumber lr, weight_decay, momentum, dampening, beta1, beta2, eps;
+struct HyperParamsRef {
+  HyperParams values;
+  DeviceScalar lr, weight_decay, momentum, dampening, beta1, beta2, eps;
 };
 
 // When a parameter is in its training, as the device finds it out.
-struct Clock {
+struct StepCounter {
   void* step;  // steps done so far, a tensor of one element; nullptr: `is_first` says all
   int32_t group;
   DType dtype;
@@ -35,27 +35,28 @@ struct Clock {
 };
 
 // One device's share of a step. Pointers into host memory are borrowed for the call.
-struct Share {
-  int gpu;            // CUDA's number of the device
-  void* stream;       // a cudaStream_t
-  const Work* works;  // of the whole optimizer; the others are left alone
-  int64_t num_works;
+struct DeviceStep {
+  int gpu;                     // CUDA's number of the device
+  void* stream;                // a cudaStream_t
+  const ParamUpdate* updates;  // of the whole optimizer; the others are left alone
+  int64_t num_updates;
   const Layout* layouts;
   int64_t num_layouts;
   // Either scalars, as in Step, or what the device computes them from.
   const Scalars* scalars;
   int64_t num_scalars;
-  const Clock* clocks;  // one for each work, or nullptr
-  const HyperSource* groups;
+  const StepCounter* counters;  // one for each work, or nullptr
+  const HyperParamsRef* groups;
   int64_t num_groups;
   const float* grad_scale;  // in device memory, or nullptr, as is
   const float* found_inf;   // the step changes nothing if this is above 0
   // If the grads are read before the step, what is found out about them, in device memory.
-  bool measures;
-  bool clips;           // as for judge()
-  bool judges;          // what is measured here is all there is
-  Verdict* verdict;     // of measure() if it judges, or of judge(); nullptr: there is none
-  double* totals;       // [squares, nonfinite] of each class; what judge() reads: of all
+  bool reads_grads;
+  bool clips;      // as for finalize_norm()
+  bool finalizes;  // what is measured here is all there is
+  GradStatus*
+      status;      // of sum_squares() if it judges, or of finalize_norm(); nullptr: there is none
+  double* totals;  // [squares, nonfinite] of each class; what finalize_norm() reads: of all
   int64_t num_classes;  // in use by the works
 };
 
@@ -72,15 +73,15 @@ class Driver {
   virtual ~Driver() = default;
 
   // Gets ready all that can fail, writing to no parameter or state. Raises std::runtime_error.
-  virtual void prepare(const Share& share) = 0;
+  virtual void prepare(const DeviceStep& device_step) = 0;
 
   // Enqueues the reading of the grads, of what was prepared, and the verdict.
-  virtual void measure(const Share& share) = 0;
-  virtual void judge(const Share& share) = 0;
+  virtual void sum_squares(const DeviceStep& device_step) = 0;
+  virtual void finalize_norm(const DeviceStep& device_step) = 0;
 
   // Enqueues what was prepared, without waiting for the device. Calls no function of Python or
   // torch. Raises if CUDA refuses.
-  virtual void launch(const Share& share) = 0;
+  virtual void launch(const DeviceStep& device_step) = 0;
 };
 
 // Why CUDA tensors cannot be stepped by this build, or nullptr if they can.

@@ -15,8 +15,8 @@ inline constexpr int kParam = 0;
 inline constexpr int kGrad = 1;
 inline constexpr int kFirstState = 2;
 inline constexpr int kMaster = kFirstState + kMaxStates;
-inline constexpr int kAverage = kMaster + 1;
-inline constexpr int kMaxOperands = kAverage + 1;
+inline constexpr int kEma = kMaster + 1;
+inline constexpr int kMaxOperands = kEma + 1;
 // Strides have one entry more, for the number of an element within its tensor.
 inline constexpr int kIndex = kMaxOperands;
 

@@ -27,22 +27,22 @@ template <class Storage>
 inline constexpr int kLeafVector = 16 / static_cast<int>(sizeof(Storage));
 
 // What is known of one leaf.
-struct GradSum {
+struct PartialSum {
   double squares;
   int32_t nonfinite;   // elements that are infinite or NaN
-  int32_t norm_class;  // as Work::norm_class
+  int32_t norm_class;  // as ParamUpdate::norm_class
 };
 
 // Cuts works of these sizes into leaves; the last start is the end.
 inline std::vector<ChunkStart> plan_leaves(const std::vector<int64_t>& sizes) {
   std::vector<ChunkStart> starts;
-  const auto num_works = static_cast<int64_t>(sizes.size());
-  for (int64_t work = 0; work < num_works; ++work) {
-    const int64_t size = sizes[static_cast<size_t>(work)];
+  const auto num_updates = static_cast<int64_t>(sizes.size());
+  for (int64_t update = 0; update < num_updates; ++update) {
+    const int64_t size = sizes[static_cast<size_t>(update)];
     const int64_t leaf = (size / (kMinLeafElements * kMaxLeaves) + 1) * kMinLeafElements;
-    for (int64_t element = 0; element < size; element += leaf) starts.push_back({work, element});
+    for (int64_t element = 0; element < size; element += leaf) starts.push_back({update, element});
   }
-  starts.push_back({num_works, 0});
+  starts.push_back({num_updates, 0});
   return starts;
 }
 
@@ -84,7 +84,7 @@ inline double sum_block(double* values, int count) {
 }
 
 // Of all leaves of one class, the squares and how many elements are not finite.
-inline void sum_leaves(const GradSum* leaves, int64_t num_leaves, int32_t norm_class,
+inline void sum_leaves(const PartialSum* leaves, int64_t num_leaves, int32_t norm_class,
                        double* total) {
   double values[kTotalThreads] = {};
   int64_t nonfinite = 0;
@@ -98,7 +98,7 @@ inline void sum_leaves(const GradSum* leaves, int64_t num_leaves, int32_t norm_c
 }
 
 // What is known before a step about its grads, and whether it takes place.
-struct Verdict {
+struct GradStatus {
   double grad_norm;  // of the grads divided by grad_scale
   int64_t nonfinite;
   float skip;  // above 0: the step changes nothing
@@ -106,8 +106,8 @@ struct Verdict {
 };
 
 // `clips`: a norm that is not finite, by overflow, say, is a reason to skip, too.
-FUSEDOPT_HD Verdict judge(double squares, int64_t nonfinite, double grad_scale, bool found_inf,
-                          bool clips) {
+FUSEDOPT_HD GradStatus finalize_norm(double squares, int64_t nonfinite, double grad_scale,
+                                     bool found_inf, bool clips) {
   const double norm = std::sqrt(squares) / grad_scale;
   const bool skips = found_inf || nonfinite > 0 || (clips && is_nonfinite(norm));
   return {norm, nonfinite, skips ? 1.0f : 0.0f, 0};

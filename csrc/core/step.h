@@ -8,13 +8,13 @@
 #include "core/element.h"
 #include "core/layout.h"
 #include "core/norm.h"
-#include "core/schedule.h"
+#include "core/step_scalars.h"
 
 // What the bindings hand to a driver: one step of a whole optimizer, checked and ready to run.
 namespace fusedopt {
 
 // One parameter's share of a step. A complex tensor counts as twice as many real elements.
-struct alignas(32) Work {
+struct alignas(32) ParamUpdate {
   void* data[kMaxOperands];  // as in core/layout.h; nullptr where `formats` has none
   int64_t numel;
   int32_t scalars;  // index into Step::scalars
@@ -31,11 +31,11 @@ inline constexpr uint8_t kIdle = 0;  // no grad this time, nothing to do
 inline constexpr uint8_t kCpu = 1;
 inline constexpr uint8_t kFirstGpu = 2;
 inline constexpr int kMaxGpus = 255 - kFirstGpu;
-static_assert(sizeof(Work) == 96, "whole halves of cache lines, and whole vectors of a GPU");
+static_assert(sizeof(ParamUpdate) == 96, "whole halves of cache lines, and whole vectors of a GPU");
 
 // Every pointer is borrowed for the call. `chunks` has `num_chunks + 1` entries.
 struct Step {
-  const Work* works;
+  const ParamUpdate* updates;
   const Scalars* scalars;
   const Layout* layouts;
   const ChunkStart* chunks;
@@ -58,8 +58,9 @@ void run(const Step& step, Isa isa, int num_threads, const std::function<void()>
 
 // Sums the squares of the grads, a result for each leaf (core/norm.h), in the order of the leaves.
 // Works of other devices count nothing.
-std::vector<GradSum> measure(const Work* works, const Layout* layouts,
-                             const std::vector<ChunkStart>& leaves, Isa isa, int num_threads);
+std::vector<PartialSum> sum_squares(const ParamUpdate* updates, const Layout* layouts,
+                                    const std::vector<ChunkStart>& leaves, Isa isa,
+                                    int num_threads);
 
 }  // namespace cpu
 }  // namespace fusedopt

@@ -23,7 +23,7 @@ class Cursor {
   int64_t left_in_run() const { return inner() ? inner()->size - index_[last_dim()] : 1; }
 
   // Goes on by n elements, at most left_in_run().
-  void advance(int64_t n) {
+  void increment(int64_t n) {
     for (int d = last_dim(); d >= 0; --d, n = 1) {
       const Dim& dim = layout_.dims[d];
       index_[d] += n;
@@ -50,7 +50,7 @@ void for_each_run(Cursor& cursor, int64_t n, const Visit& visit) {
     const int64_t left = n - done;
     const int64_t run = cursor.left_in_run() < left ? cursor.left_in_run() : left;
     visit(done, run, cursor);
-    cursor.advance(run);
+    cursor.increment(run);
     done += run;
   }
 }

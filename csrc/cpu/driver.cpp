@@ -55,15 +55,16 @@ void run_in_threads(int64_t num_threads, const First& first, const WorkOff& work
   work_off();
 }
 
-GradSum measure_leaf(const Kernels& kernels, const Work& work, const Layout* layouts, int64_t begin,
-                     int64_t end) {
-  if (work.device != kCpu || begin >= end) return {0, 0, work.norm_class};
+PartialSum sum_leaf(const Kernels& kernels, const ParamUpdate& update, const Layout* layouts,
+                    int64_t begin, int64_t end) {
+  if (update.device != kCpu || begin >= end) return {0, 0, update.norm_class};
   double threads[kLeafThreads];
-  const int used = kernels.measure_leaf(work, layouts, begin, end, threads);
+  const int used = kernels.sum_leaf(update, layouts, begin, end, threads);
   const double squares = sum_block(threads, used);
   const int64_t nonfinite =
-      is_nonfinite(squares) ? kernels.count_nonfinite(work, layouts, begin, end) : 0;
-  return {squares, static_cast<int32_t>(std::min<int64_t>(nonfinite, INT32_MAX)), work.norm_class};
+      is_nonfinite(squares) ? kernels.count_nonfinite(update, layouts, begin, end) : 0;
+  return {squares, static_cast<int32_t>(std::min<int64_t>(nonfinite, INT32_MAX)),
+          update.norm_class};
 }
 
 }  // namespace
@@ -113,15 +114,16 @@ void run(const Step& step, Isa isa, int num_threads, const std::function<void()>
   });
 }
 
-std::vector<GradSum> measure(const Work* works, const Layout* layouts,
-                             const std::vector<ChunkStart>& leaves, Isa isa, int num_threads) {
+std::vector<PartialSum> sum_squares(const ParamUpdate* updates, const Layout* layouts,
+                                    const std::vector<ChunkStart>& leaves, Isa isa,
+                                    int num_threads) {
   const Kernels& kernels = kernels_of(isa);
   const auto count = static_cast<int64_t>(leaves.size()) - 1;
-  std::vector<GradSum> sums(static_cast<size_t>(count));
+  std::vector<PartialSum> sums(static_cast<size_t>(count));
   std::atomic<int64_t> next{0};
   int64_t elements = 0;
   for (size_t i = 0; i + 1 < leaves.size(); ++i)
-    if (leaves[i].element == 0) elements += works[leaves[i].work].numel;
+    if (leaves[i].element == 0) elements += updates[leaves[i].update].numel;
   run_in_threads(
       elements >= kMinParallelElements ? num_threads : 1, [] {},
       [&] {
@@ -130,10 +132,10 @@ std::vector<GradSum> measure(const Work* works, const Layout* layouts,
           for (int64_t i = first; i < std::min(first + kLeavesAtATime, count); ++i) {
             const ChunkStart from = leaves[static_cast<size_t>(i)];
             const ChunkStart to = leaves[static_cast<size_t>(i) + 1];
-            const Work& work = works[from.work];
+            const ParamUpdate& update = updates[from.update];
             sums[static_cast<size_t>(i)] =
-                measure_leaf(kernels, work, layouts, from.element,
-                             to.work == from.work ? to.element : work.numel);
+                sum_leaf(kernels, update, layouts, from.element,
+                         to.update == from.update ? to.element : update.numel);
           }
       });
   return sums;

@@ -10,10 +10,11 @@ struct Kernels {
   void (*run_chunk)(const Step& step, int64_t chunk);
   // The squares of elements [begin, end) of a work's grad, a leaf, as the sums of kLeafThreads
   // threads (core/norm.h); returns how many have any.
-  int (*measure_leaf)(const Work& work, const Layout* layouts, int64_t begin, int64_t end,
-                      double* threads);
+  int (*sum_leaf)(const ParamUpdate& update, const Layout* layouts, int64_t begin, int64_t end,
+                  double* threads);
   // How many of these elements are infinite or NaN.
-  int64_t (*count_nonfinite)(const Work& work, const Layout* layouts, int64_t begin, int64_t end);
+  int64_t (*count_nonfinite)(const ParamUpdate& update, const Layout* layouts, int64_t begin,
+                             int64_t end);
 };
 
 const Kernels& kernels_baseline();

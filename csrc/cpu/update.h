@@ -154,7 +154,8 @@ __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
 template <class T>
 class Tile {
  public:
-  Tile(const Work& work, uint32_t rounding_key) : work_(work), rounding_key_(rounding_key) {
+  Tile(const ParamUpdate& update, uint32_t rounding_key)
+      : update_(update), rounding_key_(rounding_key) {
     for (int k = 0; k < kMaxOperands; ++k) data_[k] = bytes_[k];
   }
 
@@ -162,10 +163,10 @@ class Tile {
     for_each_run(cursor, n, [&](int64_t offset, int64_t run, const Cursor& from) {
       for_each_operand([&](int k, auto item) {
         using Item = decltype(item);
-        const Item* const source = static_cast<const Item*>(work_.data[k]) + from.at(k);
+        const Item* const source = static_cast<const Item*>(update_.data[k]) + from.at(k);
         copy(reinterpret_cast<Item*>(bytes_[k]) + offset, 1, source, from.stride(k), run);
       });
-      if (work_.formats.stochastic != 0) draw(offset, run, from);
+      if (update_.formats.stochastic != 0) draw(offset, run, from);
     });
     // What fills the last block is computed with, and then dropped.
     for_each_operand([&](int k, auto item) {
@@ -179,21 +180,21 @@ class Tile {
       for_each_operand([&](int k, auto item) {
         using Item = decltype(item);
         if (k == kGrad) return;
-        Item* const target = static_cast<Item*>(work_.data[k]) + to.at(k);
+        Item* const target = static_cast<Item*>(update_.data[k]) + to.at(k);
         copy(target, to.stride(k), reinterpret_cast<const Item*>(bytes_[k]) + offset, 1, run);
       });
     });
   }
 
   Block<T> block() const {
-    return {work_.formats, DType::kAbsent, data_, 0, 0, draws_};  // in order, as the draws are
+    return {update_.formats, DType::kAbsent, data_, 0, 0, draws_};  // in order, as the draws are
   }
 
  private:
   template <class F>
   FUSEDOPT_HD void for_each_operand(const F& f) const {
     for (int k = 0; k < kMaxOperands; ++k) {
-      const int64_t size = item_size(work_.formats.dtypes[k]);
+      const int64_t size = item_size(update_.formats.dtypes[k]);
       if (size == 2) f(k, uint16_t{});
       if (size == 4) f(k, uint32_t{});
       if (size == 8) f(k, uint64_t{});
@@ -215,7 +216,7 @@ class Tile {
     }
   }
 
-  const Work& work_;
+  const ParamUpdate& update_;
   const uint32_t rounding_key_;
   void* data_[kMaxOperands];
   alignas(kCacheLine) char bytes_[kMaxOperands][kTileElements * sizeof(T)];
@@ -245,19 +246,19 @@ void update_rest(typename Rule::Variant variant, const StepScalars<Rule, T>& sca
 
 // Elements [begin, end) of a work.
 template <class Rule, class T>
-void update(const Step& step, const Work& work, int64_t begin, int64_t end) {
-  const auto variant = Rule::Variant::of(work.variant);
+void update_elements(const Step& step, const ParamUpdate& update, int64_t begin, int64_t end) {
+  const auto variant = Rule::Variant::of(update.variant);
   const StepScalars<Rule, T> scalars =
-      step.scalars[work.scalars].template of<Rule>().template as<T>();
-  if (work.layout == kDense) {
-    const Formats formats = work.formats;
+      step.scalars[update.scalars].template of<Rule>().template as<T>();
+  if (update.layout == kDense) {
+    const Formats formats = update.formats;
     void* data[kMaxOperands];
     Block<T> block = {formats, formats.one_format(Block<T>::kSplitIsOneFormat), data, 0, 0,
                       nullptr};
     const auto go_to = [&](int64_t element) {
       block.number = static_cast<uint64_t>(element);
       for (int k = 0; k < kMaxOperands; ++k)
-        data[k] = static_cast<char*>(work.data[k]) + element * item_size(formats.dtypes[k]);
+        data[k] = static_cast<char*>(update.data[k]) + element * item_size(formats.dtypes[k]);
     };
     const int64_t whole = (end - begin) / kBlock<T> * kBlock<T>;
     go_to(begin);
@@ -267,9 +268,9 @@ void update(const Step& step, const Work& work, int64_t begin, int64_t end) {
     if (begin < end) update_rest<Rule, T>(variant, scalars, block, end - begin);
     return;
   }
-  const Layout& layout = step.layouts[work.layout];
+  const Layout& layout = step.layouts[update.layout];
   Cursor source(layout, begin), target(layout, begin);
-  Tile<T> tile(work, scalars.common.rounding_key);
+  Tile<T> tile(update, scalars.common.rounding_key);
   for (; begin < end; begin += kTileElements) {
     const int64_t n = end - begin < kTileElements ? end - begin : kTileElements;
     tile.load(source, n);

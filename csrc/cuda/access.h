@@ -143,7 +143,7 @@ FUSEDOPT_HD T same_for_warp(T value) {
 // The same number, of which the compiler does not know that it is: what follows from it is found
 // out again where it is needed. To keep all that over a loop would take dozens of registers.
 template <class T>
-FUSEDOPT_HD T as_if_new(T number) {
+FUSEDOPT_HD T opaque(T number) {
   asm volatile("" : "+r"(number));
   return number;
 }
@@ -179,14 +179,14 @@ FUSEDOPT_HD uint32_t pack(float low, float high) {
 }
 
 // A work in a few accesses, all asked for at once.
-FUSEDOPT_HD Work load_work(const Work* from) {
-  constexpr int kParts = sizeof(Work) / sizeof(Words<4>);
+FUSEDOPT_HD ParamUpdate load_update(const ParamUpdate* from) {
+  constexpr int kParts = sizeof(ParamUpdate) / sizeof(Words<4>);
   struct {
     Words<4> parts[kParts];
-  } work;
+  } update;
   for (int i = 0; i < kParts; ++i)
-    work.parts[i] = load_words<4>(reinterpret_cast<const Words<4>*>(from) + i);
-  return bit_cast<Work>(work);
+    update.parts[i] = load_words<4>(reinterpret_cast<const Words<4>*>(from) + i);
+  return bit_cast<ParamUpdate>(update);
 }
 
 }  // namespace fusedopt::cuda

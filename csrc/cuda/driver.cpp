@@ -13,15 +13,15 @@ namespace fusedopt::cuda {
 namespace {
 
 // Page-locked memory that copies to the device are made from; to be used again when they are done.
-struct Staging {
+struct PinnedBuffer {
   std::shared_ptr<void> memory;
   int64_t bytes;
-  runtime::Point done;
+  runtime::Event done;
 
-  ~Staging() { done.wait(); }
+  ~PinnedBuffer() { done.wait(); }
 };
-constexpr int kMaxStagings = 64;
-constexpr int64_t kMinStagingBytes = 4096;
+constexpr int kMaxPinnedBuffers = 64;
+constexpr int64_t kMinPinnedBytes = 4096;
 
 // What is kept of one device.
 class Device {
@@ -30,46 +30,46 @@ class Device {
 
   ~Device() {
     try {
-      const runtime::OnGpu on_gpu(gpu_);
-      stagings_.clear();
+      const runtime::DeviceGuard on_gpu(gpu_);
+      buffers_.clear();
     } catch (const std::exception&) {  // the process ends and CUDA with it
     }
   }
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
 
-  void prepare(const Share& share) {
-    const bool capturing = is_capturing(gpu_, share.stream);
-    if (arrangement_.update(share)) table_.reset();
+  void prepare(const DeviceStep& device_step) {
+    const bool capturing = is_capturing(gpu_, device_step.stream);
+    if (partition_.update(device_step)) table_.reset();
     if (!is_checked_) runtime::check_kernels(gpu_);
     is_checked_ = true;
     if (capturing)
-      prepare_capture(share);
+      prepare_capture(device_step);
     else
-      prepare_table(share);
+      prepare_table(device_step);
   }
 
   // The reading of the grads; what was prepared is sent first.
-  void measure(const Share& share) {
+  void sum_squares(const DeviceStep& device_step) {
     try {
-      send(share);
-      enqueue_measuring(share);
+      send(device_step);
+      enqueue_sums(device_step);
     } catch (...) {
       table_.reset();
       throw;
     }
   }
 
-  void judge(const Share& share) const {
-    runtime::judge(judging(share, share.verdict), share.stream);
+  void finalize_norm(const DeviceStep& device_step) const {
+    runtime::finalize_norm(finalizing(device_step, device_step.status), device_step.stream);
   }
 
-  void launch(const Share& share) {
+  void launch(const DeviceStep& device_step) {
     try {
-      send(share);
-      for (const Rows& rows : arrangement_.columns()) {
-        if (share.clocks != nullptr) schedule(share, rows);
-        update(share, rows);
+      send(device_step);
+      for (const Rows& rows : partition_.keys()) {
+        if (device_step.counters != nullptr) step_scalars(device_step, rows);
+        update(device_step, rows);
       }
     } catch (...) {
       table_.reset();  // the device may not have what its image says
@@ -78,88 +78,92 @@ class Device {
   }
 
  private:
-  void send(const Share& share) {
-    Table& table = *current_;
-    if (table.image().bytes_changed() == 0) return;
-    const Image& image = table.image();
-    std::memcpy(staging_->memory.get(), image.changes(),
-                static_cast<size_t>(image.bytes_changed()));
-    runtime::copy_to_device(table.at(image.first_change()), staging_->memory.get(),
-                            image.bytes_changed(), share.stream);
-    staging_->done.record(share.stream);
-    table.image().is_sent();
+  void send(const DeviceStep& device_step) {
+    DeviceTable& table = *current_;
+    if (table.mirror().bytes_changed() == 0) return;
+    const HostMirror& mirror = table.mirror();
+    std::memcpy(buffer_->memory.get(), mirror.changes(),
+                static_cast<size_t>(mirror.bytes_changed()));
+    runtime::copy_to_device(table.at(mirror.first_change()), buffer_->memory.get(),
+                            mirror.bytes_changed(), device_step.stream);
+    buffer_->done.record(device_step.stream);
+    table.mirror().is_sent();
   }
 
-  void enqueue_measuring(const Share& share) {
-    const Parts& parts = current_->parts();
-    MeasureCall call = {};
-    call.stream = share.stream;
-    call.arguments.works = reinterpret_cast<const Work*>(current_->at(parts.works));
+  void enqueue_sums(const DeviceStep& device_step) {
+    const TableLayout& parts = current_->parts();
+    SumSquaresCall call = {};
+    call.stream = device_step.stream;
+    call.arguments.updates = reinterpret_cast<const ParamUpdate*>(current_->at(parts.updates));
     call.arguments.leaves = reinterpret_cast<const ChunkStart*>(current_->at(parts.leaves));
     call.arguments.layouts = reinterpret_cast<const Layout*>(current_->at(parts.layouts));
-    call.arguments.sums = reinterpret_cast<GradSum*>(current_->at(parts.sums));
-    call.num_leaves = static_cast<int64_t>(arrangement_.find_leaves(share).size()) - 1;
-    for (const int64_t w : arrangement_.rows()) {
-      if (share.works[w].device == kIdle) continue;
-      const bool is_double = share.works[w].formats.dtypes[kGrad] == DType::kFloat64;
+    call.arguments.sums = reinterpret_cast<PartialSum*>(current_->at(parts.sums));
+    call.num_leaves = static_cast<int64_t>(partition_.find_leaves(device_step).size()) - 1;
+    for (const int64_t w : partition_.rows()) {
+      if (device_step.updates[w].device == kIdle) continue;
+      const bool is_double = device_step.updates[w].formats.dtypes[kGrad] == DType::kFloat64;
       (is_double ? call.in_double : call.in_float) = true;
     }
-    runtime::measure(call);
-    for (int64_t c = 0; c < share.num_classes; ++c) {
+    runtime::sum_squares(call);
+    for (int64_t c = 0; c < device_step.num_classes; ++c) {
       const TotalArguments total = {call.arguments.sums, call.num_leaves, static_cast<int32_t>(c),
-                                    share.totals + 2 * c};
-      runtime::total(total, judging(share, share.judges ? share.verdict : nullptr), share.stream);
+                                    device_step.totals + 2 * c};
+      runtime::total(total,
+                     finalizing(device_step, device_step.finalizes ? device_step.status : nullptr),
+                     device_step.stream);
     }
   }
 
-  static JudgeArguments judging(const Share& share, Verdict* verdict) {
-    return {share.totals, share.grad_scale, share.found_inf, verdict, share.clips};
+  static FinalizeArguments finalizing(const DeviceStep& device_step, GradStatus* status) {
+    return {device_step.totals, device_step.grad_scale, device_step.found_inf, status,
+            device_step.clips};
   }
 
   // The flag that makes a step do nothing.
-  static const float* skip_flag(const Share& share) {
-    return share.measures ? &share.verdict->skip : share.found_inf;
+  static const float* skip_flag(const DeviceStep& device_step) {
+    return device_step.reads_grads ? &device_step.status->skip : device_step.found_inf;
   }
 
-  void prepare_table(const Share& share) {
-    if (table_ == nullptr || !table_->fits(share)) {
-      const Parts parts = plan_parts(share, arrangement_);
-      table_ = std::make_unique<Table>(parts, allocate_(gpu_, parts.bytes, Memory::kDevice),
-                                       share.stream);
+  void prepare_table(const DeviceStep& device_step) {
+    if (table_ == nullptr || !table_->fits(device_step)) {
+      const TableLayout parts = plan_table(device_step, partition_);
+      table_ = std::make_unique<DeviceTable>(parts, allocate_(gpu_, parts.bytes, Memory::kDevice),
+                                             device_step.stream);
     }
-    table_->fill(share, arrangement_);
+    table_->fill(device_step, partition_);
     current_ = table_.get();
-    const int64_t bytes = table_->image().bytes_changed();
-    if (bytes > 0) staging_ = &find_staging(bytes);
+    const int64_t bytes = table_->mirror().bytes_changed();
+    if (bytes > 0) buffer_ = &find_buffer(bytes);
   }
 
   // A captured graph reads its table in every replay, so the table is the graph's own, in memory
   // that no other graph uses. It is sent now and not by the graph: it stays as it is.
-  void prepare_capture(const Share& share) {
-    const Parts parts = plan_parts(share, arrangement_);
-    capture_ = std::make_unique<Table>(parts, runtime::allocate_lasting(parts.bytes), share.stream);
-    capture_->fill(share, arrangement_);
-    Image& image = capture_->image();
-    runtime::copy_to_device_now(capture_->at(0), image.changes(), image.size());
-    image.is_sent();
+  void prepare_capture(const DeviceStep& device_step) {
+    const TableLayout parts = plan_table(device_step, partition_);
+    capture_ = std::make_unique<DeviceTable>(parts, runtime::allocate_persistent(parts.bytes),
+                                             device_step.stream);
+    capture_->fill(device_step, partition_);
+    HostMirror& mirror = capture_->mirror();
+    runtime::copy_to_device_now(capture_->at(0), mirror.changes(), mirror.size());
+    mirror.is_sent();
     captured_.push_back(capture_->memory());
     current_ = capture_.get();
   }
 
   // The step that used a staging first has long been done, unless the host is far ahead.
-  Staging& find_staging(int64_t bytes) {
-    const auto fits = [&](const auto& staging) { return staging->bytes >= bytes; };
-    const auto end = stagings_.end();
-    const auto free = std::find_if(stagings_.begin(), end, [&](const auto& staging) {
-      return fits(staging) && staging->done.is_passed();
+  PinnedBuffer& find_buffer(int64_t bytes) {
+    const auto fits = [&](const auto& buffer) { return buffer->bytes >= bytes; };
+    const auto end = buffers_.end();
+    const auto free = std::find_if(buffers_.begin(), end, [&](const auto& buffer) {
+      return fits(buffer) && buffer->done.is_done();
     });
     if (free != end) return **free;
-    if (static_cast<int>(stagings_.size()) >= kMaxStagings) stagings_.pop_front();
-    int64_t room = kMinStagingBytes;
+    if (static_cast<int>(buffers_.size()) >= kMaxPinnedBuffers) buffers_.pop_front();
+    int64_t room = kMinPinnedBytes;
     while (room < bytes) room *= 2;
-    stagings_.push_back(std::unique_ptr<Staging>(
-        new Staging{allocate_(gpu_, room, Memory::kPageLocked), room, {}}));
-    return *stagings_.back();
+    buffers_.push_back(std::unique_ptr<PinnedBuffer>(
+        new PinnedBuffer{allocate_(gpu_, room, Memory::kPageLocked), room, {}}));
+    return *buffers_.back();
   }
 
   // The scalars that the device computes for a column.
@@ -168,36 +172,38 @@ class Device {
                         rows.first_row * static_cast<int64_t>(sizeof(Scalars)));
   }
 
-  void schedule(const Share& share, const Rows& rows) const {
-    const Parts& parts = current_->parts();
-    ScheduleArguments arguments = {};
-    arguments.clocks = reinterpret_cast<const Clock*>(current_->at(parts.clocks)) + rows.first_row;
-    arguments.groups = reinterpret_cast<const HyperSource*>(current_->at(parts.groups));
+  void step_scalars(const DeviceStep& device_step, const Rows& rows) const {
+    const TableLayout& parts = current_->parts();
+    StepScalarsArguments arguments = {};
+    arguments.counters =
+        reinterpret_cast<const StepCounter*>(current_->at(parts.counters)) + rows.first_row;
+    arguments.groups = reinterpret_cast<const HyperParamsRef*>(current_->at(parts.groups));
     arguments.scalars = computed(rows);
-    arguments.grad_scale = share.grad_scale;
-    arguments.skip = skip_flag(share);
-    arguments.grad_norm = share.measures ? &share.verdict->grad_norm : nullptr;
+    arguments.grad_scale = device_step.grad_scale;
+    arguments.skip = skip_flag(device_step);
+    arguments.grad_norm = device_step.reads_grads ? &device_step.status->grad_norm : nullptr;
     arguments.num_rows = rows.num_rows;
-    arguments.in_double = rows.column.formats.in_double();
-    runtime::schedule(rows.column.rule, arguments, share.stream);
+    arguments.in_double = rows.key.formats.in_double();
+    runtime::step_scalars(rows.key.rule, arguments, device_step.stream);
   }
 
-  void update(const Share& share, const Rows& rows) const {
-    const Parts& parts = current_->parts();
+  void update(const DeviceStep& device_step, const Rows& rows) const {
+    const TableLayout& parts = current_->parts();
     UpdateCall call = {};
-    call.column = rows.column;
-    call.stream = share.stream;
-    call.works = reinterpret_cast<const Work*>(current_->at(parts.works)) + rows.first_row;
+    call.key = rows.key;
+    call.stream = device_step.stream;
+    call.updates =
+        reinterpret_cast<const ParamUpdate*>(current_->at(parts.updates)) + rows.first_row;
     call.chunks =
         reinterpret_cast<const ChunkStart*>(current_->at(parts.chunks)) + rows.first_chunk;
     call.layouts = reinterpret_cast<const Layout*>(current_->at(parts.layouts));
-    call.skip = skip_flag(share);
+    call.skip = skip_flag(device_step);
     call.num_chunks = rows.num_chunks;
-    if (share.clocks != nullptr) {
+    if (device_step.counters != nullptr) {
       call.scalars = computed(rows);
-    } else if (has_few_scalars(share)) {
-      call.few_scalars = share.scalars;
-      call.num_few_scalars = share.num_scalars;
+    } else if (has_few_scalars(device_step)) {
+      call.few_scalars = device_step.scalars;
+      call.num_few_scalars = device_step.num_scalars;
     } else {
       call.scalars = current_->at(current_->scalars_of(rows));
     }
@@ -206,39 +212,40 @@ class Device {
 
   const int gpu_;
   const Allocate& allocate_;
-  Arrangement arrangement_;
+  Partition partition_;
   bool is_checked_ = false;
-  std::unique_ptr<Table> table_;
-  std::unique_ptr<Table> capture_;               // of the latest capture
+  std::unique_ptr<DeviceTable> table_;
+  std::unique_ptr<DeviceTable> capture_;         // of the latest capture
   std::vector<std::shared_ptr<void>> captured_;  // memory of all captures
-  std::deque<std::unique_ptr<Staging>> stagings_;
+  std::deque<std::unique_ptr<PinnedBuffer>> buffers_;
   // Of the step that is prepared.
-  Table* current_ = nullptr;
-  Staging* staging_ = nullptr;
+  DeviceTable* current_ = nullptr;
+  PinnedBuffer* buffer_ = nullptr;
 };
 
 class CudaDriver : public Driver {
  public:
   explicit CudaDriver(Allocate allocate) : allocate_(std::move(allocate)) {}
 
-  void prepare(const Share& share) override {
-    const runtime::OnGpu on_gpu(share.gpu);
-    devices_.try_emplace(share.gpu, share.gpu, allocate_).first->second.prepare(share);
+  void prepare(const DeviceStep& device_step) override {
+    const runtime::DeviceGuard on_gpu(device_step.gpu);
+    devices_.try_emplace(device_step.gpu, device_step.gpu, allocate_)
+        .first->second.prepare(device_step);
   }
 
-  void measure(const Share& share) override {
-    const runtime::OnGpu on_gpu(share.gpu);
-    devices_.at(share.gpu).measure(share);
+  void sum_squares(const DeviceStep& device_step) override {
+    const runtime::DeviceGuard on_gpu(device_step.gpu);
+    devices_.at(device_step.gpu).sum_squares(device_step);
   }
 
-  void judge(const Share& share) override {
-    const runtime::OnGpu on_gpu(share.gpu);
-    devices_.at(share.gpu).judge(share);
+  void finalize_norm(const DeviceStep& device_step) override {
+    const runtime::DeviceGuard on_gpu(device_step.gpu);
+    devices_.at(device_step.gpu).finalize_norm(device_step);
   }
 
-  void launch(const Share& share) override {
-    const runtime::OnGpu on_gpu(share.gpu);
-    devices_.at(share.gpu).launch(share);
+  void launch(const DeviceStep& device_step) override {
+    const runtime::DeviceGuard on_gpu(device_step.gpu);
+    devices_.at(device_step.gpu).launch(device_step);
   }
 
  private:

@@ -17,11 +17,11 @@ std::atomic<bool> g_emulates{false};
 std::atomic<bool> g_captures{false};
 std::vector<std::function<void()>> g_recorded;  // by one thread at a time
 
-void enqueue(std::function<void()> work) {
+void enqueue(std::function<void()> update) {
   if (g_captures)
-    g_recorded.push_back(std::move(work));
+    g_recorded.push_back(std::move(update));
   else
-    work();
+    update();
 }
 
 // Everything that blocks share.
@@ -51,14 +51,14 @@ void update_all(const UpdateArguments<Rule, T>& arguments, int64_t num_chunks) {
 }
 
 template <class T>
-void measure_leaf(const MeasureArguments& arguments, int64_t i) {
+void sum_leaf(const SumSquaresArguments& arguments, int64_t i) {
   const FlushMode flush(sizeof(T) == sizeof(float));
   const Leaf leaf = load_leaf(arguments, i);
-  if (!is_measured_in<T>(leaf.work)) return;
+  if (!is_summed_in<T>(leaf.update)) return;
   double values[kLeafThreads];
   for (uint32_t thread = 0; thread < kLeafThreads; ++thread)
-    values[thread] = measure_thread<T>(leaf, arguments.layouts, thread);
-  GradSum sum = {sum_block(values, kLeafThreads), 0, leaf.work.norm_class};
+    values[thread] = sum_thread<T>(leaf, arguments.layouts, thread);
+  PartialSum sum = {sum_block(values, kLeafThreads), 0, leaf.update.norm_class};
   for (uint32_t thread = 0; thread < kLeafThreads && is_nonfinite(sum.squares); ++thread)
     sum.nonfinite += count_thread<T>(leaf, arguments.layouts, thread);
   arguments.sums[i] = sum;
@@ -82,15 +82,15 @@ const Emulation* emulation() {
                                            },
                                            [] { g_captures = false; },
                                            [] {
-                                             for (const auto& work : g_recorded) work();
+                                             for (const auto& update : g_recorded) update();
                                            }};
   return &kEmulation;
 }
 
 namespace runtime {
 
-OnGpu::OnGpu(int) : before_(nullptr) {}
-OnGpu::~OnGpu() = default;
+DeviceGuard::DeviceGuard(int) : before_(nullptr) {}
+DeviceGuard::~DeviceGuard() = default;
 
 void check_kernels(int) {}
 
@@ -99,7 +99,7 @@ void copy_to_device(void* to, const void* from, int64_t bytes, void*) {
   std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
-std::shared_ptr<void> allocate_lasting(int64_t bytes) {
+std::shared_ptr<void> allocate_persistent(int64_t bytes) {
   void* const data = std::aligned_alloc(256, static_cast<size_t>(bytes));  // as CUDA aligns it
   return std::shared_ptr<void>(data, std::free);
 }
@@ -108,44 +108,44 @@ void copy_to_device_now(void* to, const void* from, int64_t bytes) {
   std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
-Point::Point() : event_(nullptr) {}
-Point::~Point() = default;
-void Point::record(void*) {}
-bool Point::is_passed() const { return true; }
-void Point::wait() const {}
+Event::Event() : event_(nullptr) {}
+Event::~Event() = default;
+void Event::record(void*) {}
+bool Event::is_done() const { return true; }
+void Event::wait() const {}
 
 void update(const UpdateCall& call) {
-  with_types(call.column, [&](auto rule, auto number) {
+  with_types(call.key, [&](auto rule, auto number) {
     const auto arguments = arguments_for<decltype(rule), decltype(number)>(call);
     enqueue([arguments, num_chunks = call.num_chunks] { update_all(arguments, num_chunks); });
   });
 }
 
-void measure(const MeasureCall& call) {
+void sum_squares(const SumSquaresCall& call) {
   enqueue([call] {
     for (int64_t i = 0; i < call.num_leaves; ++i) {
-      if (call.in_float) measure_leaf<float>(call.arguments, i);
-      if (call.in_double) measure_leaf<double>(call.arguments, i);
+      if (call.in_float) sum_leaf<float>(call.arguments, i);
+      if (call.in_double) sum_leaf<double>(call.arguments, i);
     }
   });
 }
 
-void total(const TotalArguments& arguments, const JudgeArguments& judging, void*) {
-  enqueue([arguments, judging] {
+void total(const TotalArguments& arguments, const FinalizeArguments& finalizing, void*) {
+  enqueue([arguments, finalizing] {
     sum_leaves(arguments.sums, arguments.num_leaves, arguments.norm_class, arguments.total);
-    judge_thread(judging);
+    finalize_thread(finalizing);
   });
 }
 
-void judge(const JudgeArguments& arguments, void*) {
-  enqueue([arguments] { judge_thread(arguments); });
+void finalize_norm(const FinalizeArguments& arguments, void*) {
+  enqueue([arguments] { finalize_thread(arguments); });
 }
 
-void schedule(RuleId rule, const ScheduleArguments& arguments, void*) {
+void step_scalars(RuleId rule, const StepScalarsArguments& arguments, void*) {
   with_rule(rule, [&](auto known) {
     enqueue([arguments] {
       for (int64_t row = 0; row < arguments.num_rows; ++row)
-        schedule_thread<decltype(known)>(arguments, row);
+        step_scalars_thread<decltype(known)>(arguments, row);
     });
   });
 }

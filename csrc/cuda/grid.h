@@ -17,21 +17,21 @@ inline std::vector<ChunkStart> plan_grid(const std::vector<int64_t>& sizes) {
   const int64_t total = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
   const int64_t units = total / kEnoughChunks / kMinChunkElements + 1;
   const int64_t chunk_elements = units * kMinChunkElements;
-  const auto num_works = static_cast<int64_t>(sizes.size());
+  const auto num_updates = static_cast<int64_t>(sizes.size());
   std::vector<ChunkStart> starts;
   int small = 0;  // works in the current chunk of small ones, 0 if there is none
-  for (int64_t work = 0; work < num_works; ++work) {
-    const int64_t size = sizes[static_cast<size_t>(work)];
+  for (int64_t update = 0; update < num_updates; ++update) {
+    const int64_t size = sizes[static_cast<size_t>(update)];
     if (size <= kWarpElements) {
-      if (small == 0) starts.push_back({work, 0});
+      if (small == 0) starts.push_back({update, 0});
       small = (small + 1) % kBlockWarps;
       continue;
     }
     small = 0;
     for (int64_t element = 0; element < size; element += chunk_elements)
-      starts.push_back({work, element});
+      starts.push_back({update, element});
   }
-  starts.push_back({num_works, 0});
+  starts.push_back({num_updates, 0});
   return starts;
 }
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cuda/measure.h"
+#include "cuda/grad_norm.h"
 #include "cuda/update.h"
 
 // Kernels that are compiled with flags of their own, and what sums share.
@@ -48,13 +48,12 @@ __device__ double block_sum(double value) {
 // One block for each leaf.
 template <class T>
 __global__ void __launch_bounds__(kLeafThreads, 8)
-    measure_kernel(const __grid_constant__ MeasureArguments arguments) {
+    sum_squares_kernel(const __grid_constant__ SumSquaresArguments arguments) {
   const Leaf leaf = load_leaf(arguments, blockIdx.x);
-  if (!is_measured_in<T>(leaf.work)) return;
+  if (!is_summed_in<T>(leaf.update)) return;
   __shared__ double squares;
   __shared__ int nonfinite;
-  const double sum =
-      block_sum<kLeafThreads>(measure_thread<T>(leaf, arguments.layouts, threadIdx.x));
+  const double sum = block_sum<kLeafThreads>(sum_thread<T>(leaf, arguments.layouts, threadIdx.x));
   if (threadIdx.x == 0) {
     squares = sum;
     nonfinite = 0;
@@ -64,12 +63,12 @@ __global__ void __launch_bounds__(kLeafThreads, 8)
     atomicAdd(&nonfinite, count_thread<T>(leaf, arguments.layouts, threadIdx.x));
     __syncthreads();
   }
-  if (threadIdx.x == 0) arguments.sums[blockIdx.x] = {squares, nonfinite, leaf.work.norm_class};
+  if (threadIdx.x == 0) arguments.sums[blockIdx.x] = {squares, nonfinite, leaf.update.norm_class};
 }
 
 template <class T>
-const void* measure_kernel_of() {
-  return reinterpret_cast<const void*>(&measure_kernel<T>);
+const void* sum_squares_kernel_of() {
+  return reinterpret_cast<const void*>(&sum_squares_kernel<T>);
 }
 
 }  // namespace fusedopt::cuda

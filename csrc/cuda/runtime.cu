@@ -12,12 +12,12 @@ namespace fusedopt::cuda {
 // Compiled elsewhere, with other flags.
 extern template const void* update_kernel_of<float>(RuleId id);
 extern template const void* update_kernel_of<double>(RuleId id);
-extern template const void* measure_kernel_of<float>();
-extern template const void* measure_kernel_of<double>();
+extern template const void* sum_squares_kernel_of<float>();
+extern template const void* sum_squares_kernel_of<double>();
 
 namespace {
 
-constexpr int kScheduleThreads = 128;
+constexpr int kStepScalarsThreads = 128;
 
 void check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
@@ -41,12 +41,12 @@ const void* kernel_of(RuleId rule, bool in_double) {
 
 // While it lives, calls of this thread that a capture forbids are allowed; none of them goes into
 // the stream that is captured.
-class Relaxed {
+class CaptureModeGuard {
  public:
-  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  Relaxed(const Relaxed&) = delete;
-  Relaxed& operator=(const Relaxed&) = delete;
+  CaptureModeGuard() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~CaptureModeGuard() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  CaptureModeGuard(const CaptureModeGuard&) = delete;
+  CaptureModeGuard& operator=(const CaptureModeGuard&) = delete;
 
  private:
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
@@ -84,15 +84,15 @@ const Contexts& contexts() {
 }
 
 template <class Rule>
-__global__ void __launch_bounds__(kScheduleThreads)
-    schedule_kernel(const __grid_constant__ ScheduleArguments arguments) {
-  schedule_thread<Rule>(arguments, int64_t{blockIdx.x} * blockDim.x + threadIdx.x);
+__global__ void __launch_bounds__(kStepScalarsThreads)
+    step_scalars_kernel(const __grid_constant__ StepScalarsArguments arguments) {
+  step_scalars_thread<Rule>(arguments, int64_t{blockIdx.x} * blockDim.x + threadIdx.x);
 }
 
-const void* schedule_kernel_of(RuleId id) {
+const void* step_scalars_kernel_of(RuleId id) {
   const void* kernel = nullptr;
   with_rule(id, [&](auto rule) {
-    kernel = reinterpret_cast<const void*>(&schedule_kernel<decltype(rule)>);
+    kernel = reinterpret_cast<const void*>(&step_scalars_kernel<decltype(rule)>);
   });
   return kernel;
 }
@@ -100,13 +100,13 @@ const void* schedule_kernel_of(RuleId id) {
 // One block.
 __global__ void __launch_bounds__(kTotalThreads)
     total_kernel(const __grid_constant__ TotalArguments arguments,
-                 const __grid_constant__ JudgeArguments judging) {
+                 const __grid_constant__ FinalizeArguments finalizing) {
   __shared__ unsigned long long nonfinite;
   if (threadIdx.x == 0) nonfinite = 0;
   __syncthreads();
   double squares = 0;
   for (int64_t i = threadIdx.x; i < arguments.num_leaves; i += kTotalThreads) {
-    const GradSum sum = arguments.sums[i];
+    const PartialSum sum = arguments.sums[i];
     if (sum.norm_class != arguments.norm_class) continue;
     squares += sum.squares;
     if (sum.nonfinite > 0) atomicAdd(&nonfinite, static_cast<unsigned long long>(sum.nonfinite));
@@ -116,11 +116,11 @@ __global__ void __launch_bounds__(kTotalThreads)
   if (threadIdx.x != 0) return;
   arguments.total[0] = squares;
   arguments.total[1] = static_cast<double>(nonfinite);
-  judge_thread(judging);
+  finalize_thread(finalizing);
 }
 
-__global__ void judge_kernel(const __grid_constant__ JudgeArguments arguments) {
-  judge_thread(arguments);
+__global__ void finalize_kernel(const __grid_constant__ FinalizeArguments arguments) {
+  finalize_thread(arguments);
 }
 
 template <class... Arguments>
@@ -144,7 +144,7 @@ bool is_emulated() { return false; }
 const Emulation* emulation() { return nullptr; }
 
 bool is_capturing(int gpu, void* stream) {
-  const runtime::OnGpu on_gpu(gpu);
+  const runtime::DeviceGuard on_gpu(gpu);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "cudaStreamIsCapturing");
   return status != cudaStreamCaptureStatusNone;
@@ -154,12 +154,12 @@ namespace runtime {
 
 // The context is what is put back, and not the device: to make a device current creates a context
 // there, which takes half a gigabyte of it.
-OnGpu::OnGpu(int gpu) : before_(nullptr) {
+DeviceGuard::DeviceGuard(int gpu) : before_(nullptr) {
   contexts().get(&before_);
   check(cudaSetDevice(gpu), "cudaSetDevice");
 }
 
-OnGpu::~OnGpu() { contexts().set(before_); }
+DeviceGuard::~DeviceGuard() { contexts().set(before_); }
 
 // A block of an update kernel gets no more than the first allows; of what an SM has, the second
 // leaves no more to its cache than there must be.
@@ -168,14 +168,15 @@ constexpr std::pair<cudaFuncAttribute, int> kSharedMemory[] = {
     {cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared}};
 
 void check_kernels(int gpu) {
-  const Relaxed relaxed;
-  std::vector<const void*> kernels = {measure_kernel_of<float>(), measure_kernel_of<double>(),
+  const CaptureModeGuard relaxed;
+  std::vector<const void*> kernels = {sum_squares_kernel_of<float>(),
+                                      sum_squares_kernel_of<double>(),
                                       reinterpret_cast<const void*>(&total_kernel),
-                                      reinterpret_cast<const void*>(&judge_kernel)};
+                                      reinterpret_cast<const void*>(&finalize_kernel)};
   cudaError_t error = cudaSuccess;
   for (int rule = 0; rule < Rules::kSize; ++rule) {
     const auto id = static_cast<RuleId>(rule);
-    kernels.push_back(schedule_kernel_of(id));
+    kernels.push_back(step_scalars_kernel_of(id));
     for (const bool in_double : {false, true})
       for (const auto& [attribute, value] : kSharedMemory)
         if (error == cudaSuccess)
@@ -202,18 +203,18 @@ void copy_to_device(void* to, const void* from, int64_t bytes, void* stream) {
         "cudaMemcpyAsync");
 }
 
-std::shared_ptr<void> allocate_lasting(int64_t bytes) {
-  const Relaxed relaxed;
+std::shared_ptr<void> allocate_persistent(int64_t bytes) {
+  const CaptureModeGuard relaxed;
   void* data = nullptr;
   check(cudaMalloc(&data, static_cast<size_t>(bytes)), "cudaMalloc");
   return std::shared_ptr<void>(data, [](void* lasting) {
-    const Relaxed relaxed_again;
+    const CaptureModeGuard relaxed_again;
     cudaFree(lasting);
   });
 }
 
 void copy_to_device_now(void* to, const void* from, int64_t bytes) {
-  const Relaxed relaxed;
+  const CaptureModeGuard relaxed;
   cudaStream_t stream;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
   const cudaError_t copied =
@@ -224,61 +225,61 @@ void copy_to_device_now(void* to, const void* from, int64_t bytes) {
   check(done, "cudaStreamSynchronize");
 }
 
-Point::Point() : event_(nullptr) {
+Event::Event() : event_(nullptr) {
   cudaEvent_t event;
   check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
   event_ = event;
 }
 
-Point::~Point() { cudaEventDestroy(static_cast<cudaEvent_t>(event_)); }
+Event::~Event() { cudaEventDestroy(static_cast<cudaEvent_t>(event_)); }
 
-void Point::record(void* stream) {
+void Event::record(void* stream) {
   check(cudaEventRecord(static_cast<cudaEvent_t>(event_), static_cast<cudaStream_t>(stream)),
         "cudaEventRecord");
 }
 
-bool Point::is_passed() const {
-  const Relaxed relaxed;  // another thread may be capturing
+bool Event::is_done() const {
+  const CaptureModeGuard relaxed;  // another thread may be capturing
   const cudaError_t status = cudaEventQuery(static_cast<cudaEvent_t>(event_));
   if (status != cudaErrorNotReady) check(status, "cudaEventQuery");
   cudaGetLastError();
   return status == cudaSuccess;
 }
 
-void Point::wait() const {
-  const Relaxed relaxed;
+void Event::wait() const {
+  const CaptureModeGuard relaxed;
   cudaEventSynchronize(static_cast<cudaEvent_t>(event_));
 }
 
 void update(const UpdateCall& call) {
-  with_types(call.column, [&](auto rule, auto number) {
+  with_types(call.key, [&](auto rule, auto number) {
     const auto arguments = arguments_for<decltype(rule), decltype(number)>(call);
-    launch(kernel_of(call.column.rule, call.column.formats.in_double()), call.num_chunks,
-           kBlockThreads, int64_t{kStages} * arguments.plan.stage_bytes, call.stream, arguments);
+    launch(kernel_of(call.key.rule, call.key.formats.in_double()), call.num_chunks, kBlockThreads,
+           int64_t{kStages} * arguments.plan.stage_bytes, call.stream, arguments);
   });
 }
 
-void measure(const MeasureCall& call) {
+void sum_squares(const SumSquaresCall& call) {
   if (call.num_leaves == 0) return;
   const auto run = [&](const void* kernel) {
     launch(kernel, call.num_leaves, kLeafThreads, 0, call.stream, call.arguments);
   };
-  if (call.in_float) run(measure_kernel_of<float>());
-  if (call.in_double) run(measure_kernel_of<double>());
+  if (call.in_float) run(sum_squares_kernel_of<float>());
+  if (call.in_double) run(sum_squares_kernel_of<double>());
 }
 
-void total(const TotalArguments& arguments, const JudgeArguments& judging, void* stream) {
+void total(const TotalArguments& arguments, const FinalizeArguments& finalizing, void* stream) {
   launch(reinterpret_cast<const void*>(&total_kernel), 1, kTotalThreads, 0, stream, arguments,
-         judging);
+         finalizing);
 }
 
-void judge(const JudgeArguments& arguments, void* stream) {
-  launch(reinterpret_cast<const void*>(&judge_kernel), 1, 1, 0, stream, arguments);
+void finalize_norm(const FinalizeArguments& arguments, void* stream) {
+  launch(reinterpret_cast<const void*>(&finalize_kernel), 1, 1, 0, stream, arguments);
 }
 
-void schedule(RuleId rule, const ScheduleArguments& arguments, void* stream) {
-  const int64_t blocks = (arguments.num_rows + kScheduleThreads - 1) / kScheduleThreads;
-  launch(schedule_kernel_of(rule), blocks, kScheduleThreads, 0, stream, arguments);
+void step_scalars(RuleId rule, const StepScalarsArguments& arguments, void* stream) {
+  const int64_t blocks = (arguments.num_rows + kStepScalarsThreads - 1) / kStepScalarsThreads;
+  launch(step_scalars_kernel_of(rule), blocks, kStepScalarsThreads, 0, stream, arguments);
 }
 
 }  // namespace runtime

@@ -10,12 +10,12 @@
 namespace fusedopt::cuda::runtime {
 
 // Makes a device the current one of this thread for as long as it lives.
-class OnGpu {
+class DeviceGuard {
  public:
-  explicit OnGpu(int gpu);
-  ~OnGpu();
-  OnGpu(const OnGpu&) = delete;
-  OnGpu& operator=(const OnGpu&) = delete;
+  explicit DeviceGuard(int gpu);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   void* before_;  // the context
@@ -29,20 +29,20 @@ void copy_to_device(void* to, const void* from, int64_t bytes, void* stream);
 
 // Device memory for captured graphs, which may run as long as it lives. From CUDA itself: what
 // torch allocates during a capture is shared by graphs and written to when they run.
-std::shared_ptr<void> allocate_lasting(int64_t bytes);
+std::shared_ptr<void> allocate_persistent(int64_t bytes);
 
 // At once and from any memory, into memory that nothing has used yet, whatever is being captured.
 void copy_to_device_now(void* to, const void* from, int64_t bytes);
 
 // A point in a stream. Points are used again and again, by one stream at a time.
-class Point {
+class Event {
  public:
-  Point();
-  ~Point();
-  Point(const Point&) = delete;
-  Point& operator=(const Point&) = delete;
+  Event();
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
   void record(void* stream);
-  bool is_passed() const;
+  bool is_done() const;
   void wait() const;
 
  private:
@@ -50,9 +50,9 @@ class Point {
 };
 
 void update(const UpdateCall& call);
-void measure(const MeasureCall& call);
-void total(const TotalArguments& arguments, const JudgeArguments& judging, void* stream);
-void judge(const JudgeArguments& arguments, void* stream);
-void schedule(RuleId rule, const ScheduleArguments& arguments, void* stream);
+void sum_squares(const SumSquaresCall& call);
+void total(const TotalArguments& arguments, const FinalizeArguments& finalizing, void* stream);
+void finalize_norm(const FinalizeArguments& arguments, void* stream);
+void step_scalars(RuleId rule, const StepScalarsArguments& arguments, void* stream);
 
 }  // namespace fusedopt::cuda::runtime

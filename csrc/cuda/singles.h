@@ -6,7 +6,7 @@
 #include "core/step.h"
 #include "core/stochastic.h"
 #include "cuda/access.h"
-#include "cuda/lane.h"
+#include "cuda/thread_slice.h"
 
 // Single elements, straight from memory and back: of works that are not dense, before and after the
 // pieces of others, and rare ones that are done again.
@@ -24,20 +24,21 @@ class Singles {
 
   FUSEDOPT_HD DType one_format() const { return DType::kAbsent; }
   FUSEDOPT_HD Formats formats() const {
-    return bit_cast<Formats>(fusedopt::cuda::load_words<2>(&work_->formats));
+    return bit_cast<Formats>(fusedopt::cuda::load_words<2>(&update_->formats));
   }
 
   // `work` is in device memory: what is in it is loaded when it is needed, and takes no registers.
-  FUSEDOPT_HD Singles(const Work* work, const Layout* layouts) : work_(work), layouts_(layouts) {}
+  FUSEDOPT_HD Singles(const ParamUpdate* update, const Layout* layouts)
+      : update_(update), layouts_(layouts) {}
 
   // Takes the element that the work's layout visits as number `element`, as number `j` of kCount.
   FUSEDOPT_HD void place(int j, int64_t element) {
-    const int32_t number = load_item(&work_->layout);
+    const int32_t number = load_item(&update_->layout);
 #pragma unroll
     for (int64_t& at : at_[j]) at = number == kDense ? element : 0;
     if (number == kDense) return;
     const Layout layout = layouts_[number];
-    const bool is_small = load_item(&work_->numel) <= INT32_MAX;
+    const bool is_small = load_item(&update_->numel) <= INT32_MAX;
     int64_t left = element;
 #pragma unroll 1
     for (int d = layout.num_dims - 1; d >= 0; --d) {
@@ -95,10 +96,10 @@ class Singles {
  private:
   template <class Storage>
   FUSEDOPT_HD Storage* address(int operand, int j) const {
-    return static_cast<Storage*>(load_item(work_->data + operand)) + at_[j][operand];
+    return static_cast<Storage*>(load_item(update_->data + operand)) + at_[j][operand];
   }
 
-  const Work* const work_;
+  const ParamUpdate* const update_;
   const Layout* const layouts_;
   int64_t at_[kCount][kIndex + 1];
 };

@@ -5,7 +5,7 @@
 #include "core/element.h"
 #include "core/step.h"
 #include "cuda/access.h"
-#include "cuda/lane.h"
+#include "cuda/thread_slice.h"
 #include "cuda/tuning.h"
 
 // Operands of dense works on their way into shared memory. Every thread copies the bytes that it
@@ -64,14 +64,14 @@ FUSEDOPT_HD void for_operands(const F& f) {
 }
 
 // The operands of a work that do not lie at multiples of their pieces' size.
-inline uint32_t shifted_operands(const Work& work) {
-  const uint32_t elements = work.formats.in_double() ? piece_elements<double>(work.formats)
-                                                     : piece_elements<float>(work.formats);
+inline uint32_t shifted_operands(const ParamUpdate& update) {
+  const uint32_t elements = update.formats.in_double() ? piece_elements<double>(update.formats)
+                                                       : piece_elements<float>(update.formats);
   uint32_t shifted = 0;
-  for (int k = 0; k < kMaxOperands && work.layout == kDense; ++k) {
-    if (!work.formats.has(k)) continue;
-    const uint32_t bytes = elements * static_cast<uint32_t>(item_size(work.formats.dtypes[k]));
-    if ((reinterpret_cast<uintptr_t>(work.data[k]) & (bytes - 1)) != 0) shifted |= only(k);
+  for (int k = 0; k < kMaxOperands && update.layout == kDense; ++k) {
+    if (!update.formats.has(k)) continue;
+    const uint32_t bytes = elements * static_cast<uint32_t>(item_size(update.formats.dtypes[k]));
+    if ((reinterpret_cast<uintptr_t>(update.data[k]) & (bytes - 1)) != 0) shifted |= only(k);
   }
   return shifted;
 }
@@ -111,9 +111,9 @@ StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
 
 // Elements [begin, end) of a work, for a thread among those that share them.
 struct Chunk {
-  const Work* work;  // in device memory
+  const ParamUpdate* update;  // in device memory
   int64_t begin, end;
-  Lane lane;
+  ThreadSlice slice;
 };
 
 // A thread's pieces, counted from the chunk's start; the second is the first again where there is
@@ -128,24 +128,24 @@ class Stages {
   static constexpr uint32_t kCount = kThreadElements<T>;
 
  public:
-  FUSEDOPT_HD Stages(const StagePlan& plan, const Work& work, const Chunk& chunk, uint32_t thread,
-                     SharedPlace shared)
+  FUSEDOPT_HD Stages(const StagePlan& plan, const ParamUpdate& update, const Chunk& chunk,
+                     uint32_t thread, SharedPlace shared)
       : plan_(plan),
-        own_(as_if_new(shared + 16 * thread)),
+        own_(opaque(shared + 16 * thread)),
         thread_(thread),
         first_pair_(static_cast<uint64_t>(chunk.begin) / 2) {
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
-      data_[k] = same_for_warp(static_cast<char*>(work.data[k]) + chunk.begin * plan.sizes[k]);
+      data_[k] = same_for_warp(static_cast<char*>(update.data[k]) + chunk.begin * plan.sizes[k]);
     });
     // The words of what is shifted must not reach beyond its own memory.
     const bool is_shifted = plan.shifted != 0;
-    const uint32_t margin = is_shifted && chunk.end == work.numel ? 1 : 0;
+    const uint32_t margin = is_shifted && chunk.end == update.numel ? 1 : 0;
     const auto n = static_cast<uint32_t>(chunk.end - chunk.begin);
     end_ = n > margin ? (n - margin) / piece_elements() : 0;
     first_ = is_shifted && chunk.begin == 0 && end_ > 0 ? 1 : 0;
-    start_ = first_ + chunk.lane.index;
-    lanes_ = chunk.lane.count;
-    stride_ = as_if_new(has_two() ? 2 * lanes_ : lanes_);
+    start_ = first_ + chunk.slice.rank;
+    threads_ = chunk.slice.size;
+    stride_ = opaque(has_two() ? 2 * threads_ : threads_);
   }
 
   FUSEDOPT_HD const StagePlan& plan() const { return plan_; }
@@ -164,7 +164,7 @@ class Stages {
   FUSEDOPT_HD uint32_t start() const { return start_; }
   FUSEDOPT_HD uint32_t stride() const { return stride_; }
   FUSEDOPT_HD Tile tile(uint32_t at) const {
-    return {{at, has_two() && at + lanes_ < end_ ? at + lanes_ : at}};
+    return {{at, has_two() && at + threads_ < end_ ? at + threads_ : at}};
   }
 
   // One stage after the other, in turn.
@@ -205,7 +205,7 @@ class Stages {
   // In one run, without a branch between them: a GPU has to wait before the first after a branch.
   template <int kBytes>
   FUSEDOPT_HD void copy(uint32_t operands, uint32_t at, SharedPlace stage) const {
-    const uint32_t wanted = as_if_new(operands), offset = at * kBytes;
+    const uint32_t wanted = opaque(operands), offset = at * kBytes;
     const auto start = [&](auto k) __attribute__((always_inline)) {
       start_copy_if<kBytes>(wanted & only(k), stage + plan_.places[0][k], data_[k] + offset);
     };
@@ -264,7 +264,7 @@ class Stages {
   const uint32_t thread_;
   const uint64_t first_pair_;
   char* data_[kMaxOperands];  // at the chunk's start
-  uint32_t first_, end_, start_, lanes_, stride_;
+  uint32_t first_, end_, start_, threads_, stride_;
 };
 
 }  // namespace fusedopt::cuda

@@ -31,11 +31,11 @@ class Staged {
 
   FUSEDOPT_HD Formats formats() const {
     Words<2> words = stages_.plan().formats;
-    for (uint32_t& word : words.words) word = as_if_new(word);
+    for (uint32_t& word : words.words) word = opaque(word);
     return bit_cast<Formats>(words);
   }
   FUSEDOPT_HD DType one_format() const {
-    return static_cast<DType>(as_if_new(stages_.plan().one_format));
+    return static_cast<DType>(opaque(stages_.plan().one_format));
   }
 
   template <class Storage, bool>
@@ -136,9 +136,9 @@ class Staged {
     constexpr uint32_t kHalf = kWords / 2, kHalfBytes = 4 * kHalf;
     char* const data = stages_.data(operand);
     if constexpr (kWords == 4)
-      if (kIsPlain || (as_if_new(stages_.plan().whole) & only(operand)) != 0)
+      if (kIsPlain || (opaque(stages_.plan().whole) & only(operand)) != 0)
         return fusedopt::cuda::store_words(data + tile_.at[0] * 16, words);
-    if (kIsPlain || (as_if_new(stages_.plan().shifted) & only(operand)) == 0) {
+    if (kIsPlain || (opaque(stages_.plan().shifted) & only(operand)) == 0) {
       fusedopt::cuda::store_words(data + tile_.at[0] * kHalfBytes, half_of(words, 0));
       fusedopt::cuda::store_words(data + tile_.at[1] * kHalfBytes, half_of(words, kHalf));
       return;

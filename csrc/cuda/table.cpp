@@ -16,9 +16,9 @@ int64_t with_room(int64_t count) {
   return room;
 }
 
-int64_t count_dims(const Share& share) {
+int64_t count_dims(const DeviceStep& device_step) {
   int64_t count = 0;
-  for (int64_t i = 0; i < share.num_layouts; ++i) count += share.layouts[i].num_dims;
+  for (int64_t i = 0; i < device_step.num_layouts; ++i) count += device_step.layouts[i].num_dims;
   return count;
 }
 
@@ -30,13 +30,13 @@ int64_t scalars_bytes(int64_t count) {
 
 // Scalars in the types of a column, as bytes. What works of other rules use comes along, without
 // meaning.
-std::vector<uint8_t> converted(const Share& share, const Column& column) {
-  const auto count = static_cast<size_t>(share.num_scalars);
+std::vector<uint8_t> converted(const DeviceStep& device_step, const LaunchKey& key) {
+  const auto count = static_cast<size_t>(device_step.num_scalars);
   std::vector<uint8_t> bytes(count * sizeof(Scalars));
-  with_types(column, [&](auto rule, auto number) {
+  with_types(key, [&](auto rule, auto number) {
     for (size_t i = 0; i < count; ++i) {
       const auto scalars =
-          share.scalars[i].template of<decltype(rule)>().template as<decltype(number)>();
+          device_step.scalars[i].template of<decltype(rule)>().template as<decltype(number)>();
       std::memcpy(bytes.data() + i * sizeof(scalars), &scalars, sizeof(scalars));
     }
   });
@@ -45,96 +45,94 @@ std::vector<uint8_t> converted(const Share& share, const Column& column) {
 
 }  // namespace
 
-bool Arrangement::update(const Share& share) {
-  const auto own_device = static_cast<uint8_t>(kFirstGpu + share.gpu);
-  bool changed = members_.size() != static_cast<size_t>(share.num_works);
-  if (changed) members_.assign(static_cast<size_t>(share.num_works), Member());
+bool Partition::update(const DeviceStep& device_step) {
+  const auto own_device = static_cast<uint8_t>(kFirstGpu + device_step.gpu);
+  bool changed = members_.size() != static_cast<size_t>(device_step.num_updates);
+  if (changed) members_.assign(static_cast<size_t>(device_step.num_updates), Member());
   for (size_t w = 0; w < members_.size(); ++w) {
-    const Work& work = share.works[w];
-    if (work.device == kIdle) continue;  // what is known of it still holds
-    const bool is_here = work.device == own_device;
-    const Member found = is_here ? Member{true, column_of(work), work.numel} : Member();
+    const ParamUpdate& update = device_step.updates[w];
+    if (update.device == kIdle) continue;  // what is known of it still holds
+    const bool is_here = update.device == own_device;
+    const Member found = is_here ? Member{true, launch_key_of(update), update.numel} : Member();
     Member& member = members_[w];
     changed = changed || found.is_here != member.is_here || found.numel != member.numel ||
-              !(found.column == member.column);
+              !(found.key == member.key);
     member = found;
   }
-  if (changed) arrange();
+  if (changed) divide_up();
   return changed;
 }
 
-void Arrangement::arrange() {
+void Partition::divide_up() {
   rows_.clear();
-  columns_.clear();
+  keys_.clear();
   num_scalars_tables_ = 0;
   chunks_.clear();
   leaves_.clear();
-  std::vector<Column> found;  // in the order of the works
+  std::vector<LaunchKey> found;  // in the order of the works
   for (const Member& member : members_)
-    if (member.is_here && std::find(found.begin(), found.end(), member.column) == found.end())
-      found.push_back(member.column);
-  for (const Column& column : found) {
+    if (member.is_here && std::find(found.begin(), found.end(), member.key) == found.end())
+      found.push_back(member.key);
+  for (const LaunchKey& key : found) {
     std::vector<int64_t> sizes;
     const auto first_row = static_cast<int64_t>(rows_.size());
     for (size_t w = 0; w < members_.size(); ++w) {
-      if (!members_[w].is_here || !(members_[w].column == column)) continue;
+      if (!members_[w].is_here || !(members_[w].key == key)) continue;
       rows_.push_back(static_cast<int64_t>(w));
       sizes.push_back(members_[w].numel);
     }
     const std::vector<ChunkStart> chunks = plan_grid(sizes);
-    const auto same = std::find_if(columns_.begin(), columns_.end(), [&](const Rows& rows) {
-      return rows.column.rule == column.rule &&
-             rows.column.formats.in_double() == column.formats.in_double();
+    const auto same = std::find_if(keys_.begin(), keys_.end(), [&](const Rows& rows) {
+      return rows.key.rule == key.rule && rows.key.formats.in_double() == key.formats.in_double();
     });
-    columns_.push_back({column, first_row, static_cast<int64_t>(sizes.size()),
-                        static_cast<int64_t>(chunks_.size()),
-                        static_cast<int64_t>(chunks.size()) - 1,
-                        same != columns_.end() ? same->scalars : num_scalars_tables_++});
+    keys_.push_back({key, first_row, static_cast<int64_t>(sizes.size()),
+                     static_cast<int64_t>(chunks_.size()), static_cast<int64_t>(chunks.size()) - 1,
+                     same != keys_.end() ? same->scalars : num_scalars_tables_++});
     chunks_.insert(chunks_.end(), chunks.begin(), chunks.end());
   }
 }
 
-const std::vector<ChunkStart>& Arrangement::find_leaves(const Share& share) {
+const std::vector<ChunkStart>& Partition::find_leaves(const DeviceStep& device_step) {
   std::vector<int64_t> sizes(members_.size(), 0), rows(members_.size());
   for (size_t row = 0; row < rows_.size(); ++row) {
     const auto w = static_cast<size_t>(rows_[row]);
-    if (share.works[w].device != kIdle) sizes[w] = members_[w].numel;
+    if (device_step.updates[w].device != kIdle) sizes[w] = members_[w].numel;
     rows[w] = static_cast<int64_t>(row);
   }
   if (!leaves_.empty() && sizes == leaf_sizes_) return leaves_;
   leaves_ = plan_leaves(sizes);
   leaf_sizes_.swap(sizes);
   for (size_t i = 0; i + 1 < leaves_.size(); ++i)
-    leaves_[i].work = rows[static_cast<size_t>(leaves_[i].work)];
+    leaves_[i].update = rows[static_cast<size_t>(leaves_[i].update)];
   return leaves_;
 }
 
-int64_t Arrangement::max_leaves() const {
+int64_t Partition::max_leaves() const {
   std::vector<int64_t> sizes;
   for (const Member& member : members_) sizes.push_back(member.numel);
   return static_cast<int64_t>(plan_leaves(sizes).size());
 }
 
-bool has_few_scalars(const Share& share) {
-  int64_t few = share.num_scalars;
+bool has_few_scalars(const DeviceStep& device_step) {
+  int64_t few = device_step.num_scalars;
   for (int rule = 0; rule < Rules::kSize; ++rule)
     for (const bool in_double : {false, true})
       with_types(static_cast<RuleId>(rule), in_double, [&](auto known, auto type) {
         few = std::min<int64_t>(few, UpdateArguments<decltype(known), decltype(type)>::kFew);
       });
-  return share.clocks == nullptr && share.num_scalars == few;
+  return device_step.counters == nullptr && device_step.num_scalars == few;
 }
 
-Parts plan_parts(const Share& share, const Arrangement& arrangement) {
-  Parts parts = {};
-  parts.has_clocks = share.clocks != nullptr;
-  parts.has_leaves = share.measures;
-  const auto num_leaves = share.measures ? arrangement.max_leaves() : int64_t{0};
-  parts.max_layouts = share.num_layouts > 0 ? with_room(share.num_layouts) : 0;
-  parts.max_dims = share.num_layouts > 0 ? with_room(count_dims(share)) : 0;
-  parts.max_groups = parts.has_clocks ? with_room(share.num_groups) : 0;
-  const bool few = parts.has_clocks || has_few_scalars(share);
-  parts.max_scalars = few ? 0 : with_room(share.num_scalars);
+TableLayout plan_table(const DeviceStep& device_step, const Partition& partition) {
+  TableLayout parts = {};
+  parts.has_counters = device_step.counters != nullptr;
+  parts.has_leaves = device_step.reads_grads;
+  const auto num_leaves = device_step.reads_grads ? partition.max_leaves() : int64_t{0};
+  parts.max_layouts = device_step.num_layouts > 0 ? with_room(device_step.num_layouts) : 0;
+  parts.max_dims = device_step.num_layouts > 0 ? with_room(count_dims(device_step)) : 0;
+  parts.max_groups = parts.has_counters ? with_room(device_step.num_groups) : 0;
+  const bool few = parts.has_counters || has_few_scalars(device_step);
+  parts.max_scalars = few ? 0 : with_room(device_step.num_scalars);
 
   int64_t end = 0;
   const auto reserve = [&](int64_t count, int64_t size) {
@@ -142,86 +140,89 @@ Parts plan_parts(const Share& share, const Arrangement& arrangement) {
     end = (end + count * size + kPartAlignment - 1) / kPartAlignment * kPartAlignment;
     return start;
   };
-  const auto num_rows = static_cast<int64_t>(arrangement.rows().size());
-  parts.chunks = reserve(static_cast<int64_t>(arrangement.chunks().size()), sizeof(ChunkStart));
+  const auto num_rows = static_cast<int64_t>(partition.rows().size());
+  parts.chunks = reserve(static_cast<int64_t>(partition.chunks().size()), sizeof(ChunkStart));
   parts.leaves = reserve(num_leaves, sizeof(ChunkStart));
   parts.dims = reserve(parts.max_dims, sizeof(Dim));
   parts.layouts = reserve(parts.max_layouts, sizeof(Layout));
-  parts.groups = reserve(parts.max_groups, sizeof(HyperSource));
-  parts.clocks = reserve(parts.has_clocks ? num_rows : 0, sizeof(Clock));
-  parts.works = reserve(num_rows, sizeof(Work));
-  parts.scalars = reserve(arrangement.num_scalars_tables(), scalars_bytes(parts.max_scalars));
-  parts.image_bytes = end;
-  parts.computed = reserve(parts.has_clocks ? num_rows : 0, sizeof(Scalars));
-  parts.sums = reserve(num_leaves, sizeof(GradSum));
+  parts.groups = reserve(parts.max_groups, sizeof(HyperParamsRef));
+  parts.counters = reserve(parts.has_counters ? num_rows : 0, sizeof(StepCounter));
+  parts.updates = reserve(num_rows, sizeof(ParamUpdate));
+  parts.scalars = reserve(partition.num_scalars_tables(), scalars_bytes(parts.max_scalars));
+  parts.mirror_bytes = end;
+  parts.computed = reserve(parts.has_counters ? num_rows : 0, sizeof(Scalars));
+  parts.sums = reserve(num_leaves, sizeof(PartialSum));
   parts.bytes = end;
   return parts;
 }
 
-int64_t Table::scalars_of(const Rows& rows) const {
+int64_t DeviceTable::scalars_of(const Rows& rows) const {
   return parts_.scalars + rows.scalars * scalars_bytes(parts_.max_scalars);
 }
 
-bool Table::fits(const Share& share) const {
-  const bool few = share.clocks != nullptr || has_few_scalars(share);
-  return share.stream == stream_ && parts_.has_clocks == (share.clocks != nullptr) &&
-         parts_.has_leaves >= share.measures && share.num_layouts <= parts_.max_layouts &&
-         count_dims(share) <= parts_.max_dims &&
-         (share.clocks == nullptr || share.num_groups <= parts_.max_groups) &&
-         (few || share.num_scalars <= parts_.max_scalars);
+bool DeviceTable::fits(const DeviceStep& device_step) const {
+  const bool few = device_step.counters != nullptr || has_few_scalars(device_step);
+  return device_step.stream == stream_ &&
+         parts_.has_counters == (device_step.counters != nullptr) &&
+         parts_.has_leaves >= device_step.reads_grads &&
+         device_step.num_layouts <= parts_.max_layouts &&
+         count_dims(device_step) <= parts_.max_dims &&
+         (device_step.counters == nullptr || device_step.num_groups <= parts_.max_groups) &&
+         (few || device_step.num_scalars <= parts_.max_scalars);
 }
 
-void Table::fill(const Share& share, Arrangement& arrangement) {
+void DeviceTable::fill(const DeviceStep& device_step, Partition& partition) {
   const auto put_starts = [&](int64_t offset, const std::vector<ChunkStart>& starts) {
-    image_.put(offset, starts.data(), static_cast<int64_t>(starts.size() * sizeof(ChunkStart)));
+    mirror_.put(offset, starts.data(), static_cast<int64_t>(starts.size() * sizeof(ChunkStart)));
   };
-  if (image_.bytes_changed() == image_.size()) {  // new: these stay
-    put_starts(parts_.chunks, arrangement.chunks());
+  if (mirror_.bytes_changed() == mirror_.size()) {  // new: these stay
+    put_starts(parts_.chunks, partition.chunks());
   }
-  if (share.measures) put_starts(parts_.leaves, arrangement.find_leaves(share));
-  fill_layouts(share);
-  fill_works(share, arrangement);
-  if (share.clocks != nullptr)
-    for (int64_t g = 0; g < share.num_groups; ++g)
-      image_.put(parts_.groups + g * static_cast<int64_t>(sizeof(HyperSource)), &share.groups[g],
-                 sizeof(HyperSource));
+  if (device_step.reads_grads) put_starts(parts_.leaves, partition.find_leaves(device_step));
+  fill_layouts(device_step);
+  fill_updates(device_step, partition);
+  if (device_step.counters != nullptr)
+    for (int64_t g = 0; g < device_step.num_groups; ++g)
+      mirror_.put(parts_.groups + g * static_cast<int64_t>(sizeof(HyperParamsRef)),
+                  &device_step.groups[g], sizeof(HyperParamsRef));
   int64_t done = 0;
-  if (share.clocks == nullptr && !has_few_scalars(share))
-    for (const Rows& rows : arrangement.columns()) {
+  if (device_step.counters == nullptr && !has_few_scalars(device_step))
+    for (const Rows& rows : partition.keys()) {
       if (rows.scalars < done) continue;
-      const std::vector<uint8_t> bytes = converted(share, rows.column);
-      image_.put(scalars_of(rows), bytes.data(), static_cast<int64_t>(bytes.size()));
+      const std::vector<uint8_t> bytes = converted(device_step, rows.key);
+      mirror_.put(scalars_of(rows), bytes.data(), static_cast<int64_t>(bytes.size()));
       ++done;
     }
 }
 
-void Table::fill_layouts(const Share& share) {
+void DeviceTable::fill_layouts(const DeviceStep& device_step) {
   int64_t dim = parts_.dims;
-  for (int64_t i = 0; i < share.num_layouts; ++i) {
-    const Layout& layout = share.layouts[i];
+  for (int64_t i = 0; i < device_step.num_layouts; ++i) {
+    const Layout& layout = device_step.layouts[i];
     const Layout entry = {reinterpret_cast<const Dim*>(at(dim)), layout.num_dims};
     const int64_t bytes = layout.num_dims * static_cast<int64_t>(sizeof(Dim));
-    image_.put(dim, layout.dims, bytes);
+    mirror_.put(dim, layout.dims, bytes);
     // Member by member: what lies between them is not the same from one step to the next.
     const int64_t to = parts_.layouts + i * static_cast<int64_t>(sizeof(Layout));
-    image_.put(to + static_cast<int64_t>(offsetof(Layout, dims)), &entry.dims, sizeof(entry.dims));
-    image_.put(to + static_cast<int64_t>(offsetof(Layout, num_dims)), &entry.num_dims,
-               sizeof(entry.num_dims));
+    mirror_.put(to + static_cast<int64_t>(offsetof(Layout, dims)), &entry.dims, sizeof(entry.dims));
+    mirror_.put(to + static_cast<int64_t>(offsetof(Layout, num_dims)), &entry.num_dims,
+                sizeof(entry.num_dims));
     dim += bytes;
   }
 }
 
-void Table::fill_works(const Share& share, const Arrangement& arrangement) {
-  for (const Rows& rows : arrangement.columns())
+void DeviceTable::fill_updates(const DeviceStep& device_step, const Partition& partition) {
+  for (const Rows& rows : partition.keys())
     for (int64_t row = rows.first_row; row < rows.first_row + rows.num_rows; ++row) {
-      const int64_t w = arrangement.rows()[static_cast<size_t>(row)];
-      Work work = share.works[w];
-      if (share.clocks != nullptr) {
-        work.scalars = static_cast<int32_t>(row - rows.first_row);
-        image_.put(parts_.clocks + row * static_cast<int64_t>(sizeof(Clock)), &share.clocks[w],
-                   sizeof(Clock));
+      const int64_t w = partition.rows()[static_cast<size_t>(row)];
+      ParamUpdate update = device_step.updates[w];
+      if (device_step.counters != nullptr) {
+        update.scalars = static_cast<int32_t>(row - rows.first_row);
+        mirror_.put(parts_.counters + row * static_cast<int64_t>(sizeof(StepCounter)),
+                    &device_step.counters[w], sizeof(StepCounter));
       }
-      image_.put(parts_.works + row * static_cast<int64_t>(sizeof(Work)), &work, sizeof(Work));
+      mirror_.put(parts_.updates + row * static_cast<int64_t>(sizeof(ParamUpdate)), &update,
+                  sizeof(ParamUpdate));
     }
 }
 

@@ -7,7 +7,7 @@
 #include "core/element.h"
 #include "core/rules.h"
 #include "core/step.h"
-#include "cuda/lane.h"
+#include "cuda/thread_slice.h"
 #include "cuda/singles.h"
 #include "cuda/stage.h"
 #include "cuda/staged.h"
@@ -21,26 +21,26 @@ namespace fusedopt::cuda {
 // The kernel's arguments, at most 4 KiB. All pointers are into device memory.
 template <class Rule, class T>
 struct UpdateArguments {
-  using WorkScalars = StepScalars<Rule, T>;
-  static constexpr int kFew = 3072 / static_cast<int>(sizeof(WorkScalars));
+  using UpdateScalars = StepScalars<Rule, T>;
+  static constexpr int kFew = 3072 / static_cast<int>(sizeof(UpdateScalars));
 
-  const Work* works;
+  const ParamUpdate* updates;
   const ChunkStart* chunks;  // one for each block, and the end
   const Layout* layouts;
-  const WorkScalars* scalars;  // by Work::scalars; nullptr: they are in `few`
-  const float* skip;           // nullptr or the flag that makes the step do nothing
+  const UpdateScalars* scalars;  // by ParamUpdate::scalars; nullptr: they are in `few`
+  const float* skip;             // nullptr or the flag that makes the step do nothing
   StagePlan plan;
-  WorkScalars few[kFew];
+  UpdateScalars few[kFew];
 };
 
 // What is the same for all elements of a chunk.
 template <class Rule, class T>
-class Update {
+class ChunkUpdate {
  public:
   using Arguments = UpdateArguments<Rule, T>;
 
-  FUSEDOPT_HD Update(const Arguments& arguments, const Chunk& chunk,
-                     const StepScalars<Rule, T>& scalars, uint32_t variant)
+  FUSEDOPT_HD ChunkUpdate(const Arguments& arguments, const Chunk& chunk,
+                          const StepScalars<Rule, T>& scalars, uint32_t variant)
       : arguments_(arguments), chunk_(chunk), scalars_(scalars), variant_(variant) {}
 
   // The copies are so many stages ahead that they go where the last elements were read.
@@ -66,7 +66,7 @@ class Update {
       stages.align(stage);
       const Tile tile = stages.tile(at);
       Math math;
-      if (update(Staged<Rule, T>(stages, tile, stage), math)) continue;
+      if (update_elements(Staged<Rule, T>(stages, tile, stage), math)) continue;
       const uint32_t count = tile.at[1] != tile.at[0] ? 2 * piece : piece;
 #pragma unroll 1
       for (uint32_t i = 0; i < count; ++i)
@@ -76,26 +76,26 @@ class Update {
     const uint32_t head = stages.first() * piece, staged_elements = end * piece - head;
     const uint32_t left = static_cast<uint32_t>(chunk_.end - chunk_.begin) - staged_elements;
 #pragma unroll 1
-    for (uint32_t i = chunk_.lane.index; i < left; i += chunk_.lane.count)
+    for (uint32_t i = chunk_.slice.rank; i < left; i += chunk_.slice.size)
       update_single(chunk_.begin + i + (i < head ? 0 : staged_elements));
   }
 
   // Neighbours by neighbouring threads. Several at a time: their loads overlap.
   FUSEDOPT_HD void run_strided() const {
     constexpr int kAtATime = 2;
-    const int64_t step = kAtATime * chunk_.lane.count;
+    const int64_t step = kAtATime * chunk_.slice.size;
 #pragma unroll 1
-    for (int64_t i = chunk_.begin + chunk_.lane.index; i < chunk_.end; i += step) {
-      Singles<T, kAtATime> singles(chunk_.work, arguments_.layouts);
+    for (int64_t i = chunk_.begin + chunk_.slice.rank; i < chunk_.end; i += step) {
+      Singles<T, kAtATime> singles(chunk_.update, arguments_.layouts);
 #pragma unroll
       for (int j = 0; j < kAtATime; ++j) {
-        const int64_t own = i + j * chunk_.lane.count;
+        const int64_t own = i + j * chunk_.slice.size;
         singles.place(j, own < chunk_.end ? own : i);
       }
       Math math;
-      if (update(singles, math)) continue;
+      if (update_elements(singles, math)) continue;
 #pragma unroll 1
-      for (int64_t own = i; own < chunk_.end && own < i + step; own += chunk_.lane.count)
+      for (int64_t own = i; own < chunk_.end && own < i + step; own += chunk_.slice.size)
         update_single(own);
     }
   }
@@ -106,20 +106,20 @@ class Update {
 
   // All at once; false if `math` does not do for one of them, and then nothing is stored.
   template <class Memory, class AnyMath>
-  FUSEDOPT_HD bool update(const Memory& memory, AnyMath& math) const {
+  FUSEDOPT_HD bool update_elements(const Memory& memory, AnyMath& math) const {
     Elements<Rule, T, typename Memory::Values, Memory> elements(memory);
     elements.load();
-    elements.apply(Rule::Variant::of(as_if_new(variant_)), scalars_.rule, math);
+    elements.apply(Rule::Variant::of(opaque(variant_)), scalars_.rule, math);
     if (!math.is_exact()) return false;
     elements.finish(scalars_.common);
     return true;
   }
 
   FUSEDOPT_HD void update_single(int64_t element) const {
-    Singles<T, 1> single(chunk_.work, arguments_.layouts);
+    Singles<T, 1> single(chunk_.update, arguments_.layouts);
     single.place(0, element);
     Ieee ieee;
-    update(single, ieee);
+    update_elements(single, ieee);
   }
 
   const Arguments& arguments_;
@@ -135,22 +135,25 @@ FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, Shared
   if (arguments.skip != nullptr && *arguments.skip > 0) return;
   const ChunkStart from = arguments.chunks[block], to = arguments.chunks[block + 1];
   // A part of one work for the whole block, or a work for each warp.
-  const bool is_shared = to.work - from.work <= 1;
-  const int64_t w = same_for_warp(from.work + (is_shared ? 0 : thread / kWarp));
-  if (!is_shared && w >= to.work) return;
-  const Work work = load_work(arguments.works + w);
-  if (work.device == kIdle) return;
-  const Lane lane = is_shared ? Lane{thread, kBlockThreads} : Lane{thread % kWarp, kWarp};
-  const Chunk chunk = {arguments.works + w, same_for_warp(w == from.work ? from.element : 0),
-                       same_for_warp(w == to.work ? to.element : work.numel), lane};
+  const bool is_shared = to.update - from.update <= 1;
+  const int64_t w = same_for_warp(from.update + (is_shared ? 0 : thread / kWarp));
+  if (!is_shared && w >= to.update) return;
+  const ParamUpdate update = load_update(arguments.updates + w);
+  if (update.device == kIdle) return;
+  const ThreadSlice slice =
+      is_shared ? ThreadSlice{thread, kBlockThreads} : ThreadSlice{thread % kWarp, kWarp};
+  const Chunk chunk = {arguments.updates + w, same_for_warp(w == from.update ? from.element : 0),
+                       same_for_warp(w == to.update ? to.element : update.numel), slice};
   // A copy: a reference to one place or another would be of an unknown address space.
-  const StepScalars<Rule, T> scalars = same_for_warp(
-      arguments.scalars != nullptr ? arguments.scalars[work.scalars] : arguments.few[work.scalars]);
-  const Update<Rule, T> update(arguments, chunk, scalars, same_for_warp(uint32_t{work.variant}));
-  if (work.layout == kDense)
-    update.run_dense(Stages<Rule, T>(arguments.plan, work, chunk, thread, shared));
+  const StepScalars<Rule, T> scalars =
+      same_for_warp(arguments.scalars != nullptr ? arguments.scalars[update.scalars]
+                                                 : arguments.few[update.scalars]);
+  const ChunkUpdate<Rule, T> chunk_update(arguments, chunk, scalars,
+                                          same_for_warp(uint32_t{update.variant}));
+  if (update.layout == kDense)
+    chunk_update.run_dense(Stages<Rule, T>(arguments.plan, update, chunk, thread, shared));
   else
-    update.run_strided();
+    chunk_update.run_strided();
 }
 
 }  // namespace fusedopt::cuda

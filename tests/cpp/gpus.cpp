@@ -11,23 +11,23 @@ void Gpus::step(Model& model, const Options& options) {
   auto borrowed = std::make_unique<Borrowed>(model);
   std::set<int> gpus;
   for (const Tensor& tensor : model.tensors) gpus.insert(tensor.gpu);
-  std::vector<Share> shares;
+  std::vector<DeviceStep> device_steps;
   for (const int gpu : gpus) {
-    Share share = borrowed->share(model, gpu);
-    share.stream = options.stream;
-    share.grad_scale = options.grad_scale;
-    share.found_inf = options.found_inf;
-    if (options.clocks != nullptr) {
-      share.scalars = nullptr;
-      share.num_scalars = 0;
-      share.clocks = options.clocks->data();
-      share.groups = options.groups->data();
-      share.num_groups = static_cast<int64_t>(options.groups->size());
+    DeviceStep device_step = borrowed->device_step(model, gpu);
+    device_step.stream = options.stream;
+    device_step.grad_scale = options.grad_scale;
+    device_step.found_inf = options.found_inf;
+    if (options.counters != nullptr) {
+      device_step.scalars = nullptr;
+      device_step.num_scalars = 0;
+      device_step.counters = options.counters->data();
+      device_step.groups = options.groups->data();
+      device_step.num_groups = static_cast<int64_t>(options.groups->size());
     }
-    shares.push_back(share);
+    device_steps.push_back(device_step);
   }
-  for (const Share& share : shares) driver_->prepare(share);
-  for (const Share& share : shares) driver_->launch(share);
+  for (const DeviceStep& device_step : device_steps) driver_->prepare(device_step);
+  for (const DeviceStep& device_step : device_steps) driver_->launch(device_step);
 }
 
 std::shared_ptr<void> Gpus::allocate(int gpu, int64_t bytes, Memory kind) {

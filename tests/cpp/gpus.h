@@ -18,8 +18,8 @@ class Gpus {
   // What a step is given besides the model.
   struct Options {
     void* stream = nullptr;
-    const std::vector<fusedopt::cuda::Clock>* clocks = nullptr;
-    const std::vector<fusedopt::cuda::HyperSource>* groups = nullptr;
+    const std::vector<fusedopt::cuda::StepCounter>* counters = nullptr;
+    const std::vector<fusedopt::cuda::HyperParamsRef>* groups = nullptr;
     const float* grad_scale = nullptr;
     const float* found_inf = nullptr;
   };

@@ -23,38 +23,38 @@ Model empty_model() {
 
 Borrowed::Borrowed(Model& model) {
   for (Tensor& tensor : model.tensors) {
-    Work work = make_work(tensor.problem, tensor.buffers);
-    work.scalars = tensor.scalars;
-    work.device = tensor.idle ? kIdle : static_cast<uint8_t>(kFirstGpu + tensor.gpu);
-    if (work.layout != kDense) {
+    ParamUpdate update = make_update(tensor.problem, tensor.buffers);
+    update.scalars = tensor.scalars;
+    update.device = tensor.idle ? kIdle : static_cast<uint8_t>(kFirstGpu + tensor.gpu);
+    if (update.layout != kDense) {
       const Dims& dims = tensor.problem.dims;
-      work.layout = static_cast<int32_t>(layouts_.size());
+      update.layout = static_cast<int32_t>(layouts_.size());
       layouts_.push_back({dims.data(), static_cast<int>(dims.size())});
     }
-    works_.push_back(work);
+    updates_.push_back(update);
   }
 }
 
-cuda::Share Borrowed::share(const Model& model, int gpu) const {
-  cuda::Share share = {};
-  share.gpu = gpu;
-  share.works = works_.data();
-  share.num_works = static_cast<int64_t>(works_.size());
-  share.layouts = layouts_.data();
-  share.num_layouts = static_cast<int64_t>(layouts_.size());
-  share.scalars = model.scalars.data();
-  share.num_scalars = static_cast<int64_t>(model.scalars.size());
-  return share;
+cuda::DeviceStep Borrowed::device_step(const Model& model, int gpu) const {
+  cuda::DeviceStep device_step = {};
+  device_step.gpu = gpu;
+  device_step.updates = updates_.data();
+  device_step.num_updates = static_cast<int64_t>(updates_.size());
+  device_step.layouts = layouts_.data();
+  device_step.num_layouts = static_cast<int64_t>(layouts_.size());
+  device_step.scalars = model.scalars.data();
+  device_step.num_scalars = static_cast<int64_t>(model.scalars.size());
+  return device_step;
 }
 
 void Borrowed::step_on_cpu(const Model& model) {
   std::vector<int64_t> sizes;
-  for (Work& work : works_) {
-    if (work.device != kIdle) work.device = kCpu;
-    sizes.push_back(work.numel);
+  for (ParamUpdate& update : updates_) {
+    if (update.device != kIdle) update.device = kCpu;
+    sizes.push_back(update.numel);
   }
   const auto chunks = plan_chunks(sizes, kMinChunkElements);
-  const Step step = {works_.data(), model.scalars.data(), layouts_.data(), chunks.data(),
+  const Step step = {updates_.data(), model.scalars.data(), layouts_.data(), chunks.data(),
                      static_cast<int64_t>(chunks.size()) - 1};
   cpu::run(step, cpu::Isa::kBaseline, 1);
 }

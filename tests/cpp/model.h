@@ -34,12 +34,12 @@ Model empty_model();
 class Borrowed {
  public:
   explicit Borrowed(Model& model);
-  const std::vector<fusedopt::Work>& works() const { return works_; }
-  fusedopt::cuda::Share share(const Model& model, int gpu) const;
+  const std::vector<fusedopt::ParamUpdate>& updates() const { return updates_; }
+  fusedopt::cuda::DeviceStep device_step(const Model& model, int gpu) const;
   void step_on_cpu(const Model& model);
 
  private:
-  std::vector<fusedopt::Work> works_;
+  std::vector<fusedopt::ParamUpdate> updates_;
   std::vector<fusedopt::Layout> layouts_;
 };
 

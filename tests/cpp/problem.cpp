@@ -111,12 +111,12 @@ __attribute__((noinline)) void update_elements(const Problem& problem,
     for (int s = 0; s < Rule::kNumStates; ++s)
       if (problem.has(kFirstState + s))
         element.set(kFirstState + s, rounded(kFirstState + s, state[s]));
-    if (problem.has(kAverage))
-      element.set(kAverage, scalars.common.average(element.get<T>(kAverage), element.weight<T>()));
+    if (problem.has(kEma))
+      element.set(kEma, scalars.common.ema(element.get<T>(kEma), element.weight<T>()));
   }
 }
 
-Problem make_problem(RuleId rule, int variant, const Hyper& hyper) {
+Problem make_problem(RuleId rule, int variant, const HyperParams& hyper) {
   Problem problem = {};
   problem.rule = rule;
   problem.variant = variant;
@@ -131,14 +131,14 @@ Problem make_problem(RuleId rule, int variant, const Hyper& hyper) {
   return problem;
 }
 
-void set_decay(Hyper& hyper, Decay decay) {
+void set_decay(HyperParams& hyper, Decay decay) {
   hyper.weight_decay = decay == Decay::kNone ? 0 : 0.03;
   hyper.decoupled_weight_decay = decay == Decay::kDecoupled;
 }
 
 // Hyper-parameters that have a rule's variant.
-Hyper hyper_for(Sgd::Variant variant) {
-  Hyper hyper;
+HyperParams hyper_for(Sgd::Variant variant) {
+  HyperParams hyper;
   hyper.momentum = variant.momentum == Sgd::Momentum::kNone ? 0 : 0.9;
   hyper.nesterov = variant.momentum == Sgd::Momentum::kNesterov;
   hyper.dampening = 0.25;
@@ -146,8 +146,8 @@ Hyper hyper_for(Sgd::Variant variant) {
   return hyper;
 }
 
-Hyper hyper_for(Adam::Variant variant) {
-  Hyper hyper;
+HyperParams hyper_for(Adam::Variant variant) {
+  HyperParams hyper;
   hyper.beta1 = variant.averages_grads ? 0.9 : 0;
   hyper.beta2 = 0.99;
   hyper.eps = 1e-3;
@@ -213,7 +213,7 @@ std::vector<Problem> problems_of(RuleId id) {
     using Rule = decltype(rule);
     for (int number = 0; number < Rule::kNumVariants; ++number) {
       const auto variant = Rule::Variant::of(number);
-      const Hyper hyper = hyper_for(variant);
+      const HyperParams hyper = hyper_for(variant);
       CHECK(Rule::variant(hyper).number() == number);
       Problem problem = make_problem(id, number, hyper);
       problem.dtypes[kParam] = problem.dtypes[kGrad] = DType::kFloat32;
@@ -252,7 +252,7 @@ Problem in_any_formats(Problem problem, std::mt19937& random) {
   if (item_size(param) == 2 && random() % 2 == 0)
     problem.dtypes[kMaster] =
         param == DType::kBFloat16 && random() % 2 == 0 ? DType::kRemainder : DType::kFloat32;
-  problem.dtypes[kAverage] = random() % 2 == 0 ? any() : DType::kAbsent;
+  problem.dtypes[kEma] = random() % 2 == 0 ? any() : DType::kAbsent;
   return rounded_stochastically(problem, random() % 2 == 0 ? static_cast<unsigned>(random()) : 0u);
 }
 
@@ -281,11 +281,11 @@ const std::vector<Dims>& strided_layouts() {
   return kLayouts;
 }
 
-Scalars scalars_at(const Problem& problem, Time time, double grad_scale) {
+Scalars scalars_at(const Problem& problem, StepInfo info, double grad_scale) {
   Scalars scalars = {};
   with_rule(problem.rule, [&](auto rule) {
     using Rule = decltype(rule);
-    scalars.set<Rule>(schedule<Rule>(problem.hyper, time, {grad_scale, 0}));
+    scalars.set<Rule>(step_scalars<Rule>(problem.hyper, info, {grad_scale, 0}));
   });
   return scalars;
 }
@@ -335,17 +335,17 @@ void update_one_by_one(const Problem& problem, std::vector<Buffer>& buffers) {
   });
 }
 
-Work make_work(const Problem& problem, std::vector<Buffer>& buffers) {
-  Work work = {};
+ParamUpdate make_update(const Problem& problem, std::vector<Buffer>& buffers) {
+  ParamUpdate update = {};
   for (size_t k = 0; k < buffers.size(); ++k) {
-    work.data[k] = buffers[k].data();
-    work.formats.dtypes[k] = buffers[k].dtype();
+    update.data[k] = buffers[k].data();
+    update.formats.dtypes[k] = buffers[k].dtype();
   }
-  work.formats.stochastic = static_cast<uint8_t>(problem.stochastic);
-  work.numel = problem.numel;
-  work.layout = problem.dims.empty() ? kDense : 0;
-  work.rule = problem.rule;
-  work.variant = static_cast<uint8_t>(problem.variant);
-  work.device = kCpu;
-  return work;
+  update.formats.stochastic = static_cast<uint8_t>(problem.stochastic);
+  update.numel = problem.numel;
+  update.layout = problem.dims.empty() ? kDense : 0;
+  update.rule = problem.rule;
+  update.variant = static_cast<uint8_t>(problem.variant);
+  update.device = kCpu;
+  return update;
 }

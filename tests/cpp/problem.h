@@ -10,7 +10,7 @@
 
 #include "core/dtypes.h"
 #include "core/layout.h"
-#include "core/schedule.h"
+#include "core/step_scalars.h"
 #include "core/step.h"
 
 // One tensor's update made by hand, what it works on, and what must come out.
@@ -86,7 +86,7 @@ class Buffer {
 struct Problem {
   fusedopt::RuleId rule;
   int variant;
-  fusedopt::Hyper hyper;
+  fusedopt::HyperParams hyper;
   fusedopt::Scalars scalars;
   std::array<fusedopt::DType, fusedopt::kMaxOperands> dtypes;
   unsigned stochastic;  // a bit for each operand that is rounded stochastically
@@ -133,7 +133,7 @@ Problem with_dims(Problem problem, const fusedopt::Dims& dims);
 const std::vector<fusedopt::Dims>& strided_layouts();
 
 // The scalars of a step of the problem.
-fusedopt::Scalars scalars_at(const Problem& problem, fusedopt::Time time, double grad_scale);
+fusedopt::Scalars scalars_at(const Problem& problem, fusedopt::StepInfo info, double grad_scale);
 
 // A buffer for each place.
 std::vector<Buffer> make_buffers(const Problem& problem, uint32_t seed = 4);
@@ -150,4 +150,4 @@ int64_t offset_of(const Problem& problem, int64_t i, int operand);
 void update_one_by_one(const Problem& problem, std::vector<Buffer>& buffers);
 
 // For the CPU, with scalars 0 and, if it is not dense, layout 0.
-fusedopt::Work make_work(const Problem& problem, std::vector<Buffer>& buffers);
+fusedopt::ParamUpdate make_update(const Problem& problem, std::vector<Buffer>& buffers);

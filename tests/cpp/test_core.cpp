@@ -6,7 +6,7 @@
 
 void test_dtypes();
 void test_rules();
-void test_schedule();
+void test_step_scalars();
 void test_power();
 void test_branch_free();
 void test_chunks();
@@ -14,10 +14,10 @@ void test_layout();
 void test_overlap();
 void test_driver();
 void test_grid();
-void test_image();
+void test_host_mirror();
 void test_table();
 void test_gpu();
-void test_clocks();
+void test_counters();
 void test_huge();
 
 int main(int argc, char** argv) {
@@ -26,7 +26,7 @@ int main(int argc, char** argv) {
     void (*run)();
   } suites[] = {{"dtypes", test_dtypes},
                 {"rules", test_rules},
-                {"schedule", test_schedule},
+                {"step_scalars", test_step_scalars},
                 {"power", test_power},
                 {"branch_free", test_branch_free},
                 {"chunks", test_chunks},
@@ -34,10 +34,10 @@ int main(int argc, char** argv) {
                 {"overlap", test_overlap},
                 {"driver", test_driver},
                 {"grid", test_grid},
-                {"image", test_image},
+                {"host_mirror", test_host_mirror},
                 {"table", test_table},
                 {"gpu", test_gpu},
-                {"clocks", test_clocks},
+                {"counters", test_counters},
                 {"huge", test_huge}};
   for (const auto& suite : suites) {
     if (argc != 2 || std::strcmp(argv[1], suite.name) != 0) continue;

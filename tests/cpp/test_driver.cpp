@@ -13,15 +13,15 @@ namespace {
 using Buffers = std::vector<Buffer>;
 
 void drive(const Problem& problem, Buffers& buffers, cpu::Isa isa, int threads) {
-  Work works[4] = {{}};
-  for (int i = 1; i < 4; ++i) works[i] = make_work(problem, buffers);
-  works[2].device = kIdle;  // would update a second time
-  works[3].device = kFirstGpu;
+  ParamUpdate updates[4] = {{}};
+  for (int i = 1; i < 4; ++i) updates[i] = make_update(problem, buffers);
+  updates[2].device = kIdle;  // would update a second time
+  updates[3].device = kFirstGpu;
   // Two threads need many chunks to be called at all.
   const auto chunks =
       plan_chunks({0, problem.numel, problem.numel, problem.numel}, threads > 1 ? 64 : 1000);
   const Layout layout = {problem.dims.data(), static_cast<int>(problem.dims.size())};
-  const Step step = {works, &problem.scalars, &layout, chunks.data(),
+  const Step step = {updates, &problem.scalars, &layout, chunks.data(),
                      static_cast<int64_t>(chunks.size()) - 1};
   cpu::run(step, isa, threads);
 }
@@ -61,15 +61,15 @@ void test_dense() {
 }
 
 // What there is beside param, grad and states, each alone and together.
-void test_masters_and_averages() {
+void test_masters_and_emas() {
   for (Problem problem : all_problems())
     for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
       problem = in_format(problem, dtype);
       for (const DType master : {DType::kAbsent, DType::kFloat32, DType::kRemainder}) {
         if (master == DType::kRemainder && dtype != DType::kBFloat16) continue;
         problem.dtypes[kMaster] = master;
-        for (const DType average : {DType::kAbsent, DType::kFloat32, DType::kFloat64, dtype}) {
-          problem.dtypes[kAverage] = average;
+        for (const DType ema : {DType::kAbsent, DType::kFloat32, DType::kFloat64, dtype}) {
+          problem.dtypes[kEma] = ema;
           problem.numel = 333;
           for (const unsigned stochastic : {0u, 1u << kParam, ~0u})
             check_problem(rounded_stochastically(problem, stochastic));
@@ -79,14 +79,14 @@ void test_masters_and_averages() {
 }
 
 // From either end, and the ends themselves.
-void test_rates_of_averages() {
+void test_rates_of_emas() {
   for (Problem problem : all_problems())
     for (const double decay : {0.0, 0.25, 0.5, 0.999, 1.0})
       for (const uint64_t step : {1, 2})
         for (const DType dtype : kAllDTypes) {
           problem.hyper.ema_decay = decay;
           problem.scalars = scalars_at(problem, {step, false}, 2.0);
-          problem.dtypes[kAverage] = dtype;
+          problem.dtypes[kEma] = dtype;
           problem.numel = 77;
           check_problem(in_format(problem, dtype));
         }
@@ -205,9 +205,9 @@ void test_every_rounding() {
 // Roots and quotients of all magnitudes: Adam with params of 0 that become grad / sqrt(exp_avg_sq).
 void test_roots() {
   std::mt19937 random(12);
-  const Hyper hyper = {};
+  const HyperParams hyper = {};
   Problem problem = problems_of(kIdOf<Adam>)[0];
-  StepScalars<Adam, double> scalars = schedule<Adam>(hyper, {1, true}, {});
+  StepScalars<Adam, double> scalars = step_scalars<Adam>(hyper, {1, true}, {});
   scalars.rule = {};
   scalars.rule.grad_factor = 1;
   scalars.rule.beta2 = {1, 0};
@@ -245,8 +245,8 @@ void test_draws() {
 
 void test_driver() {
   test_dense();
-  test_masters_and_averages();
-  test_rates_of_averages();
+  test_masters_and_emas();
+  test_rates_of_emas();
   test_mixtures();
   test_strided();
   test_special_values();

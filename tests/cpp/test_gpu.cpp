@@ -48,7 +48,7 @@ void test_formats_and_sizes() {
 }
 
 // What there is beside param, grad and states, each alone and together.
-void test_masters_and_averages() {
+void test_masters_and_emas() {
   Model model = empty_model();
   for (Problem problem : all_problems())
     for (const DType dtype : kAllDTypes) {
@@ -57,8 +57,8 @@ void test_masters_and_averages() {
         if (master == DType::kRemainder && dtype != DType::kBFloat16) continue;
         if (master == DType::kFloat32 && item_size(dtype) > 2) continue;
         problem.dtypes[kMaster] = master;
-        for (const DType average : {DType::kAbsent, DType::kFloat32, DType::kFloat64, dtype}) {
-          problem.dtypes[kAverage] = average;
+        for (const DType ema : {DType::kAbsent, DType::kFloat32, DType::kFloat64, dtype}) {
+          problem.dtypes[kEma] = ema;
           for (const unsigned stochastic : {0u, 1u << kParam, ~0u})
             for (const int64_t numel : {33, 513, 2345}) {
               problem.numel = numel;
@@ -301,7 +301,7 @@ void test_nothing_to_do() {
 
 void test_gpu() {
   test_formats_and_sizes();
-  test_masters_and_averages();
+  test_masters_and_emas();
   test_mixtures();
   test_misaligned();
   test_strided();

@@ -17,62 +17,62 @@ namespace {
 using Sizes = std::vector<int64_t>;
 
 // Goes through works piece by piece, from the first element to the last.
-class Walk {
+class StepContext {
  public:
-  explicit Walk(const Sizes& sizes) : sizes_(sizes) {}
+  explicit StepContext(const Sizes& sizes) : sizes_(sizes) {}
 
   // The next piece must begin where the one before ended.
-  void take(int64_t work, int64_t begin, int64_t end) {
-    CHECK(work == work_ && begin == element_ && begin <= end);
+  void take(int64_t update, int64_t begin, int64_t end) {
+    CHECK(update == update_ && begin == element_ && begin <= end);
     CHECK(end - begin <= INT32_MAX);  // threads count in 32 bits
-    if (work >= count()) return;
-    CHECK(end <= sizes_[static_cast<size_t>(work)]);
-    CHECK(begin < end || sizes_[static_cast<size_t>(work)] == 0);
-    const bool is_done = end == sizes_[static_cast<size_t>(work)];
-    work_ = work + (is_done ? 1 : 0);
+    if (update >= count()) return;
+    CHECK(end <= sizes_[static_cast<size_t>(update)]);
+    CHECK(begin < end || sizes_[static_cast<size_t>(update)] == 0);
+    const bool is_done = end == sizes_[static_cast<size_t>(update)];
+    update_ = update + (is_done ? 1 : 0);
     element_ = is_done ? 0 : end;
   }
 
-  bool is_done() const { return work_ == count() && element_ == 0; }
+  bool is_done() const { return update_ == count() && element_ == 0; }
   int64_t count() const { return static_cast<int64_t>(sizes_.size()); }
 
  private:
   const Sizes& sizes_;
-  int64_t work_ = 0, element_ = 0;
+  int64_t update_ = 0, element_ = 0;
 };
 
 // A part of one work, for a whole block.
-void take_part(Walk& walk, const Sizes& sizes, ChunkStart from, ChunkStart to) {
+void take_part(StepContext& context, const Sizes& sizes, ChunkStart from, ChunkStart to) {
   CHECK(from.element % cuda::kMinChunkElements == 0);
-  const bool to_the_end = to.work != from.work;
-  walk.take(from.work, from.element,
-            to_the_end ? sizes[static_cast<size_t>(from.work)] : to.element);
+  const bool to_the_end = to.update != from.update;
+  context.take(from.update, from.element,
+               to_the_end ? sizes[static_cast<size_t>(from.update)] : to.element);
   if (to_the_end) CHECK(to.element == 0);
 }
 
 // Several whole works, one for each warp.
-void take_works(Walk& walk, const Sizes& sizes, ChunkStart from, ChunkStart to) {
+void take_updates(StepContext& context, const Sizes& sizes, ChunkStart from, ChunkStart to) {
   CHECK(from.element == 0 && to.element == 0);
-  CHECK(to.work - from.work <= kBlockWarps);
-  for (int64_t work = from.work; work < to.work; ++work) {
-    CHECK(sizes[static_cast<size_t>(work)] <= kWarpElements);
-    walk.take(work, 0, sizes[static_cast<size_t>(work)]);
+  CHECK(to.update - from.update <= kBlockWarps);
+  for (int64_t update = from.update; update < to.update; ++update) {
+    CHECK(sizes[static_cast<size_t>(update)] <= kWarpElements);
+    context.take(update, 0, sizes[static_cast<size_t>(update)]);
   }
 }
 
 // Returns the number of chunks.
 int64_t check_grid(const Sizes& sizes) {
   const std::vector<ChunkStart> starts = plan_grid(sizes);
-  Walk walk(sizes);
+  StepContext context(sizes);
   for (size_t chunk = 0; chunk + 1 < starts.size(); ++chunk) {
     const ChunkStart from = starts[chunk], to = starts[chunk + 1];
-    const bool is_shared = to.work - from.work <= 1;
-    (is_shared ? take_part : take_works)(walk, sizes, from, to);
+    const bool is_shared = to.update - from.update <= 1;
+    (is_shared ? take_part : take_updates)(context, sizes, from, to);
   }
-  CHECK(walk.is_done());
-  CHECK(starts.back().work == walk.count() && starts.back().element == 0);
+  CHECK(context.is_done());
+  CHECK(starts.back().update == context.count() && starts.back().element == 0);
   const auto count = static_cast<int64_t>(starts.size()) - 1;
-  CHECK(count <= cuda::kEnoughChunks + walk.count());
+  CHECK(count <= cuda::kEnoughChunks + context.count());
   return count;
 }
 

@@ -50,19 +50,19 @@ class Huge {
   explicit Huge(const Problem& problem) : problem_(problem), starts_(plan_grid({problem.numel})) {
     for (int k = 0; k < kMaxOperands; ++k) {
       const DType dtype = dtype_of(k);
-      work_.formats.dtypes[k] = dtype;
+      update_.formats.dtypes[k] = dtype;
       memory_.emplace_back();
       if (dtype == DType::kAbsent) continue;
       const int64_t elements = problem.dims.empty() ? problem.numel : extent(problem.dims, k);
       memory_.back() = std::make_unique<Reserved>(dtype, elements + shift(k));
-      work_.data[k] = place(k, 0);
+      update_.data[k] = place(k, 0);
     }
-    work_.formats.stochastic = static_cast<uint8_t>(problem.stochastic);
-    work_.numel = problem.numel;
-    work_.layout = problem.dims.empty() ? kDense : 0;
-    work_.rule = problem.rule;
-    work_.variant = static_cast<uint8_t>(problem.variant);
-    work_.device = kFirstGpu;
+    update_.formats.stochastic = static_cast<uint8_t>(problem.stochastic);
+    update_.numel = problem.numel;
+    update_.layout = problem.dims.empty() ? kDense : 0;
+    update_.rule = problem.rule;
+    update_.variant = static_cast<uint8_t>(problem.variant);
+    update_.device = kFirstGpu;
   }
 
   // Runs the block that has this element and compares all its elements with what the rule gives;
@@ -73,7 +73,7 @@ class Huge {
         [](int64_t wanted, const ChunkStart& start) { return wanted < start.element; });
     const ChunkStart* const chunk = &*after - 1;
     const int64_t begin = chunk[0].element;
-    const int64_t end = chunk[1].work > 0 ? problem_.numel : chunk[1].element;
+    const int64_t end = chunk[1].update > 0 ? problem_.numel : chunk[1].element;
     CHECK(begin <= element && element < end);
 
     const int64_t first = std::max<int64_t>(begin - kGuard, 0);
@@ -134,8 +134,8 @@ class Huge {
   void run(const ChunkStart* chunk) {
     const Layout layout = {problem_.dims.data(), static_cast<int>(problem_.dims.size())};
     UpdateCall call = {};
-    call.column = column_of(work_);
-    call.works = &work_;
+    call.key = launch_key_of(update_);
+    call.updates = &update_;
     call.chunks = chunk;
     call.num_chunks = 1;
     call.layouts = &layout;
@@ -147,7 +147,7 @@ class Huge {
   Problem problem_;
   std::vector<ChunkStart> starts_;
   std::vector<std::unique_ptr<Reserved>> memory_;
-  Work work_ = {};
+  ParamUpdate update_ = {};
 };
 
 void check_chunks(const Problem& problem, std::initializer_list<int64_t> elements) {
@@ -170,7 +170,7 @@ void test_dense() {
   Problem mixture = dense(kIdOf<Sgd>, DType::kBFloat16, numel);
   mixture.dtypes[kFirstState] = DType::kFloat32;
   mixture.dtypes[kMaster] = DType::kRemainder;
-  mixture.dtypes[kAverage] = DType::kFloat32;
+  mixture.dtypes[kEma] = DType::kFloat32;
   check_chunks(mixture, chunks);
 
   Problem misaligned = dense(kIdOf<Sgd>, DType::kFloat32, numel);

@@ -19,22 +19,23 @@ void check_covers_once(const std::vector<int64_t>& sizes, int64_t chunk_elements
   const std::vector<ChunkStart> starts = plan_chunks(sizes, chunk_elements);
   std::vector<std::vector<int>> visits;
   for (const int64_t size : sizes) visits.emplace_back(static_cast<size_t>(size), 0);
-  CHECK(starts.back().work == static_cast<int64_t>(sizes.size()) && starts.back().element == 0);
+  CHECK(starts.back().update == static_cast<int64_t>(sizes.size()) && starts.back().element == 0);
   for (size_t chunk = 0; chunk + 1 < starts.size(); ++chunk) {
     const ChunkStart from = starts[chunk], to = starts[chunk + 1];
     int64_t cost = 0;
-    for (int64_t work = from.work; work <= to.work && work < starts.back().work; ++work) {
-      const auto w = static_cast<size_t>(work);
-      const int64_t begin = work == from.work ? from.element : 0;
-      const int64_t end = work == to.work ? to.element : sizes[w];
+    for (int64_t update = from.update; update <= to.update && update < starts.back().update;
+         ++update) {
+      const auto w = static_cast<size_t>(update);
+      const int64_t begin = update == from.update ? from.element : 0;
+      const int64_t end = update == to.update ? to.element : sizes[w];
       for (int64_t i = begin; i < end; ++i) ++visits[w][static_cast<size_t>(i)];
-      if (work < to.work || end > begin) cost += end - begin + kTensorCost;
+      if (update < to.update || end > begin) cost += end - begin + kTensorCost;
     }
     CHECK(from.element % kChunkAlignment == 0);
     CHECK(cost <= chunk_elements + kTensorCost + kChunkAlignment);  // chunks of about equal cost
   }
-  for (const auto& work : visits)
-    CHECK(std::all_of(work.begin(), work.end(), [](int count) { return count == 1; }));
+  for (const auto& update : visits)
+    CHECK(std::all_of(update.begin(), update.end(), [](int count) { return count == 1; }));
 }
 
 void test_chunk_lists() {

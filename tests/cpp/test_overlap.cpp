@@ -35,7 +35,7 @@ class Regions {
   }
 
   // Whether these owners share a byte; an owner with itself, if it meets a byte twice.
-  bool share(int64_t a, int64_t b) const {
+  bool device_step(int64_t a, int64_t b) const {
     std::map<uintptr_t, int> bytes;
     bool found = false;
     for (const Region& region : regions_) {
@@ -68,10 +68,10 @@ class Regions {
       }
   }
 
-  bool any_share() const {
+  bool any_device_step() const {
     for (int64_t a = 0; a < next_; ++a)
       for (int64_t b = 0; b <= a; ++b)
-        if (share(a, b)) return true;
+        if (device_step(a, b)) return true;
     return false;
   }
 
@@ -99,22 +99,22 @@ void test_dense_regions() {
 }
 
 void test_column_slices() {
-  const Dims columns = {{6, {40}}, {4, {1}}};
+  const Dims keys = {{6, {40}}, {4, {1}}};
   Regions apart;
-  for (const int64_t column : {0, 4, 36, 20}) apart.add_strided(column * 4, 4, columns);
+  for (const int64_t key : {0, 4, 36, 20}) apart.add_strided(key * 4, 4, keys);
   CHECK(!apart.find());
-  apart.add_strided(7 * 4, 4, columns);  // columns 7 to 10; 4 to 7 are taken
+  apart.add_strided(7 * 4, 4, keys);  // columns 7 to 10; 4 to 7 are taken
   check_found(apart, 1, 4);
 }
 
 void test_dense_region_in_a_gap() {
-  const Dims columns = {{6, {40}}, {4, {1}}};
+  const Dims keys = {{6, {40}}, {4, {1}}};
   Regions regions;
-  regions.add_strided(0, 4, columns);
+  regions.add_strided(0, 4, keys);
   regions.add_dense(16, 4, 36);  // from behind the first row to the second
   CHECK(!regions.find());
   Regions longer;
-  longer.add_strided(0, 4, columns);
+  longer.add_strided(0, 4, keys);
   longer.add_dense(16, 4, 37);
   check_found(longer, 0, 1);
 }
@@ -133,9 +133,9 @@ void test_expanded_tensor() {
 }
 
 void test_clusters() {
-  const Dims columns = {{6, {40}}, {4, {1}}};
+  const Dims keys = {{6, {40}}, {4, {1}}};
   Regions regions;
-  for (const int64_t at : {0, 1600, 1616, 4000}) regions.add_strided(at, 4, columns);
+  for (const int64_t at : {0, 1600, 1616, 4000}) regions.add_strided(at, 4, keys);
   CHECK(!regions.find());
   regions.add_strided(1600 + 5 * 160 + 2, 2, {});  // one element in the last row of the second
   check_found(regions, 1, 4);
@@ -158,8 +158,8 @@ void test_random_regions() {
       regions.add_strided(random() % 300, item, dims);
     }
     const auto found = regions.find();
-    CHECK(found.has_value() == regions.any_share());
-    if (found) CHECK(regions.share(found->first, found->second));
+    CHECK(found.has_value() == regions.any_device_step());
+    if (found) CHECK(regions.device_step(found->first, found->second));
     regions.check_marks();
     overlapping += found.has_value();
   }

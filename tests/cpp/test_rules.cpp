@@ -2,7 +2,7 @@
 #include "check.h"
 
 #include "core/element.h"
-#include "core/schedule.h"
+#include "core/step_scalars.h"
 
 #include <algorithm>
 #include <cmath>
@@ -20,8 +20,8 @@ bool near(double found, double expected, double epsilon) {
   return std::fabs(found - expected) <= 16 * epsilon * std::max(1.0, std::fabs(expected));
 }
 
-Hyper sgd_hyper() {
-  Hyper hyper;
+HyperParams sgd_hyper() {
+  HyperParams hyper;
   hyper.lr = 0.1;
   hyper.momentum = 0.9;
   hyper.dampening = 0.25;
@@ -29,8 +29,8 @@ Hyper sgd_hyper() {
   return hyper;
 }
 
-Hyper adam_hyper() {
-  Hyper hyper;
+HyperParams adam_hyper() {
+  HyperParams hyper;
   hyper.lr = 0.1;
   hyper.beta1 = 0.9;
   hyper.beta2 = 0.99;
@@ -42,13 +42,13 @@ Hyper adam_hyper() {
 template <class T>
 void test_sgd(Sgd::Variant variant, double sign) {
   using Momentum = Sgd::Momentum;
-  Hyper hyper = sgd_hyper();
+  HyperParams hyper = sgd_hyper();
   hyper.maximize = sign < 0;
   T param = T(1.5), state[] = {variant.uses(Sgd::kMomentumBuffer) ? T(0) : T(7)};
   double p = param, v = 0;
   for (int step = 0; step < kSteps; ++step) {
-    const Time time = {static_cast<uint64_t>(step) + 1, step == 0};
-    const auto scalars = Sgd::scalars(hyper, time, {4.0, 0}).template as<T>();
+    const StepInfo info = {static_cast<uint64_t>(step) + 1, step == 0};
+    const auto scalars = Sgd::scalars(hyper, info, {4.0, 0}).template as<T>();
     Ieee math;
     Sgd::update(variant, scalars, math, param, static_cast<T>(4 * kGrads[step]), state);
 
@@ -71,15 +71,15 @@ void test_sgd(Sgd::Variant variant, double sign) {
 template <class T>
 void test_adam(Adam::Variant variant, double sign, double beta1) {
   if (!variant.averages_grads && beta1 != 0) return;
-  Hyper hyper = adam_hyper();
+  HyperParams hyper = adam_hyper();
   hyper.maximize = sign < 0;
   hyper.beta1 = beta1;
   T param = T(1.5), state[Adam::kNumStates];
   for (int s = 0; s < Adam::kNumStates; ++s) state[s] = variant.uses(s) ? T(0) : T(7);
   double p = param, m = 0, v = 0, largest = 0;
   for (int step = 1; step <= kSteps; ++step) {
-    const Time time = {static_cast<uint64_t>(step), step == 1};
-    const auto scalars = Adam::scalars(hyper, time, {4.0, 0}).template as<T>();
+    const StepInfo info = {static_cast<uint64_t>(step), step == 1};
+    const auto scalars = Adam::scalars(hyper, info, {4.0, 0}).template as<T>();
     Ieee math;
     Adam::update(variant, scalars, math, param, static_cast<T>(4 * kGrads[step - 1]), state);
 
@@ -129,19 +129,19 @@ void test_list() {
 }
 
 template <class T>
-void test_average(double rate) {
-  const Average<T> average = average_at(rate).template as<T>();
+void test_ema(double rate) {
+  const Ema<T> update_ema = ema_at(rate).template as<T>();
   for (const T ema : {T(-3), T(0), T(0.3)})
     for (const T weight : {T(0.7), T(-2), T(0.3)}) {
       const double expected = static_cast<double>(ema) + rate * (static_cast<double>(weight) - ema);
-      CHECK(near(average(ema, weight), expected, std::numeric_limits<T>::epsilon()));
-      if (rate == 0) CHECK(average(ema, weight) == ema);
-      if (rate == 1) CHECK(average(ema, weight) == weight);
+      CHECK(near(update_ema(ema, weight), expected, std::numeric_limits<T>::epsilon()));
+      if (rate == 0) CHECK(update_ema(ema, weight) == ema);
+      if (rate == 1) CHECK(update_ema(ema, weight) == weight);
     }
   // What comes after a NaN or an infinity that is no longer there.
   const T nan = std::numeric_limits<T>::quiet_NaN();
-  if (rate == 1) CHECK(average(nan, T(2)) == T(2));
-  if (rate == 0) CHECK(average(T(2), nan) == T(2));
+  if (rate == 1) CHECK(update_ema(nan, T(2)) == T(2));
+  if (rate == 0) CHECK(update_ema(T(2), nan) == T(2));
 }
 
 bool has_number(Sgd::Variant found, Sgd::Variant expected) {
@@ -168,10 +168,10 @@ void test_rules() {
   test_list();
 }
 
-void test_schedule() {
+void test_step_scalars() {
   // A decay is split into two parts of one sign, so that inf stays inf and nothing is lost.
   for (const double decay : {0.0, 1e-12, 1e-5, 1e-3, 0.01, 0.3, 0.999, 1.3, 5.0}) {
-    const Factor<double> keep = split(1 - decay);
+    const TwoFloat<double> keep = two_float(1 - decay);
     const long double lost =
         static_cast<long double>(keep.high) + keep.rest - (1.0L - static_cast<long double>(decay));
     CHECK(std::fabs(static_cast<double>(lost)) <= 1e-16);
@@ -181,7 +181,7 @@ void test_schedule() {
   }
   // Terms that torch skips are variants without the term.
   using Momentum = Sgd::Momentum;
-  Hyper hyper = sgd_hyper();
+  HyperParams hyper = sgd_hyper();
   CHECK(has_number(Sgd::variant(hyper), {Momentum::kHeavyBall, Decay::kL2}));
   hyper.nesterov = true;
   CHECK(has_number(Sgd::variant(hyper), {Momentum::kNesterov, Decay::kL2}));
@@ -202,20 +202,20 @@ void test_schedule() {
   CHECK(clip_factor(hyper, 4) == 1);
   // Averages: the first step sets them, then the rate follows from the decay.
   hyper.ema_decay = 0.75;
-  CHECK(average_rate(hyper, {1, true}) == 1 && average_rate(hyper, {2, false}) == 0.25);
+  CHECK(ema_rate(hyper, {1, true}) == 1 && ema_rate(hyper, {2, false}) == 0.25);
   hyper.ema_bias_correction = true;
-  CHECK(average_rate(hyper, {1, true}) == 1 && average_rate(hyper, {2, false}) == 0.25 / 0.4375);
+  CHECK(ema_rate(hyper, {1, true}) == 1 && ema_rate(hyper, {2, false}) == 0.25 / 0.4375);
   for (const double rate : {0.0, 0.001, 0.25, 0.5, 0.6, 0.999, 1.0}) {
-    test_average<float>(rate);
-    test_average<double>(rate);
+    test_ema<float>(rate);
+    test_ema<double>(rate);
   }
   // What is the same for all rules is put beside what is the rule's own, and found there.
   hyper.stochastic_rounding = StochasticRounding::kAll;
   hyper.rounding_seed = 9;
   Scalars scalars;
-  scalars.set<Adam>(schedule<Adam>(hyper, {2, false}, {}));
+  scalars.set<Adam>(step_scalars<Adam>(hyper, {2, false}, {}));
   const CommonScalars<float> common = scalars.of<Adam>().as<float>().common;
   CHECK(common.rounding_key == rounding_key(9, 2));
-  CHECK(common.average.factor == static_cast<float>(0.25 / 0.4375 - 1));
+  CHECK(common.ema.factor == static_cast<float>(0.25 / 0.4375 - 1));
   CHECK(scalars.of<Adam>().rule.eps == Adam::scalars(hyper, {2, false}, {}).eps);
 }

@@ -2,7 +2,7 @@
 #include "check.h"
 #include "device_memory.h"
 
-#include "cuda/image.h"
+#include "cuda/host_mirror.h"
 #include "cuda/table.h"
 
 #include <algorithm>
@@ -16,39 +16,39 @@ using namespace fusedopt::cuda;
 
 namespace {
 
-bool changes(const Image& image, int64_t first, int64_t bytes) {
-  return image.bytes_changed() == bytes && (bytes == 0 || image.first_change() == first);
+bool changes(const HostMirror& mirror, int64_t first, int64_t bytes) {
+  return mirror.bytes_changed() == bytes && (bytes == 0 || mirror.first_change() == first);
 }
 
 void test_image_ranges() {
-  Image image(64);
-  CHECK(changes(image, 0, 64));  // a new block of memory has nothing yet
+  HostMirror mirror(64);
+  CHECK(changes(mirror, 0, 64));  // a new block of memory has nothing yet
   const uint8_t bytes[] = {1, 2, 3, 4};
-  image.put(8, bytes, 4);
-  CHECK(changes(image, 0, 64));
-  image.is_sent();
-  CHECK(changes(image, 0, 0));
-  image.put(8, bytes, 4);  // as it is already
-  image.put(64, bytes, 0);
-  CHECK(changes(image, 0, 0));
-  image.put(40, bytes, 4);
-  CHECK(changes(image, 40, 4));
-  CHECK(std::memcmp(image.changes(), bytes, 4) == 0);
-  image.put(60, bytes, 4);
-  image.put(20, bytes, 2);
-  CHECK(changes(image, 20, 44));
-  CHECK(std::memcmp(image.changes(), bytes, 2) == 0);
-  image.is_sent();
-  image.put(0, bytes, 4);
-  CHECK(changes(image, 0, 4));
+  mirror.put(8, bytes, 4);
+  CHECK(changes(mirror, 0, 64));
+  mirror.is_sent();
+  CHECK(changes(mirror, 0, 0));
+  mirror.put(8, bytes, 4);  // as it is already
+  mirror.put(64, bytes, 0);
+  CHECK(changes(mirror, 0, 0));
+  mirror.put(40, bytes, 4);
+  CHECK(changes(mirror, 40, 4));
+  CHECK(std::memcmp(mirror.changes(), bytes, 4) == 0);
+  mirror.put(60, bytes, 4);
+  mirror.put(20, bytes, 2);
+  CHECK(changes(mirror, 20, 44));
+  CHECK(std::memcmp(mirror.changes(), bytes, 2) == 0);
+  mirror.is_sent();
+  mirror.put(0, bytes, 4);
+  CHECK(changes(mirror, 0, 4));
 }
 
 void test_empty_image() {
-  Image image(0);
-  CHECK(image.size() == 0 && image.bytes_changed() == 0);
-  image.put(0, nullptr, 0);
-  image.is_sent();
-  CHECK(image.bytes_changed() == 0);
+  HostMirror mirror(0);
+  CHECK(mirror.size() == 0 && mirror.bytes_changed() == 0);
+  mirror.put(0, nullptr, 0);
+  mirror.is_sent();
+  CHECK(mirror.bytes_changed() == 0);
 }
 
 constexpr int kGpu = 1;
@@ -65,28 +65,29 @@ class Given {
           : i < 8 ? kIdOf<Adam>
                   : static_cast<RuleId>(i % 2),
           i % 4 == 0 ? DType::kBFloat16 : DType::kFloat32, 10 + 100 * i);
-    for (Work& work : works)
-      if (work.rule == kIdOf<Sgd> && &work - works.data() > 7) set_dtypes(work, DType::kFloat64);
+    for (ParamUpdate& update : updates)
+      if (update.rule == kIdOf<Sgd> && &update - updates.data() > 7)
+        set_dtypes(update, DType::kFloat64);
     add_layouts(2);
-    works[11].layout = 1;
+    updates[11].layout = 1;
     for (size_t i = 0; i < scalars_.size(); ++i) set_scalars_of(i, static_cast<double>(i));
   }
 
   void add(RuleId rule, DType dtype, int64_t numel) {
-    Work work = {};
+    ParamUpdate update = {};
     for (int k = 0; k < 2; ++k)
-      work.data[k] = reinterpret_cast<void*>(uintptr_t{4096} * (2 * works.size() + 7 + k));
-    set_dtypes(work, dtype);
-    work.numel = numel;
-    work.layout = kDense;
-    work.rule = rule;
-    work.scalars = rule;
-    work.device = kOwn;
-    works.push_back(work);
+      update.data[k] = reinterpret_cast<void*>(uintptr_t{4096} * (2 * updates.size() + 7 + k));
+    set_dtypes(update, dtype);
+    update.numel = numel;
+    update.layout = kDense;
+    update.rule = rule;
+    update.scalars = rule;
+    update.device = kOwn;
+    updates.push_back(update);
   }
 
-  static void set_dtypes(Work& work, DType dtype) {
-    for (int k = 0; k < 2; ++k) work.formats.dtypes[k] = dtype;
+  static void set_dtypes(ParamUpdate& update, DType dtype) {
+    for (int k = 0; k < 2; ++k) update.formats.dtypes[k] = dtype;
   }
 
   void add_layouts(int count) {
@@ -108,31 +109,31 @@ class Given {
   }
   Dim& dim(size_t at) { return dims_[at]; }
 
-  void add_clocks() {
+  void add_counters() {
     groups.resize(2);
-    for (size_t i = 0; i < works.size(); ++i)
-      clocks.push_back({reinterpret_cast<void*>(64 + 8 * i), static_cast<int32_t>(i % 2),
-                        DType::kFloat32, true, false, false});
+    for (size_t i = 0; i < updates.size(); ++i)
+      counters.push_back({reinterpret_cast<void*>(64 + 8 * i), static_cast<int32_t>(i % 2),
+                          DType::kFloat32, true, false, false});
   }
 
-  Share share() const {
-    Share share = {};
-    share.gpu = kGpu;
-    share.works = works.data();
-    share.num_works = static_cast<int64_t>(works.size());
-    share.layouts = layouts_.data();
-    share.num_layouts = static_cast<int64_t>(layouts_.size());
-    share.scalars = scalars_.data();
-    share.num_scalars = static_cast<int64_t>(scalars_.size());
-    share.clocks = clocks.empty() ? nullptr : clocks.data();
-    share.groups = groups.data();
-    share.num_groups = static_cast<int64_t>(groups.size());
-    return share;
+  DeviceStep device_step() const {
+    DeviceStep device_step = {};
+    device_step.gpu = kGpu;
+    device_step.updates = updates.data();
+    device_step.num_updates = static_cast<int64_t>(updates.size());
+    device_step.layouts = layouts_.data();
+    device_step.num_layouts = static_cast<int64_t>(layouts_.size());
+    device_step.scalars = scalars_.data();
+    device_step.num_scalars = static_cast<int64_t>(scalars_.size());
+    device_step.counters = counters.empty() ? nullptr : counters.data();
+    device_step.groups = groups.data();
+    device_step.num_groups = static_cast<int64_t>(groups.size());
+    return device_step;
   }
 
-  std::vector<Work> works;
-  std::vector<Clock> clocks;
-  std::vector<HyperSource> groups;
+  std::vector<ParamUpdate> updates;
+  std::vector<StepCounter> counters;
+  std::vector<HyperParamsRef> groups;
 
  private:
   std::vector<Scalars> scalars_;
@@ -142,19 +143,19 @@ class Given {
 
 // A table and what the driver does with it.
 struct Sender {
-  Arrangement arrangement;
-  std::unique_ptr<Table> table;
+  Partition partition;
+  std::unique_ptr<DeviceTable> table;
 
   // Returns the number of bytes that this step sends.
   int64_t send(const Given& step) {
-    const Share share = step.share();
-    if (arrangement.update(share) || !table || !table->fits(share)) {
-      const Parts parts = plan_parts(share, arrangement);
-      table = std::make_unique<Table>(parts, device_memory(parts.bytes), share.stream);
+    const DeviceStep device_step = step.device_step();
+    if (partition.update(device_step) || !table || !table->fits(device_step)) {
+      const TableLayout parts = plan_table(device_step, partition);
+      table = std::make_unique<DeviceTable>(parts, device_memory(parts.bytes), device_step.stream);
     }
-    table->fill(share, arrangement);
+    table->fill(device_step, partition);
     const int64_t bytes = first_bytes();
-    table->image().is_sent();
+    table->mirror().is_sent();
     return bytes;
   }
 
@@ -167,80 +168,79 @@ struct Sender {
 
  private:
   int64_t first_bytes() {
-    const Image& image = table->image();
-    first = image.first_change();
-    std::memcpy(table->at(first), image.changes(), static_cast<size_t>(image.bytes_changed()));
-    return image.bytes_changed();
+    const HostMirror& mirror = table->mirror();
+    first = mirror.first_change();
+    std::memcpy(table->at(first), mirror.changes(), static_cast<size_t>(mirror.bytes_changed()));
+    return mirror.bytes_changed();
   }
 };
 
 // Number of a work's row on the device.
-int64_t row_of(const Sender& sender, int64_t work) {
-  const auto& rows = sender.arrangement.rows();
-  return std::find(rows.begin(), rows.end(), work) - rows.begin();
+int64_t row_of(const Sender& sender, int64_t update) {
+  const auto& rows = sender.partition.rows();
+  return std::find(rows.begin(), rows.end(), update) - rows.begin();
 }
 
 // A column's table of the scalars, where those of its own rule are of use.
 template <class Rule, class T>
-void check_scalars(const StepScalars<Rule, T>* found, const Share& share) {
-  for (int64_t i = kIdOf<Rule>; i < share.num_scalars; i += 2) {
-    const auto expected = share.scalars[i].of<Rule>().template as<T>();
+void check_scalars(const StepScalars<Rule, T>* found, const DeviceStep& device_step) {
+  for (int64_t i = kIdOf<Rule>; i < device_step.num_scalars; i += 2) {
+    const auto expected = device_step.scalars[i].of<Rule>().template as<T>();
     CHECK(std::memcmp(&found[i], &expected, sizeof(expected)) == 0);
   }
 }
 
 // All that kernels read is as the share has it.
 void check_device(const Sender& sender, const Given& step) {
-  const Parts& parts = sender.table->parts();
-  const Share share = step.share();
-  for (size_t row = 0; row < sender.arrangement.rows().size(); ++row) {
-    const auto w = static_cast<size_t>(sender.arrangement.rows()[row]);
-    Work expected = step.works[w];
-    if (share.clocks != nullptr) expected.scalars = -1;
-    Work found = sender.rows_at<Work>(parts.works)[row];
-    if (share.clocks != nullptr) found.scalars = -1;
-    CHECK(std::memcmp(&found, &expected, sizeof(Work)) == 0);
+  const TableLayout& parts = sender.table->parts();
+  const DeviceStep device_step = step.device_step();
+  for (size_t row = 0; row < sender.partition.rows().size(); ++row) {
+    const auto w = static_cast<size_t>(sender.partition.rows()[row]);
+    ParamUpdate expected = step.updates[w];
+    if (device_step.counters != nullptr) expected.scalars = -1;
+    ParamUpdate found = sender.rows_at<ParamUpdate>(parts.updates)[row];
+    if (device_step.counters != nullptr) found.scalars = -1;
+    CHECK(std::memcmp(&found, &expected, sizeof(ParamUpdate)) == 0);
   }
-  for (int64_t i = 0; i < share.num_layouts; ++i) {
+  for (int64_t i = 0; i < device_step.num_layouts; ++i) {
     const Layout& layout = sender.rows_at<Layout>(parts.layouts)[i];
-    const Layout& expected = share.layouts[i];
+    const Layout& expected = device_step.layouts[i];
     CHECK(layout.num_dims == expected.num_dims && layout.dims != expected.dims);
     CHECK(std::equal(layout.dims, layout.dims + layout.num_dims, expected.dims));
   }
-  if (share.clocks == nullptr && !has_few_scalars(share))
-    for (const Rows& rows : sender.arrangement.columns())
-      with_types(rows.column, [&](auto rule, auto number) {
+  if (device_step.counters == nullptr && !has_few_scalars(device_step))
+    for (const Rows& rows : sender.partition.keys())
+      with_types(rows.key, [&](auto rule, auto number) {
         using Rule = decltype(rule);
         using T = decltype(number);
         check_scalars<Rule, T>(sender.rows_at<StepScalars<Rule, T>>(sender.table->scalars_of(rows)),
-                               share);
+                               device_step);
       });
-  const auto& chunks = sender.arrangement.chunks();
+  const auto& chunks = sender.partition.chunks();
   CHECK(std::memcmp(sender.table->at(parts.chunks), chunks.data(),
                     chunks.size() * sizeof(ChunkStart)) == 0);
 }
 
 // Rows of every column are neighbours, and each work of the device is in one.
-void check_arrangement(const Arrangement& arrangement, const Given& step) {
+void check_partition(const Partition& partition, const Given& step) {
   int64_t row = 0, chunk = 0;
-  for (const Rows& column : arrangement.columns()) {
-    CHECK(column.first_row == row && column.first_chunk == chunk && column.num_rows > 0);
-    CHECK(arrangement.chunks()[static_cast<size_t>(chunk + column.num_chunks)].work ==
-          column.num_rows);
-    for (; row < column.first_row + column.num_rows; ++row) {
-      const Work& work =
-          step.works[static_cast<size_t>(arrangement.rows()[static_cast<size_t>(row)])];
-      if (work.device == kIdle) continue;
-      CHECK(work.device == kOwn && column_of(work) == column.column);
+  for (const Rows& key : partition.keys()) {
+    CHECK(key.first_row == row && key.first_chunk == chunk && key.num_rows > 0);
+    CHECK(partition.chunks()[static_cast<size_t>(chunk + key.num_chunks)].update == key.num_rows);
+    for (; row < key.first_row + key.num_rows; ++row) {
+      const ParamUpdate& update =
+          step.updates[static_cast<size_t>(partition.rows()[static_cast<size_t>(row)])];
+      if (update.device == kIdle) continue;
+      CHECK(update.device == kOwn && launch_key_of(update) == key.key);
     }
-    chunk += column.num_chunks + 1;
+    chunk += key.num_chunks + 1;
   }
-  CHECK(row == static_cast<int64_t>(arrangement.rows().size()));
-  CHECK(chunk == static_cast<int64_t>(arrangement.chunks().size()));
-  for (size_t w = 0; w < step.works.size(); ++w)
-    CHECK(step.works[w].device != kOwn ||
-          std::count(arrangement.rows().begin(), arrangement.rows().end(),
-                     static_cast<int64_t>(w)) == 1);
+  CHECK(row == static_cast<int64_t>(partition.rows().size()));
+  CHECK(chunk == static_cast<int64_t>(partition.chunks().size()));
+  for (size_t w = 0; w < step.updates.size(); ++w)
+    CHECK(step.updates[w].device != kOwn ||
+          std::count(partition.rows().begin(), partition.rows().end(), static_cast<int64_t>(w)) ==
+              1);
 }
 
 void test_unchanged_steps_send_nothing() {
@@ -248,14 +248,14 @@ void test_unchanged_steps_send_nothing() {
   for (const bool many : {false, true}) {
     if (many) step.set_scalars(300);
     Sender sender;
-    CHECK(sender.send(step) == sender.table->image().size());
+    CHECK(sender.send(step) == sender.table->mirror().size());
     check_device(sender, step);
-    check_arrangement(sender.arrangement, step);
-    const Table* const table = sender.table.get();
+    check_partition(sender.partition, step);
+    const DeviceTable* const table = sender.table.get();
     CHECK(sender.send(step) == 0 && sender.send(Given(step)) == 0);
     CHECK(sender.table.get() == table);
   }
-  step.add_clocks();
+  step.add_counters();
   Sender sender;
   sender.send(step);
   check_device(sender, step);
@@ -268,14 +268,14 @@ void test_changed_pointers() {
   Sender sender;
   sender.send(step);
   for (const int64_t w : {0, 4, 5, 11}) {
-    step.works[static_cast<size_t>(w)].data[kGrad] = kElsewhere;
-    CHECK(sender.send(step) == sizeof(Work));
-    CHECK(sender.first ==
-          sender.table->parts().works + row_of(sender, w) * static_cast<int64_t>(sizeof(Work)));
+    step.updates[static_cast<size_t>(w)].data[kGrad] = kElsewhere;
+    CHECK(sender.send(step) == sizeof(ParamUpdate));
+    CHECK(sender.first == sender.table->parts().updates +
+                              row_of(sender, w) * static_cast<int64_t>(sizeof(ParamUpdate)));
     check_device(sender, step);
   }
-  step.works[1].data[kParam] = step.works[3].data[kParam] = kElsewhere;
-  CHECK(sender.send(step) == 3 * sizeof(Work));  // and what lies between them
+  step.updates[1].data[kParam] = step.updates[3].data[kParam] = kElsewhere;
+  CHECK(sender.send(step) == 3 * sizeof(ParamUpdate));  // and what lies between them
   check_device(sender, step);
 }
 
@@ -290,7 +290,7 @@ void test_changed_numbers() {
   check_device(sender, step);
 
   step.set_scalars(300);
-  CHECK(sender.send(step) == sender.table->image().size());  // had no room
+  CHECK(sender.send(step) == sender.table->mirror().size());  // had no room
   step.set_scalars_of(299, 8);
   const int64_t sent = sender.send(step);
   CHECK(sent > 0 && sender.first >= sender.table->parts().scalars);
@@ -303,147 +303,147 @@ void test_changed_numbers() {
   check_device(sender, step);
 }
 
-void test_changed_clocks() {
+void test_changed_counters() {
   Given step;
-  step.add_clocks();
+  step.add_counters();
   Sender sender;
   sender.send(step);
-  const Parts& parts = sender.table->parts();
+  const TableLayout& parts = sender.table->parts();
   step.groups[1].values.lr = 3;
   CHECK(sender.send(step) > 0);
-  CHECK(sender.first >= parts.groups && sender.first < parts.clocks);
-  step.clocks[2].active = false;
-  CHECK(sender.send(step) == sizeof(Clock));
-  for (size_t row = 0; row < step.works.size(); ++row) {
-    const auto w = static_cast<size_t>(sender.arrangement.rows()[row]);
-    const Clock& clock = sender.rows_at<Clock>(parts.clocks)[row];
-    CHECK(clock.step == step.clocks[w].step && clock.active == step.clocks[w].active);
+  CHECK(sender.first >= parts.groups && sender.first < parts.counters);
+  step.counters[2].active = false;
+  CHECK(sender.send(step) == sizeof(StepCounter));
+  for (size_t row = 0; row < step.updates.size(); ++row) {
+    const auto w = static_cast<size_t>(sender.partition.rows()[row]);
+    const StepCounter& counter = sender.rows_at<StepCounter>(parts.counters)[row];
+    CHECK(counter.step == step.counters[w].step && counter.active == step.counters[w].active);
   }
   // The device writes row r's scalars where work r looks for them.
-  for (const Rows& column : sender.arrangement.columns())
-    for (int64_t row = 0; row < column.num_rows; ++row)
-      CHECK(sender.rows_at<Work>(parts.works)[column.first_row + row].scalars == row);
-  const HyperSource& group = sender.rows_at<HyperSource>(parts.groups)[1];
+  for (const Rows& key : sender.partition.keys())
+    for (int64_t row = 0; row < key.num_rows; ++row)
+      CHECK(sender.rows_at<ParamUpdate>(parts.updates)[key.first_row + row].scalars == row);
+  const HyperParamsRef& group = sender.rows_at<HyperParamsRef>(parts.groups)[1];
   CHECK(group.values.lr == 3);
 }
 
 // Params without a grad stay where they are: unfreezing one sends its row and nothing else.
-void test_idle_works() {
+void test_idle_updates() {
   Given step;
-  step.works[2].device = kIdle;  // from the beginning: not known yet
+  step.updates[2].device = kIdle;  // from the beginning: not known yet
   Sender sender;
   sender.send(step);
-  CHECK(sender.arrangement.rows().size() == step.works.size() - 1);
-  step.works[2].device = kOwn;
-  CHECK(sender.send(step) == sender.table->image().size());
-  const std::vector<int64_t> rows = sender.arrangement.rows();
+  CHECK(sender.partition.rows().size() == step.updates.size() - 1);
+  step.updates[2].device = kOwn;
+  CHECK(sender.send(step) == sender.table->mirror().size());
+  const std::vector<int64_t> rows = sender.partition.rows();
   for (const uint8_t device : {kIdle, kOwn}) {
-    step.works[2].device = device;
-    CHECK(sender.send(step) == sizeof(Work));
-    CHECK(sender.arrangement.rows() == rows);
+    step.updates[2].device = device;
+    CHECK(sender.send(step) == sizeof(ParamUpdate));
+    CHECK(sender.partition.rows() == rows);
     check_device(sender, step);
-    check_arrangement(sender.arrangement, step);
+    check_partition(sender.partition, step);
   }
-  for (Work& work : step.works) work.device = kIdle;
+  for (ParamUpdate& update : step.updates) update.device = kIdle;
   sender.send(step);
-  CHECK(sender.arrangement.rows() == rows);
+  CHECK(sender.partition.rows() == rows);
   check_device(sender, step);
 }
 
-void test_moving_works() {
+void test_moving_updates() {
   Given step;
   Sender sender;
   const auto moves = [&] {
-    CHECK(sender.send(step) == sender.table->image().size());  // a new table
-    check_arrangement(sender.arrangement, step);
+    CHECK(sender.send(step) == sender.table->mirror().size());  // a new table
+    check_partition(sender.partition, step);
     check_device(sender, step);
     CHECK(sender.send(step) == 0);
   };
   moves();
-  step.works[3].numel *= 2;
+  step.updates[3].numel *= 2;
   moves();
-  Given::set_dtypes(step.works[3], DType::kFloat64);
+  Given::set_dtypes(step.updates[3], DType::kFloat64);
   moves();
-  step.works[3].rule = kIdOf<Adam>;  // where nothing was in double
+  step.updates[3].rule = kIdOf<Adam>;  // where nothing was in double
   moves();
-  step.works[3].formats.dtypes[kMaster] = DType::kFloat32;
+  step.updates[3].formats.dtypes[kMaster] = DType::kFloat32;
   moves();
-  Given::set_dtypes(step.works[5], DType::kFloat16);
+  Given::set_dtypes(step.updates[5], DType::kFloat16);
   moves();
-  step.works[1].data[kGrad] = static_cast<char*>(kElsewhere) + 4;  // aligned until now
+  step.updates[1].data[kGrad] = static_cast<char*>(kElsewhere) + 4;  // aligned until now
   moves();
-  step.works[4].layout = 0;                                 // dense until now
-  CHECK(sender.send(step) < sender.table->image().size());  // all of them stay where they are
-  check_arrangement(sender.arrangement, step);
+  step.updates[4].layout = 0;                                // dense until now
+  CHECK(sender.send(step) < sender.table->mirror().size());  // all of them stay where they are
+  check_partition(sender.partition, step);
   check_device(sender, step);
-  step.works[0].device = kOwn + 1;
+  step.updates[0].device = kOwn + 1;
   moves();
-  step.works[1].device = kCpu;
+  step.updates[1].device = kCpu;
   moves();
-  step.works[0].device = kOwn;
+  step.updates[0].device = kOwn;
   moves();
   step.add(kIdOf<Sgd>, DType::kFloat16, 3);
   moves();
-  step.works.erase(step.works.begin() + 5, step.works.end());
+  step.updates.erase(step.updates.begin() + 5, step.updates.end());
   moves();
-  for (Work& work : step.works) work.device = kCpu;  // nothing is left here
-  CHECK(sender.send(step) == sender.table->image().size());
-  CHECK(sender.arrangement.rows().empty() && sender.arrangement.columns().empty());
+  for (ParamUpdate& update : step.updates) update.device = kCpu;  // nothing is left here
+  CHECK(sender.send(step) == sender.table->mirror().size());
+  CHECK(sender.partition.rows().empty() && sender.partition.keys().empty());
 }
 
 void test_room() {
   Given step;
   Sender sender;
   sender.send(step);
-  const Parts parts = sender.table->parts();
+  const TableLayout parts = sender.table->parts();
   CHECK(parts.max_layouts >= 2 && parts.max_dims >= 4 && parts.max_scalars == 0);
   step.add_layouts(static_cast<int>(parts.max_layouts) - 2);
-  CHECK(!sender.table->fits(step.share()));  // the layouts would, their dims do not
+  CHECK(!sender.table->fits(step.device_step()));  // the layouts would, their dims do not
   sender.send(step);
   check_device(sender, step);
   const int64_t max_layouts = sender.table->parts().max_layouts;
   step.add_layouts(static_cast<int>(max_layouts) + 1);
-  CHECK(!sender.table->fits(step.share()));
-  CHECK(sender.send(step) == sender.table->image().size());
+  CHECK(!sender.table->fits(step.device_step()));
+  CHECK(sender.send(step) == sender.table->mirror().size());
   check_device(sender, step);
 
-  Share share = step.share();
-  CHECK(sender.table->fits(share));
-  share.stream = &step;
-  CHECK(!sender.table->fits(share));
-  step.add_clocks();
-  CHECK(!sender.table->fits(step.share()));
+  DeviceStep device_step = step.device_step();
+  CHECK(sender.table->fits(device_step));
+  device_step.stream = &step;
+  CHECK(!sender.table->fits(device_step));
+  step.add_counters();
+  CHECK(!sender.table->fits(step.device_step()));
   sender.send(step);
   step.groups.resize(1000);
-  CHECK(!sender.table->fits(step.share()));
-  step.clocks.clear();
-  CHECK(!sender.table->fits(step.share()));
+  CHECK(!sender.table->fits(step.device_step()));
+  step.counters.clear();
+  CHECK(!sender.table->fits(step.device_step()));
 }
 
 void check_parts(const Given& step) {
-  const Share share = step.share();
-  Arrangement arrangement;
-  arrangement.update(share);
-  const Parts parts = plan_parts(share, arrangement);
-  const auto rows = static_cast<int64_t>(arrangement.rows().size());
+  const DeviceStep device_step = step.device_step();
+  Partition partition;
+  partition.update(device_step);
+  const TableLayout parts = plan_table(device_step, partition);
+  const auto rows = static_cast<int64_t>(partition.rows().size());
   // SGD in float and in double, Adam in float.
-  const int64_t tables = arrangement.num_scalars_tables();
+  const int64_t tables = partition.num_scalars_tables();
   CHECK(tables == (rows == 0 ? 0 : 3));
   using Part = std::pair<int64_t, size_t>;  // from, bytes
-  std::vector<Part> all = {{parts.chunks, arrangement.chunks().size() * sizeof(ChunkStart)},
+  std::vector<Part> all = {{parts.chunks, partition.chunks().size() * sizeof(ChunkStart)},
                            {parts.dims, parts.max_dims * sizeof(Dim)},
                            {parts.layouts, parts.max_layouts * sizeof(Layout)},
-                           {parts.groups, parts.max_groups * sizeof(HyperSource)},
-                           {parts.clocks, parts.has_clocks ? rows * sizeof(Clock) : 0},
-                           {parts.works, rows * sizeof(Work)},
+                           {parts.groups, parts.max_groups * sizeof(HyperParamsRef)},
+                           {parts.counters, parts.has_counters ? rows * sizeof(StepCounter) : 0},
+                           {parts.updates, rows * sizeof(ParamUpdate)},
                            {parts.scalars, tables * parts.max_scalars * sizeof(Scalars)},
-                           {parts.image_bytes, 0},
-                           {parts.computed, parts.has_clocks ? rows * sizeof(Scalars) : 0},
+                           {parts.mirror_bytes, 0},
+                           {parts.computed, parts.has_counters ? rows * sizeof(Scalars) : 0},
                            {parts.bytes, 0}};
   int64_t end = 0;
   for (const auto& [from, bytes] : all) {
     CHECK(from >= end);
-    CHECK(from % static_cast<int64_t>(alignof(Work)) == 0);
+    CHECK(from % static_cast<int64_t>(alignof(ParamUpdate)) == 0);
     end = from + static_cast<int64_t>(bytes);
   }
 }
@@ -454,16 +454,16 @@ void test_parts() {
   step.add_layouts(1000);
   step.set_scalars(1000);
   check_parts(step);
-  step.add_clocks();
+  step.add_counters();
   check_parts(step);
   step = Given();
-  step.works.clear();
+  step.updates.clear();
   check_parts(step);
 }
 
 }  // namespace
 
-void test_image() {
+void test_host_mirror() {
   test_image_ranges();
   test_empty_image();
 }
@@ -472,9 +472,9 @@ void test_table() {
   test_unchanged_steps_send_nothing();
   test_changed_pointers();
   test_changed_numbers();
-  test_changed_clocks();
-  test_idle_works();
-  test_moving_works();
+  test_changed_counters();
+  test_idle_updates();
+  test_moving_updates();
   test_room();
   test_parts();
 }

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "core/factor.h"
+#include "core/two_float.h"
 #include "core/hyper.h"
 #include "core/lanes.h"
 #include "core/macros.h"
@@ -24,12 +24,12 @@ struct Adam {
     T grad_factor;      // -1 under maximize, times 1 / grad_scale
     T exp_avg_weight;   // 1 - beta1, or -beta1 when the interpolation starts from the grad
     T exp_avg_to_grad;  // not 0 if beta1 <= 0.5: interpolate from the grad, the nearer end
-    Factor<T> beta2;
-    Factor<T> one_minus_beta2;
-    T step_size;     // lr sqrt(1 - beta2^t) / (1 - beta1^t)
-    T eps;           // eps sqrt(1 - beta2^t), but never rounded to 0
-    T weight_decay;  // the L2 penalty
-    Factor<T> keep;  // what decoupled decay leaves, 1 - lr weight_decay
+    TwoFloat<T> beta2;
+    TwoFloat<T> one_minus_beta2;
+    T step_size;       // lr sqrt(1 - beta2^t) / (1 - beta1^t)
+    T eps;             // eps sqrt(1 - beta2^t), but never rounded to 0
+    T weight_decay;    // the L2 penalty
+    TwoFloat<T> keep;  // what decoupled decay leaves, 1 - lr weight_decay
 
     template <class U>
     FUSEDOPT_HD Scalars<U> as() const {
@@ -45,10 +45,10 @@ struct Adam {
     }
   };
 
-  static FUSEDOPT_HD Scalars<double> scalars(const Hyper& hyper, Time time,
-                                             const GradFacts& grads) {
-    const double correction1 = 1.0 - power(hyper.beta1, time.step);
-    const double sqrt_correction2 = std::sqrt(1.0 - power(hyper.beta2, time.step));
+  static FUSEDOPT_HD Scalars<double> scalars(const HyperParams& hyper, StepInfo info,
+                                             const GradInfo& grads) {
+    const double correction1 = 1.0 - power(hyper.beta1, info.step);
+    const double sqrt_correction2 = std::sqrt(1.0 - power(hyper.beta2, info.step));
     const bool to_grad = hyper.beta1 <= 0.5;
     // An eps that keeps the denominator from 0 must not become 0 itself (see also Scalars::as).
     double eps = hyper.eps * sqrt_correction2;
@@ -56,8 +56,8 @@ struct Adam {
     return {grad_factor(hyper, grads),
             to_grad ? -hyper.beta1 : 1.0 - hyper.beta1,
             to_grad ? 1.0 : 0.0,
-            split(hyper.beta2),
-            split(1.0 - hyper.beta2),
+            two_float(hyper.beta2),
+            two_float(1.0 - hyper.beta2),
             hyper.lr * sqrt_correction2 / correction1,
             eps,
             hyper.weight_decay,
@@ -81,7 +81,7 @@ struct Adam {
     }
   };
   static constexpr int kNumVariants = kNumDecays * 4;
-  static Variant variant(const Hyper& hyper) {
+  static Variant variant(const HyperParams& hyper) {
     return {decay_of(hyper), hyper.amsgrad, hyper.beta1 != 0};
   }
 

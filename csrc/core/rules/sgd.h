@@ -1,6 +1,6 @@
 #pragma once
 
-#include "core/factor.h"
+#include "core/two_float.h"
 #include "core/hyper.h"
 #include "core/lanes.h"
 #include "core/macros.h"
@@ -20,9 +20,9 @@ struct Sgd {
     T grad_factor;  // -1 under maximize, times 1 / grad_scale
     T lr;
     T momentum;
-    T grad_weight;   // 1 - dampening; 1 on a parameter's first step
-    T weight_decay;  // the L2 penalty
-    Factor<T> keep;  // what decoupled decay leaves, 1 - lr weight_decay
+    T grad_weight;     // 1 - dampening; 1 on a parameter's first step
+    T weight_decay;    // the L2 penalty
+    TwoFloat<T> keep;  // what decoupled decay leaves, 1 - lr weight_decay
 
     template <class U>
     FUSEDOPT_HD Scalars<U> as() const {
@@ -31,12 +31,12 @@ struct Sgd {
     }
   };
 
-  static FUSEDOPT_HD Scalars<double> scalars(const Hyper& hyper, Time time,
-                                             const GradFacts& grads) {
+  static FUSEDOPT_HD Scalars<double> scalars(const HyperParams& hyper, StepInfo info,
+                                             const GradInfo& grads) {
     return {grad_factor(hyper, grads),
             hyper.lr,
             hyper.momentum,
-            time.is_first ? 1.0 : 1.0 - hyper.dampening,
+            info.is_first ? 1.0 : 1.0 - hyper.dampening,
             hyper.weight_decay,
             kept_by_decay(hyper)};
   }
@@ -57,7 +57,7 @@ struct Sgd {
     constexpr bool uses(int) const { return momentum != Momentum::kNone; }
   };
   static constexpr int kNumVariants = 3 * kNumDecays;
-  static Variant variant(const Hyper& hyper) {
+  static Variant variant(const HyperParams& hyper) {
     return {hyper.momentum == 0 ? Momentum::kNone
             : hyper.nesterov    ? Momentum::kNesterov
                                 : Momentum::kHeavyBall,

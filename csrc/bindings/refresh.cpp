@@ -15,7 +15,7 @@ namespace {
 void check_alignment(const Operands& operands, int k) {
   const py::object aligned = align(operands.tensors[k], operands.tensors[kParam]);
   if (aligned.ptr() != operands.tensors[k])
-    throw py::value_error(subject(operands.place, operands.names[k]) +
+    throw py::value_error(subject(operands.id, operands.names[k]) +
                           "laid out over devices unlike its parameter");
 }
 
@@ -27,21 +27,21 @@ void note(T& field, T value, bool& unchanged) {
 
 }  // namespace
 
-void Plan::read_param_and_grad(Operands& operands, Slot& slot) {
-  slot.recognizable = false;  // until all of its tensors have been read and checked
+void Plan::read_param_and_grad(Operands& operands, ParamCache& cache) {
+  cache.recognizable = false;  // until all of its tensors have been read and checked
   read_operand(operands, kParam);
   const uint8_t device = find_device(operands);
-  if (device != slot.device) chunked_ = slot.is_disjoint = false;
-  slot.device = device;
+  if (device != cache.device) chunked_ = cache.is_disjoint = false;
+  cache.device = device;
   if (!is_plain(operands.tensors[kParam]) || !is_plain(operands.tensors[kGrad]))
     align_grad(operands);
   PyObject* const grad = operands.tensors[kGrad];
   read_operand(operands, kGrad);
-  if (operands.tensors[kGrad] != grad) slot.grad_fingerprint = kNoFingerprint;  // a copy of it
+  if (operands.tensors[kGrad] != grad) cache.grad_fingerprint = kNoFingerprint;  // a copy of it
   check_against_param(operands, kGrad);
   if (operands.rounding == StochasticRounding::kAll &&
       operands.views[kParam].dtype == DType::kFloat16)
-    throw py::value_error(subject(operands.place, "") + describe(operands.tensors[kParam]) +
+    throw py::value_error(subject(operands.id, "") + describe(operands.tensors[kParam]) +
                           ", but stochastic_rounding=True is for torch.bfloat16; put it into a "
                           "param group without");
 }
@@ -53,17 +53,18 @@ void Plan::align_grad(Operands& operands) const {
     operands.tensors[kGrad] = operands.held.hold(align(grad, operands.tensors[kParam]));
   } catch (const py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
-    throw py::type_error(subject(operands.place, "grad") + describe(grad) + ": " +
+    throw py::type_error(subject(operands.id, "grad") + describe(grad) + ": " +
                          std::string(py::str(error.value())));
   }
 }
 
 // Reads and checks the state and enters all operands into the work.
-void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slot& slot) {
+void Plan::read_rest(StepContext& context, Operands& operands, bool found, ParamUpdate& update,
+                     ParamCache& cache) {
   for (int k = kFirstState; k < kMaxOperands; ++k) {
     if (!operands.has(k)) continue;
     if (operands.tensors[k] == nullptr) {
-      slot.step_on_gpu = false;
+      cache.step_on_gpu = false;
       operands.views[k] = operands.views[kParam];  // as it will be
       operands.views[k].data = nullptr;
       continue;
@@ -71,25 +72,25 @@ void Plan::read_rest(Walk& walk, Operands& operands, bool found, Work& work, Slo
     read_operand(operands, k);
     check_against_param(operands, k);
     if (k == kMaster) check_master(operands);
-    const bool is_other = work.data[k] != operands.views[k].data;
-    if (k < kMaster && is_other && !walk.is_second) slot.is_fresh = false;  // it was loaded
-    if (!slot.counts_steps && is_other) {
-      slot.step = nullptr;  // it belonged to another state
-      slot.step_on_gpu = false;
+    const bool is_other = update.data[k] != operands.views[k].data;
+    if (k < kMaster && is_other && !context.is_second) cache.is_fresh = false;  // it was loaded
+    if (!cache.counts_steps && is_other) {
+      cache.step = nullptr;  // it belonged to another state
+      cache.step_on_gpu = false;
     }
     if (!is_plain(operands.tensors[k])) check_alignment(operands, k);
   }
-  if (operands.step != nullptr) find_step(operands, slot);
-  if (!found) walk.missing.append(py::make_tuple(operands.place.group_index, operands.place.index));
-  fill(walk, operands, work, slot);
+  if (operands.step != nullptr) find_step(operands, cache);
+  if (!found) context.missing.append(py::make_tuple(operands.id.group_index, operands.id.index));
+  fill(context, operands, update, cache);
 }
 
 // Finds the memory of a step count.
-void Plan::find_step(const Operands& operands, Slot& slot) const {
+void Plan::find_step(const Operands& operands, ParamCache& cache) const {
   TensorView view;
   const TensorView& param = operands.views[kParam];
   // Only where it is needed: the words take longer than the reading.
-  const auto subject_of_step = [&] { return subject(operands.place, "step"); };
+  const auto subject_of_step = [&] { return subject(operands.id, "step"); };
   bool readable = false;
   try {
     readable = read_tensor(operands.step, view, operands.held);
@@ -111,11 +112,11 @@ void Plan::find_step(const Operands& operands, Slot& slot) const {
     throw py::value_error(subject_of_step() + describe(operands.step) +
                           ", but must be one float32 or float64 number on the CPU or on the "
                           "parameter's device; load_state_dict() makes it that");
-  slot.step = view.data;
-  slot.step_type = is_int                          ? StepType::kInt64
-                   : view.dtype == DType::kFloat32 ? StepType::kFloat32
-                                                   : StepType::kFloat64;
-  slot.step_on_gpu = view.device_type != kDlCpu;
+  cache.step = view.data;
+  cache.step_type = is_int                          ? StepType::kInt64
+                    : view.dtype == DType::kFloat32 ? StepType::kFloat32
+                                                    : StepType::kFloat64;
+  cache.step_on_gpu = view.device_type != kDlCpu;
 }
 
 // Which operands are rounded stochastically: a bit for each. The average of a bfloat16 param is
@@ -133,29 +134,30 @@ uint8_t Plan::rounded_stochastically(const Operands& operands) const {
 }
 
 // Enters the operands into the work and notices what is not where it was.
-void Plan::fill(Walk& walk, const Operands& operands, Work& work, Slot& slot) {
+void Plan::fill(StepContext& context, const Operands& operands, ParamUpdate& update,
+                ParamCache& cache) {
   const TensorView& param = operands.views[kParam];
   bool same_memory = true, same_size = true;
-  note(work.numel, count_elements(param) * (param.is_complex ? 2 : 1), same_size);
-  work.formats.stochastic = rounded_stochastically(operands);
+  note(update.numel, count_elements(param) * (param.is_complex ? 2 : 1), same_size);
+  update.formats.stochastic = rounded_stochastically(operands);
   bool same_grad = true;
   for (int k = 0; k < kMaxOperands; ++k) {
     bool& same = k == kGrad ? same_grad : same_memory;
     const bool is_there = operands.has(k);
-    note(work.data[k], is_there ? operands.views[k].data : nullptr, same);
-    note(work.formats.dtypes[k], is_there ? operands.views[k].dtype : DType::kAbsent, same);
+    note(update.data[k], is_there ? operands.views[k].data : nullptr, same);
+    note(update.formats.dtypes[k], is_there ? operands.views[k].dtype : DType::kAbsent, same);
   }
-  const Dims* const before = dims_of(work);
-  lay_out(walk, operands, work);
+  const Dims* const before = dims_of(update);
+  lay_out(context, operands, update);
   const Dims* const now =
-      work.layout == kDense ? nullptr : &walk.dims[static_cast<size_t>(work.layout)];
+      update.layout == kDense ? nullptr : &context.dims[static_cast<size_t>(update.layout)];
   const bool same_layout = before == nullptr ? now == nullptr : now != nullptr && *before == *now;
-  slot.is_disjoint = slot.is_disjoint && same_memory && same_size && same_layout;
-  if (!same_grad || !slot.is_disjoint) slot.checked_grad = nullptr;
+  cache.is_disjoint = cache.is_disjoint && same_memory && same_size && same_layout;
+  if (!same_grad || !cache.is_disjoint) cache.checked_grad = nullptr;
   chunked_ = chunked_ && same_size;
 }
 
-void Plan::lay_out(Walk& walk, const Operands& operands, Work& work) const {
+void Plan::lay_out(StepContext& context, const Operands& operands, ParamUpdate& update) const {
   bool contiguous = true;
   unsigned present = 0;
   for (int k = 0; k < kMaxOperands; ++k) {
@@ -163,13 +165,13 @@ void Plan::lay_out(Walk& walk, const Operands& operands, Work& work) const {
     contiguous = contiguous && is_contiguous(operands.views[k]);
     present |= 1u << k;
   }
-  work.layout = kDense;
+  update.layout = kDense;
   if (contiguous) return;
-  Dims dims = make_dims(operands, work.formats.stochastic != 0);
+  Dims dims = make_dims(operands, update.formats.stochastic != 0);
   coalesce(dims);
   if (is_dense(dims, present)) return;
-  work.layout = static_cast<int32_t>(walk.dims.size());
-  walk.dims.push_back(std::move(dims));
+  update.layout = static_cast<int32_t>(context.dims.size());
+  context.dims.push_back(std::move(dims));
 }
 
 }  // namespace fusedopt

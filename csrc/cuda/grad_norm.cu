@@ -4,7 +4,7 @@
 // subnormal numbers are flushed.
 namespace fusedopt::cuda {
 
-template const void* measure_kernel_of<float>();
-template const void* measure_kernel_of<double>();
+template const void* sum_squares_kernel_of<float>();
+template const void* sum_squares_kernel_of<double>();
 
 }  // namespace fusedopt::cuda

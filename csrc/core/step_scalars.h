@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "core/average.h"
+#include "core/ema.h"
 #include "core/hyper.h"
 #include "core/rules.h"
 #include "core/stochastic.h"
@@ -15,13 +15,13 @@ namespace fusedopt {
 // Those that are the same for all rules.
 template <class T>
 struct CommonScalars {
-  Average<T> average;
+  Ema<T> ema;
   uint32_t rounding_key;  // of stochastic rounding
   uint32_t unused;
 
   template <class U>
   FUSEDOPT_HD CommonScalars<U> as() const {
-    return {average.template as<U>(), rounding_key, 0};
+    return {ema.template as<U>(), rounding_key, 0};
   }
 };
 
@@ -38,12 +38,12 @@ struct StepScalars {
 };
 
 template <class Rule>
-FUSEDOPT_HD StepScalars<Rule, double> schedule(const Hyper& hyper, Time time,
-                                               const GradFacts& grads) {
+FUSEDOPT_HD StepScalars<Rule, double> step_scalars(const HyperParams& hyper, StepInfo info,
+                                                   const GradInfo& grads) {
   const bool draws = hyper.stochastic_rounding != StochasticRounding::kNone;
-  return {Rule::scalars(hyper, time, grads),
-          {average_at(hyper.ema_decay >= 0 ? average_rate(hyper, time) : 0.0),
-           draws ? rounding_key(hyper.rounding_seed, time.step) : 0u, 0u}};
+  return {Rule::scalars(hyper, info, grads),
+          {ema_at(hyper.ema_decay >= 0 ? ema_rate(hyper, info) : 0.0),
+           draws ? rounding_key(hyper.rounding_seed, info.step) : 0u, 0u}};
 }
 
 // Scalars in double of a rule that is known at run time.

@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "core/gpu.h"
-#include "core/schedule.h"
+#include "core/step_scalars.h"
 
 // What one thread of the schedule kernel does: it advances the step count of one parameter and
 // computes the scalars of its update, where only the device knows step, hyper-parameters or
@@ -12,9 +12,9 @@ namespace fusedopt::cuda {
 
 // All pointers are into device memory. Row r of the clocks belongs to row r of the works; the rows
 // of `num_rows` lie in one column, and their scalars are of its type.
-struct ScheduleArguments {
-  const Clock* clocks;
-  const HyperSource* groups;
+struct StepScalarsArguments {
+  const StepCounter* counters;
+  const HyperParamsRef* groups;
   void* scalars;
   const float* grad_scale;
   const float* skip;
@@ -23,49 +23,49 @@ struct ScheduleArguments {
   bool in_double;
 };
 
-FUSEDOPT_HD double number_of(const DeviceNumber& number, double otherwise) {
+FUSEDOPT_HD double scalar_of(const DeviceScalar& number, double otherwise) {
   if (number.data == nullptr) return otherwise;
   if (number.dtype == DType::kFloat64) return *static_cast<const double*>(number.data);
   return static_cast<double>(*static_cast<const float*>(number.data));
 }
 
-FUSEDOPT_HD Hyper hyper_of(const HyperSource& source) {
-  Hyper hyper = source.values;
-  hyper.lr = number_of(source.lr, hyper.lr);
-  hyper.weight_decay = number_of(source.weight_decay, hyper.weight_decay);
-  hyper.momentum = number_of(source.momentum, hyper.momentum);
-  hyper.dampening = number_of(source.dampening, hyper.dampening);
-  hyper.beta1 = number_of(source.beta1, hyper.beta1);
-  hyper.beta2 = number_of(source.beta2, hyper.beta2);
-  hyper.eps = number_of(source.eps, hyper.eps);
+FUSEDOPT_HD HyperParams hyper_of(const HyperParamsRef& source) {
+  HyperParams hyper = source.values;
+  hyper.lr = scalar_of(source.lr, hyper.lr);
+  hyper.weight_decay = scalar_of(source.weight_decay, hyper.weight_decay);
+  hyper.momentum = scalar_of(source.momentum, hyper.momentum);
+  hyper.dampening = scalar_of(source.dampening, hyper.dampening);
+  hyper.beta1 = scalar_of(source.beta1, hyper.beta1);
+  hyper.beta2 = scalar_of(source.beta2, hyper.beta2);
+  hyper.eps = scalar_of(source.eps, hyper.eps);
   return hyper;
 }
 
 // Adds 1 to the step count and returns when that is.
-FUSEDOPT_HD Time advance(const Clock& clock) {
-  if (clock.step == nullptr) return {0, clock.is_first};
-  const bool is_double = clock.dtype == DType::kFloat64;
+FUSEDOPT_HD StepInfo increment(const StepCounter& counter) {
+  if (counter.step == nullptr) return {0, counter.is_first};
+  const bool is_double = counter.dtype == DType::kFloat64;
   const double done =
-      is_double ? *static_cast<double*>(clock.step) : double{*static_cast<float*>(clock.step)};
+      is_double ? *static_cast<double*>(counter.step) : double{*static_cast<float*>(counter.step)};
   const double step = done + 1;
   if (is_double)
-    *static_cast<double*>(clock.step) = step;
+    *static_cast<double*>(counter.step) = step;
   else
-    *static_cast<float*>(clock.step) = static_cast<float>(step);
-  return {static_cast<uint64_t>(step), clock.is_first || (clock.is_fresh && done == 0)};
+    *static_cast<float*>(counter.step) = static_cast<float>(step);
+  return {static_cast<uint64_t>(step), counter.is_first || (counter.is_fresh && done == 0)};
 }
 
 template <class Rule>
-FUSEDOPT_HD void schedule_thread(const ScheduleArguments& arguments, int64_t row) {
+FUSEDOPT_HD void step_scalars_thread(const StepScalarsArguments& arguments, int64_t row) {
   if (row >= arguments.num_rows) return;
   if (arguments.skip != nullptr && *arguments.skip > 0) return;
-  const Clock clock = arguments.clocks[row];
-  if (!clock.active) return;
-  GradFacts grads;
+  const StepCounter counter = arguments.counters[row];
+  if (!counter.active) return;
+  GradInfo grads;
   if (arguments.grad_scale != nullptr) grads.scale = static_cast<double>(*arguments.grad_scale);
   if (arguments.grad_norm != nullptr) grads.norm = *arguments.grad_norm;
   const auto scalars =
-      schedule<Rule>(hyper_of(arguments.groups[clock.group]), advance(clock), grads);
+      step_scalars<Rule>(hyper_of(arguments.groups[counter.group]), increment(counter), grads);
   if (arguments.in_double)
     static_cast<StepScalars<Rule, double>*>(arguments.scalars)[row] = scalars;
   else

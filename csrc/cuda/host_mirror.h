@@ -8,9 +8,10 @@
 namespace fusedopt::cuda {
 
 // What a block of device memory is to hold, and which part of it the device does not have yet.
-class Image {
+class HostMirror {
  public:
-  explicit Image(int64_t bytes) : bytes_(static_cast<size_t>(bytes)), first_(0), last_(bytes) {}
+  explicit HostMirror(int64_t bytes)
+      : bytes_(static_cast<size_t>(bytes)), first_(0), last_(bytes) {}
 
   int64_t size() const { return static_cast<int64_t>(bytes_.size()); }
 

@@ -14,7 +14,7 @@ namespace fusedopt {
 // thousands of steps that shows. Both parts have the factor's sign, so that infinity stays
 // infinity.
 template <class T>
-struct Factor {
+struct TwoFloat {
   T high;
   T rest;
 
@@ -24,12 +24,12 @@ struct Factor {
   }
 
   template <class U>
-  FUSEDOPT_HD Factor<U> as() const {
+  FUSEDOPT_HD TwoFloat<U> as() const {
     return {U(high), U(rest)};
   }
 };
 
-FUSEDOPT_HD Factor<double> split(double factor) {
+FUSEDOPT_HD TwoFloat<double> two_float(double factor) {
   float high = static_cast<float>(factor);
   // The neighbour towards zero, as nextafter() gives it.
   if (high != 0 && std::fabs(high) >= std::fabs(factor))

@@ -7,9 +7,9 @@
 namespace fusedopt::cuda {
 
 // A thread among those that share a piece of a work.
-struct Lane {
-  uint32_t index;
-  uint32_t count;
+struct ThreadSlice {
+  uint32_t rank;
+  uint32_t size;
 };
 
 // Of numbers that are not negative; `is_small`: they fit 31 bits. A division of 64 bits takes much

@@ -26,14 +26,14 @@ void gather(T* to, const void* from, DType dtype, int64_t at, int64_t stride, in
 
 // Calls visit(grads as T, offset in the leaf, n) for elements [begin, end), some at a time.
 template <class T, class Visit>
-void visit_strided(const Work& work, const Layout& layout, int64_t begin, int64_t end,
+void visit_strided(const ParamUpdate& update, const Layout& layout, int64_t begin, int64_t end,
                    const Visit& visit) {
   T tile[kTileElements];
   Cursor cursor(layout, begin);
   for (int64_t at = begin; at < end; at += kTileElements) {
     const int64_t n = end - at < kTileElements ? end - at : kTileElements;
     for_each_run(cursor, n, [&](int64_t offset, int64_t run, const Cursor& from) {
-      gather(tile + offset, work.data[kGrad], work.formats.dtypes[kGrad], from.at(kGrad),
+      gather(tile + offset, update.data[kGrad], update.formats.dtypes[kGrad], from.at(kGrad),
              from.stride(kGrad), run);
     });
     visit(tile, at - begin, n);
@@ -58,7 +58,8 @@ FUSEDOPT_HD void add_to_all(T (&lanes)[kLanes], const Storage* grads) {
 }
 
 template <class Storage>
-int measure(const Work& work, const Layout* layouts, int64_t begin, int64_t end, double* threads) {
+int sum_squares(const ParamUpdate& update, const Layout* layouts, int64_t begin, int64_t end,
+                double* threads) {
   using T = typename Compute<Storage>::Type;
   constexpr int kV = kLeafVector<Storage>, kLanes = kLeafThreads * kV;
   const int64_t size = end - begin;
@@ -71,13 +72,13 @@ int measure(const Work& work, const Layout* layouts, int64_t begin, int64_t end,
       lanes[first + i] = add_square(lanes[first + i], load<T>(grads[i]));
   };
   static_assert(kLanes % kTileElements == 0, "a tile must not go beyond the last lane");
-  if (work.layout == kDense) {
-    const Storage* const grads = static_cast<const Storage*>(work.data[kGrad]) + begin;
+  if (update.layout == kDense) {
+    const Storage* const grads = static_cast<const Storage*>(update.data[kGrad]) + begin;
     const int64_t whole = size / kLanes * kLanes;
     for (int64_t at = 0; at < whole; at += kLanes) add_to_all<Storage, kLanes>(lanes, grads + at);
     add(grads + whole, 0, size - whole);
   } else {
-    visit_strided<T>(work, layouts[work.layout], begin, end,
+    visit_strided<T>(update, layouts[update.layout], begin, end,
                      [&](const T* grads, int64_t at, int64_t n) { add(grads, at % kLanes, n); });
   }
   // As sum_lanes() for every thread, all at once.
@@ -88,21 +89,22 @@ int measure(const Work& work, const Layout* layouts, int64_t begin, int64_t end,
   return used;
 }
 
-int measure_leaf(const Work& work, const Layout* layouts, int64_t begin, int64_t end,
-                 double* threads) {
+int sum_leaf(const ParamUpdate& update, const Layout* layouts, int64_t begin, int64_t end,
+             double* threads) {
   int used = 0;
-  const FlushMode mode(work.formats.dtypes[kGrad] != DType::kFloat64);
-  with_storage<double>(work.formats.dtypes[kGrad], [&](auto format) {
-    used = measure<decltype(format)>(work, layouts, begin, end, threads);
+  const FlushMode mode(update.formats.dtypes[kGrad] != DType::kFloat64);
+  with_storage<double>(update.formats.dtypes[kGrad], [&](auto format) {
+    used = sum_squares<decltype(format)>(update, layouts, begin, end, threads);
   });
   return used;
 }
 
-int64_t count_nonfinite(const Work& work, const Layout* layouts, int64_t begin, int64_t end) {
-  const Dim line = consecutive(work.numel);
-  const Layout layout = work.layout == kDense ? Layout{&line, 1} : layouts[work.layout];
+int64_t count_nonfinite(const ParamUpdate& update, const Layout* layouts, int64_t begin,
+                        int64_t end) {
+  const Dim line = consecutive(update.numel);
+  const Layout layout = update.layout == kDense ? Layout{&line, 1} : layouts[update.layout];
   int64_t count = 0;
-  visit_strided<double>(work, layout, begin, end, [&](const double* grads, int64_t, int64_t n) {
+  visit_strided<double>(update, layout, begin, end, [&](const double* grads, int64_t, int64_t n) {
     for (int64_t i = 0; i < n; ++i) count += is_nonfinite(grads[i]) ? 1 : 0;
   });
   return count;

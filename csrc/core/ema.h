@@ -10,7 +10,7 @@ namespace fusedopt {
 // Exponential moving average of the weights: ema + rate (weight - ema), interpolated from the
 // nearer end. At a rate of 1 it is the weight, exactly.
 template <class T>
-struct Average {
+struct Ema {
   T factor;     // rate, or rate - 1 when the interpolation starts from the weight
   T to_weight;  // not 0 if it does
 
@@ -21,24 +21,24 @@ struct Average {
   }
 
   template <class U>
-  FUSEDOPT_HD Average<U> as() const {
+  FUSEDOPT_HD Ema<U> as() const {
     return {U(factor), U(to_weight)};
   }
 };
 
-FUSEDOPT_HD Average<double> average_at(double rate) {
-  return rate <= 0.5 ? Average<double>{rate, 0} : Average<double>{rate - 1, 1};
+FUSEDOPT_HD Ema<double> ema_at(double rate) {
+  return rate <= 0.5 ? Ema<double>{rate, 0} : Ema<double>{rate - 1, 1};
 }
 
 // The bias correction makes the weights of all steps so far add up to 1. Without it the first step
 // sets the average, as torch.optim.swa_utils.AveragedModel does.
-FUSEDOPT_HD double average_rate(const Hyper& hyper, Time time) {
+FUSEDOPT_HD double ema_rate(const HyperParams& hyper, StepInfo info) {
   const double rate = 1.0 - hyper.ema_decay;
-  if (time.step <= 1) return 1.0;
+  if (info.step <= 1) return 1.0;
   if (!hyper.ema_bias_correction) return rate;
   // With a decay of 1, all steps weigh the same.
-  return rate > 0 ? rate / (1.0 - power(hyper.ema_decay, time.step))
-                  : 1.0 / static_cast<double>(time.step);
+  return rate > 0 ? rate / (1.0 - power(hyper.ema_decay, info.step))
+                  : 1.0 / static_cast<double>(info.step);
 }
 
 }  // namespace fusedopt

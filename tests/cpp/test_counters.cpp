@@ -3,7 +3,7 @@
 #include "check.h"
 #include "gpus.h"
 
-#include "cuda/schedule.h"
+#include "cuda/step_scalars.h"
 
 #include <cmath>
 #include <deque>
@@ -18,9 +18,9 @@ namespace {
 enum class Count { kFloat, kDouble, kNone };
 
 // A model with clocks, and another that goes through the same steps on the CPU.
-class Clocked {
+class Counted {
  public:
-  Clocked() : model_(empty_model()) {
+  Counted() : model_(empty_model()) {
     std::mt19937 random(11);
     for (const Problem& problem : all_problems()) {
       add(problem, DType::kFloat32, Count::kFloat, 0);
@@ -42,7 +42,7 @@ class Clocked {
   }
 
   Model& model() { return model_; }
-  std::vector<HyperSource>& groups() { return groups_; }
+  std::vector<HyperParamsRef>& groups() { return groups_; }
   float& grad_scale() { return grad_scale_; }
   float& found_inf() { return found_inf_; }
   double step_of(size_t tensor) const { return steps_[tensor]; }
@@ -50,9 +50,9 @@ class Clocked {
 
   Gpus::Options options() {
     Gpus::Options options;
-    clocks_.clear();
-    for (size_t i = 0; i < model_.tensors.size(); ++i) clocks_.push_back(clock(i));
-    options.clocks = &clocks_;
+    counters_.clear();
+    for (size_t i = 0; i < model_.tensors.size(); ++i) counters_.push_back(counter(i));
+    options.counters = &counters_;
     options.groups = &groups_;
     options.grad_scale = &grad_scale_;
     options.found_inf = &found_inf_;
@@ -69,8 +69,8 @@ class Clocked {
       Problem problem = model_.tensors[i].problem;
       problem.hyper = host_hyper(i);
       if (!model_.tensors[i].idle) ++steps_[i];
-      const Time time = {static_cast<uint64_t>(steps_[i]), steps_[i] == 1};
-      expected_.scalars.push_back(scalars_at(problem, time, grad_scale_));
+      const StepInfo info = {static_cast<uint64_t>(steps_[i]), steps_[i] == 1};
+      expected_.scalars.push_back(scalars_at(problem, info, grad_scale_));
     }
     step_on_cpu(expected_);
   }
@@ -85,8 +85,8 @@ class Clocked {
 
   // Numbers of group `g` that the device reads; those on the host are wrong from here on.
   void put_on_device(size_t g) {
-    HyperSource& group = groups_[g];
-    const auto number = [&](double& value, DeviceNumber& source) {
+    HyperParamsRef& group = groups_[g];
+    const auto number = [&](double& value, DeviceScalar& source) {
       numbers_.push_back(value);
       source = {&numbers_.back(), DType::kFloat64};
       value = -1e9;
@@ -112,7 +112,7 @@ class Clocked {
   // Each tensor is a param group.
   void add_tensor(Problem problem, Count count, int steps_done) {
     problem.numel = problem.dims.empty() ? 333 : problem.numel;
-    HyperSource source = {};
+    HyperParamsRef source = {};
     source.values = problem.hyper;
     source.values.lr = 0.01 * static_cast<double>(1 + model_.tensors.size());
     hypers_.push_back(source.values);
@@ -124,28 +124,28 @@ class Clocked {
     doubles_.push_back(steps_done);
   }
 
-  Clock clock(size_t tensor) {
-    Clock clock = {};
-    clock.group = static_cast<int32_t>(tensor);
-    clock.active = !model_.tensors[tensor].idle;
-    clock.dtype = counts_[tensor] == Count::kDouble ? DType::kFloat64 : DType::kFloat32;
-    if (counts_[tensor] == Count::kFloat) clock.step = &floats_[tensor];
-    if (counts_[tensor] == Count::kDouble) clock.step = &doubles_[tensor];
-    clock.is_first = counts_[tensor] == Count::kNone && steps_[tensor] == 0;
-    clock.is_fresh = true;
-    return clock;
+  StepCounter counter(size_t tensor) {
+    StepCounter counter = {};
+    counter.group = static_cast<int32_t>(tensor);
+    counter.active = !model_.tensors[tensor].idle;
+    counter.dtype = counts_[tensor] == Count::kDouble ? DType::kFloat64 : DType::kFloat32;
+    if (counts_[tensor] == Count::kFloat) counter.step = &floats_[tensor];
+    if (counts_[tensor] == Count::kDouble) counter.step = &doubles_[tensor];
+    counter.is_first = counts_[tensor] == Count::kNone && steps_[tensor] == 0;
+    counter.is_fresh = true;
+    return counter;
   }
 
-  Hyper host_hyper(size_t tensor) const {
-    Hyper hyper = hypers_[tensor];
+  HyperParams host_hyper(size_t tensor) const {
+    HyperParams hyper = hypers_[tensor];
     if (groups_[tensor].lr.data != nullptr) hyper.lr = static_cast<double>(lr_);
     return hyper;
   }
 
   Model model_, expected_;
-  std::vector<Hyper> hypers_;
-  std::vector<HyperSource> groups_;
-  std::vector<Clock> clocks_;
+  std::vector<HyperParams> hypers_;
+  std::vector<HyperParamsRef> groups_;
+  std::vector<StepCounter> counters_;
   std::vector<Count> counts_;
   std::vector<double> steps_;
   // Device memory.
@@ -154,52 +154,52 @@ class Clocked {
   float grad_scale_ = 1, found_inf_ = 0, lr_ = 0;
 };
 
-void step_and_check(Gpus& gpus, Clocked& clocked) {
-  const Gpus::Options options = clocked.options();
-  clocked.expect_step();
-  gpus.step(clocked.model(), options);
-  clocked.check_values();
+void step_and_check(Gpus& gpus, Counted& counted) {
+  const Gpus::Options options = counted.options();
+  counted.expect_step();
+  gpus.step(counted.model(), options);
+  counted.check_values();
 }
 
 void test_steps_are_counted() {
   Gpus gpus;
-  Clocked clocked;
+  Counted counted;
   for (int step = 0; step < 4; ++step) {
-    clocked.grad_scale() = step == 2 ? 65536.0f : 1.0f;
-    step_and_check(gpus, clocked);
+    counted.grad_scale() = step == 2 ? 65536.0f : 1.0f;
+    step_and_check(gpus, counted);
   }
 }
 
 // A skipped step counts for nothing: the one after it is a first step still.
 void test_skipped_steps() {
   Gpus gpus;
-  Clocked clocked;
+  Counted counted;
   for (const float found_inf : {1.0f, 0.0f, 3.0f, 0.0f}) {
-    clocked.found_inf() = found_inf;
-    step_and_check(gpus, clocked);
+    counted.found_inf() = found_inf;
+    step_and_check(gpus, counted);
   }
-  CHECK(clocked.step_of(0) == 2);
+  CHECK(counted.step_of(0) == 2);
 }
 
 void test_idle_tensors_are_not_counted() {
   Gpus gpus;
-  Clocked clocked;
+  Counted counted;
   for (size_t step = 0; step < 4; ++step) {
-    for (size_t i = 0; i < clocked.model().tensors.size(); ++i)
-      clocked.model().tensors[i].idle = (i + step) % 3 == 1;
-    step_and_check(gpus, clocked);
+    for (size_t i = 0; i < counted.model().tensors.size(); ++i)
+      counted.model().tensors[i].idle = (i + step) % 3 == 1;
+    step_and_check(gpus, counted);
   }
 }
 
 void test_numbers_on_the_device() {
   Gpus gpus;
-  Clocked clocked;
-  const size_t last = clocked.model().tensors.size() - 1;  // Adam's, while the first are SGD's
+  Counted counted;
+  const size_t last = counted.model().tensors.size() - 1;  // Adam's, while the first are SGD's
   for (const size_t group : {size_t{0}, size_t{3}, last, last - 4}) {
-    clocked.put_on_device(group);
+    counted.put_on_device(group);
     for (const float lr : {0.5f, 0.25f}) {
-      clocked.lr() = lr;
-      step_and_check(gpus, clocked);
+      counted.lr() = lr;
+      step_and_check(gpus, counted);
     }
   }
 }
@@ -209,9 +209,9 @@ void test_late_steps() {
   for (const double done : {16777215.0, 16777216.0, 9007199254740991.0}) {
     float in_float = static_cast<float>(done);
     double in_double = done;
-    CHECK(advance({&in_float, 0, DType::kFloat32, true, false, false}).step ==
+    CHECK(increment({&in_float, 0, DType::kFloat32, true, false, false}).step ==
           static_cast<uint64_t>(static_cast<double>(static_cast<float>(done)) + 1));
-    CHECK(advance({&in_double, 0, DType::kFloat64, true, true, false}).step ==
+    CHECK(increment({&in_double, 0, DType::kFloat64, true, true, false}).step ==
           static_cast<uint64_t>(done) + 1);
     CHECK(in_double == done + 1);
     CHECK(in_float == static_cast<float>(static_cast<double>(static_cast<float>(done)) + 1));
@@ -226,51 +226,51 @@ void move_buffers(Model& model) {
 // found_inf are read anew in every replay.
 void test_capture() {
   Gpus gpus;
-  Clocked clocked;
-  clocked.put_on_device(0);
-  clocked.put_on_device(clocked.model().tensors.size() - 1);
-  for (int warm_up = 0; warm_up < 2; ++warm_up) step_and_check(gpus, clocked);
+  Counted counted;
+  counted.put_on_device(0);
+  counted.put_on_device(counted.model().tensors.size() - 1);
+  for (int warm_up = 0; warm_up < 2; ++warm_up) step_and_check(gpus, counted);
   emulation()->begin_capture();
-  gpus.step(clocked.model(), clocked.options());
+  gpus.step(counted.model(), counted.options());
   emulation()->end_capture();
-  clocked.check_values();                         // nothing has run
+  counted.check_values();                         // nothing has run
   CHECK(gpus.allocations(Memory::kDevice) == 2);  // a graph's table is not from torch
   for (int replay = 0; replay < 4; ++replay) {
-    clocked.lr() = 0.125f * static_cast<float>(replay);
-    clocked.grad_scale() = replay == 1 ? 8.0f : 1.0f;
-    clocked.found_inf() = replay == 2 ? 1.0f : 0.0f;
-    clocked.expect_step();
+    counted.lr() = 0.125f * static_cast<float>(replay);
+    counted.grad_scale() = replay == 1 ? 8.0f : 1.0f;
+    counted.found_inf() = replay == 2 ? 1.0f : 0.0f;
+    counted.expect_step();
     emulation()->replay();
-    clocked.check_values();
-    clocked.found_inf() = 0;
-    Model moved = clocked.model();  // another model's step, with the same driver
+    counted.check_values();
+    counted.found_inf() = 0;
+    Model moved = counted.model();  // another model's step, with the same driver
     move_buffers(moved);
     std::vector<double> counts(moved.tensors.size());
-    std::vector<Clock> clocks(moved.tensors.size());
-    for (size_t i = 0; i < clocks.size(); ++i)
-      clocks[i] = {&counts[i], static_cast<int32_t>(i), DType::kFloat64, true, false, true};
-    Gpus::Options options = clocked.options();
-    options.clocks = &clocks;
+    std::vector<StepCounter> counters(moved.tensors.size());
+    for (size_t i = 0; i < counters.size(); ++i)
+      counters[i] = {&counts[i], static_cast<int32_t>(i), DType::kFloat64, true, false, true};
+    Gpus::Options options = counted.options();
+    options.counters = &counters;
     gpus.step(moved, options);
-    clocked.check_values();
+    counted.check_values();
   }
 }
 
 // A graph that was captured at the very first step, and steps without a graph after it.
 void test_capture_first() {
   Gpus gpus;
-  Clocked clocked;
+  Counted counted;
   emulation()->begin_capture();
-  gpus.step(clocked.model(), clocked.options());
+  gpus.step(counted.model(), counted.options());
   emulation()->end_capture();
   for (int step = 0; step < 3; ++step) {
     // Without a count, the graph goes on as it was captured: as a first step.
     if (step == 0) {
-      clocked.expect_step();
+      counted.expect_step();
       emulation()->replay();
-      clocked.check_values();
+      counted.check_values();
     }
-    step_and_check(gpus, clocked);
+    step_and_check(gpus, counted);
   }
   CHECK(gpus.allocations(Memory::kDevice) == 2);
 }
@@ -278,25 +278,25 @@ void test_capture_first() {
 // Two steps in one graph, each with a table of its own that lives as long as the driver.
 void test_capture_twice() {
   Gpus gpus;
-  Clocked clocked;
+  Counted counted;
   // Without a count, both would go on as they were captured: as first steps.
-  for (size_t i = 0; i < clocked.model().tensors.size(); ++i)
-    clocked.model().tensors[i].idle = !clocked.is_counted(i);
+  for (size_t i = 0; i < counted.model().tensors.size(); ++i)
+    counted.model().tensors[i].idle = !counted.is_counted(i);
   emulation()->begin_capture();
-  gpus.step(clocked.model(), clocked.options());
-  gpus.step(clocked.model(), clocked.options());
+  gpus.step(counted.model(), counted.options());
+  gpus.step(counted.model(), counted.options());
   emulation()->end_capture();
   for (int replay = 0; replay < 2; ++replay) {
-    clocked.expect_step();
-    clocked.expect_step();
+    counted.expect_step();
+    counted.expect_step();
     emulation()->replay();
-    clocked.check_values();
+    counted.check_values();
   }
 }
 
 }  // namespace
 
-void test_clocks() {
+void test_counters() {
   test_steps_are_counted();
   test_skipped_steps();
   test_idle_tensors_are_not_counted();

@@ -5,52 +5,52 @@
 #include "core/norm.h"
 #include "core/step.h"
 #include "cuda/access.h"
-#include "cuda/lane.h"
+#include "cuda/thread_slice.h"
 
 // What one thread does to find out about the grads (core/norm.h): it sums the squares of its lanes
 // of a leaf. Blocks sum threads in norm.h's tree, and the host does the same.
 namespace fusedopt::cuda {
 
 // All pointers are into device memory.
-struct MeasureArguments {
-  const Work* works;
+struct SumSquaresArguments {
+  const ParamUpdate* updates;
   const ChunkStart* leaves;  // and the end; works count as rows of `works`
   const Layout* layouts;
-  GradSum* sums;  // one for each leaf
+  PartialSum* sums;  // one for each leaf
 };
 
 struct TotalArguments {
-  const GradSum* sums;
+  const PartialSum* sums;
   int64_t num_leaves;
   int32_t norm_class;
   double* total;  // [squares, nonfinite] of that class
 };
 
-struct JudgeArguments {
+struct FinalizeArguments {
   const double* total;
   const float* grad_scale;  // or nullptr
   const float* found_inf;   // or nullptr
-  Verdict* verdict;         // nullptr: there is nothing to judge yet
+  GradStatus* status;       // nullptr: there is nothing to judge yet
   bool clips;
 };
 
 // A part of a work's grad, in the order in which its layout is walked.
 struct Leaf {
-  Work work;
+  ParamUpdate update;
   int64_t begin, end;
 };
 
-FUSEDOPT_HD Leaf load_leaf(const MeasureArguments& arguments, int64_t leaf) {
+FUSEDOPT_HD Leaf load_leaf(const SumSquaresArguments& arguments, int64_t leaf) {
   const ChunkStart from = arguments.leaves[leaf], to = arguments.leaves[leaf + 1];
-  const Work work = load_work(arguments.works + from.work);
-  return {work, from.element, to.work == from.work ? to.element : work.numel};
+  const ParamUpdate update = load_update(arguments.updates + from.update);
+  return {update, from.element, to.update == from.update ? to.element : update.numel};
 }
 
 // Whether grads of this leaf are summed in T; those that are not there are 0 either way.
 template <class T>
-FUSEDOPT_HD bool is_measured_in(const Work& work) {
-  const bool is_double = work.formats.dtypes[kGrad] == DType::kFloat64;
-  return work.device == kIdle || is_double == (sizeof(T) == sizeof(double));
+FUSEDOPT_HD bool is_summed_in(const ParamUpdate& update) {
+  const bool is_double = update.formats.dtypes[kGrad] == DType::kFloat64;
+  return update.device == kIdle || is_double == (sizeof(T) == sizeof(double));
 }
 
 FUSEDOPT_HD int64_t find_grad(const Layout& layout, int64_t element, bool is_small) {
@@ -75,8 +75,8 @@ FUSEDOPT_HD void visit_grads(const Leaf& leaf, const Layout* layouts, uint32_t t
   struct Vector {
     Storage values[kV];
   };
-  const auto* const grads = static_cast<const Storage*>(leaf.work.data[kGrad]);
-  const bool is_dense = leaf.work.layout == kDense;
+  const auto* const grads = static_cast<const Storage*>(leaf.update.data[kGrad]);
+  const bool is_dense = leaf.update.layout == kDense;
   int64_t at = leaf.begin + thread * kV;
   if (is_dense && reinterpret_cast<uintptr_t>(grads + at) % sizeof(Words<4>) == 0) {
     const int64_t sweeps = (leaf.end - leaf.begin) / kLanes;
@@ -92,27 +92,27 @@ FUSEDOPT_HD void visit_grads(const Leaf& leaf, const Layout* layouts, uint32_t t
 #pragma unroll
     for (int j = 0; j < kV; ++j)
       if (at + j < leaf.end) {
-        const int64_t place =
-            is_dense ? at + j
-                     : find_grad(layouts[leaf.work.layout], at + j, leaf.work.numel <= INT32_MAX);
+        const int64_t place = is_dense ? at + j
+                                       : find_grad(layouts[leaf.update.layout], at + j,
+                                                   leaf.update.numel <= INT32_MAX);
         add(j, load<T>(load_item(grads + place)));
       }
 }
 
 // Calls `f` with a value of the grad's storage type, which computes in T.
 template <class T, class F>
-FUSEDOPT_HD void with_grad_storage(const Work& work, const F& f) {
+FUSEDOPT_HD void with_grad_storage(const ParamUpdate& update, const F& f) {
   if constexpr (sizeof(T) == sizeof(double))
     f(double{});
   else
-    with_storage<T>(work.formats.dtypes[kGrad], f);
+    with_storage<T>(update.formats.dtypes[kGrad], f);
 }
 
 template <class T>
-FUSEDOPT_HD double measure_thread(const Leaf& leaf, const Layout* layouts, uint32_t thread) {
-  if (leaf.work.device == kIdle) return 0;
+FUSEDOPT_HD double sum_thread(const Leaf& leaf, const Layout* layouts, uint32_t thread) {
+  if (leaf.update.device == kIdle) return 0;
   double sum = 0;
-  with_grad_storage<T>(leaf.work, [&](auto format) {
+  with_grad_storage<T>(leaf.update, [&](auto format) {
     using Storage = decltype(format);
     T lanes[kLeafVector<Storage>] = {};
     visit_grads<Storage>(leaf, layouts, thread,
@@ -126,20 +126,20 @@ FUSEDOPT_HD double measure_thread(const Leaf& leaf, const Layout* layouts, uint3
 template <class T>
 FUSEDOPT_HD int32_t count_thread(const Leaf& leaf, const Layout* layouts, uint32_t thread) {
   int32_t count = 0;
-  if (leaf.work.device == kIdle) return count;
-  with_grad_storage<T>(leaf.work, [&](auto format) {
+  if (leaf.update.device == kIdle) return count;
+  with_grad_storage<T>(leaf.update, [&](auto format) {
     visit_grads<decltype(format)>(leaf, layouts, thread,
                                   [&](int, T grad) { count += is_nonfinite(grad) ? 1 : 0; });
   });
   return count;
 }
 
-FUSEDOPT_HD void judge_thread(const JudgeArguments& arguments) {
-  if (arguments.verdict == nullptr) return;
+FUSEDOPT_HD void finalize_thread(const FinalizeArguments& arguments) {
+  if (arguments.status == nullptr) return;
   const float scale = arguments.grad_scale != nullptr ? *arguments.grad_scale : 1.0f;
   const bool found_inf = arguments.found_inf != nullptr && *arguments.found_inf > 0;
-  *arguments.verdict = judge(arguments.total[0], static_cast<int64_t>(arguments.total[1]),
-                             static_cast<double>(scale), found_inf, arguments.clips);
+  *arguments.status = finalize_norm(arguments.total[0], static_cast<int64_t>(arguments.total[1]),
+                                    static_cast<double>(scale), found_inf, arguments.clips);
 }
 
 }  // namespace fusedopt::cuda

@@ -42,6 +42,7 @@ train: $(VENV)/built
 
 test: $(VENV)/built build/emulated/built
 	$(TESTS) -m "not builds_sanitized" $(PYTEST)
+	FUSEDOPT_FINGERPRINTS=0 $(TESTS) tests/test_api_*.py tests/test_fresh_grads.py $(PYTEST)
 	PYTHONPATH=build/emulated/lib $(TESTS) --device emulated $(PYTEST)
 
 bench: $(VENV)/built

@@ -11,9 +11,6 @@ namespace py = pybind11;
 namespace fusedopt {
 namespace {
 
-// Parameters that are walked together.
-constexpr int kBlock = 8;
-
 // Raises TypeError for a value of the state that is no tensor.
 [[noreturn]] void refuse_entry(const ParamId& id, PyObject* key, PyObject* value, bool is_step) {
   const char* const advice = is_step ? "; load_state_dict() makes tensors of numbers" : "";
@@ -26,12 +23,6 @@ void refuse_unless_tensor(PyObject* object, const ParamId& id, const char* name)
   if (!is_tensor(object))
     throw py::type_error(subject(id, name) + std::string(py::repr(py::type::of(object))) +
                          ", but must be a tensor");
-}
-
-// Asks for the entries of a dict, which lie apart from it.
-void prefetch_entries(PyObject* dict) {
-  const char* const keys = reinterpret_cast<char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
-  for (int line = 0; line < 3; ++line) __builtin_prefetch(keys + 64 * line);
 }
 
 void note_gpu(std::vector<bool>& gpus, int gpu) {
@@ -68,13 +59,6 @@ Master find_master(Master wanted, PyObject* param, const ParamId& id, References
   return wanted;
 }
 
-template <class ParamTensors, class F>
-void for_each_state(const ParamTensors& found, const F& f) {
-  for (int k = kFirstState; k < kMaxOperands; ++k)
-    if (found.tensors[k] != nullptr) f(found.tensors[k]);
-  if (found.step != nullptr) f(found.step);
-}
-
 }  // namespace
 
 void Plan::collect_params(StepContext& context) {
@@ -92,60 +76,31 @@ void Plan::collect_params(StepContext& context) {
   if (context.gpu_counts) counters_.assign(count, {});
   size_t at = 0;
   for (size_t g = 0; g < context.groups.size(); ++g) {
-    const Py_ssize_t size = PyTuple_GET_SIZE(context.groups[g].params.ptr());
-    for (Py_ssize_t first = 0; first < size; first += kBlock) {
-      const int n = static_cast<int>(std::min<Py_ssize_t>(kBlock, size - first));
-      collect_block(context, context.groups[g], static_cast<int64_t>(g), first, n, at);
-      at += static_cast<size_t>(n);
-    }
+    Group& group = context.groups[g];
+    const Py_ssize_t size = PyTuple_GET_SIZE(group.params.ptr());
+    for (Py_ssize_t i = 0; i < size; ++i)
+      collect_param(context, group, {group.dict.ptr(), static_cast<int64_t>(g), i}, at++);
   }
   dims_.swap(context.dims);
   is_collected_ = true;
 }
 
-// With thousands of tensors their objects are out of the caches by the next step, and each hides
-// behind the one before: param, state, tensors, their descriptions, their storage. So a block of
-// parameters is taken one layer at a time, asking for the next layer of all of them.
-void Plan::collect_block(StepContext& context, Group& group, int64_t group_index, Py_ssize_t first,
-                         int n, size_t at) {
-  PyObject* params[kBlock];
-  for (int j = 0; j < n; ++j) params[j] = PyTuple_GET_ITEM(group.params.ptr(), first + j);
-  for (int j = 0; j < n; ++j) __builtin_prefetch(params[j]);
-  for (int j = 0; j < n; ++j)
-    refuse_unless_tensor(params[j], {group.dict.ptr(), group_index, first + j}, "");
-  for (int j = 0; j < n; ++j) prefetch_description(params[j]);
-  for (int j = 0; j < n; ++j) prefetch_storage(params[j]);
-  PyObject *grads[kBlock], *states[kBlock];
-  for (int j = 0; j < n; ++j) {
-    const ParamId id = {group.dict.ptr(), group_index, first + j};
-    grads[j] = held_.hold(get_grad(params[j]));
-    if (grads[j] != Py_None) refuse_unless_tensor(grads[j], id, "grad");
-    states[j] = find_state_dict(context, group, params[j], grads[j] != Py_None, id);
-    if (states[j] != nullptr) __builtin_prefetch(states[j]);
-    __builtin_prefetch(caches_[at + static_cast<size_t>(j)].step);
-    prefetch_description(grads[j]);
+void Plan::collect_param(StepContext& context, Group& group, const ParamId& id, size_t at) {
+  ParamTensors found;
+  PyObject* const param = PyTuple_GET_ITEM(group.params.ptr(), id.index);
+  refuse_unless_tensor(param, id, "");
+  PyObject* const grad = held_.hold(get_grad(param));
+  if (grad != Py_None) refuse_unless_tensor(grad, id, "grad");
+  found.tensors[kParam] = param;
+  found.tensors[kGrad] = grad;
+  found.state = find_state_dict(context, group, param, grad != Py_None, id);
+  if (grad != Py_None) {
+    name_states(group, id, found);
+    found.is_complete = find_state(found.state, group, id, found);
+    if (!found.is_complete && found.state != nullptr)
+      refuse_partial(row_, group.states, found.state, id, /*is_checkpoint=*/false);
   }
-  for (int j = 0; j < n; ++j)
-    if (states[j] != nullptr) prefetch_entries(states[j]);
-  ParamTensors found[kBlock];
-  for (int j = 0; j < n; ++j) {
-    const ParamId id = {group.dict.ptr(), group_index, first + j};
-    prefetch_storage(grads[j]);
-    found[j].tensors[kParam] = params[j];
-    found[j].tensors[kGrad] = grads[j];
-    found[j].state = states[j];
-    if (grads[j] == Py_None) continue;
-    name_states(group, id, found[j]);
-    found[j].is_complete = find_state(states[j], group, id, found[j]);
-    if (!found[j].is_complete && states[j] != nullptr)
-      refuse_partial(row_, group.states, states[j], id, /*is_checkpoint=*/false);
-    for_each_state(found[j], [](PyObject* tensor) { __builtin_prefetch(tensor); });
-  }
-  for (int j = 0; j < n; ++j) for_each_state(found[j], prefetch_description);
-  for (int j = 0; j < n; ++j) for_each_state(found[j], prefetch_storage);
-  for (int j = 0; j < n; ++j)
-    visit(context, group, {group.dict.ptr(), group_index, first + j}, found[j],
-          at + static_cast<size_t>(j));
+  visit(context, group, id, found, at);
 }
 
 // The dict of a parameter's state, held, or nullptr. State was created in the order of the
@@ -245,7 +200,7 @@ void Plan::visit(StepContext& context, Group& group, const ParamId& id, const Pa
   const bool is_known = found.is_complete &&
                         master_of(update.formats.dtypes[kMaster]) == found.master &&
                         cache.rounding == group.source.values.stochastic_rounding;
-  const Unchanged unchanged = compare(found, is_known, cache);
+  const Unchanged unchanged = compare(found, is_known, update, cache);
   if (uses_less(update, cache, found, group) ||
       (unchanged == Unchanged::kNothing && has_unused_state(found, group)))
     changed_.append(py::make_tuple(id.group_index, id.index));
@@ -259,8 +214,7 @@ void Plan::visit(StepContext& context, Group& group, const ParamId& id, const Pa
       update.data[kGrad] = grad.data;  // so check_grads() looks at it again
     else
       read_rest(context, operands, found.is_complete, update, cache);
-    cache.recognizable = found.is_complete && update.layout == kDense &&
-                         operands.views[kParam].ndim <= kMaxFingerprintDims;
+    cache.recognizable = found.is_complete && update.layout == kDense;
   }
   if (!context.is_second) {
     const auto* const states = found.tensors + kFirstState;
@@ -343,8 +297,10 @@ void Plan::take_over(const Group& group, const ParamTensors& found, Operands& op
     if (found.names[k] != nullptr) operands.names[k] = found.names[k]->name();
 }
 
-// What of a parameter's tensors is as it was in the step before, so that its work stands.
-Plan::Unchanged Plan::compare(const ParamTensors& found, bool is_known, ParamCache& cache) const {
+// What of a parameter's tensors is as it was in the step before, so that its update stands. A grad
+// of the same form may lie anywhere: the update then points there.
+Plan::Unchanged Plan::compare(const ParamTensors& found, bool is_known, ParamUpdate& update,
+                              ParamCache& cache) const {
   if (!has_fingerprints()) return Unchanged::kNothing;
   const auto print_of = [](PyObject* tensor) {
     return is_plain(tensor) ? fingerprint(tensor) : kNoFingerprint;
@@ -356,14 +312,18 @@ Plan::Unchanged Plan::compare(const ParamTensors& found, bool is_known, ParamCac
     all = all == kNoFingerprint || print == kNoFingerprint ? kNoFingerprint
                                                            : join_fingerprints(all, print);
   }
-  const uint64_t grad = print_of(found.tensors[kGrad]);
+  PyObject* const grad = found.tensors[kGrad];
+  const uint64_t form = is_plain(grad) ? form_fingerprint(grad) : kNoFingerprint;
   const bool same =
       is_known && cache.recognizable && all == cache.fingerprint && all != kNoFingerprint;
-  const bool same_grad = grad == cache.grad_fingerprint && grad != kNoFingerprint;
+  const bool same_form = form == cache.grad_form && form != kNoFingerprint;
   cache.fingerprint = all;
-  cache.grad_fingerprint = grad;
+  cache.grad_form = form;
   if (!same) return Unchanged::kNothing;
-  return same_grad ? Unchanged::kAll : Unchanged::kAllButGrad;
+  char* const storage = same_form ? storage_data(grad) : nullptr;
+  if (storage == nullptr) return Unchanged::kAllButGrad;
+  update.data[kGrad] = storage + cache.grad_offset;
+  return Unchanged::kAll;
 }
 
 // What the GPU needs to know to count a parameter's step.

@@ -5,8 +5,11 @@
 #endif
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
+#include <string>
 #include <vector>
 
 namespace py = pybind11;
@@ -19,13 +22,25 @@ constexpr size_t kFirstWord = 2;  // behind the reference counts
 constexpr size_t kNumWords = 22;  // of a description, the first two included
 constexpr size_t kDataWords = 3;  // of a storage: data, and who frees it, which a snapshot changes
 constexpr size_t kStorageWords = 6;
+constexpr uint64_t kMaxDims = 5;  // sizes and strides of more lie elsewhere
 
-// Byte offsets; 0 for those that have not been found.
+// Byte offsets in a description, unless said otherwise; 0 for what has not been found.
 struct Offsets {
   size_t description = 0;  // in the Python object
-  size_t storage = 0;      // in the description
-  size_t data = 0;         // in the storage; what frees the memory lies behind it
-  size_t keys = 0;         // in the description
+  size_t storage = 0;
+  size_t data = 0;  // in the storage; what frees the memory lies behind it
+  size_t ndim = 0, sizes = 0, strides = 0;
+  size_t start = 0;  // torch's storage_offset()
+  size_t numel = 0;
+  // Words with the dtype, the device and flags, of which bits that torch leaves as they are do not
+  // count.
+  struct Kind {
+    size_t offset;
+    uint64_t mask;
+  };
+  Kind kinds[kNumWords] = {};
+  size_t num_kinds = 0;
+  size_t keys = 0;
   bool trusted = false;
 };
 
@@ -41,12 +56,14 @@ const void* pointer_at(const void* base, size_t offset) {
   return reinterpret_cast<const void*>(word_at(base, offset));
 }
 
+const void* description_of(PyObject* tensor) { return pointer_at(tensor, g_offsets.description); }
+
 // An odd constant for each word, so that exchanged or shifted words do not cancel out.
 struct Weights {
-  uint64_t of[kNumWords + kDataWords] = {};
+  uint64_t of[3 * kNumWords] = {};
 
   constexpr Weights() {
-    for (uint64_t i = 0; i < kNumWords + kDataWords; ++i) {
+    for (uint64_t i = 0; i < 3 * kNumWords; ++i) {
       uint64_t z = (i + 1) * 0x9e3779b97f4a7c15u;
       z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
       z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
@@ -56,23 +73,61 @@ struct Weights {
 };
 constexpr Weights kWeights;
 
-uint64_t mix(PyObject* tensor) {
-  const void* const description = pointer_at(tensor, g_offsets.description);
-  const void* const storage = pointer_at(description, g_offsets.storage);
-  uint64_t sum = reinterpret_cast<uintptr_t>(tensor) * kWeights.of[0];
-  sum += reinterpret_cast<uintptr_t>(description) * kWeights.of[1];
-  for (size_t i = kFirstWord; i < kNumWords; i += 2)
-    sum += (word_at(description, i * kWord) + kWeights.of[i]) *
-           (word_at(description, (i + 1) * kWord) + kWeights.of[i + 1]);
-  for (size_t i = 0; storage != nullptr && i < kDataWords; ++i)
-    sum += word_at(storage, g_offsets.data + i * kWord) * kWeights.of[kNumWords + i];
-  return sum != kNoFingerprint ? sum : 1;
+// Mixes words, two at a time.
+class Mixer {
+ public:
+  void add(uint64_t first, uint64_t second) {
+    sum_ += (first + kWeights.of[next_]) * (second + kWeights.of[next_ + 1]);
+    next_ += 2;
+  }
+  uint64_t result() const { return sum_ != kNoFingerprint ? sum_ : 1; }
+
+ private:
+  uint64_t sum_ = 0;
+  size_t next_ = 0;
+};
+
+uint64_t mix_form(const void* description) {
+  const uint64_t ndim = word_at(description, g_offsets.ndim);
+  if (ndim > kMaxDims) return kNoFingerprint;
+  Mixer mixer;
+  mixer.add(ndim, word_at(description, g_offsets.numel));
+  mixer.add(word_at(description, g_offsets.start), 0);
+  for (size_t i = 0; i < g_offsets.num_kinds; i += 2) {
+    const Offsets::Kind &first = g_offsets.kinds[i], &second = g_offsets.kinds[i + 1];
+    mixer.add(word_at(description, first.offset) & first.mask,
+              word_at(description, second.offset) & second.mask);
+  }
+  for (uint64_t d = 0; d < ndim; ++d)
+    mixer.add(word_at(description, g_offsets.sizes + d * kWord),
+              word_at(description, g_offsets.strides + d * kWord));
+  return mixer.result();
 }
 
-// Offset of the word with this value among the first `size` bytes, or 0.
-size_t find_word(const void* base, size_t size, uint64_t value) {
-  for (size_t offset = kWord; offset + kWord <= size; offset += kWord)
-    if (word_at(base, offset) == value) return offset;
+uint64_t mix_all(PyObject* tensor) {
+  const void* const description = description_of(tensor);
+  const uint64_t form = mix_form(description);
+  if (form == kNoFingerprint) return kNoFingerprint;
+  Mixer mixer;
+  mixer.add(form, reinterpret_cast<uintptr_t>(tensor));
+  const void* const storage = pointer_at(description, g_offsets.storage);
+  mixer.add(reinterpret_cast<uintptr_t>(description), reinterpret_cast<uintptr_t>(storage));
+  if (storage == nullptr) return mixer.result();
+  static_assert(kDataWords == 3);
+  mixer.add(word_at(storage, g_offsets.data), word_at(storage, g_offsets.data + kWord));
+  mixer.add(word_at(storage, g_offsets.data + 2 * kWord), 0);
+  return mixer.result();
+}
+
+// Offset of the first run of words with these values among the first `size` bytes, or 0.
+size_t find_words(const void* base, size_t size, std::initializer_list<uint64_t> values) {
+  for (size_t offset = kWord; offset + values.size() * kWord <= size; offset += kWord) {
+    size_t i = 0;
+    const bool fits = std::all_of(values.begin(), values.end(), [&](uint64_t value) {
+      return word_at(base, offset + i++ * kWord) == value;
+    });
+    if (fits) return offset;
+  }
   return 0;
 }
 
@@ -84,29 +139,145 @@ bool allocated_at_least(const void* memory, size_t size) {
 #endif
 }
 
-bool find_offsets(const py::object& tensor) {
+// Sizes, strides and an offset that occur nowhere else in the description.
+py::object distinctive_probe(const py::module_& torch) {
+  return torch.attr("zeros")(1000).attr("as_strided")(py::make_tuple(2, 3, 7, 11, 13),
+                                                      py::make_tuple(17, 19, 23, 29, 31), 37);
+}
+
+bool find_offsets(const py::module_& torch) {
+  const py::object tensor = distinctive_probe(torch);
   const auto description = tensor.attr("_cdata").cast<uintptr_t>();
   const auto storage = tensor.attr("untyped_storage")().attr("_cdata").cast<uintptr_t>();
-  const auto data = tensor.attr("data_ptr")().cast<uintptr_t>();
+  const auto data = tensor.attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>();
   const auto* const described = reinterpret_cast<const void*>(description);
   const auto* const stored = reinterpret_cast<const void*>(storage);
   const auto object_size = static_cast<size_t>(Py_TYPE(tensor.ptr())->tp_basicsize);
-  if (!allocated_at_least(described, kNumWords * kWord) ||
+  constexpr size_t kSize = kNumWords * kWord;
+  if (!allocated_at_least(described, kSize) ||
       !allocated_at_least(stored, (kStorageWords + kDataWords) * kWord))
     return false;
-  g_offsets.description = find_word(tensor.ptr(), object_size, description);
-  g_offsets.storage = find_word(described, kNumWords * kWord, storage);
-  g_offsets.data = find_word(stored, kStorageWords * kWord, data);
-  return g_offsets.description != 0 && g_offsets.storage != 0 && g_offsets.data != 0;
+  g_offsets.description = find_words(tensor.ptr(), object_size, {description});
+  g_offsets.storage = find_words(described, kSize, {storage});
+  g_offsets.data = find_words(stored, kStorageWords * kWord, {data});
+  g_offsets.ndim = find_words(described, kSize, {5});
+  g_offsets.sizes = find_words(described, kSize, {2, 3, 7, 11, 13});
+  g_offsets.strides = find_words(described, kSize, {17, 19, 23, 29, 31});
+  g_offsets.start = find_words(described, kSize, {37});
+  g_offsets.numel = find_words(described, kSize, {2 * 3 * 7 * 11 * 13});
+  const size_t found[] = {g_offsets.description, g_offsets.storage, g_offsets.data,
+                          g_offsets.ndim,        g_offsets.sizes,   g_offsets.strides,
+                          g_offsets.start,       g_offsets.numel};
+  return std::all_of(std::begin(found), std::end(found), [](size_t at) { return at != 0; });
+}
+
+// A grad as backward() leaves it.
+py::object grad_of_backward(const py::module_& torch) {
+  const py::object param = torch.attr("ones")(6, 4, py::arg("requires_grad") = true);
+  param.attr("mul")(2.0).attr("sum")().attr("backward")();
+  return param.attr("grad");
+}
+
+// Leaves memory with these bytes to the next objects of that size.
+void litter(size_t size, int byte) {
+  void* pieces[8];
+  for (void*& piece : pieces) {
+    piece = malloc(size);
+    if (piece == nullptr) continue;
+    memset(piece, byte, size);
+    asm volatile("" : : "r"(piece) : "memory");  // else nobody could tell
+  }
+  for (void* const piece : pieces) free(piece);
+}
+
+// Tensors of one form, wherever they come from.
+std::vector<py::object> tensors_of_one_form(const py::module_& torch) {
+  std::vector<py::object> tensors;
+  for (const int byte : {0x00, 0xff, 0x5a}) {
+    const auto add = [&](const py::object& tensor) {
+      tensors.push_back(tensor);
+      litter(kNumWords * kWord, byte);
+      litter((kNumWords + 2) * kWord, byte);
+    };
+    add(torch.attr("zeros")(6, 4));
+    for (int i = 0; i < 3; ++i) add(torch.attr("zeros")(6, 4));
+    add(torch.attr("ones")(6, 4, py::arg("requires_grad") = true));
+    add(grad_of_backward(torch));
+    add(grad_of_backward(torch).attr("detach")());
+    add(torch.attr("rand")(4, 6).attr("mul")(2.0).attr("reshape")(6, 4));
+  }
+  return tensors;
+}
+
+// Finds the words in which tensors of other dtypes and flags differ from `tensors`, and there the
+// bits that are the same in all of these.
+void find_kinds(const py::module_& torch, const std::vector<py::object>& tensors) {
+  const auto zeros = [&](const char* dtype) {
+    return torch.attr("zeros")(6, 4, py::arg("dtype") = torch.attr(dtype));
+  };
+  const py::object others[] = {zeros("bfloat16"), zeros("float64"),
+                               zeros("complex64").attr("conj")()};
+  const void* const first = description_of(tensors[0].ptr());
+  const auto lies_in = [](size_t offset, size_t begin) {
+    return begin <= offset && offset < begin + kMaxDims * kWord;
+  };
+  g_offsets.num_kinds = 0;
+  for (size_t offset = kFirstWord * kWord; offset < kNumWords * kWord; offset += kWord) {
+    if (lies_in(offset, g_offsets.sizes) || lies_in(offset, g_offsets.strides)) continue;
+    uint64_t varying = 0, telling = 0;
+    for (const py::object& tensor : tensors)
+      varying |= word_at(description_of(tensor.ptr()), offset) ^ word_at(first, offset);
+    for (const py::object& other : others)
+      telling |= word_at(description_of(other.ptr()), offset) ^ word_at(first, offset);
+    const bool is_pointer = (varying & 0xffffffffu) != 0;
+    if (!is_pointer && (telling & ~varying) != 0)
+      g_offsets.kinds[g_offsets.num_kinds++] = {offset, ~varying};
+  }
+  if (g_offsets.num_kinds % 2 != 0)  // they are mixed in pairs
+    g_offsets.kinds[g_offsets.num_kinds++] = {g_offsets.ndim, ~uint64_t{0}};
+}
+
+uint64_t form_of(const py::object& tensor) { return mix_form(description_of(tensor.ptr())); }
+
+// True if tensors that are read in the same way, and no others, have the same form.
+bool forms_are_right(const py::module_& torch, const std::vector<py::object>& same) {
+  const auto zeros = [&](const char* dtype, const char* device = "cpu") {
+    return torch.attr("zeros")(6, 4, py::arg("dtype") = torch.attr(dtype),
+                               py::arg("device") = device);
+  };
+  const uint64_t form = form_of(zeros("float32"));
+  for (const py::object& tensor : same)
+    if (form_of(tensor) != form) return false;
+  std::vector<py::object> others = {zeros("float32", "meta"),
+                                    zeros("complex64").attr("conj")(),
+                                    zeros("complex64").attr("conj")().attr("imag"),
+                                    zeros("complex64").attr("imag"),
+                                    torch.attr("_efficientzerotensor")(py::make_tuple(6, 4)),
+                                    torch.attr("zeros")(6, 4, 1),
+                                    torch.attr("zeros")(24),
+                                    torch.attr("zeros")(4, 6),
+                                    torch.attr("zeros")(4, 6).attr("t")(),
+                                    torch.attr("zeros")(6, 5).attr("narrow")(1, 0, 4),
+                                    torch.attr("zeros")(7, 4).attr("narrow")(0, 1, 6),
+                                    torch.attr("zeros")(1, 4).attr("expand")(6, 4)};
+  for (const char* dtype : {"float64", "float16", "bfloat16", "complex64", "complex128", "int16",
+                            "int32", "int64", "float8_e4m3fn"})
+    others.push_back(zeros(dtype));
+  std::vector<uint64_t> forms = {form};
+  for (const py::object& other : others) forms.push_back(form_of(other));
+  std::sort(forms.begin(), forms.end());
+  const py::object six_dims = torch.attr("zeros")(1, 1, 1, 1, 6, 4);
+  return std::adjacent_find(forms.begin(), forms.end()) == forms.end() &&
+         form_of(six_dims) == kNoFingerprint;
 }
 
 // True if `change` shows in a tensor's fingerprint, and if nothing shows without a change.
 bool shows(py::object tensor, const std::function<void(py::object&)>& change) {
-  const uint64_t before = mix(tensor.ptr());
+  const uint64_t before = mix_all(tensor.ptr());
   tensor.attr("mul_")(0.5);
-  if (mix(tensor.ptr()) != before) return false;
+  if (mix_all(tensor.ptr()) != before) return false;
   change(tensor);
-  return mix(tensor.ptr()) != before;
+  return mix_all(tensor.ptr()) != before;
 }
 
 bool every_change_shows(const py::module_& torch) {
@@ -152,15 +323,14 @@ size_t find_keys(const py::module_& torch) {
   }
   const auto change = [&](size_t first, size_t word) {
     const auto keys_at = [&](size_t i) {
-      return word_at(pointer_at(tensors[i].ptr(), g_offsets.description), word * kWord);
+      return word_at(description_of(tensors[i].ptr()), word * kWord);
     };
     return keys_at(first) ^ keys_at(first + 1);
   };
   size_t found = 0;
   size_t num_words = kNumWords;  // in builds without the GIL, the keys lie behind those
   const auto has_more = [&](const py::object& tensor) {
-    return allocated_at_least(pointer_at(tensor.ptr(), g_offsets.description),
-                              (num_words + 1) * kWord);
+    return allocated_at_least(description_of(tensor.ptr()), (num_words + 1) * kWord);
   };
   while (num_words < kNumWords + 2 && std::all_of(tensors.begin(), tensors.end(), has_more))
     ++num_words;
@@ -178,10 +348,20 @@ size_t find_keys(const py::module_& torch) {
 }  // namespace
 
 void learn_fingerprints() {
+  const char* const wanted = std::getenv("FUSEDOPT_FINGERPRINTS");
+  if (wanted != nullptr && std::string(wanted) == "0") return;
   try {
     const auto torch = py::module_::import("torch");
-    g_offsets.trusted = find_offsets(torch.attr("ones")(3, 5)) && every_change_shows(torch);
+    const py::object grad_mode = torch.attr("enable_grad")();
+    grad_mode.attr("__enter__")();
+    g_offsets.trusted = find_offsets(torch);
+    if (g_offsets.trusted) {
+      const std::vector<py::object> tensors = tensors_of_one_form(torch);
+      find_kinds(torch, tensors);
+      g_offsets.trusted = forms_are_right(torch, tensors) && every_change_shows(torch);
+    }
     if (g_offsets.trusted) g_offsets.keys = find_keys(torch);
+    grad_mode.attr("__exit__")(py::none(), py::none(), py::none());
   } catch (const py::error_already_set&) {
     g_offsets.trusted = false;
   }
@@ -191,24 +371,24 @@ bool has_dispatch_keys() { return g_offsets.trusted && g_offsets.keys != 0; }
 
 uint64_t dispatch_keys(PyObject* tensor) {
   if (!has_dispatch_keys()) return kNoKeys;
-  return word_at(pointer_at(tensor, g_offsets.description), g_offsets.keys);
+  return word_at(description_of(tensor), g_offsets.keys);
 }
 
 bool has_fingerprints() { return g_offsets.trusted; }
 
-uint64_t fingerprint(PyObject* tensor) { return g_offsets.trusted ? mix(tensor) : kNoFingerprint; }
-
-void prefetch_description(PyObject* tensor) {
-  if (!g_offsets.trusted || tensor == Py_None) return;
-  const auto* const words = static_cast<const char*>(pointer_at(tensor, g_offsets.description));
-  for (size_t at = 0; at < kNumWords * kWord; at += 64) __builtin_prefetch(words + at);
+uint64_t form_fingerprint(PyObject* tensor) {
+  return g_offsets.trusted ? mix_form(description_of(tensor)) : kNoFingerprint;
 }
 
-void prefetch_storage(PyObject* tensor) {
-  if (!g_offsets.trusted || tensor == Py_None) return;
-  const void* const description = pointer_at(tensor, g_offsets.description);
-  __builtin_prefetch(pointer_at(description, g_offsets.storage));
-  __builtin_prefetch(pointer_at(description, g_offsets.storage + kWord));  // where the grad hangs
+uint64_t fingerprint(PyObject* tensor) {
+  return g_offsets.trusted ? mix_all(tensor) : kNoFingerprint;
+}
+
+char* storage_data(PyObject* tensor) {
+  if (!g_offsets.trusted) return nullptr;
+  const void* const storage = pointer_at(description_of(tensor), g_offsets.storage);
+  if (storage == nullptr) return nullptr;
+  return reinterpret_cast<char*>(word_at(storage, g_offsets.data));
 }
 
 }  // namespace fusedopt

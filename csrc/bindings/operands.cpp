@@ -62,6 +62,11 @@ void read_operand(Operands& operands, int k) {
     throw py::type_error(subject(operands, k) + describe(operands.tensors[k]) +
                          ", but dtypes that can be stepped are float32, float64, bfloat16, "
                          "float16 and complex");
+  const auto address = reinterpret_cast<uintptr_t>(view.data);
+  if (is_on_gpu(view) && address % static_cast<uintptr_t>(item_size(view.dtype)) != 0)
+    throw py::value_error(subject(operands, k) + describe(operands.tensors[k]) +
+                          " at an address that is no multiple of its elements' size, which GPUs "
+                          "cannot access; clone() it first");
   const Contents contents = contents_of(view.memory, view);
   if (contents == Contents::kValues) return;
   if (contents == Contents::kFreed)

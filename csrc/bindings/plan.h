@@ -86,8 +86,9 @@ class Plan {
 
   // What is kept of a parameter beside its ParamUpdate.
   struct ParamCache {
-    uint64_t fingerprint = kNoFingerprint;       // of the param, its states and step together
-    uint64_t grad_fingerprint = kNoFingerprint;  // of the grad
+    uint64_t fingerprint = kNoFingerprint;  // of the param, its states and step together
+    uint64_t grad_form = kNoFingerprint;    // of the grad
+    int64_t grad_offset = 0;                // bytes from the grad's storage to its memory
     void* step = nullptr;  // the count, or for optimizers without one its stand-in on a GPU
     double next_step = 0;
     const void* checked_grad = nullptr;  // the grad's memory, when it was compared with all others'
@@ -163,8 +164,7 @@ class Plan {
   StepContext collect(const pybind11::object& param_groups, const pybind11::object& state,
                       const GradInfo& grads, bool is_second);
   void collect_params(StepContext& context);
-  void collect_block(StepContext& context, Group& group, int64_t group_index, Py_ssize_t first,
-                     int n, size_t at);
+  void collect_param(StepContext& context, Group& group, const ParamId& id, size_t at);
   void visit(StepContext& context, Group& group, const ParamId& id, const ParamTensors& found,
              size_t at);
   void keep_layout(StepContext& context, ParamUpdate& update, ParamCache& cache) const;
@@ -179,7 +179,8 @@ class Plan {
   void take_over(const Group& group, const ParamTensors& found, Operands& operands,
                  ParamCache& cache) const;
   enum class Unchanged { kNothing, kAllButGrad, kAll };
-  Unchanged compare(const ParamTensors& found, bool is_known, ParamCache& cache) const;
+  Unchanged compare(const ParamTensors& found, bool is_known, ParamUpdate& update,
+                    ParamCache& cache) const;
   void read_param_and_grad(Operands& operands, ParamCache& cache);
   void align_grad(Operands& operands) const;
   void read_rest(StepContext& context, Operands& operands, bool found, ParamUpdate& update,

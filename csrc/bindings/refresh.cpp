@@ -37,7 +37,9 @@ void Plan::read_param_and_grad(Operands& operands, ParamCache& cache) {
     align_grad(operands);
   PyObject* const grad = operands.tensors[kGrad];
   read_operand(operands, kGrad);
-  if (operands.tensors[kGrad] != grad) cache.grad_fingerprint = kNoFingerprint;  // a copy of it
+  if (operands.tensors[kGrad] != grad) cache.grad_form = kNoFingerprint;  // a copy of it
+  if (cache.grad_form != kNoFingerprint)
+    cache.grad_offset = static_cast<char*>(operands.views[kGrad].data) - storage_data(grad);
   check_against_param(operands, kGrad);
   if (operands.rounding == StochasticRounding::kAll &&
       operands.views[kParam].dtype == DType::kFloat16)

@@ -8,6 +8,7 @@
 #   make cuda       a build for CUDA under a CUDA build of torch (in .venv-cuda): the tests of what
 #                   these could break, and a look at the kernels' machine code; needs no GPU
 #   make wheel      a wheel in dist/
+#   make compdb     compile_commands.json for clangd and the like
 #   make gpu        all that needs a GPU, within twelve minutes, into GPU_OUT (GPU="--parts build step",
 #                   each part alone within four; GPU="--wheel FILE" installs that and builds nothing)
 # make gpu alone uses no .venv: it installs into the Python it finds (PYTHON), which must have torch
@@ -35,7 +36,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 WORKERS = -n auto --maxprocesses 8 --dist worksteal
 TESTS = OMP_WAIT_POLICY=passive $(BIN)/pytest $(WORKERS)
 
-.PHONY: train test bench gpu lint format sanitize cuda wheel clean
+.PHONY: train test bench gpu lint format sanitize cuda wheel compdb clean
 
 train: $(VENV)/built
 	$(BIN)/python bench/train_gpt.py $(TRAIN)
@@ -97,6 +98,17 @@ wheel: $(VENV)/built
 	$(PIP) build
 	$(BIN)/python -m build --wheel
 
+# From the emulated build, which compiles the most of csrc/ as C++. The bindings are compiled as one
+# source that includes the others; here each has an entry.
+compdb: build/emulated/built
+	$(BIN)/python -m ninja -f $$(ls -t build/emulated/temp*/build.ninja | head -1) -t compdb compile \
+	    | $(BIN)/python -c "import glob, json, sys; \
+	    print(json.dumps([{**unit, 'file': file, 'command': unit['command'].replace(unit['file'], file)} \
+	        for unit in json.load(sys.stdin) \
+	        for file in (sorted(glob.glob('csrc/bindings/*.cpp')) \
+	            if unit['file'].endswith('/bindings.cpp') else [unit['file']])], indent=1))" \
+	    >compile_commands.json
+
 $(VENV)/torch: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)"
@@ -118,4 +130,4 @@ $(VENV)/linters: $(VENV)/torch
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cuda build dist fusedopt/*.so *.egg-info
+	rm -rf $(VENV) .venv-cuda build dist compile_commands.json fusedopt/*.so *.egg-info

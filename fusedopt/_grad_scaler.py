@@ -17,6 +17,14 @@ class GradScaler(torch.amp.GradScaler):
     reads them again. Here ``step()`` of an optimizer of fusedopt reads them once for that, which
     ``max_grad_norm`` shares, and writes none, whether it was made with ``fused=True`` or not. After
     ``unscale_()``, and for other optimizers (wrappers of ours included), all is as in torch.
+    Arguments, methods and errors are those of ``torch.amp.GradScaler``.
+
+    >>> model = torch.nn.Linear(8, 1)
+    >>> optimizer = fusedopt.AdamW(model.parameters(), lr=1e-3)
+    >>> scaler = fusedopt.GradScaler("cpu")  # was torch.amp.GradScaler
+    >>> scaler.scale(model(torch.randn(4, 8)).square().mean()).backward()
+    >>> scaler.step(optimizer)
+    >>> scaler.update()
     """
 
     _stepping: FusedOptimizer | None = None  # whose step looks for infinite grads itself

@@ -1,32 +1,28 @@
 """What the optimizers share: one call into the extension per step, state, checkpoints."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeAlias, cast, overload
+from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor
 
 from . import _C
 from ._config import cpu_isa
-from ._options import ADDITIONS
+from ._options import OWN_OPTIONS
 from ._state_dict import export_all_states, load_state_dict
 from ._steps import is_on_gpu, place_steps, step_device, to_step
+from ._types import ParamGroup, Params, State
 from ._weights import master_name, new_entry, read_weight, swapped, unused_entries, write_weight
-
-ParamGroup: TypeAlias = dict[str, Any]
-Params: TypeAlias = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
-State: TypeAlias = dict[str, Any]
 
 
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of the optimizers. A subclass names its row in the extension and its state."""
 
     _row: ClassVar[str]  # name in the extension's table of optimizers
-    _old_options: ClassVar[dict[str, Any]]  # for groups saved before torch had these options
-
-    _own_options: ClassVar[tuple[str, ...]] = tuple(ADDITIONS)  # torch's twin has none of these
+    _option_defaults: ClassVar[dict[str, Any]]  # as its constructor's signature has them
+    _own_options: ClassVar[tuple[str, ...]] = OWN_OPTIONS  # torch's twin has none of these
 
     # What the latest step found out: tensors, on a GPU if the params are there.
     _verdict: Tensor | None = None
@@ -314,14 +310,22 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _completed(self, saved: ParamGroup) -> ParamGroup:
         """A param group of a checkpoint with the options that it may lack."""
-        return {**self._old_options, **saved}
+        return {**self._switches(), **saved}
+
+    def _switches(self) -> dict[str, Any]:
+        """Options of torch that are off by default: groups saved by an older one may lack them."""
+        return {
+            name: value
+            for name, value in self._option_defaults.items()
+            if name not in self._own_options and (value is None or value is False)
+        }
 
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
         self._step_supports_amp_scaling = bool(self.defaults.get("fused"))
         export_all_states(self)
         for group in self.param_groups:
-            for name, value in self._old_options.items():
+            for name, value in self._switches().items():
                 group.setdefault(name, value)
         for group in self.param_groups:
             for param in group["params"]:

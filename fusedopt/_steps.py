@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-
-State = dict[str, Any]
+from ._types import ParamGroup, State
 
 
 def is_on_gpu(value: Any) -> bool:
@@ -16,7 +15,7 @@ def is_on_gpu(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_cuda or _C.is_emulated())
 
 
-def step_device(param: Tensor, group: State) -> torch.device:
+def step_device(param: Tensor, group: ParamGroup) -> torch.device:
     """Where a param's step count belongs when nothing but its group is known."""
     on_gpu = group.get("capturable", False) and is_on_gpu(param)
     return param.device if on_gpu else torch.device("cpu")

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from . import _C
 from ._tensors import local
-
-State = dict[str, Any]
+from ._types import ParamGroup, State
 
 MASTERS = {"float32": "master_param", "split": "param_remainder"}
 EXTRAS = (*MASTERS.values(), "ema_param")
@@ -48,7 +47,7 @@ def is_narrow(param: Tensor) -> bool:
     return param.is_floating_point() and param.element_size() == 2
 
 
-def master_name(param: Tensor, group: State) -> str | None:
+def master_name(param: Tensor, group: ParamGroup) -> str | None:
     """Name of the master weight in the state of this parameter, or None if it has none.
 
     Raises ValueError for a parameter that cannot have the kind that the group asks for.
@@ -61,7 +60,7 @@ def master_name(param: Tensor, group: State) -> str | None:
     return MASTERS[kind]
 
 
-def unused_entries(param: Tensor, state: State, group: State) -> list[str]:
+def unused_entries(param: Tensor, state: State, group: ParamGroup) -> list[str]:
     """Names of masters and averages that a state holds although the settings do not use them."""
     used = {master_name(param, group), "ema_param" if group.get("ema_decay") is not None else None}
     return [name for name in EXTRAS if name in state and name not in used]
@@ -71,7 +70,7 @@ def ema_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if is_narrow(param) else param.dtype
 
 
-def read_weight(param: Tensor, state: State, group: State) -> Tensor:
+def read_weight(param: Tensor, state: State, group: ParamGroup) -> Tensor:
     """A copy of a parameter's weights, in float32 if the parameter is narrower."""
     param = param.detach()
     name = master_name(param, group)
@@ -81,7 +80,7 @@ def read_weight(param: Tensor, state: State, group: State) -> Tensor:
     return param.to(ema_dtype(param), copy=True)
 
 
-def write_weight(param: Tensor, weight: Tensor, state: State, group: State) -> None:
+def write_weight(param: Tensor, weight: Tensor, state: State, group: ParamGroup) -> None:
     """Make a parameter, and its master weight if the state has one, hold these weights."""
     name = master_name(param, group)
     weight = weight.to(param.device, ema_dtype(param))
@@ -95,7 +94,7 @@ def write_weight(param: Tensor, weight: Tensor, state: State, group: State) -> N
     param.copy_(weight)
 
 
-def new_entry(name: str, param: Tensor, state: State, group: State) -> Tensor:
+def new_entry(name: str, param: Tensor, state: State, group: ParamGroup) -> Tensor:
     """State that is not there yet."""
     kwargs: dict[str, Any] = {"memory_format": torch.preserve_format}
     if name == "param_remainder":
@@ -126,7 +125,7 @@ def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
                 param.copy_(own)
 
 
-def convert(entries: State, param: Tensor, group: State, place: str) -> Tensor | None:
+def convert(entries: State, param: Tensor, group: ParamGroup, place: str) -> Tensor | None:
     """Make saved state fit the settings of the group that it is loaded into.
 
     States take on ``state_dtype`` if that is set. A master weight of the other kind is converted;

@@ -2,79 +2,153 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from ._optimizer import FusedOptimizer, Params
-from ._options import Additions, takes_additions
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from ._optimizer import FusedOptimizer
+from ._options import given_options, notes_given, option_defaults
+from ._types import Params
 
 
 class SGD(FusedOptimizer):
-    r"""Stochastic gradient descent with momentum, as ``torch.optim.SGD``.
+    r"""Stochastic gradient descent with momentum, as ``torch.optim.SGD``, in one pass over memory.
 
     .. math::
         g &\leftarrow g + \lambda p \\
         v &\leftarrow \mu v + (1 - \tau) g \quad (v \leftarrow g \text{ on the first step}) \\
         p &\leftarrow p - \gamma v \quad (\gamma (g + \mu v) \text{ with nesterov})
 
-    The form, in which lr scales the buffer when it is applied, is that of Sutskever et al., "On the
-    importance of initialization and momentum in deep learning" (2013), modified as in torch.
+    for a parameter :math:`p` and its grad :math:`g`. The form, in which lr scales the buffer when
+    it is applied, is that of Sutskever et al., "On the importance of initialization and momentum in
+    deep learning" (2013), modified as in torch.
+
+    >>> model = torch.nn.Linear(8, 1)
+    >>> optimizer = fusedopt.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    >>> model(torch.randn(4, 8)).square().mean().backward()
+    >>> optimizer.step()
+    >>> optimizer.zero_grad()
+
+    All arguments but ``params`` are options: their values are the defaults of the param groups,
+    which may set them for themselves and be changed between steps. Those from ``state_dtype`` on
+    are not in torch's groups, nor in these unless they are given.
 
     Args:
-        params: parameters, (name, parameter) pairs or param groups. Dense tensors of float32,
-            float64, bfloat16, float16 or complex dtype, of any shape and strides.
-        lr: learning rate :math:`\gamma`, a number or a tensor of one element. A tensor on the
-            parameters' GPU is read there, in the step; its value is then not checked.
-        momentum: momentum factor :math:`\mu`.
-        dampening: dampening :math:`\tau` of what the grad adds to the momentum.
-        weight_decay: L2 penalty :math:`\lambda`; with ``decoupled_weight_decay`` the decay.
-        nesterov: use Nesterov momentum; needs a momentum and no dampening when the optimizer is
-            made.
-        maximize: ascend instead of descend.
-        foreach, fused: accepted for torch's sake; every step is fused. ``fused=True`` lets
+        params (iterable): parameters, (name, parameter) pairs, or param groups: dicts with
+            ``params`` and any of the options below. Dense tensors of float32, float64, bfloat16,
+            float16 or complex dtype, of any shape and strides, on the CPU or on NVIDIA GPUs.
+        lr (float | Tensor, default 1e-3): learning rate :math:`\gamma`, at least 0. A tensor has
+            one element. One on the parameters' GPU is read there, in the step; its value is then
+            not checked.
+        momentum (float | Tensor, default 0): momentum factor :math:`\mu`, at least 0; 0: no buffer
+            is kept. A tensor is read as that of ``lr``, where torch's fused step reads on the host.
+        dampening (float | Tensor, default 0): dampening :math:`\tau` of what the grad adds to the
+            momentum, any finite number. No effect without momentum. A tensor is read as that of
+            ``lr``, where torch's fused step reads on the host.
+        weight_decay (float | Tensor, default 0): :math:`\lambda`, at least 0, an L2 penalty unless
+            ``decoupled_weight_decay``. A tensor is read as that of ``lr``, where torch's fused step
+            reads on the host.
+        nesterov (bool, default False): use Nesterov momentum; needs a momentum and no dampening
+            when the optimizer is made.
+        maximize (bool, default False): ascend along the grads instead of descending.
+        foreach (bool | None, default None): accepted for torch's sake: every step is fused,
+            whatever this says. Excludes ``fused=True`` if it is True.
+        differentiable (bool, default False): must be False: autograd does not record the step.
+        fused (bool | None, default None): every step is fused, whatever this says. True lets
             ``torch.amp.GradScaler`` leave unscaling and skipping to ``step()``, and excludes
             ``foreach=True``.
-        differentiable: must be False.
-        capturable: allow ``step()`` to be captured into a CUDA graph. Options that are tensors on
-            the GPU may then change between replays.
-        decoupled_weight_decay: :math:`p \leftarrow (1 - \gamma \lambda) p` before the update and
-            no penalty (SGDW: Loshchilov and Hutter, arXiv 1711.05101).
-        additions: what torch lacks: precision, clipping, averaging; see
-            ``help(fusedopt.Additions)``.
+        capturable (bool, default False): allow ``step()`` to be captured into a CUDA graph.
+            ``step`` of the state, if there is one, then lies on the GPU, and options that are
+            tensors on the GPU may change between replays. It makes no difference on the CPU.
+        decoupled_weight_decay (bool, default False): decay the parameter instead of adding to the
+            grad: :math:`p \leftarrow (1 - \gamma \lambda) p` before the update (SGDW: Loshchilov
+            and Hutter, arXiv 1711.05101). torch's groups have no such key, nor these unless it is
+            True.
+        state_dtype (torch.dtype | None, default None): ``torch.float32`` or ``torch.bfloat16``, the
+            dtype of the states whatever that of their parameter, which must be real; None: that of
+            the parameter.
+        master_weights (Literal["float32", "split"] | None, default None): keep the weights of
+            16-bit parameters in float32, so that updates too small for their dtype are not lost.
+            ``"float32"``: in ``master_param`` of the state, 4 bytes each; wider parameters need
+            none and get none. ``"split"``, for bfloat16 only: the parameter and ``param_remainder``
+            of the state, 2 bytes, are the weight together, exactly; the parameter is the nearest
+            bfloat16, with ties away from zero. What is written to a parameter between steps is
+            lost, or moved by the remainder: ``load_fp32_params()`` writes to both.
+        stochastic_rounding (bool | None, default None): round what is kept in bfloat16 up or down
+            with the probabilities that make the mean right, instead of to the nearest. True: all
+            states, and parameters without master weights; not for float16 parameters. None, False:
+            nothing, as in torch: SGD has no second moments, which None is about.
+        rounding_seed (int, default 0): 0 to 2**32 - 1. The draws follow from it, from the step, the
+            element's place in its tensor and its new weight: the same in every run and on every
+            device.
+        max_grad_norm (float | Tensor | None, default None): above 0; grads are multiplied by
+            ``min(1, max_grad_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` does,
+            but ``.grad`` is not written to. The norm is the L2 norm of all grads of all groups
+            (and, of DTensors, of all their shards). A group with None is not clipped, its grads
+            count; infinity only measures. A step whose norm is infinite or NaN is skipped. A tensor
+            is read on the host in every step, which waits for one on a GPU.
+        error_if_nonfinite (bool, default False): raise RuntimeError instead of skipping a step for
+            its norm, but not for the overflows that ``fusedopt.GradScaler`` looks for, or torch's
+            with ``fused=True``. No effect where no group has a ``max_grad_norm``. Waits for the
+            GPU, and cannot be captured into a CUDA graph.
+        ema_decay (float | Tensor | None, default None): keep an exponential moving average of the
+            weights, ``ema_param`` of the state, with this decay in [0, 1); see ``swap_ema()``. The
+            first step sets it, as ``torch.optim.swa_utils.AveragedModel`` does. A decay that is set
+            later may be 1: the average rests then. A tensor is read as that of ``max_grad_norm``.
+        ema_bias_correction (bool, default False): weigh all steps as if they had been there from
+            the start, with ``(1 - decay) / (1 - decay**t)`` in place of ``1 - decay``. No effect
+            without ``ema_decay``.
+        lr_independent_weight_decay (bool, default False): decoupled decay multiplies the weights by
+            ``1 - weight_decay`` instead of ``1 - lr * weight_decay``, unless ``lr`` is 0. Needs
+            ``decoupled_weight_decay``.
 
-    State of a parameter: ``momentum_buffer``, of its shape and, unless ``state_dtype`` says
-    otherwise, dtype, if there is momentum; ``step`` (float32, one element) if there is an average
-    or ``stochastic_rounding=True``.
+    State of a parameter, in ``state[param]``, of its shape where nothing else is said:
+        momentum_buffer: :math:`v`, of the parameter's dtype unless ``state_dtype`` says otherwise,
+            if there is momentum.
+        step: float32 (float64 if that is torch's default dtype), one element, with ``ema_decay`` or
+            ``stochastic_rounding=True``. On the CPU; on the parameter's GPU with ``capturable``,
+            with options that are tensors there, and where a GradScaler leaves unscaling to the
+            step.
+        master_param: float32, of a 16-bit parameter with ``master_weights="float32"``.
+        param_remainder: int16, of a bfloat16 parameter with ``master_weights="split"``.
+        ema_param: float32 for a 16-bit parameter, else of the parameter's dtype, with
+            ``ema_decay``.
+
+    Beside those of ``torch.optim.Optimizer`` (``param_groups``, ``state``, ``step()``,
+    ``zero_grad()``, ``state_dict()`` ...) there are
+
+    Attributes:
+        grad_norm (Tensor | None): L2 norm of all grads of the latest step, before clipping; None if
+            neither ``max_grad_norm`` nor ``fusedopt.GradScaler`` asked for it.
+        nonfinite_grads (Tensor | None): how many of their elements were infinite or NaN; None as
+            ``grad_norm``.
+        skipped (Tensor): whether the latest step changed nothing because of such grads.
+
+    Methods:
+        fp32_params(): copies of all weights, in float32 where parameters are narrower.
+        load_fp32_params(weights): sets parameters and master weights to such copies.
+        swap_ema(): a context in which the parameters hold the averages of ``ema_decay``.
 
     Raises:
-        ValueError: a hyper-parameter is NaN, infinite or out of range, a parameter is given twice,
-            or ``differentiable`` is True. What param groups set for themselves, and what is set
-            later, may leave torch's ranges as long as a step can compute with it.
+        TypeError: a keyword is unknown, or a hyper-parameter is neither a number nor a tensor.
+        ValueError: a hyper-parameter is NaN, infinite or out of range, options contradict each
+            other, a parameter is given twice, or ``differentiable`` is True. What param groups set
+            for themselves, and what is set later, may leave torch's ranges as long as a step can
+            compute with it. What does not fit a parameter's dtype is refused in its first step.
         RuntimeError: ``fused`` and ``foreach`` are both True.
     """
 
     _row = "SGD"
     _own_options = (*FusedOptimizer._own_options, "decoupled_weight_decay")
-    _old_options: ClassVar[dict[str, Any]] = {
-        "nesterov": False,
-        "maximize": False,
-        "foreach": None,
-        "differentiable": False,
-        "fused": None,
-        "capturable": False,
-    }
 
-    @takes_additions
+    @notes_given
     def __init__(
         self,
         params: Params,
         lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
+        momentum: float | Tensor = 0,
+        dampening: float | Tensor = 0,
         weight_decay: float | Tensor = 0,
         nesterov: bool = False,
         *,
@@ -84,21 +158,19 @@ class SGD(FusedOptimizer):
         fused: bool | None = None,
         capturable: bool = False,
         decoupled_weight_decay: bool = False,
-        **additions: Unpack[Additions],
+        state_dtype: torch.dtype | None = None,
+        master_weights: Literal["float32", "split"] | None = None,
+        stochastic_rounding: bool | None = None,
+        rounding_seed: int = 0,
+        max_grad_norm: float | Tensor | None = None,
+        error_if_nonfinite: bool = False,
+        ema_decay: float | Tensor | None = None,
+        ema_bias_correction: bool = False,
+        lr_independent_weight_decay: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-            "capturable": capturable,
-            **additions,
-        }
-        if decoupled_weight_decay:  # torch's groups have no such key
-            defaults["decoupled_weight_decay"] = True
+        defaults = given_options(locals())
+        if not decoupled_weight_decay:  # torch's groups have no such key
+            del defaults["decoupled_weight_decay"]
         super().__init__(params, defaults)
+
+    _option_defaults = option_defaults(__init__)

@@ -303,6 +303,11 @@ def test_keyword_only_and_off(name: str) -> None:
         assert signature[option].default == value
         optimizer = getattr(fusedopt, name)(params_with_grads(), **{option: value})
         assert optimizer.defaults.get(option, value) == value
+        # What is given is there to be read, even if it is off.
+        is_there = (name, option) != ("SGD", "decoupled_weight_decay")
+        assert (option in optimizer.param_groups[0]) == is_there
+    untold = getattr(fusedopt, name)(params_with_grads()).param_groups[0].keys() & expected.keys()
+    assert untold == ({"decoupled_weight_decay"} if name == "Adam" else set())
     torchs = inspect.signature(getattr(torch.optim, name).__init__).parameters
     positional = [p.name for p in signature.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert positional == [p.name for p in torchs.values() if p.kind is p.POSITIONAL_OR_KEYWORD]

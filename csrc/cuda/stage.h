@@ -1,8 +1,10 @@
 // Copies the operands of dense updates from global into shared memory, ahead of their use, with
 // cp.async, the asynchronous copy of GPUs since sm_80.
+//
 // Why: the step is bound by memory, and to keep a GPU's memory busy, enough bytes must be under way
 // at any time. Bytes on their way into shared memory take no registers, so there can be enough of
 // them (cuda/tuning.h, kStages).
+//
 // Every thread copies the bytes that it needs to places of its own and reads no others. So a thread
 // waits only for its own copies, and the block needs no barrier. A stage holds bytes whatever their
 // formats, which matter only when the bytes are read (cuda/staged.h).
@@ -228,8 +230,8 @@ class Stages {
 
  private:
   // Copies a piece of each of these operands. The copies are predicated and issued in one run,
-  // because a GPU has to wait before the first copy after a branch. Without opaque() the compiler
-  // would make branches of the tests.
+  // because a GPU has to wait before the first copy after a branch. opaque() makes the compiler
+  // test the set here, and not hold the results over the loop.
   template <int kBytes>
   FUSEDOPT_HD void copy(uint32_t operands, uint32_t at, SharedPlace stage) const {
     const uint32_t wanted = opaque(operands), offset = at * kBytes;

@@ -42,7 +42,7 @@ class Device {
     try {
       const runtime::DeviceGuard on_gpu(gpu_);
       buffers_.clear();
-    } catch (const std::exception&) {  // the process ends and CUDA with it
+    } catch (const std::exception&) {  // the process ends, and CUDA has ended before
     }
   }
   Device(const Device&) = delete;

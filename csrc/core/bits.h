@@ -1,3 +1,5 @@
+// std::bit_cast of C++20, for host and device: the bits of a value as another type of the same
+// size.
 #pragma once
 
 #include <cstring>

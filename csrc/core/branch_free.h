@@ -1,3 +1,7 @@
+// Square roots and divisions in float without a branch, for GPUs. The compiler's own exact ones
+// first look for rare operands, with a branch for each, and a GPU cannot overlap other work across
+// these branches. Here rare operands are only remembered, in one number for all elements of a
+// thread; if there was one, these elements are computed again with the compiler's own.
 #pragma once
 
 #include <cmath>
@@ -6,12 +10,10 @@
 #include "core/lanes.h"
 #include "core/macros.h"
 
-// Square roots and divisions in float without a branch. The compiler's own exact ones look for rare
-// operands first, a branch for each, through which a GPU overlaps nothing. Here the rare ones are
-// only remembered, and then all elements of a thread are done again, in another way.
 namespace fusedopt {
 
-// What GPUs have an instruction for, right but for the last bits; subnormals count as zero.
+// Reciprocals and reciprocal roots for which GPUs have an instruction. They are right but for the
+// last bits, and take subnormals for zero. The host's versions are for the emulation.
 struct Approximations {
   static FUSEDOPT_HD float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
@@ -33,15 +35,17 @@ struct Approximations {
   }
 };
 
-// Subnormal floats are flushed. A residual that is flushed must be too small to matter, below 2^-26
-// of the operand, so operands are scaled up first. On an H200, the two sequences were compared to
-// IEEE's results: the roots of all floats in [2^-101, 3e38], 5.5e10 quotients of |n| in
-// [2^-102, 2^60) and d in [2^-60, 2^22). No result differed. Powers of two do not change that as
-// long as nothing overflows or is flushed.
+// Each result is an approximation and one correction by its residual, which an fma computes
+// exactly. Subnormal floats are flushed. A residual that is flushed must be too small to matter,
+// below 2^-26 of the operand, so operands are scaled up first.
+// On an H200, the two sequences were compared to IEEE's results: the roots of all floats in
+// [2^-101, 3e38], and 5.5e10 quotients of |n| in [2^-102, 2^60) and d in [2^-60, 2^22). No result
+// differed. To scale operands by powers of two does not change that as long as nothing overflows or
+// is flushed.
 template <class Approximate = Approximations>
 class BranchFree {
  public:
-  // The root of `scaled`, of at least 2^-101.
+  // The square root of `scaled`, which is at least 2^-101.
   static FUSEDOPT_HD float root(float scaled) {
     const float y = Approximate::reciprocal_root(scaled);
     const float about = scaled * y;
@@ -49,7 +53,7 @@ class BranchFree {
     return fma(r, 0.5f * y, about);
   }
 
-  // scaled / denominator. The residual has its sign so that -0 stays -0.
+  // scaled / denominator. The residual is negated, so that a quotient of -0 stays -0.
   static FUSEDOPT_HD float quotient(float scaled, float denominator) {
     const float about = Approximate::reciprocal(denominator);
     const float y = fma(about, fma(-denominator, about, 1.0f), about);
@@ -58,7 +62,9 @@ class BranchFree {
     return fma(minus_r, -y, near);  // with -minus_r, a host may fold the signs and lose that of 0
   }
 
-  // numerator / (the root of `square` + eps), with square and eps of at least 0.
+  // numerator / (sqrt(square) + eps), for square >= 0 and eps >= 0. All three are scaled by powers
+  // of two: the square by 2^60, so its root and eps by 2^30, the numerator by 2^58, and the
+  // quotient back by 2^-28.
   FUSEDOPT_HD float divide_by_root(float numerator, float square, float eps) {
     const float denominator = root(fma(square, 0x1p60f, zero_square(eps))) + eps * 0x1p30f;
     const float exact = quotient(opaque(numerator * 0x1p58f), denominator) * 0x1p-28f;
@@ -74,12 +80,13 @@ class BranchFree {
     return numerator;
   }
 
-  // Whether all results so far are IEEE's: false if there was a NaN, and what overflows on the way
-  // becomes one, or larger than this.
+  // Whether all results so far are IEEE's. They are not known to be if one is NaN or is this large;
+  // what overflows on the way becomes NaN or larger than this.
   FUSEDOPT_HD bool is_exact() const { return largest_ < 0x1p97f; }
 
  private:
-  // Else the compiler multiplies once more, where to negate costs nothing.
+  // The same number, but the compiler cannot tell. Otherwise it would compute the negative of the
+  // scaled numerator with a second multiplication, where negating an operand is free.
   static FUSEDOPT_HD float opaque(float number) {
 #if defined(__CUDA_ARCH__)
     asm("" : "+f"(number));
@@ -87,15 +94,16 @@ class BranchFree {
     return number;
   }
 
-  // Beside any other square this is lost, but the root of 0 is not NaN with it, and lost beside
-  // eps. Where eps is too small for that, it is NaN, as it is where eps is negative, or so large
-  // that its reciprocal would be flushed.
+  // What is added to every scaled square, so that the root of 0 is not NaN (0 times infinity). It
+  // is lost beside any other square, and its root is lost beside eps. Where eps is too small for
+  // that, nothing is added, and the root of 0 is NaN. Where eps is negative, or so large that its
+  // reciprocal would be flushed, it is NaN itself. All NaNs are computed again.
   static FUSEDOPT_HD float zero_square(float eps) {
     if (!(eps >= 0 && eps < 0x1p90f)) return __builtin_nanf("");
     return eps < 0x1p-67f ? 0.0f : 0x1p-126f;
   }
 
-  // NaN if one of them is: the built-in functions would give the other one.
+  // The larger one, or NaN if one is NaN, where the built-in functions would return the other one.
   static FUSEDOPT_HD float larger(float a, float b) {
 #if defined(__CUDA_ARCH__)
     float y;
@@ -106,7 +114,7 @@ class BranchFree {
 #endif
   }
 
-  float largest_ = 0;  // of all quotients so far: one instruction for each
+  float largest_ = 0;  // magnitude of all quotients so far; takes one instruction for each
 };
 
 }  // namespace fusedopt

@@ -1,3 +1,5 @@
+// Divides a step on the CPU into chunks of about equal cost, whatever the sizes of its tensors: a
+// chunk is a part of a large tensor, or a run of many small ones. A pure function of the sizes.
 #pragma once
 
 #include <algorithm>
@@ -5,26 +7,26 @@
 #include <numeric>
 #include <vector>
 
-// Divides a step into chunks of about equal cost, whatever the sizes of its tensors: a chunk may be
-// a part of a large tensor or a run of many small ones. A pure function of the sizes.
 namespace fusedopt {
 
 // A chunk goes from its start to the start of the next one.
 struct ChunkStart {
   int64_t update;
-  int64_t element;  // within that work
+  int64_t element;  // within that update
 };
 
-// Elements per chunk: large enough to hide the cost of handing it out and to keep memory streaming,
-// small enough to balance. A work of this many chunks has no need for smaller ones.
+// Elements of a chunk: enough that the cost of handing it out does not count and memory keeps
+// streaming, and few enough that all threads finish at about the same time. kEnoughChunks of them
+// do for that, so chunks of a large step are larger, up to the maximum.
 inline constexpr int64_t kMinChunkElements = 16384;
 inline constexpr int64_t kMaxChunkElements = 65536;
 inline constexpr int64_t kEnoughChunks = 64;
-// What starting on a tensor costs, in elements.
+// The cost of starting on a tensor, expressed in elements.
 inline constexpr int64_t kTensorCost = 256;
-// Chunks start at multiples of this within a tensor, a cache line of the narrowest format.
+// Chunks start at multiples of this within a tensor: at least a whole cache line in every format.
 inline constexpr int64_t kChunkAlignment = 64;
 
+// The size of a chunk for a step with tensors of these sizes.
 inline int64_t chunk_elements_for(const std::vector<int64_t>& sizes) {
   const int64_t total = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
   return std::clamp(total / kEnoughChunks, kMinChunkElements, kMaxChunkElements);

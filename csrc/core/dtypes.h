@@ -1,3 +1,5 @@
+// Storage formats, and the conversions between them and the type that computes. Arithmetic is done
+// in float, or in double where a float64 tensor takes part; narrower formats exist in memory only.
 #pragma once
 
 #include <cstdint>
@@ -6,11 +8,10 @@
 #include "core/macros.h"
 #include "core/narrow.h"
 
-// Storage formats and their rounding. Arithmetic is done in float (in double when a float64 tensor
-// takes part); narrower formats exist in memory only.
 namespace fusedopt {
 
-// A bit each, not the lowest, which a GPU tests in one instruction.
+// A bit for each format, so that a GPU tests for one in one instruction; testing the lowest bit
+// would take two, so it is not used.
 enum class DType : uint8_t {
   kAbsent = 0,  // there is no such operand
   kFloat32 = 2,
@@ -20,7 +21,7 @@ enum class DType : uint8_t {
   kRemainder = 32,  // what a bfloat16 param lacks of its weight (core/weight.h)
 };
 
-// Whether `dtype` is `other`, which is not kAbsent.
+// Whether `dtype` is `other`, which must not be kAbsent.
 FUSEDOPT_HD constexpr bool is(DType dtype, DType other) {
   return (static_cast<unsigned>(dtype) & static_cast<unsigned>(other)) != 0;
 }
@@ -33,7 +34,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Type used to compute with values stored as `Storage`.
+// The type that computes with values stored as `Storage`.
 template <class Storage>
 struct Compute {
   using Type = float;
@@ -43,6 +44,7 @@ struct Compute<double> {
   using Type = double;
 };
 
+// Bytes of an element; 0 for an operand that is absent.
 FUSEDOPT_HD constexpr int64_t item_size(DType dtype) {
   return dtype == DType::kFloat64   ? 8
          : dtype == DType::kFloat32 ? 4
@@ -50,8 +52,8 @@ FUSEDOPT_HD constexpr int64_t item_size(DType dtype) {
                                     : 2;
 }
 
-// Calls `f` with a value of the storage type that `dtype` names, which is one of those that T
-// computes with.
+// Calls `f` with a value of the storage type that `dtype` names, for the formats that T computes
+// with: all but float64 for float, and all four for double.
 template <class T, class F>
 FUSEDOPT_HD void with_storage(DType dtype, F&& f) {
   if (is(dtype, DType::kFloat32)) return f(float{});
@@ -62,7 +64,7 @@ FUSEDOPT_HD void with_storage(DType dtype, F&& f) {
   f(Float16{});
 }
 
-// Converts a stored number to T, and back to nearest with ties to even.
+// Converts a stored number to T; store() rounds back to the nearest, with ties to even.
 template <class T>
 FUSEDOPT_HD T load(float from) {
   return static_cast<T>(from);

@@ -1,3 +1,6 @@
+// What happens to an element in a step, in one text for all drivers: load its weight, grad and
+// states, apply the rule, round, average, store. Drivers only say where the bytes come from and go
+// to. So CPU and GPU, dense and strided tensors and the last elements of each give the same bits.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +12,10 @@
 #include "core/stochastic.h"
 #include "core/weight.h"
 
-// What happens to an element in a step, once for all drivers: load its weight, grad and states,
-// apply the rule, round, average, store. Drivers say where the bytes come from and go to.
 namespace fusedopt {
 
-// Square roots and divisions as IEEE 754 has them.
+// Square roots and divisions as the compiler does them, correctly rounded as IEEE 754 demands. GPUs
+// use BranchFree (core/branch_free.h) in its place, which gives the same results.
 struct Ieee {
   template <class V>
   FUSEDOPT_HD V divide_by_root(V numerator, V square, V eps) const {
@@ -22,7 +24,7 @@ struct Ieee {
   FUSEDOPT_HD static constexpr bool is_exact() { return true; }
 };
 
-// How the operands of a work are stored.
+// How the operands of an update are stored.
 struct alignas(8) Formats {
   DType dtypes[kMaxOperands];
   uint8_t stochastic;  // a bit for each operand that is rounded stochastically
@@ -31,14 +33,14 @@ struct alignas(8) Formats {
   FUSEDOPT_HD bool has_float32_master() const { return is(dtypes[kMaster], DType::kFloat32); }
   FUSEDOPT_HD bool has_split_master() const { return is(dtypes[kMaster], DType::kRemainder); }
   FUSEDOPT_HD bool is_stochastic(int operand) const { return (stochastic >> operand & 1) != 0; }
-  // Whether to compute in double, or in float.
+  // Whether to compute in double, which one float64 operand demands, or in float.
   FUSEDOPT_HD bool in_double() const {
     bool found = false;
     for (const DType dtype : dtypes) found = found || dtype == DType::kFloat64;
     return found;
   }
-  // The one that all operands are stored in, or kAbsent. `with_split`: the halves of split masters
-  // count as bfloat16, which goes with them.
+  // The one format that all operands have, or kAbsent if they have several. With `with_split`, the
+  // remainder of a split master counts as bfloat16: it is as wide as the param it belongs to.
   FUSEDOPT_HD DType one_format(bool with_split) const {
     const DType param = dtypes[kParam];
     const bool can_be_split = with_split && is(param, DType::kBFloat16);
@@ -51,20 +53,20 @@ struct alignas(8) Formats {
   }
 };
 
-// Instead of a storage type, where operands have several.
+// Stands for the storage type where operands have different ones.
 struct Mixed {};
 
-// A step of as many elements as V has. T computes; `Memory`, a driver's, has
-//   load<Storage, kIsOneFormat>(operand, V& to), store<...>(operand, const V& from),
-//   store_bfloat16<kIsOneFormat>(operand, const Float& from): of numbers that are bfloat16 already,
-//   load_words<kIsOneFormat>(operand, Bits& to): 16 bits in the lower half of a word,
-//   store_words<kIsOneFormat>(operand, const Bits& from),
-//   find_draws(rounding_key, Bits& draws): as core/stochastic.h has them,
-//   kRoundsForNothing: store() is as fast as store_bfloat16() where that would do,
-//   formats(): how the elements are stored,
-//   kSplitIsOneFormat, one_format(): as that of Formats; kIsOneFormat says that it is not kAbsent.
-//   `V` may have its
-//     elements in another order then, the same in all operands.
+// The step of as many elements as V has, computed in T. `Memory` is a driver's class and has:
+//   load<Storage, kIsOneFormat>(operand, V& to), store<...>(operand, const V& from);
+//   store_bfloat16<kIsOneFormat>(operand, const Float& from): stores numbers that are bfloat16
+//     already, without rounding them;
+//   load_words<kIsOneFormat>(operand, Bits& to): reads 16 bits into the lower half of each word;
+//   store_words<kIsOneFormat>(operand, const Bits& from): the reverse;
+//   find_draws(rounding_key, Bits& draws): random bits for the elements (core/stochastic.h);
+//   kRoundsForNothing: store() is as fast as store_bfloat16() where either would do;
+//   formats(): how the elements are stored;
+//   one_format(): Formats::one_format(kSplitIsOneFormat). `kIsOneFormat` above says that it is not
+//     kAbsent; V may then hold its elements in another order, the same one for all operands.
 template <class Rule, class T, class V, class Memory>
 class Elements {
   using Bits = typename Lanes<V>::Bits;
@@ -90,12 +92,15 @@ class Elements {
     Rule::update(variant, scalars, math, weight_, grad_, states_);
   }
 
+  // All that follows the rule: stochastic rounding, the moving average, the stores. Until now
+  // nothing has been written, so a driver may still give up (BranchFree::is_exact()).
   FUSEDOPT_HD void finish(const CommonScalars<T>& common) {
     formats_ = memory_.formats();
     if (formats_.stochastic != 0) {
       Bits draws;
       memory_.find_draws(common.rounding_key, draws);
-      // Drivers differ in the bits of their NaNs; infinity stands in for them.
+      // The new weight is part of the draw. NaNs of CPUs and GPUs differ in their bits, so infinity
+      // stands in for a NaN.
       const Float weight = to_float(weight_), infinity = __builtin_inff();
       draws = element_draw(draws, as_bits(select(weight < infinity, weight, infinity)));
       if constexpr (kFirstState + kNumStates > kCheapest)
@@ -115,10 +120,11 @@ class Elements {
   }
 
  private:
-  // The formats that most models have in all operands are looked for once for all of them.
+  // Branches on the format once for all operands if they share one of the two that most models
+  // have, bfloat16 or float32. Else each operand branches by itself.
   template <class F>
   FUSEDOPT_HD void with_format(const F& f) {
-    formats_ = memory_.formats();  // anew, so that nothing is kept of it meanwhile
+    formats_ = memory_.formats();  // read anew, so that it takes no registers meanwhile
     if constexpr (sizeof(T) == sizeof(float)) {
       const DType format = memory_.one_format();
       if (is(format, DType::kBFloat16)) return f(BFloat16{});
@@ -136,7 +142,8 @@ class Elements {
     });
   }
 
-  // The average is of what the weight will be.
+  // The average is taken of the weight as it will be read in the next step: rounded to the format
+  // in which it is stored.
   template <class Storage>
   FUSEDOPT_HD void update_ema(const CommonScalars<T>& common) {
     V ema;
@@ -175,6 +182,7 @@ class Elements {
       memory_.template store<Storage, true>(operand, values);
   }
 
+  // The weight is the float32 master, or the param with its remainder, or the param alone.
   template <class Storage>
   FUSEDOPT_HD void load_weight() {
     if (!kIsOneFormat<Storage> && formats_.has_float32_master())
@@ -202,6 +210,7 @@ class Elements {
       values = from_float<V>(round_stochastically(to_float(values), draws, operand));
   }
 
+  // Rounds weights to what reading them back from `dtype` would give.
   static FUSEDOPT_HD void as_stored(DType dtype, V& weights) {
     if constexpr (sizeof(T) == sizeof(double)) {
       if (is(dtype, DType::kFloat32)) weights = from_float<V>(to_float(weights));

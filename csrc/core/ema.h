@@ -1,3 +1,4 @@
+// The exponential moving average of the weights (`ema_decay`), and its rate in each step.
 #pragma once
 
 #include "core/hyper.h"
@@ -7,12 +8,12 @@
 
 namespace fusedopt {
 
-// Exponential moving average of the weights: ema + rate (weight - ema), interpolated from the
-// nearer end. At a rate of 1 it is the weight, exactly.
+// ema + rate (weight - ema), computed from the nearer end, which rounds less. At a rate of 1 the
+// result is the weight, exactly.
 template <class T>
 struct Ema {
-  T factor;     // rate, or rate - 1 when the interpolation starts from the weight
-  T to_weight;  // not 0 if it does
+  T factor;     // rate, or rate - 1 if the interpolation starts from the weight
+  T to_weight;  // not 0 if it starts from the weight
 
   template <class V>
   FUSEDOPT_HD V operator()(V ema, V weight) const {
@@ -30,13 +31,14 @@ FUSEDOPT_HD Ema<double> ema_at(double rate) {
   return rate <= 0.5 ? Ema<double>{rate, 0} : Ema<double>{rate - 1, 1};
 }
 
-// The bias correction makes the weights of all steps so far add up to 1. Without it the first step
-// sets the average, as torch.optim.swa_utils.AveragedModel does.
+// The rate in this step. With bias correction, the factors of all weights so far add up to 1.
+// Without it, the first step sets the average to the weight, as torch.optim.swa_utils.AveragedModel
+// does, and later steps have a rate of 1 - ema_decay.
 FUSEDOPT_HD double ema_rate(const HyperParams& hyper, StepInfo info) {
   const double rate = 1.0 - hyper.ema_decay;
   if (info.step <= 1) return 1.0;
   if (!hyper.ema_bias_correction) return rate;
-  // With a decay of 1, all steps weigh the same.
+  // With a decay of 1, the corrected average is the mean of all steps.
   return rate > 0 ? rate / (1.0 - power(hyper.ema_decay, info.step))
                   : 1.0 / static_cast<double>(info.step);
 }

@@ -1,3 +1,6 @@
+// Whether a thread of the host flushes subnormal numbers to zero. Computation in float does on all
+// drivers: subnormal numbers take a CPU ten times as long, and GPUs can be made to do the same.
+// Computation in double keeps them.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +13,9 @@
 
 namespace fusedopt {
 
-// While it lives, this thread of the host flushes subnormal inputs and results to zero, or keeps
-// them, whatever its caller has set: float computation flushes, as the device's does, because
-// subnormals take a CPU ten times as long; double keeps them.
+// While it lives, this thread flushes subnormal inputs and results to zero, or keeps them, whatever
+// its caller has set (torch.set_flush_denormal, for example). So results do not depend on the
+// caller.
 class FlushMode {
  public:
   explicit FlushMode(bool flushes) : before_(read()) {
@@ -25,12 +28,12 @@ class FlushMode {
  private:
 #if defined(__SSE2__) && !defined(__CUDA_ARCH__)
   using Mode = uint32_t;
-  static constexpr Mode kFlush = 0x8040;  // results, inputs
+  static constexpr Mode kFlush = 0x8040;  // of MXCSR: results (FTZ), inputs (DAZ)
   static __attribute__((always_inline)) Mode read() { return _mm_getcsr(); }
   static __attribute__((always_inline)) void write(Mode mode) { _mm_setcsr(mode); }
 #elif defined(__aarch64__) && !defined(__CUDA_ARCH__)
   using Mode = uint64_t;
-  static constexpr Mode kFlush = Mode{1} << 24;  // of FPCR
+  static constexpr Mode kFlush = Mode{1} << 24;  // of FPCR: FZ, for both
   static __attribute__((always_inline)) Mode read() {
     Mode mode;
     asm volatile("mrs %0, fpcr" : "=r"(mode));

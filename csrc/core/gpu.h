@@ -1,3 +1,5 @@
+// The CUDA driver as the bindings see it. The build chooses what stands behind it: the driver
+// itself, its emulation on the host for tests, or a stand-in that says that there is none.
 #pragma once
 
 #include <cstdint>
@@ -7,80 +9,83 @@
 
 #include "core/step.h"
 
-// The CUDA driver as the bindings see it. The build chooses what stands behind it: the driver
-// itself, its emulation on the host for tests, or a stand-in that says that there is none.
 namespace fusedopt::cuda {
 
-// A number that only the device knows, a tensor of one element there; `data` is nullptr for others.
+// A number that only the device knows: a tensor of one element there. `data` is nullptr if the host
+// knows the number.
 struct DeviceScalar {
   const void* data;
   DType dtype;
-  uint8_t unused[7] = {};  // nothing uncertain: what did not change is recognised by its bytes
+  uint8_t unused[7] = {};  // in place of padding: changes are found by comparing all bytes
 };
 
-// The hyper-parameters of a param group; a number that the device knows better is read there.
+// The hyper-parameters of a param group. Those that are tensors on the device are read there, and
+// their entries in `values` are not used.
 struct HyperParamsRef {
   HyperParams values;
   DeviceScalar lr, weight_decay, momentum, dampening, beta1, beta2, eps;
 };
 
-// When a parameter is in its training, as the device finds it out.
+// Where the device finds a parameter's count of steps.
 struct StepCounter {
-  void* step;  // steps done so far, a tensor of one element; nullptr: `is_first` says all
+  void* step;  // number of steps so far, a tensor of one element; nullptr: none is needed
   int32_t group;
-  DType dtype;
-  bool active;
-  bool is_first;  // its state is new,
-  bool is_fresh;  // or it was when it was created, and is still if the count is 0
+  DType dtype;    // of `step`
+  bool active;    // it has a grad in this step
+  bool is_first;  // its state is new
+  bool is_fresh;  // its state was created here, not loaded: it is still new if the count is 0
 };
 
-// One device's share of a step. Pointers into host memory are borrowed for the call.
+// What one device does in a step. Pointers into host memory are borrowed for the call, those into
+// device memory until the step is done there.
 struct DeviceStep {
   int gpu;                     // CUDA's number of the device
   void* stream;                // a cudaStream_t
-  const ParamUpdate* updates;  // of the whole optimizer; the others are left alone
+  const ParamUpdate* updates;  // of the whole optimizer; those of other devices are left alone
   int64_t num_updates;
   const Layout* layouts;
   int64_t num_layouts;
-  // Either scalars, as in Step, or what the device computes them from.
+  // Either the scalars, as in Step, or, with `counters`, what the device computes them from.
   const Scalars* scalars;
   int64_t num_scalars;
-  const StepCounter* counters;  // one for each work, or nullptr
+  const StepCounter* counters;  // one for each update, or nullptr
   const HyperParamsRef* groups;
   int64_t num_groups;
-  const float* grad_scale;  // in device memory, or nullptr, as is
-  const float* found_inf;   // the step changes nothing if this is above 0
-  // If the grads are read before the step, what is found out about them, in device memory.
+  // In device memory, or nullptr.
+  const float* grad_scale;  // the grads are still multiplied by this
+  const float* found_inf;   // above 0: the step changes nothing
+  // If the grads are read before the step, where their sums and their GradStatus go on the device.
   bool reads_grads;
-  bool clips;      // as for finalize_norm()
-  bool finalizes;  // what is measured here is all there is
-  GradStatus*
-      status;      // of sum_squares() if it judges, or of finalize_norm(); nullptr: there is none
-  double* totals;  // [squares, nonfinite] of each class; what finalize_norm() reads: of all
-  int64_t num_classes;  // in use by the works
+  bool clips;      // as in finalize_norm() of core/norm.h
+  bool finalizes;  // the sums of this device are all there are, so sum_squares() writes `status`
+  GradStatus* status;   // else finalize_norm() writes it; nullptr if the grads are not read
+  double* totals;       // [squares, nonfinite] of each norm class; finalize_norm() reads the first
+  int64_t num_classes;  // number of norm classes of the updates
 };
 
+// What the driver may ask torch's allocators for.
 enum class Memory {
   kDevice,      // in the order of the device's current stream
-  kPageLocked,  // on the host, for copies that do not wait
+  kPageLocked,  // on the host, for copies that the host does not wait for
   kZeros,       // as kDevice, filled with zeros
 };
 using Allocate = std::function<std::shared_ptr<void>(int gpu, int64_t bytes, Memory kind)>;
 
-// What is kept on the devices between steps, and the launches.
+// Keeps what a device needs from one step to the next, and launches the kernels.
 class Driver {
  public:
   virtual ~Driver() = default;
 
-  // Gets ready all that can fail, writing to no parameter or state. Raises std::runtime_error.
+  // Does all that can fail without writing to a parameter or state. Raises std::runtime_error.
   virtual void prepare(const DeviceStep& device_step) = 0;
 
-  // Enqueues the reading of the grads, of what was prepared, and the verdict.
+  // Enqueues the reading of the grads of the step that was prepared, and, when the sums of all
+  // devices have been brought together in `totals`, the writing of the GradStatus.
   virtual void sum_squares(const DeviceStep& device_step) = 0;
   virtual void finalize_norm(const DeviceStep& device_step) = 0;
 
-  // Enqueues what was prepared, without waiting for the device. Calls no function of Python or
-  // torch. Raises if CUDA refuses.
+  // Enqueues the step that was prepared, without waiting for the device. Calls no function of
+  // Python or torch. Raises if CUDA refuses.
   virtual void launch(const DeviceStep& device_step) = 0;
 };
 
@@ -92,13 +97,14 @@ std::unique_ptr<Driver> make_driver(Allocate allocate);  // not to be called if 
 // True if the stream is being captured into a CUDA graph.
 bool is_capturing(int gpu, void* stream);
 
-// Compute capabilities that the build has code for, "80;90"; empty without CUDA.
+// Compute capabilities that the build has code for, such as "80;90"; empty without CUDA.
 std::string architectures();
 
-// In the emulation, tensors on the CPU take the place of CUDA tensors while it is switched on.
+// In builds with the emulation: whether it is switched on. Tensors on the CPU then take the place
+// of CUDA tensors.
 bool is_emulated();
 
-// What tests do with the emulation; nullptr in other builds.
+// How tests control the emulation; nullptr in other builds.
 struct Emulation {
   void (*use)(bool emulate);  // it is switched off at first
   // Between these, kernels are recorded and not run, as when a stream is captured.

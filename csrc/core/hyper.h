@@ -1,3 +1,5 @@
+// What a step depends on beside its tensors: hyper-parameters, the number of the step, and what is
+// known of the grads.
 #pragma once
 
 #include <cstdint>
@@ -5,17 +7,16 @@
 #include "core/two_float.h"
 #include "core/macros.h"
 
-// What a step depends on beside its tensors.
 namespace fusedopt {
 
-// What is rounded stochastically, of what is stored in bfloat16 (core/stochastic.h).
+// Which of the operands stored in bfloat16 are rounded stochastically (core/stochastic.h).
 enum class StochasticRounding : uint8_t {
-  kSecondMoments,  // nearest would leave them standing still (README)
+  kSecondMoments,  // rounded to nearest, they would stand still (README)
   kAll,
   kNone,
 };
 
-// Hyper-parameters of one param group, under torch's names; a rule reads those it has.
+// Hyper-parameters of one param group, under torch's names. A rule reads those that it has.
 struct HyperParams {
   double lr = 0;
   double weight_decay = 0;
@@ -25,7 +26,7 @@ struct HyperParams {
   double beta2 = 0;
   double eps = 0;
   double max_grad_norm = 0;  // 0: grads are not clipped
-  double ema_decay = -1;     // below 0: no average
+  double ema_decay = -1;     // below 0: no moving average
   uint32_t rounding_seed = 0;
   bool maximize = false;
   bool nesterov = false;
@@ -34,37 +35,39 @@ struct HyperParams {
   bool lr_independent_weight_decay = false;
   bool ema_bias_correction = false;
   StochasticRounding stochastic_rounding = StochasticRounding::kNone;
-  uint8_t unused[5] = {};  // see DeviceScalar in core/gpu.h
+  uint8_t unused[5] = {};  // in place of padding, as in DeviceScalar (core/gpu.h)
 
   bool has_ema() const { return ema_decay >= 0; }
 };
 static_assert(sizeof(HyperParams) == 9 * sizeof(double) + 16, "no bytes but those named");
 
-// When a parameter is in its training.
+// How far a parameter is in its training.
 struct StepInfo {
   uint64_t step;  // the number of this step, 1 for a parameter's first
   bool is_first;  // its state is new; torch fills a new momentum_buffer without dampening
 };
 
-// What a step knows of its grads: they are still multiplied by `scale`; `norm` is their global
-// norm without that, if it is needed.
+// What a step knows of its grads: they are still multiplied by `scale`, the scale of a GradScaler.
+// `norm` is their global norm once divided by it, if clipping needs it.
 struct GradInfo {
   double scale = 1;
   double norm = 0;
 };
 
-// As torch.nn.utils.clip_grad_norm_ has it.
+// What grads are multiplied by to clip them, as in torch.nn.utils.clip_grad_norm_.
 FUSEDOPT_HD double clip_factor(const HyperParams& hyper, double norm) {
   const double factor = hyper.max_grad_norm / (norm + 1e-6);
   return hyper.max_grad_norm > 0 && factor < 1.0 ? factor : 1.0;
 }
 
+// What a step multiplies all grads by: the sign, clipping and unscaling as one factor.
 FUSEDOPT_HD double grad_factor(const HyperParams& hyper, const GradInfo& grads) {
   return (hyper.maximize ? -1.0 : 1.0) * clip_factor(hyper, grads.norm) / grads.scale;
 }
 
-// A step with an lr of 0 changes no weight whatever the decay: torch.distributed.checkpoint makes
-// such steps to have states created.
+// What decoupled weight decay multiplies a weight by. A step with an lr of 0 must change no weight,
+// even where the decay does not depend on lr: torch.distributed.checkpoint makes such steps to have
+// the states created.
 FUSEDOPT_HD TwoFloat<double> kept_by_decay(const HyperParams& hyper) {
   const bool is_independent = hyper.lr_independent_weight_decay && hyper.lr != 0;
   return two_float(1.0 - (is_independent ? 1.0 : hyper.lr) * hyper.weight_decay);

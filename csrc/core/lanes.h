@@ -1,3 +1,6 @@
+// The values that the text of an element (core/element.h) computes with: packs of numbers here, or
+// packs of vector registers on a CPU (cpu/vec.h). Both have the operators of numbers and the
+// functions below, so the formulas are written once.
 #pragma once
 
 #include <cmath>
@@ -6,11 +9,9 @@
 #include "core/bits.h"
 #include "core/macros.h"
 
-// What the text of an element computes with: packs of numbers, or of registers of them on a CPU
-// (cpu/vec.h). Both have the operators of numbers and the functions below.
 namespace fusedopt {
 
-// For a type of values: the types of as many floats and 32-bit words.
+// For a type of values, the types with as many floats and as many 32-bit words.
 template <class V>
 struct Lanes;
 template <>
@@ -37,7 +38,7 @@ FUSEDOPT_HD T select(bool condition, T then, T otherwise) {
 FUSEDOPT_HD uint32_t as_bits(float value) { return bit_cast<uint32_t>(value); }
 FUSEDOPT_HD float as_float(uint32_t bits) { return bit_cast<float>(bits); }
 
-// Between the type that computes and float.
+// Conversions between the type that computes and float.
 FUSEDOPT_HD float to_float(float value) { return value; }
 FUSEDOPT_HD float to_float(double value) { return static_cast<float>(value); }
 template <class V>
@@ -45,7 +46,7 @@ FUSEDOPT_HD V from_float(float value) {
   return static_cast<V>(value);
 }
 
-// Values that are computed with side by side.
+// Several values side by side, each computed with like a single one.
 template <class V, int kCount>
 struct Pack {
   using Value = V;
@@ -55,7 +56,7 @@ struct Pack {
 
   Pack() = default;
   template <class T>
-  FUSEDOPT_HD Pack(T value) {  // everywhere
+  FUSEDOPT_HD Pack(T value) {  // the same in all places
     for (V& own : values) own = V(value);
   }
 
@@ -164,7 +165,8 @@ FUSEDOPT_HD P from_float(const Pack<Float, kCount>& from) {
   return to;
 }
 
-// As ?:, of which a compiler would take the addresses, and keep in memory what has one.
+// The same as ?:, which for packs chooses between addresses: the compiler would then keep both
+// packs in memory and not in registers.
 template <class V>
 FUSEDOPT_HD V either(bool condition, V then, V otherwise) {
   return condition ? then : otherwise;
@@ -176,14 +178,15 @@ FUSEDOPT_HD Pack<V, kCount> either(bool condition, Pack<V, kCount> then,
   return then;
 }
 
-// std::integral_constant, which the device lacks.
+// std::integral_constant, whose conversion cannot be called in device code.
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
   FUSEDOPT_HD constexpr operator int() const { return kValue; }
 };
 
-// Calls f(0), ... f(kCount - 1) with constants, so that arrays indexed by them are in registers.
+// Calls f(0), ... f(kCount - 1) with constants. Arrays that are indexed by constants alone can be
+// kept in registers.
 template <int kCount, int kFirst = 0, class F>
 FUSEDOPT_HD void unroll(const F& f) {
   if constexpr (kFirst < kCount) {

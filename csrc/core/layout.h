@@ -1,3 +1,4 @@
+// The operands of a parameter's update, and how they lie in memory where they are strided.
 #pragma once
 
 #include <algorithm>
@@ -6,20 +7,21 @@
 
 #include "core/rules.h"
 
-// How the operands of one parameter lie in memory when plain consecutive order does not fit them.
 namespace fusedopt {
 
-// Operands of an update, each in a place of its own: param, grad, the states as the rule numbers
-// them, what else there is of a master weight (core/weight.h) and an average (core/average.h).
+// The number of each operand: param, grad, the states as the rule numbers them, the float32 master
+// or the remainder of a split one (core/weight.h), and the moving average (core/ema.h).
 inline constexpr int kParam = 0;
 inline constexpr int kGrad = 1;
 inline constexpr int kFirstState = 2;
 inline constexpr int kMaster = kFirstState + kMaxStates;
 inline constexpr int kEma = kMaster + 1;
 inline constexpr int kMaxOperands = kEma + 1;
-// Strides have one entry more, for the number of an element within its tensor.
+// Strides have one entry more: it leads to the number of an element within its tensor, from which
+// random draws are made (core/stochastic.h).
 inline constexpr int kIndex = kMaxOperands;
 
+// One dimension of all operands together.
 struct Dim {
   int64_t size;
   int64_t strides[kMaxOperands + 1];  // in elements; 0 for operands that are not there
@@ -29,25 +31,26 @@ struct Dim {
   }
 };
 
-// That of operands which lie consecutively.
+// The dim of operands whose elements are consecutive.
 inline Dim consecutive(int64_t size) {
   Dim dim = {size, {}};
   for (int64_t& stride : dim.strides) stride = 1;
   return dim;
 }
 
-// Outermost first; the empty list is one element.
+// All dims, outermost first. An empty list stands for a single element.
 using Dims = std::vector<Dim>;
 
-// The same, borrowed.
+// The same, borrowed from elsewhere, and for device memory.
 struct Layout {
   const Dim* dims;
   int num_dims;
 };
 inline constexpr int kMaxDims = 64 + 1;  // torch's limit, and the two parts of a complex number
 
-// Orders dims by the param's strides (largest first), drops those of size 1 and joins neighbours
-// that every operand walks as one. Elements keep their partners; only the order of visits changes.
+// Simplifies dims: orders them by the param's strides (largest first), drops those of size 1, and
+// joins neighbours that are one dim in every operand. Elements of different operands that belonged
+// together still do; only the order in which they are visited changes.
 inline void coalesce(Dims& dims) {
   dims.erase(std::remove_if(dims.begin(), dims.end(), [](const Dim& d) { return d.size == 1; }),
              dims.end());
@@ -70,8 +73,8 @@ inline void coalesce(Dims& dims) {
   if (!dims.empty()) dims.resize(last + 1);
 }
 
-// True if coalesced dims are one run of consecutive elements in each of these operands, a bit for
-// each.
+// True if coalesced dims are one run of consecutive elements in each of these operands, given as a
+// set of bits.
 inline bool is_dense(const Dims& dims, unsigned operands) {
   if (dims.empty()) return true;
   if (dims.size() > 1 || dims[0].strides[kIndex] > 1) return false;
@@ -80,7 +83,7 @@ inline bool is_dense(const Dims& dims, unsigned operands) {
   return true;
 }
 
-// Number of elements from an operand's first to its last, both included.
+// Number of elements from an operand's first to its last in memory, both included.
 inline int64_t extent(const Dims& dims, int operand) {
   int64_t last = 0;
   for (const Dim& dim : dims) last += (dim.size - 1) * dim.strides[operand];

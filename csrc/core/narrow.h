@@ -1,19 +1,19 @@
+// Conversions between float and the bits of 16-bit formats, which are in the lower half of a word.
+// They round to nearest with ties to even. GPUs and some CPUs have instructions for them, which
+// give the same numbers; a NaN stays a NaN, but its payload is not kept. They do not depend on
+// whether subnormals are flushed, except for subnormal floats, which may count as zero.
 #pragma once
 
 #include <cstdint>
 
 #include "core/lanes.h"
 
-// Conversions between float and the bits of 16-bit formats, in the lower half of a word, to nearest
-// with ties to even. GPUs and some CPUs have instructions for them, which give the same numbers; a
-// NaN stays a NaN, its payload is not kept. They do not depend on whether subnormals are flushed,
-// but for subnormal floats, which may count as zero.
 namespace fusedopt {
 
 FUSEDOPT_HD float float_from_bfloat16(uint16_t bits) { return as_float(uint32_t{bits} << 16); }
 
-// Exact for every half, subnormals included, and without ever forming a float subnormal. `half` is
-// a word, or several.
+// Exact for every half, subnormal ones included, and without a subnormal float on the way, as that
+// could be flushed. `half` is a word, or several.
 template <class Bits>
 FUSEDOPT_HD auto float_from_half_bits(Bits half) {
   const Bits exponents = 0x7c00u << 13, smallest = 113u << 23;
@@ -36,6 +36,8 @@ FUSEDOPT_HD float float_from_half(uint16_t half) {
 #endif
 }
 
+// Normal halves are rounded as integers: half a last place is added, less a little if the last bit
+// is even. Subnormal ones are rounded by adding 0.5f, whose last bit weighs as much as theirs.
 template <class Float>
 FUSEDOPT_HD auto half_bits_from_float(Float value) {
   using Bits = typename Lanes<Float>::Bits;
@@ -61,7 +63,8 @@ FUSEDOPT_HD uint16_t half_from_float(float value) {
 #endif
 }
 
-// The bits are the upper half of the word; the lower one is what is left over.
+// The bfloat16 is the upper half of the resulting word. The lower half is left over from rounding
+// and has no meaning.
 template <class Float>
 FUSEDOPT_HD auto rounded_to_bfloat16(Float value) {
   const auto bits = as_bits(value);

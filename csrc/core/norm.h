@@ -1,3 +1,11 @@
+// The global norm of the grads. Floating-point sums depend on their order, so all drivers sum in
+// one fixed tree, whatever the number of threads.
+//
+// A tensor is cut into leaves. The squares of a leaf are summed in lanes: element i goes to lane i
+// mod (kLeafThreads kV), where kV elements take 16 bytes, as a GPU's block reads them with 128-bit
+// loads. Neighbouring lanes are those of one thread. Its sum, in double from there on, goes up
+// through the warps to the sum of the leaf. The sums of the leaves are summed in the same way, in
+// one lane for each thread.
 #pragma once
 
 #include <algorithm>
@@ -10,30 +18,26 @@
 #include "core/lanes.h"
 #include "core/macros.h"
 
-// The global norm of the grads, summed in one fixed tree by all drivers and any number of threads.
-// A tensor is cut into leaves. The squares of a leaf are summed in lanes: element i goes to lane
-// i mod (kLeafThreads kV), where kV elements take 16 bytes. Neighbouring lanes are a thread's; its
-// sum, from then on in double, goes up through warps to the leaf's. The sums of leaves are summed
-// alike, in lanes of one thread each.
 namespace fusedopt {
 
-inline constexpr int kTreeWidth = 32;
+inline constexpr int kTreeWidth = 32;  // a warp of a GPU
 inline constexpr int kLeafThreads = 128;
 inline constexpr int kTotalThreads = 1024;
 inline constexpr int64_t kMinLeafElements = 8192;
-inline constexpr int64_t kMaxLeaves = 1024;  // of one tensor, or nearly
+inline constexpr int64_t kMaxLeaves = 1024;  // of one tensor, about
 
+// kV: elements in 16 bytes.
 template <class Storage>
 inline constexpr int kLeafVector = 16 / static_cast<int>(sizeof(Storage));
 
-// What is known of one leaf.
+// The result of one leaf.
 struct PartialSum {
   double squares;
   int32_t nonfinite;   // elements that are infinite or NaN
   int32_t norm_class;  // as ParamUpdate::norm_class
 };
 
-// Cuts works of these sizes into leaves; the last start is the end.
+// Cuts grads of these sizes into leaves. One more start than there are leaves is the end.
 inline std::vector<ChunkStart> plan_leaves(const std::vector<int64_t>& sizes) {
   std::vector<ChunkStart> starts;
   const auto num_updates = static_cast<int64_t>(sizes.size());
@@ -56,7 +60,7 @@ FUSEDOPT_HD bool is_nonfinite(T value) {
   return value - value != 0;
 }
 
-// The sum of one thread's lanes.
+// The sum of one thread's lanes, in their type and only then in double.
 template <class T, int kV>
 FUSEDOPT_HD double sum_lanes(const T (&lanes)[kV]) {
   T sums[kV];
@@ -66,8 +70,8 @@ FUSEDOPT_HD double sum_lanes(const T (&lanes)[kV]) {
   return static_cast<double>(sums[0]);
 }
 
-// The sum of the values of one warp's threads, of which the first `count` have any; values are
-// lost.
+// The sum of the values of one warp's threads, of which the first `count` have a value. It
+// overwrites the values.
 inline double sum_warp(double* values, int count) {
   for (int t = count; t < kTreeWidth; ++t) values[t] = 0;
   for (int width = kTreeWidth / 2; width > 0; width /= 2)
@@ -75,7 +79,7 @@ inline double sum_warp(double* values, int count) {
   return values[0];
 }
 
-// The same for a block of threads in whole warps, of which the first `count` have values.
+// The same for a block of whole warps, of which the first `count` threads have a value.
 inline double sum_block(double* values, int count) {
   double warps[kTreeWidth] = {};
   for (int first = 0; first < count; first += kTreeWidth)
@@ -83,7 +87,7 @@ inline double sum_block(double* values, int count) {
   return sum_warp(warps, kTreeWidth);
 }
 
-// Of all leaves of one class, the squares and how many elements are not finite.
+// Adds up all leaves of one norm class: the squares, and how many elements are not finite.
 inline void sum_leaves(const PartialSum* leaves, int64_t num_leaves, int32_t norm_class,
                        double* total) {
   double values[kTotalThreads] = {};
@@ -97,7 +101,7 @@ inline void sum_leaves(const PartialSum* leaves, int64_t num_leaves, int32_t nor
   total[1] = static_cast<double>(nonfinite);
 }
 
-// What is known before a step about its grads, and whether it takes place.
+// What is known of all grads before a step, and whether the step takes place.
 struct GradStatus {
   double grad_norm;  // of the grads divided by grad_scale
   int64_t nonfinite;
@@ -105,7 +109,8 @@ struct GradStatus {
   float unused;
 };
 
-// `clips`: a norm that is not finite, by overflow, say, is a reason to skip, too.
+// Decides from the sums. With `clips`, a norm that is not finite, by an overflow of the squares for
+// example, is a reason to skip as well.
 FUSEDOPT_HD GradStatus finalize_norm(double squares, int64_t nonfinite, double grad_scale,
                                      bool found_inf, bool clips) {
   const double norm = std::sqrt(squares) / grad_scale;

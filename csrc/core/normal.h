@@ -1,3 +1,4 @@
+// The smallest normal numbers, and tests that hold for subnormal numbers where these are flushed.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +9,12 @@
 
 namespace fusedopt {
 
-// Smaller numbers than this count as 0 where subnormal ones are flushed.
+// Where subnormal numbers are flushed, all that is smaller than this counts as 0.
 template <class T>
 inline constexpr T kSmallestNormal = std::numeric_limits<T>::min();
 
-// Also for a number that comparisons take for 0, being subnormal.
+// Compares bits, so it is also true for a subnormal number, which a comparison takes for 0 where
+// such numbers are flushed.
 FUSEDOPT_HD bool is_positive(double number) { return bit_cast<int64_t>(number) > 0; }
 
 }  // namespace fusedopt

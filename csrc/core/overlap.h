@@ -1,3 +1,5 @@
+// Finds memory that one step would write twice: tensors that share memory, and tensors that meet
+// themselves, as expanded ones do.
 #pragma once
 
 #include <algorithm>
@@ -8,17 +10,16 @@
 
 #include "core/layout.h"
 
-// Finds memory that one step would write twice.
 namespace fusedopt {
 
-// Memory that a step writes: the bytes of elements at base + sum(index * stride) * item.
+// Memory that a step writes: elements of `item` bytes at base + sum(index * stride) * item.
 struct Region {
   uintptr_t base;
   int64_t item;      // bytes per element
   int64_t bytes;     // from the first byte to the last, both included
-  const Dims* dims;  // nullptr: all of it
-  int operand;       // whose strides in dims count
-  int64_t owner;     // for the caller
+  const Dims* dims;  // nullptr: every byte of it
+  int operand;       // whose strides in `dims` are meant
+  int64_t owner;     // names the region to the caller
 };
 
 // Calls `visit` with the byte offset of each element from the region's base.
@@ -46,13 +47,14 @@ void for_each_element(const Region& region, Visit&& visit) {
   }
 }
 
-// True if strides alone show that no two elements of the region are the same.
+// True if the strides alone show that no two elements share a place: each stride is larger than all
+// that lies within the smaller ones.
 inline bool has_distinct_elements(const Region& region) {
   if (region.dims == nullptr) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
   for (const Dim& dim : *region.dims) dims.emplace_back(dim.strides[region.operand], dim.size);
   std::sort(dims.begin(), dims.end());
-  int64_t inner = 1;  // extent of the dims before
+  int64_t inner = 1;  // extent of the dims with smaller strides
   for (const auto& [stride, size] : dims) {
     if (stride < inner) return false;
     inner += (size - 1) * stride;
@@ -60,7 +62,7 @@ inline bool has_distinct_elements(const Region& region) {
   return true;
 }
 
-// Bytes of a span of memory that have been seen.
+// Which bytes of a span of memory have been marked.
 class Marks {
  public:
   Marks(uintptr_t low, uintptr_t high) : low_(low), seen_(high - low, false) {}
@@ -100,8 +102,8 @@ inline uintptr_t end_of(const Region& region) {
 
 using Owners = std::pair<int64_t, int64_t>;
 
-// Exact test of regions whose spans chain together, sorted by base: two interleaved slices of one
-// buffer are fine. Rare (only sliced tensors get here), so its cost does not matter.
+// The exact test for regions whose spans overlap, sorted by base: two interleaved slices of one
+// buffer are fine. Only sliced tensors get here, so its cost does not matter.
 inline std::optional<Owners> overlap_by_marking(const Region* first, const Region* last) {
   uintptr_t end = 0;
   for (const Region* r = first; r != last; ++r) end = std::max(end, end_of(*r));
@@ -118,8 +120,8 @@ inline std::optional<Owners> overlap_by_marking(const Region* first, const Regio
   return std::nullopt;
 }
 
-// Owners of two regions that share a byte, if any do; twice the same owner if a region meets
-// itself (an expanded tensor). Sorts `regions`.
+// The owners of two regions that share a byte, if there are any; twice the same owner if a region
+// meets itself. Sorts `regions`, and looks closer only at those whose spans overlap.
 inline std::optional<Owners> find_overlap(std::vector<Region>& regions) {
   std::sort(regions.begin(), regions.end(),
             [](const Region& a, const Region& b) { return a.base < b.base; });

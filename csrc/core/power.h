@@ -1,3 +1,4 @@
+// Powers with a whole exponent, for bias corrections.
 #pragma once
 
 #include <cmath>
@@ -7,9 +8,9 @@
 
 namespace fusedopt {
 
-// base^exponent for a base in [0, 1] and a whole exponent, by repeated squaring in pairs of
-// doubles. Rounded as well as pow() of the libraries, but the same to the bit on host and device,
-// whose libraries differ.
+// base^exponent for a base in [0, 1], by repeated squaring in pairs of doubles. It is as accurate
+// as pow() of the libraries, but the bits are the same on host and device, where those of the
+// libraries differ.
 FUSEDOPT_HD double power(double base, uint64_t exponent) {
   struct Pair {
     double high, low;

@@ -1,3 +1,4 @@
+// The list of all update rules. All else follows from it, and drivers name no rule.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +8,6 @@
 #include "core/rules/adam.h"
 #include "core/rules/sgd.h"
 
-// The list of all update rules; all else follows from it, and drivers name none of them.
 namespace fusedopt {
 
 template <class... Rule>
@@ -24,7 +24,7 @@ struct RuleList {
     return found;
   }
 
-  // Calls `f` with the rule of this number. On the host: device code is compiled for each rule.
+  // Calls `f` with the rule of this number. Only on the host: each kernel is compiled for one rule.
   template <class F>
   static void call(int number, const F& f) {
     int at = 0;
@@ -34,13 +34,14 @@ struct RuleList {
 
 using Rules = RuleList<Sgd, Adam>;
 
-// A rule's place in the list.
+// A rule's number: its place in the list.
 using RuleId = uint8_t;
 template <class Rule>
 inline constexpr RuleId kIdOf = static_cast<RuleId>(Rules::find<Rule>());
 
 inline constexpr int kMaxStates = Rules::kMaxStates;
 
+// Calls `f` with the rule of this id.
 template <class F>
 void with_rule(RuleId id, const F& f) {
   Rules::call(id, f);

@@ -1,3 +1,5 @@
+// What the bindings hand to a driver: one step of a whole optimizer, checked and ready to run; and
+// the CPU driver's interface (that of the CUDA driver is core/gpu.h).
 #pragma once
 
 #include <cstdint>
@@ -10,30 +12,30 @@
 #include "core/norm.h"
 #include "core/step_scalars.h"
 
-// What the bindings hand to a driver: one step of a whole optimizer, checked and ready to run.
 namespace fusedopt {
 
-// One parameter's share of a step. A complex tensor counts as twice as many real elements.
+// All that a driver needs to know of one parameter's update. A complex tensor counts as twice as
+// many real elements. Kernels load it in accesses of 16 bytes, hence its size.
 struct alignas(32) ParamUpdate {
-  void* data[kMaxOperands];  // as in core/layout.h; nullptr where `formats` has none
+  void* data[kMaxOperands];  // by operand (core/layout.h); nullptr for those that are absent
   int64_t numel;
   int32_t scalars;  // index into Step::scalars
   int32_t layout;   // index into Step::layouts, or kDense
   Formats formats;
   RuleId rule;
-  uint8_t variant;     // of the rule
+  uint8_t variant;     // of the rule, its number
   uint8_t device;      // kIdle, kCpu or the number of a GPU above kFirstGpu
-  uint8_t norm_class;  // grads of one class have a sum of their own in the global norm
+  uint8_t norm_class;  // grads of one class are summed together (fusedopt/_norms.py)
   uint8_t unused[12];
 };
 inline constexpr int32_t kDense = -1;
-inline constexpr uint8_t kIdle = 0;  // no grad this time, nothing to do
+inline constexpr uint8_t kIdle = 0;  // there is no grad in this step, so nothing is done
 inline constexpr uint8_t kCpu = 1;
 inline constexpr uint8_t kFirstGpu = 2;
 inline constexpr int kMaxGpus = 255 - kFirstGpu;
 static_assert(sizeof(ParamUpdate) == 96, "whole halves of cache lines, and whole vectors of a GPU");
 
-// Every pointer is borrowed for the call. `chunks` has `num_chunks + 1` entries.
+// A step on the CPU. All pointers are borrowed for the call; `chunks` has num_chunks + 1 entries.
 struct Step {
   const ParamUpdate* updates;
   const Scalars* scalars;
@@ -44,20 +46,20 @@ struct Step {
 
 namespace cpu {
 
-// Instruction sets that the driver can choose among, in rising order.
+// Instruction sets that the driver chooses from, in rising order.
 enum class Isa : uint8_t { kBaseline, kAvx2, kAvx512 };
 
 const char* isa_name(Isa isa);
-Isa best_isa();        // the highest that this build and this processor share
-int openmp_version();  // date of the OpenMP standard built with, 0 if without
+Isa best_isa();        // the highest one that this build has and this processor can run
+int openmp_version();  // date of the OpenMP standard that is built in; 0: none
 
-// Runs the step with at most `num_threads` threads; returns when all of it is done. The calling
-// thread starts with `first`, which must not throw, while the others are at work already. Works of
-// other devices are left alone.
+// Runs a step with at most `num_threads` threads, and returns when all of it is done. The calling
+// thread runs `first` before its part, while the others are at work already; it must not throw.
+// Updates of other devices are left alone.
 void run(const Step& step, Isa isa, int num_threads, const std::function<void()>& first = [] {});
 
-// Sums the squares of the grads, a result for each leaf (core/norm.h), in the order of the leaves.
-// Works of other devices count nothing.
+// Sums the squares of the grads: a result for each leaf (core/norm.h), in their order. Grads on
+// other devices count as 0.
 std::vector<PartialSum> sum_squares(const ParamUpdate* updates, const Layout* layouts,
                                     const std::vector<ChunkStart>& leaves, Isa isa,
                                     int num_threads);

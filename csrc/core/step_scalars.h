@@ -1,3 +1,6 @@
+// The scalars of a step, computed in double from hyper-parameters and the number of the step: once
+// for each (param group, step), never for an element. The device computes them where only it knows
+// the step or the hyper-parameters, with the same text and the same bits.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +10,13 @@
 #include "core/rules.h"
 #include "core/stochastic.h"
 
-// The scalars of a step, computed in double from hyper-parameters and time: once for each distinct
-// (param group, step), never for an element. Also done on the device, where only it knows the step
-// or the hyper-parameters; the bits are the same.
 namespace fusedopt {
 
-// Those that are the same for all rules.
+// The scalars that all rules have.
 template <class T>
 struct CommonScalars {
   Ema<T> ema;
-  uint32_t rounding_key;  // of stochastic rounding
+  uint32_t rounding_key;  // what all draws of this step start from (core/stochastic.h)
   uint32_t unused;
 
   template <class U>
@@ -25,7 +25,7 @@ struct CommonScalars {
   }
 };
 
-// Those of a rule and the common ones, in the type that computes.
+// A rule's own scalars and the common ones, in the type that computes.
 template <class Rule, class T>
 struct StepScalars {
   typename Rule::template Scalars<T> rule;
@@ -46,7 +46,7 @@ FUSEDOPT_HD StepScalars<Rule, double> step_scalars(const HyperParams& hyper, Ste
            draws ? rounding_key(hyper.rounding_seed, info.step) : 0u, 0u}};
 }
 
-// Scalars in double of a rule that is known at run time.
+// Scalars in double, of a rule that is known only at run time.
 class Scalars {
  public:
   template <class Rule>

@@ -1,3 +1,9 @@
+// Stochastic rounding to bfloat16: up or down with the probabilities that make the mean right.
+//
+// The draws come from a counter-based generator, so that a resumed run repeats them: a hash of the
+// seed, the step, the number of the element in its tensor, and the element's new weight before it
+// is rounded. The weight keeps tensors of one shape from all being rounded in the same way. Two
+// neighbouring elements share one hash of their numbers, which halves its cost.
 #pragma once
 
 #include <cstdint>
@@ -6,15 +12,11 @@
 #include "core/layout.h"
 #include "core/macros.h"
 
-// Stochastic rounding to bfloat16: up or down with the probabilities that make the mean right. The
-// draws come from a counter-based generator, so a resumed run repeats them: a hash of seed, step,
-// number of the element in its tensor, and the element's new weight before it is rounded. The
-// weight keeps tensors of one shape from all being rounded the same way. Two neighbours share the
-// work of the hash.
 namespace fusedopt {
 
-// Every input bit changes every output bit with a probability of nearly one half (C. Wellons, "Hash
-// function prospector", 2018: the function he names lowbias32). Of words, or of several at once.
+// A hash of a word, or of several side by side: the function that C. Wellons calls lowbias32 ("Hash
+// function prospector", 2018). Every input bit changes every output bit with a probability of
+// nearly one half.
 template <class Bits>
 FUSEDOPT_HD Bits hash(Bits x) {
   x = (x ^ (x >> 16)) * Bits(0x7feb352du);
@@ -22,54 +24,57 @@ FUSEDOPT_HD Bits hash(Bits x) {
   return x ^ (x >> 16);
 }
 
+// What all draws of one step start from.
 FUSEDOPT_HD uint32_t rounding_key(uint32_t seed, uint64_t step) {
   const uint32_t high = hash(static_cast<uint32_t>(step >> 32) + 0x9e3779b9u);
   return hash(seed ^ hash(static_cast<uint32_t>(step) ^ high));
 }
 
-// For the pairs of elements whose numbers have the same upper half as `pair`.
+// The key of pair number `pair`. It is the same for all pairs whose numbers have the same upper 32
+// bits, so it is found once for many.
 FUSEDOPT_HD uint32_t draw_key(uint32_t rounding_key, uint64_t pair) {
   return rounding_key ^ static_cast<uint32_t>(pair >> 32) * 0x9e3779b1u;
 }
 
-// What elements 2 `pair` and 2 `pair` + 1 have in common; `pair` is its lower half.
+// The hash that elements 2 pair and 2 pair + 1 share; `pair` is the lower half of the number.
 template <class Bits>
 FUSEDOPT_HD Bits pair_draw(uint32_t key, Bits pair) {
   return hash(pair + Bits(key));
 }
 
-// What the second of them has instead; the first has that.
+// The first element of a pair uses that hash as it is, the second one with its halves exchanged.
 template <class Bits>
 FUSEDOPT_HD Bits second_of_pair(Bits pair_draw) {
   return (pair_draw << 16) | (pair_draw >> 16);
 }
 
-// What an element has of it, by its number.
+// The same for a single element, by its number in its tensor.
 FUSEDOPT_HD uint32_t own_draw(uint32_t rounding_key, uint64_t element) {
   const uint64_t pair = element / 2;
   const uint32_t draw = pair_draw(draw_key(rounding_key, pair), static_cast<uint32_t>(pair));
   return (element & 1) != 0 ? second_of_pair(draw) : draw;
 }
 
-// What the draws of an element's operands are made of.
+// Mixes in the element's new weight. The draws of all its operands are made of this.
 template <class Bits>
 FUSEDOPT_HD Bits element_draw(Bits draw, Bits weight) {
   return draw + weight * Bits(0x85ebca6bu);
 }
 
-// Adam's second moment, of which nothing else is rounded stochastically by default, takes its draw
-// from that.
+// The operand that takes its draw from element_draw() directly: Adam's second moment, the one that
+// is rounded stochastically by default.
 inline constexpr int kCheapest = kFirstState + 1;
 
-// The other operands take theirs from this. With less mixing, tensors of equal weights would be
-// rounded alike more often than by chance.
+// The other operands take their draws from this. With less mixing, tensors of equal weights would
+// be rounded alike more often than by chance.
 template <class Bits>
 FUSEDOPT_HD Bits mixed(Bits element_draw) {
   const Bits x = (element_draw ^ (element_draw >> 15)) * Bits(0x2c1b3c6du);
   return x ^ (x >> 16);
 }
 
-// 16 bits; any two operands' are independent of each other.
+// 16 random bits for an operand. Those of any two operands of an element are independent of each
+// other.
 template <class Bits>
 FUSEDOPT_HD Bits draw_for(int operand, Bits draw) {
   if (operand == kCheapest) return draw >> 16;
@@ -77,12 +82,15 @@ FUSEDOPT_HD Bits draw_for(int operand, Bits draw) {
   return (draw * Bits(0x297a2d39u + 0x61c88646u * static_cast<uint32_t>(operand))) >> 16;
 }
 
-// A finite number never becomes infinite, infinities and NaNs stay. The result is a bfloat16, still
-// as a float. `value` is a result of arithmetic: a NaN then has a bit in its upper half.
+// Adds 16 random bits below the last bit that stays, and cuts off what is below. The result is a
+// bfloat16, as a float. A finite number never becomes infinite; infinities and NaNs stay. `value`
+// must be a result of arithmetic, so that a NaN has a bit in its upper half and is still one when
+// it is cut.
 template <class Float, class Bits>
 FUSEDOPT_HD Float round_stochastically(Float value, Bits draw, int operand) {
   const Bits bits = as_bits(value);
-  const auto stays = (bits & 0x7fffffffu) > Bits(0x7f7effffu);  // the last finite one, and more
+  const auto stays =
+      (bits & 0x7fffffffu) > Bits(0x7f7effffu);  // from the largest finite bfloat16 on
   const Bits moved = bits + draw_for(operand, draw);
   return as_float(select(stays, bits, moved) & 0xffff0000u);
 }

@@ -1,3 +1,5 @@
+// A constant factor as the sum of two floats, for decays: 0.999, or 1 - lr weight_decay, as one
+// float is off by up to 3e-8, always to the same side, and after thousands of steps that shows.
 #pragma once
 
 #include <cmath>
@@ -9,10 +11,8 @@
 
 namespace fusedopt {
 
-// A constant factor, exact to far below a float's last bit: two floats that add up to it. 0.999 or
-// 1 - lr weight_decay as one float is off by up to 3e-8, always to the same side, and after
-// thousands of steps that shows. Both parts have the factor's sign, so that infinity stays
-// infinity.
+// Exact to far below the last bit of a float. Both parts have the sign of the factor, so that
+// infinity times the factor stays infinity and does not become NaN.
 template <class T>
 struct TwoFloat {
   T high;
@@ -29,9 +29,10 @@ struct TwoFloat {
   }
 };
 
+// Splits a factor: the first part is rounded towards zero, so the rest has the same sign.
 FUSEDOPT_HD TwoFloat<double> two_float(double factor) {
   float high = static_cast<float>(factor);
-  // The neighbour towards zero, as nextafter() gives it.
+  // The neighbouring float towards zero, as nextafter() would give it.
   if (high != 0 && std::fabs(high) >= std::fabs(factor))
     high = bit_cast<float>(bit_cast<uint32_t>(high) - 1);
   return {high, factor - high};

@@ -1,3 +1,5 @@
+// Master weights: weights kept in float32 although the param is narrower, so that small updates are
+// not lost.
 #pragma once
 
 #include <cstdint>
@@ -6,14 +8,13 @@
 #include "core/lanes.h"
 #include "core/macros.h"
 
-// Weights kept in float32 although the param is narrower, so that small updates are not lost.
 namespace fusedopt {
 
-// Where the rest of a weight is.
+// Where the whole weight is.
 enum class Master : uint8_t {
   kNone,     // the param is the weight
-  kFloat32,  // an operand in float32 is; the param is that, rounded
-  kSplit,    // a bfloat16 param and a remainder of 16 bits are, together
+  kFloat32,  // a float32 operand is the weight, and the param is that, rounded
+  kSplit,    // a bfloat16 param and a remainder of 16 bits are the weight together
 };
 
 FUSEDOPT_HD Master master_of(DType dtype) {
@@ -22,9 +23,10 @@ FUSEDOPT_HD Master master_of(DType dtype) {
                                       : Master::kFloat32;
 }
 
-// A float in two parts: the nearest bfloat16, and what its bits lack, between -0x8000 and 0x7fff.
-// Exact for all numbers and infinities. Ties go away from zero: to even, one bfloat16 would have to
-// be the param of 65537 floats. NaNs stay NaNs, in the param alone and joined.
+// A float in two parts: the nearest bfloat16, and the difference of the bits, between -0x8000 and
+// 0x7fff. This is exact for all numbers and infinities. Ties go away from zero: with ties to even,
+// some bfloat16 would be the nearest of 65537 floats, one more than 16 bits can tell apart. NaNs
+// stay NaNs, in the param alone and joined.
 template <class Float>
 struct SplitWeight {
   using Bits = typename Lanes<Float>::Bits;
@@ -42,7 +44,7 @@ FUSEDOPT_HD SplitWeight<Float> split_weight(Float weight) {
   return {as_float(select(is_nan, nan, nearest)), select(is_nan, Bits(0u), bits - nearest)};
 }
 
-// The upper halves of the remainder's words do not count.
+// The weight again. The upper halves of the words of `remainder` are ignored.
 template <class Float, class Bits>
 FUSEDOPT_HD Float join_weight(Float param, Bits remainder) {
   const Bits from_least = (remainder & 0xffffu) ^ 0x8000u;  // 0 for -0x8000

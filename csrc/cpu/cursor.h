@@ -1,12 +1,13 @@
+// Walks over strided operands. Part of isa_kernels.h, which says what must not be used here.
 #pragma once
 
 #include "core/layout.h"
 
-// Walks over strided operands. Part of isa_kernels.h, which says what must not be used here.
 namespace fusedopt::cpu {
 namespace {
 
-// A position in a walk over strided operands. Between positions lie runs along the innermost dim.
+// A position in a walk over strided operands, which goes on by runs along the innermost dim. Within
+// a run, each operand has one stride.
 class Cursor {
  public:
   Cursor(const Layout& layout, int64_t element) : layout_(layout) {
@@ -22,7 +23,7 @@ class Cursor {
   int64_t stride(int operand) const { return inner() ? inner()->strides[operand] : 1; }
   int64_t left_in_run() const { return inner() ? inner()->size - index_[last_dim()] : 1; }
 
-  // Goes on by n elements, at most left_in_run().
+  // Goes on by n elements, which must not be more than left_in_run().
   void increment(int64_t n) {
     for (int d = last_dim(); d >= 0; --d, n = 1) {
       const Dim& dim = layout_.dims[d];
@@ -43,7 +44,7 @@ class Cursor {
   int64_t at_[kMaxOperands + 1] = {};
 };
 
-// Calls visit(offset in tile, run length, cursor) for the runs of the next n elements.
+// Calls visit(offset, length, cursor) for each run of the next n elements, and moves behind them.
 template <class Visit>
 void for_each_run(Cursor& cursor, int64_t n, const Visit& visit) {
   for (int64_t done = 0; done < n;) {

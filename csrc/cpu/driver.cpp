@@ -1,3 +1,6 @@
+// The CPU driver: chooses the instruction set, and gives threads their chunks of a step and their
+// leaves of the norm.
+
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
@@ -12,11 +15,12 @@
 namespace fusedopt::cpu {
 namespace {
 
-// Below this a step is done before a second thread has woken up, and where other programs keep the
-// cores busy, waiting for that thread can cost a scheduler's time slice: milliseconds.
+// A step of fewer chunks is done by one thread. It takes no longer than a second thread takes to
+// wake up. And where other programs keep the cores busy, to wait for that thread can cost a time
+// slice of the scheduler, which is milliseconds.
 constexpr int64_t kMinParallelChunks = 24;
 constexpr int64_t kMinChunksPerThread = 4;
-// The same for reading grads.
+// The same for the reading of grads.
 constexpr int64_t kMinParallelElements = kMinParallelChunks * kMinChunkElements;
 constexpr int64_t kLeavesAtATime = 8;
 
@@ -33,8 +37,9 @@ template <class First, class WorkOff>
 void run_in_threads(int64_t num_threads, const First& first, const WorkOff& work_off) {
 #if defined(_OPENMP)
   if (num_threads > 1) {
-    // Workers compute under the caller's floating-point modes (torch.set_flush_denormal sets them
-    // for one thread only): which thread takes a chunk must not show in the result.
+    // Worker threads compute under the floating-point modes of the caller, which may have set them
+    // for its own thread only (torch.set_flush_denormal does). Otherwise the result would depend on
+    // which thread takes a chunk.
     std::fenv_t callers;
     std::fegetenv(&callers);
 #pragma omp parallel num_threads(static_cast<int>(num_threads))
@@ -55,6 +60,7 @@ void run_in_threads(int64_t num_threads, const First& first, const WorkOff& work
   work_off();
 }
 
+// The result of one leaf. Only if its sum is not finite is it read again, to count such elements.
 PartialSum sum_leaf(const Kernels& kernels, const ParamUpdate& update, const Layout* layouts,
                     int64_t begin, int64_t end) {
   if (update.device != kCpu || begin >= end) return {0, 0, update.norm_class};
@@ -102,8 +108,8 @@ int openmp_version() {
 #endif
 }
 
-// One parallel region for the whole step; threads take chunks as they come free, so a thread that
-// the system takes away for a while holds up nobody.
+// One parallel region for the whole step. Threads take one chunk after the other until none is
+// left, so a thread that the system stops for a while does not hold up the others.
 void run(const Step& step, Isa isa, int num_threads, const std::function<void()>& first) {
   const Kernels& kernels = kernels_of(isa);
   std::atomic<int64_t> next{0};

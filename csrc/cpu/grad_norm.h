@@ -1,3 +1,5 @@
+// Sums the squares of grads on a CPU, in the tree of core/norm.h. Part of isa_kernels.h, which says
+// what must not be used here.
 #pragma once
 
 #include "core/dtypes.h"
@@ -7,14 +9,14 @@
 #include "cpu/cursor.h"
 #include "cpu/update.h"
 
-// Reads grads for their norm, as core/norm.h says. Part of isa_kernels.h, which says what must not
-// be used here.
 namespace fusedopt::cpu {
 namespace {
 
-// A read in one direction needs more of a lead than an update does (cpu/update.h).
+// How far ahead memory is asked for. A loop that only reads needs it earlier than an update, which
+// does more between two reads (cpu/update.h).
 constexpr int kNormPrefetchBytes = 4096;
 
+// Copies n elements that are `stride` apart, as T.
 template <class T>
 void gather(T* to, const void* from, DType dtype, int64_t at, int64_t stride, int64_t n) {
   with_storage<double>(dtype, [=](auto format) {
@@ -24,7 +26,7 @@ void gather(T* to, const void* from, DType dtype, int64_t at, int64_t stride, in
   });
 }
 
-// Calls visit(grads as T, offset in the leaf, n) for elements [begin, end), some at a time.
+// Calls visit(grads as T, offset in the leaf, n) for elements [begin, end), a tile at a time.
 template <class T, class Visit>
 void visit_strided(const ParamUpdate& update, const Layout& layout, int64_t begin, int64_t end,
                    const Visit& visit) {
@@ -40,7 +42,7 @@ void visit_strided(const ParamUpdate& update, const Layout& layout, int64_t begi
   }
 }
 
-// Adds the squares of as many grads as there are lanes.
+// Adds the squares of as many consecutive grads as there are lanes, a register at a time.
 template <class Storage, int kLanes, class T>
 FUSEDOPT_HD void add_to_all(T (&lanes)[kLanes], const Storage* grads) {
   using V = Register<T>;
@@ -57,6 +59,9 @@ FUSEDOPT_HD void add_to_all(T (&lanes)[kLanes], const Storage* grads) {
   }
 }
 
+// The lanes of a leaf, and from them the sums of its threads. Each lane adds
+// its elements in the same order, however wide the registers are, so the bits are those of a GPU.
+// Returns how many threads have a sum.
 template <class Storage>
 int sum_squares(const ParamUpdate& update, const Layout* layouts, int64_t begin, int64_t end,
                 double* threads) {
@@ -81,7 +86,7 @@ int sum_squares(const ParamUpdate& update, const Layout* layouts, int64_t begin,
     visit_strided<T>(update, layouts[update.layout], begin, end,
                      [&](const T* grads, int64_t at, int64_t n) { add(grads, at % kLanes, n); });
   }
-  // As sum_lanes() for every thread, all at once.
+  // sum_lanes() (core/norm.h) for all threads at once.
   for (int width = kV / 2; width > 0; width /= 2)
 #pragma GCC ivdep
     for (int i = 0; i < used * width; ++i) lanes[i] = lanes[2 * i] + lanes[2 * i + 1];

@@ -1,15 +1,16 @@
+// The functions that each instruction set has. They are called through pointers: the one that the
+// processor can run is chosen at run time.
 #pragma once
 
 #include "core/step.h"
 
-// The entry points of the instruction sets.
 namespace fusedopt::cpu {
 
 struct Kernels {
   // Runs chunk number `chunk` of a step.
   void (*run_chunk)(const Step& step, int64_t chunk);
-  // The squares of elements [begin, end) of a work's grad, a leaf, as the sums of kLeafThreads
-  // threads (core/norm.h); returns how many have any.
+  // Sums the squares of a leaf, elements [begin, end) of an update's grad, as kLeafThreads threads
+  // would (core/norm.h): writes the sum of each thread, and returns how many have one.
   int (*sum_leaf)(const ParamUpdate& update, const Layout* layouts, int64_t begin, int64_t end,
                   double* threads);
   // How many of these elements are infinite or NaN.

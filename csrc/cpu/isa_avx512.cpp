@@ -1,3 +1,5 @@
+// The loops of the CPU driver, compiled for processors with AVX-512.
+
 #include "cpu/isa.h"
 #include "cpu/isa_kernels.h"
 

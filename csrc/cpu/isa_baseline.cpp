@@ -1,3 +1,5 @@
+// The loops of the CPU driver, compiled for every processor of the architecture.
+
 #include "cpu/isa.h"
 #include "cpu/isa_kernels.h"
 

@@ -1,3 +1,6 @@
+// The loops of the CPU driver, included by one source file for each instruction set and compiled
+// with its flags. Everything here has internal linkage and uses no library templates: the linker
+// must not replace a copy built for one instruction set by one that was built for another.
 #pragma once
 
 #include "core/flush.h"
@@ -6,12 +9,10 @@
 #include "cpu/grad_norm.h"
 #include "cpu/update.h"
 
-// The loops of the CPU driver. Included by one source file per instruction set and compiled with
-// its flags. Everything here has internal linkage and uses no library templates: the linker must
-// not be able to share a copy built for one instruction set with code for another.
 namespace fusedopt::cpu {
 namespace {
 
+// Elements [begin, end) of an update. Computation in double keeps subnormal numbers.
 void run_update(const Step& step, const ParamUpdate& update, int64_t begin, int64_t end) {
   with_rule(update.rule, [&](auto rule) {
     using Rule = decltype(rule);
@@ -21,12 +22,13 @@ void run_update(const Step& step, const ParamUpdate& update, int64_t begin, int6
   });
 }
 
+// All updates of a chunk; computation in float flushes subnormal numbers.
 void run_chunk_here(const Step& step, int64_t chunk) {
   const ChunkStart from = step.chunks[chunk], to = step.chunks[chunk + 1];
   const FlushMode mode(true);
   for (int64_t w = from.update; w <= to.update; ++w) {
     const int64_t begin = w == from.update ? from.element : 0;
-    if (w == to.update && begin >= to.element) break;  // the end may lie behind the last work
+    if (w == to.update && begin >= to.element) break;  // the end may be behind the last update
     const ParamUpdate& update = step.updates[w];
     const int64_t end = w == to.update ? to.element : update.numel;
     if (update.device != kCpu || begin >= end) continue;

@@ -1,3 +1,5 @@
+// The loops of a step: a block of elements at a time, in registers. Part of isa_kernels.h, which
+// says what must not be used here.
 #pragma once
 
 #include "core/element.h"
@@ -5,18 +7,16 @@
 #include "cpu/cursor.h"
 #include "cpu/vec.h"
 
-// The loops of a step: a block of elements at a time, in registers. Part of isa_kernels.h, which
-// says what must not be used here.
 namespace fusedopt::cpu {
 namespace {
 
-// Registers' worth of elements for which all is computed at once.
+// Registers in a block, whose elements are computed at once.
 constexpr int kCount = 2;
 // How far ahead memory is asked for, in elements. The processor's own prefetching starts anew on
 // every page, and a step walks through four or five pages at once.
 constexpr int64_t kPrefetchAhead = 256;
 constexpr int64_t kCacheLine = 64;
-// Elements of a work that are not dense are brought together by so many.
+// Elements of strided updates are gathered in tiles of so many.
 constexpr int64_t kTileElements = 256;
 
 template <class T>
@@ -24,10 +24,10 @@ using Register = Vec<T, kRegisterBytes / static_cast<int>(sizeof(T))>;
 template <class T>
 constexpr int64_t kBlock = kCount * kRegisterBytes / static_cast<int64_t>(sizeof(T));
 
-// A block of elements in each operand, one after the other; `Memory` of core/element.h. In one
-// register and the next, but where all operands are halves of words: then the first register has
-// the elements at even places and the second those at odd ones, which takes the fewest
-// instructions.
+// `Memory` of core/element.h for a block of elements, which are consecutive in each operand. They
+// fill one register after the other. But where all operands are 16 bits wide, the first register
+// has the elements at even places and the second those at odd places: then a load is a shift and a
+// mask of the words, which takes the fewest instructions.
 template <class T>
 struct Block {
   using Values = Pack<Register<T>, kCount>;
@@ -41,9 +41,9 @@ struct Block {
   Formats stored_as;
   DType format;           // as Formats::one_format()
   void* const* data;      // of each operand
-  int64_t at;             // elements from there to here
-  uint64_t number;        // of the first element of `data` in its tensor,
-  const uint32_t* draws;  // or if this is not nullptr, the elements' draws
+  int64_t at;             // elements from there to the block
+  uint64_t number;        // number in its tensor of the element at `data`
+  const uint32_t* draws;  // if not nullptr, the draws of the elements, and `number` is not used
   int64_t ahead = 0;      // how far ahead to ask for memory, in elements
 
   FUSEDOPT_HD const Formats& formats() const { return stored_as; }
@@ -68,7 +68,7 @@ struct Block {
   FUSEDOPT_HD void store(int operand, const Values& from) const {
     if constexpr (!kIsOneFormat || !std::is_same_v<Storage, BFloat16>)
       Stored<Register<T>, Storage>::store(place<Storage>(operand), from.values);
-    else if (stored_as.has(kMaster))  // a NaN may have any bits then
+    else if (stored_as.has(kMaster))  // a NaN may then have any bits (bfloat16_nearest)
       store_upper_halves<kIsOneFormat>(operand, rounded_to_bfloat16(to_float(from)));
     else
       write(place<Storage>(operand), bfloat16_nearest(as_bits(from[0]), as_bits(from[1])).raw);
@@ -108,7 +108,8 @@ struct Block {
       });
       return;
     }
-    // Blocks begin at multiples of their size, so the upper half of the number is the same for all.
+    // Blocks begin at multiples of their size, so all elements have the same upper half of the
+    // number, and one key.
     const uint64_t first = (number + static_cast<uint64_t>(at)) / 2;
     const uint32_t key = draw_key(rounding_key, first);
     Raw lane;
@@ -135,12 +136,14 @@ struct Block {
   }
 };
 
+// n elements from the block on, rounded up to whole blocks. Not inlined, so that there is one copy
+// for its three callers.
 template <class Rule, class T>
 __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
                                              const StepScalars<Rule, T>& scalars, Block<T> block,
                                              int64_t n) {
   for (; block.at < n; block.at += kBlock<T>) {
-    // What lies behind the end is another thread's, perhaps.
+    // No prefetch beyond the end: those cache lines may be another thread's.
     block.ahead = block.at + kPrefetchAhead + kBlock<T> <= n ? kPrefetchAhead : 0;
     Elements<Rule, T, typename Block<T>::Values, Block<T>> elements(block);
     Ieee math;
@@ -150,7 +153,7 @@ __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
   }
 }
 
-// A copy of elements that do not lie as a block does, of each operand.
+// Strided elements of each operand, gathered so that they are consecutive, and scattered again.
 template <class T>
 class Tile {
  public:
@@ -168,7 +171,7 @@ class Tile {
       });
       if (update_.formats.stochastic != 0) draw(offset, run, from);
     });
-    // What fills the last block is computed with, and then dropped.
+    // Zeros fill the last block up. Their results are not stored.
     for_each_operand([&](int k, auto item) {
       const int64_t size = sizeof(item), end = (n + kBlock<T> - 1) / kBlock<T> * kBlock<T>;
       __builtin_memset(bytes_[k] + n * size, 0, static_cast<size_t>((end - n) * size));
@@ -187,7 +190,8 @@ class Tile {
   }
 
   Block<T> block() const {
-    return {update_.formats, DType::kAbsent, data_, 0, 0, draws_};  // in order, as the draws are
+    // kAbsent: the elements are in order in the registers, as the draws are.
+    return {update_.formats, DType::kAbsent, data_, 0, 0, draws_};
   }
 
  private:
@@ -223,8 +227,8 @@ class Tile {
   alignas(kCacheLine) uint32_t draws_[kTileElements];
 };
 
-// The last elements of a dense work, fewer than a block. What else is in the block is computed with
-// and dropped.
+// The last elements of a dense update, fewer than a block: they are copied into a block and back.
+// What else is in the block is computed with, and the result is not stored.
 template <class Rule, class T>
 void update_rest(typename Rule::Variant variant, const StepScalars<Rule, T>& scalars,
                  Block<T> block, int64_t n) {
@@ -244,7 +248,7 @@ void update_rest(typename Rule::Variant variant, const StepScalars<Rule, T>& sca
     if (k != kGrad && block.stored_as.has(k)) __builtin_memcpy(data[k], bytes[k], size_of(k));
 }
 
-// Elements [begin, end) of a work.
+// Elements [begin, end) of an update.
 template <class Rule, class T>
 void update_elements(const Step& step, const ParamUpdate& update, int64_t begin, int64_t end) {
   const auto variant = Rule::Variant::of(update.variant);

@@ -1,3 +1,6 @@
+// As many numbers as a register of the instruction set holds, with the operators and functions of
+// numbers (core/lanes.h), and the conversions between registers and storage formats. Part of
+// isa_kernels.h, which says what must not be used here.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +13,6 @@
 #include <immintrin.h>
 #endif
 
-// As many numbers as a register of the instruction set holds, as the text of an element takes them
-// (core/lanes.h). Part of isa_kernels.h, which says what must not be used here.
 namespace fusedopt::cpu {
 namespace {
 
@@ -23,7 +24,8 @@ constexpr int kRegisterBytes = 32;
 constexpr int kRegisterBytes = 16;
 #endif
 
-// The compiler's own vectors, whose element type must not be a template's.
+// The vectors of GCC and Clang. Their element type must not depend on a template, so each type has
+// a specialization.
 template <class T, int kLanes>
 struct RawVec;
 template <int kLanes>
@@ -43,6 +45,7 @@ struct RawVec<uint16_t, kLanes> {
   typedef uint16_t Type __attribute__((vector_size(kLanes * 2)));
 };
 
+// A register of numbers. Intrinsics stand where the compiler finds no vector instruction by itself.
 template <class T, int kLanes>
 struct Vec {
   using Raw = typename RawVec<T, kLanes>::Type;
@@ -53,7 +56,7 @@ struct Vec {
 
   Vec() = default;
   FUSEDOPT_HD Vec(Raw values) : raw(values) {}
-  FUSEDOPT_HD Vec(T value) : raw(value - Raw{}) {}  // in all lanes; minus 0 keeps a sign
+  FUSEDOPT_HD Vec(T value) : raw(value - Raw{}) {}  // in all lanes; -0.0 - 0.0 keeps its sign
 
   FUSEDOPT_HD friend Vec operator+(Vec a, Vec b) { return a.raw + b.raw; }
   FUSEDOPT_HD friend Vec operator-(Vec a, Vec b) { return a.raw - b.raw; }
@@ -122,6 +125,7 @@ FUSEDOPT_HD V from_float(Vec<float, kLanes> value) {
   return __builtin_convertvector(value.raw, typename V::Raw);
 }
 
+// Unaligned loads and stores of a register.
 template <class Raw>
 FUSEDOPT_HD Raw read(const void* from) {
   Raw raw;
@@ -133,6 +137,7 @@ FUSEDOPT_HD void write(void* to, Raw raw) {
   __builtin_memcpy(to, &raw, sizeof(raw));
 }
 
+// Between 16-bit numbers in memory and the lower halves of words in a register.
 template <int kLanes>
 FUSEDOPT_HD Vec<uint32_t, kLanes> read_halves(const void* from) {
   using Raw = typename RawVec<uint32_t, kLanes>::Type;
@@ -148,7 +153,7 @@ FUSEDOPT_HD void write_halves(void* to, Vec<uint32_t, kLanes> words) {
   write(to, __builtin_convertvector(words.raw, typename RawVec<uint16_t, kLanes>::Type));
 }
 
-// Two registers of numbers, converted from and to what is stored.
+// Loads two registers of numbers from what is stored as `Storage`, and stores them.
 template <class V, class Storage>
 struct Stored;
 
@@ -180,7 +185,7 @@ struct Stored<Vec<double, kLanes>, double> {
 };
 
 #if defined(__AVX512F__)
-// The upper or the lower halves of the words of two registers, in one.
+// The upper or the lower halves of the words of two registers, packed in one.
 FUSEDOPT_HD __m512i halves_of(Vec<uint32_t, 16> low, Vec<uint32_t, 16> high, uint16_t is_upper) {
   const RawVec<uint16_t, 32>::Type lower = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
                                             22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
@@ -189,7 +194,7 @@ FUSEDOPT_HD __m512i halves_of(Vec<uint32_t, 16> low, Vec<uint32_t, 16> high, uin
 }
 #endif
 
-// Two registers' first words, then their second ones, and so on.
+// Of two registers: the first word of each, then the second of each, and so on.
 template <int kLanes>
 FUSEDOPT_HD void interleave(Vec<uint32_t, kLanes> (&words)[2]) {
   using Raw = typename RawVec<uint32_t, kLanes>::Type;
@@ -207,7 +212,7 @@ FUSEDOPT_HD void interleave(Vec<uint32_t, kLanes> (&words)[2]) {
   });
 }
 
-// Words whose lower halves are stored.
+// Loads and stores the lower halves of words.
 struct Halves {
   template <int kLanes>
   FUSEDOPT_HD static void load(const char* from, Vec<uint32_t, kLanes> (&to)[2]) {
@@ -224,6 +229,7 @@ struct Halves {
   }
 };
 
+// Stores the upper halves of the words of two registers, which are bfloat16 numbers.
 template <int kLanes>
 FUSEDOPT_HD void store_upper_halves(char* to, Vec<uint32_t, kLanes> low,
                                     Vec<uint32_t, kLanes> high) {
@@ -238,9 +244,9 @@ FUSEDOPT_HD void store_upper_halves(char* to, Vec<uint32_t, kLanes> low,
   Halves::store<kLanes>(to, {low >> 16, high >> 16});
 }
 
-// The nearest bfloat16 numbers, ties to even, of floats at even and at odd places. The lower half
-// of a NaN must be 0, as it is in all that comes of bfloat16 alone: then it stays the NaN that it
-// is.
+// The nearest bfloat16 numbers, ties to even, of the floats at even and at odd places, side by side
+// in words. The lower half of a NaN must be 0, as it is if all operands are bfloat16: it is then
+// cut off and the NaN stays the same.
 template <int kLanes>
 FUSEDOPT_HD Vec<uint16_t, 2 * kLanes> bfloat16_nearest(Vec<uint32_t, kLanes> even,
                                                        Vec<uint32_t, kLanes> odd) {

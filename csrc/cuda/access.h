@@ -1,3 +1,6 @@
+// Accesses to global and shared memory, and other things that take an instruction of the GPU: the
+// one file of the driver where host and device differ. Each function has a plain C++ version for
+// the emulation.
 #pragma once
 
 #include <cstdint>
@@ -9,16 +12,17 @@
 #include "core/macros.h"
 #include "core/step.h"
 
-// Accesses to memory, and conversions of two numbers at once. The compiler is told that pointers
-// are into global memory: else it finds out at run time, for each access. What goes through shared
-// memory is written out, since it does not know what copies do there meanwhile.
 namespace fusedopt::cuda {
 
+// Words that are loaded and stored in one access.
 template <int kWords>
 struct alignas(4 * kWords) Words {
   uint32_t words[kWords];
 };
 
+// Pointers that are loaded from memory could be into any address space, and generic accesses find
+// out which at run time, for each access. __builtin_assume tells the compiler that these are into
+// global memory.
 template <class T>
 FUSEDOPT_HD T load_item(const T* from) {
 #if defined(__CUDA_ARCH__)
@@ -35,7 +39,7 @@ FUSEDOPT_HD void store_item(T* to, T value) {
   *to = value;
 }
 
-// In one access.
+// In one access, of up to 16 bytes. The address is a multiple of the size.
 template <int kWords>
 FUSEDOPT_HD Words<kWords> load_words(const void* from) {
   return load_item(static_cast<const Words<kWords>*>(from));
@@ -46,7 +50,8 @@ FUSEDOPT_HD void store_words(void* to, const Words<kWords>& from) {
   store_item(static_cast<Words<kWords>*>(to), from);
 }
 
-// A place in a block's shared memory.
+// A place in a block's shared memory: on the device a 32-bit address within it, which takes one
+// register where a pointer takes two.
 #if defined(__CUDA_ARCH__)
 using SharedPlace = uint32_t;
 FUSEDOPT_HD SharedPlace shared_place(void* data) {
@@ -57,8 +62,9 @@ using SharedPlace = char*;
 inline SharedPlace shared_place(void* data) { return static_cast<char*>(data); }
 #endif
 
-// Starts a copy to shared memory if `condition` is not 0, without a branch. It is done once
-// wait_for_copies() says so.
+// Starts an asynchronous copy from global to shared memory if `condition` is not 0. The instruction
+// is predicated, which takes no branch. The bytes have arrived once wait_for_copies() returns.
+// Copies of 16 bytes bypass the L1 cache (cp.async.cg); smaller ones cannot (cp.async.ca).
 template <int kBytes>
 FUSEDOPT_HD void start_copy_if(uint32_t condition, SharedPlace to, const void* from) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "no such copy");
@@ -81,14 +87,15 @@ FUSEDOPT_HD void start_copy_if(uint32_t condition, SharedPlace to, const void* f
 #endif
 }
 
-// Ends a group of copies.
+// Makes a group of the copies that this thread has started since its last group.
 FUSEDOPT_HD void end_copies() {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Until all groups of this thread are done but the latest `kPending`.
+// Waits until all groups of this thread are done but the latest `kPending`. What other threads have
+// copied may still be under way.
 template <int kPending>
 FUSEDOPT_HD void wait_for_copies() {
 #if defined(__CUDA_ARCH__)
@@ -96,6 +103,8 @@ FUSEDOPT_HD void wait_for_copies() {
 #endif
 }
 
+// Accesses to shared memory are volatile assembly, which the compiler keeps in order with the
+// copies: it does not know what these write, and might move an ordinary load before the wait.
 template <int kWords>
 FUSEDOPT_HD Words<kWords> load_shared(SharedPlace from) {
   static_assert(kWords == 1 || kWords == 4, "no such access");
@@ -124,8 +133,9 @@ FUSEDOPT_HD void store_shared(SharedPlace to, uint32_t word) {
 #endif
 }
 
-// What all threads of a warp find the same, so that the compiler knows it: it is kept once for all
-// of them, and what depends on it is no divergent branch.
+// A value that is the same in all threads of a warp, taken from the first of them, so that the
+// compiler knows it. It is then kept in uniform registers, once for the warp, and branches that
+// depend on it do not diverge. All 32 threads must call it.
 template <class T>
 FUSEDOPT_HD T same_for_warp(T value) {
 #if defined(__CUDA_ARCH__)
@@ -140,15 +150,17 @@ FUSEDOPT_HD T same_for_warp(T value) {
 #endif
 }
 
-// The same number, of which the compiler does not know that it is: what follows from it is found
-// out again where it is needed. To keep all that over a loop would take dozens of registers.
+// The same number, but the compiler cannot tell. It then computes what follows from the number
+// where it is needed. Otherwise it would compute all of that before a loop and keep it over the
+// loop, which would take dozens of registers.
 template <class T>
 FUSEDOPT_HD T opaque(T number) {
   asm volatile("" : "+r"(number));
   return number;
 }
 
-// The bytes of two words from byte `at` of the first on, at < 4.
+// The four bytes of two neighbouring words from byte `at` of the first on, with at < 4: one funnel
+// shift on a GPU.
 FUSEDOPT_HD uint32_t word_across(uint32_t first, uint32_t second, uint32_t at) {
 #if defined(__CUDA_ARCH__)
   return __funnelshift_r(first, second, 8 * at);
@@ -157,10 +169,10 @@ FUSEDOPT_HD uint32_t word_across(uint32_t first, uint32_t second, uint32_t at) {
 #endif
 }
 
-// Two halves of 16 bits; what lies above them in the arguments does not count.
+// A word of two halves. The upper halves of the arguments are ignored.
 FUSEDOPT_HD uint32_t word_of(uint32_t low, uint32_t high) { return (low & 0xffffu) | high << 16; }
 
-// Two numbers in a format of 16 bits.
+// A word of two numbers in a 16-bit format, rounded to nearest even in one instruction.
 template <class Storage>
 FUSEDOPT_HD uint32_t pack(float low, float high) {
 #if defined(__CUDA_ARCH__)
@@ -178,7 +190,8 @@ FUSEDOPT_HD uint32_t pack(float low, float high) {
 #endif
 }
 
-// A work in a few accesses, all asked for at once.
+// Loads an update in six accesses of 16 bytes that do not depend on each other, so that their
+// latencies overlap.
 FUSEDOPT_HD ParamUpdate load_update(const ParamUpdate* from) {
   constexpr int kParts = sizeof(ParamUpdate) / sizeof(Words<4>);
   struct {

@@ -1,3 +1,5 @@
+// Compiles the update kernels that compute in double, which keep subnormal numbers.
+
 #include "cuda/kernels.cuh"
 
 namespace fusedopt::cuda {

@@ -1,3 +1,11 @@
+// The CUDA driver of core/gpu.h: what it keeps of each device between steps, and the order of
+// copies and launches in a step.
+//
+// A step is prepared first: memory is allocated and the table's mirror written. What can fail, by
+// lack of memory for example, fails here, before any tensor is changed. Then it is launched: what
+// has changed in the table is copied to the device in the order of the stream, and the kernels
+// follow. Nothing waits for the device.
+
 #include <algorithm>
 #include <cstring>
 #include <deque>
@@ -12,18 +20,20 @@
 namespace fusedopt::cuda {
 namespace {
 
-// Page-locked memory that copies to the device are made from; to be used again when they are done.
+// Page-locked (pinned) host memory from which the table is sent. Only from such memory does a copy
+// run without the host waiting for it. The copy reads the buffer some time later, when the stream
+// gets there: `done` is recorded behind it, and until then the host must not write here again.
 struct PinnedBuffer {
   std::shared_ptr<void> memory;
   int64_t bytes;
   runtime::Event done;
 
-  ~PinnedBuffer() { done.wait(); }
+  ~PinnedBuffer() { done.wait(); }  // the copy may still be reading
 };
 constexpr int kMaxPinnedBuffers = 64;
 constexpr int64_t kMinPinnedBytes = 4096;
 
-// What is kept of one device.
+// What is kept of one device. Its functions are called with the device as the current one.
 class Device {
  public:
   Device(int gpu, const Allocate& allocate) : gpu_(gpu), allocate_(allocate) {}
@@ -32,7 +42,7 @@ class Device {
     try {
       const runtime::DeviceGuard on_gpu(gpu_);
       buffers_.clear();
-    } catch (const std::exception&) {  // the process ends and CUDA with it
+    } catch (const std::exception&) {  // the process ends, and CUDA has ended before
     }
   }
   Device(const Device&) = delete;
@@ -40,7 +50,7 @@ class Device {
 
   void prepare(const DeviceStep& device_step) {
     const bool capturing = is_capturing(gpu_, device_step.stream);
-    if (partition_.update(device_step)) table_.reset();
+    if (partition_.update(device_step)) table_.reset();  // another partition needs another table
     if (!is_checked_) runtime::check_kernels(gpu_);
     is_checked_ = true;
     if (capturing)
@@ -49,13 +59,14 @@ class Device {
       prepare_table(device_step);
   }
 
-  // The reading of the grads; what was prepared is sent first.
+  // Sends what was prepared, then enqueues the reading of the grads. launch() follows, and finds
+  // nothing left to send.
   void sum_squares(const DeviceStep& device_step) {
     try {
       send(device_step);
       enqueue_sums(device_step);
     } catch (...) {
-      table_.reset();
+      table_.reset();  // as in launch()
       throw;
     }
   }
@@ -64,6 +75,8 @@ class Device {
     runtime::finalize_norm(finalizing(device_step, device_step.status), device_step.stream);
   }
 
+  // One launch of the update kernel for each key; where the device computes the scalars, a small
+  // kernel runs before it.
   void launch(const DeviceStep& device_step) {
     try {
       send(device_step);
@@ -72,12 +85,14 @@ class Device {
         update(device_step, rows);
       }
     } catch (...) {
-      table_.reset();  // the device may not have what its image says
+      table_.reset();  // the device may not have what the mirror says
       throw;
     }
   }
 
  private:
+  // Copies what has changed to the device, by way of a pinned buffer, in the order of the stream:
+  // kernels of earlier steps, which may still be running, read the table as it was for them.
   void send(const DeviceStep& device_step) {
     DeviceTable& table = *current_;
     if (table.mirror().bytes_changed() == 0) return;
@@ -90,6 +105,8 @@ class Device {
     table.mirror().is_sent();
   }
 
+  // The sums of the leaves, then one total for each norm class. With `finalizes`, the total's
+  // kernel writes the GradStatus as well.
   void enqueue_sums(const DeviceStep& device_step) {
     const TableLayout& parts = current_->parts();
     SumSquaresCall call = {};
@@ -119,11 +136,15 @@ class Device {
             device_step.clips};
   }
 
-  // The flag that makes a step do nothing.
+  // The number that makes a step do nothing if it is above 0, in device memory or nullptr. Where
+  // the grads are read first, GradStatus::skip includes found_inf.
   static const float* skip_flag(const DeviceStep& device_step) {
     return device_step.reads_grads ? &device_step.status->skip : device_step.found_inf;
   }
 
+  // Outside of captures: the table of the last step, brought up to date, or a new one. Kernels may
+  // still read the old one when its memory is given back, as torch's allocator hands memory out
+  // again in the order of the stream.
   void prepare_table(const DeviceStep& device_step) {
     if (table_ == nullptr || !table_->fits(device_step)) {
       const TableLayout parts = plan_table(device_step, partition_);
@@ -136,8 +157,10 @@ class Device {
     if (bytes > 0) buffer_ = &find_buffer(bytes);
   }
 
-  // A captured graph reads its table in every replay, so the table is the graph's own, in memory
-  // that no other graph uses. It is sent now and not by the graph: it stays as it is.
+  // A captured graph reads its table in every replay, whatever steps come between, so the table is
+  // the graph's own. It is in memory of cudaMalloc: what torch allocates during a capture is shared
+  // by graphs, and the replay of another would write to it. It is sent now and not by the graph: a
+  // captured copy would read the pinned buffer in each replay, when that holds something else.
   void prepare_capture(const DeviceStep& device_step) {
     const TableLayout parts = plan_table(device_step, partition_);
     capture_ = std::make_unique<DeviceTable>(parts, runtime::allocate_persistent(parts.bytes),
@@ -150,7 +173,9 @@ class Device {
     current_ = capture_.get();
   }
 
-  // The step that used a staging first has long been done, unless the host is far ahead.
+  // A pinned buffer with room for so many bytes that no copy reads any more, or a new one. There
+  // are at most kMaxPinnedBuffers: beyond that, the oldest is destroyed, which waits for its copy.
+  // That happens only if the host is that many steps ahead of the device.
   PinnedBuffer& find_buffer(int64_t bytes) {
     const auto fits = [&](const auto& buffer) { return buffer->bytes >= bytes; };
     const auto end = buffers_.end();
@@ -166,7 +191,7 @@ class Device {
     return *buffers_.back();
   }
 
-  // The scalars that the device computes for a column.
+  // Where the device computes the scalars of a launch.
   void* computed(const Rows& rows) const {
     return current_->at(current_->parts().computed +
                         rows.first_row * static_cast<int64_t>(sizeof(Scalars)));
@@ -215,14 +240,15 @@ class Device {
   Partition partition_;
   bool is_checked_ = false;
   std::unique_ptr<DeviceTable> table_;
-  std::unique_ptr<DeviceTable> capture_;         // of the latest capture
-  std::vector<std::shared_ptr<void>> captured_;  // memory of all captures
+  std::unique_ptr<DeviceTable> capture_;         // the table of the latest captured step
+  std::vector<std::shared_ptr<void>> captured_;  // memory of all tables that graphs may still read
   std::deque<std::unique_ptr<PinnedBuffer>> buffers_;
-  // Of the step that is prepared.
+  // Of the step that is prepared: its table, and the buffer from which it is to be sent.
   DeviceTable* current_ = nullptr;
   PinnedBuffer* buffer_ = nullptr;
 };
 
+// Passes each call on to the device it is for.
 class CudaDriver : public Driver {
  public:
   explicit CudaDriver(Allocate allocate) : allocate_(std::move(allocate)) {}

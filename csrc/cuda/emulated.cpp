@@ -1,3 +1,7 @@
+// Takes the place of runtime.cu in builds for tests: runs the code of the kernels on the host, one
+// thread after the other, with host memory as device memory. It works because no thread of a kernel
+// waits for another; only the sums of squares are put together differently.
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -8,15 +12,14 @@
 #include "core/flush.h"
 #include "cuda/runtime.h"
 
-// Runs the code of the kernels on the host, one thread after the other, in the driver's place of
-// CUDA. Host memory is device memory.
 namespace fusedopt::cuda {
 namespace {
 
 std::atomic<bool> g_emulates{false};
 std::atomic<bool> g_captures{false};
-std::vector<std::function<void()>> g_recorded;  // by one thread at a time
+std::vector<std::function<void()>> g_recorded;  // used by one thread at a time
 
+// Runs a kernel at once, or records it for replays, as a captured stream does.
 void enqueue(std::function<void()> update) {
   if (g_captures)
     g_recorded.push_back(std::move(update));
@@ -24,12 +27,13 @@ void enqueue(std::function<void()> update) {
     update();
 }
 
-// Everything that blocks share.
+// The shared memory of a block, used for one block after the other.
 class SharedMemory {
  public:
   explicit SharedMemory(int64_t bytes) : words_(static_cast<size_t>(bytes) / sizeof(Words<4>)) {}
 
-  // Of a new block, with nothing of use in it.
+  // For a new block. All bits are set, which is NaN in all formats of numbers: whoever reads what
+  // it has not copied computes with NaNs, and a test sees them.
   SharedPlace renew() {
     std::memset(words_.data(), 0xff, words_.size() * sizeof(Words<4>));
     return shared_place(words_.data());
@@ -39,6 +43,7 @@ class SharedMemory {
   std::vector<Words<4>> words_;
 };
 
+// The update kernel. Float computation flushes subnormal numbers, as float.cu is compiled to.
 template <class Rule, class T>
 void update_all(const UpdateArguments<Rule, T>& arguments, int64_t num_chunks) {
   const FlushMode flush(sizeof(T) == sizeof(float));
@@ -50,6 +55,7 @@ void update_all(const UpdateArguments<Rule, T>& arguments, int64_t num_chunks) {
   }
 }
 
+// One block of sum_squares_kernel, with the host's version of its tree.
 template <class T>
 void sum_leaf(const SumSquaresArguments& arguments, int64_t i) {
   const FlushMode flush(sizeof(T) == sizeof(float));
@@ -95,6 +101,7 @@ DeviceGuard::~DeviceGuard() = default;
 void check_kernels(int) {}
 
 void copy_to_device(void* to, const void* from, int64_t bytes, void*) {
+  // A real graph would repeat the copy in each replay, when the source holds something else.
   if (g_captures) throw std::runtime_error("a copy from memory that will be used again");
   std::memcpy(to, from, static_cast<size_t>(bytes));
 }
@@ -108,6 +115,7 @@ void copy_to_device_now(void* to, const void* from, int64_t bytes) {
   std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
+// All that is enqueued has run when the call returns.
 Event::Event() : event_(nullptr) {}
 Event::~Event() = default;
 void Event::record(void*) {}

@@ -1,3 +1,7 @@
+// What one thread does to find the norm of the grads. The tree of the sums is that of core/norm.h,
+// the same on CPU and GPU. Here are its first level, the squares that a thread sums in its lanes of
+// a leaf, and the last, the GradStatus. The levels between are in kernels.cuh and runtime.cu, as
+// they take more than one thread.
 #pragma once
 
 #include <cstdint>
@@ -7,18 +11,17 @@
 #include "cuda/access.h"
 #include "cuda/thread_slice.h"
 
-// What one thread does to find out about the grads (core/norm.h): it sums the squares of its lanes
-// of a leaf. Blocks sum threads in norm.h's tree, and the host does the same.
 namespace fusedopt::cuda {
 
-// All pointers are into device memory.
+// Arguments of the kernel that sums leaves. All pointers here are into device memory.
 struct SumSquaresArguments {
   const ParamUpdate* updates;
-  const ChunkStart* leaves;  // and the end; works count as rows of `works`
+  const ChunkStart* leaves;  // one more than there are; ChunkStart::update is a row of `updates`
   const Layout* layouts;
   PartialSum* sums;  // one for each leaf
 };
 
+// Arguments of the kernel that adds the leaves of one norm class up.
 struct TotalArguments {
   const PartialSum* sums;
   int64_t num_leaves;
@@ -26,15 +29,17 @@ struct TotalArguments {
   double* total;  // [squares, nonfinite] of that class
 };
 
+// What the GradStatus is made of.
 struct FinalizeArguments {
   const double* total;
   const float* grad_scale;  // or nullptr
   const float* found_inf;   // or nullptr
-  GradStatus* status;       // nullptr: there is nothing to judge yet
+  GradStatus* status;       // nullptr: other sums are still to be added before it can be known
   bool clips;
 };
 
-// A part of a work's grad, in the order in which its layout is walked.
+// A leaf of the tree: elements [begin, end) of one update's grad, in the order in which its layout
+// visits them.
 struct Leaf {
   ParamUpdate update;
   int64_t begin, end;
@@ -46,13 +51,15 @@ FUSEDOPT_HD Leaf load_leaf(const SumSquaresArguments& arguments, int64_t leaf) {
   return {update, from.element, to.update == from.update ? to.element : update.numel};
 }
 
-// Whether grads of this leaf are summed in T; those that are not there are 0 either way.
+// Whether the kernel that sums in T does this leaf: float64 grads are summed in double, all others
+// in float. A leaf without a grad is done by both, which write the same 0.
 template <class T>
 FUSEDOPT_HD bool is_summed_in(const ParamUpdate& update) {
   const bool is_double = update.formats.dtypes[kGrad] == DType::kFloat64;
   return update.device == kIdle || is_double == (sizeof(T) == sizeof(double));
 }
 
+// The offset of the element that a strided layout visits as number `element`.
 FUSEDOPT_HD int64_t find_grad(const Layout& layout, int64_t element, bool is_small) {
   int64_t at = 0;
   for (int d = layout.num_dims - 1; d >= 0; --d) {
@@ -65,7 +72,10 @@ FUSEDOPT_HD int64_t find_grad(const Layout& layout, int64_t element, bool is_sma
   return at;
 }
 
-// Calls add(lane, grad) for all that a thread has to look at.
+// Calls add(lane, grad) for all grads of a thread: kV neighbours, one for each of its lanes, in
+// every sweep of the block over the leaf. Aligned dense grads are loaded 16 bytes at a time, four
+// loads ahead. All others, and what is left, are loaded one by one, and go to the same lanes in the
+// same order: the bits of the sum do not depend on the alignment.
 template <class Storage, class Add>
 FUSEDOPT_HD void visit_grads(const Leaf& leaf, const Layout* layouts, uint32_t thread,
                              const Add& add) {
@@ -99,7 +109,7 @@ FUSEDOPT_HD void visit_grads(const Leaf& leaf, const Layout* layouts, uint32_t t
       }
 }
 
-// Calls `f` with a value of the grad's storage type, which computes in T.
+// Calls `f` with a value of the grad's storage type, one of those that are summed in T.
 template <class T, class F>
 FUSEDOPT_HD void with_grad_storage(const ParamUpdate& update, const F& f) {
   if constexpr (sizeof(T) == sizeof(double))
@@ -108,6 +118,7 @@ FUSEDOPT_HD void with_grad_storage(const ParamUpdate& update, const F& f) {
     with_storage<T>(update.formats.dtypes[kGrad], f);
 }
 
+// The squares of a thread's grads. From here on the tree is in double.
 template <class T>
 FUSEDOPT_HD double sum_thread(const Leaf& leaf, const Layout* layouts, uint32_t thread) {
   if (leaf.update.device == kIdle) return 0;
@@ -122,7 +133,8 @@ FUSEDOPT_HD double sum_thread(const Leaf& leaf, const Layout* layouts, uint32_t 
   return sum;
 }
 
-// Of a thread's grads, how many are infinite or NaN. Only asked for where a sum is.
+// How many of a thread's grads are infinite or NaN. This takes another read of the leaf, and is
+// only asked for if its sum is infinite or NaN: without such a grad, or an overflow, it is not.
 template <class T>
 FUSEDOPT_HD int32_t count_thread(const Leaf& leaf, const Layout* layouts, uint32_t thread) {
   int32_t count = 0;
@@ -134,6 +146,7 @@ FUSEDOPT_HD int32_t count_thread(const Leaf& leaf, const Layout* layouts, uint32
   return count;
 }
 
+// Writes the GradStatus, for the whole device. One thread does it.
 FUSEDOPT_HD void finalize_thread(const FinalizeArguments& arguments) {
   if (arguments.status == nullptr) return;
   const float scale = arguments.grad_scale != nullptr ? *arguments.grad_scale : 1.0f;

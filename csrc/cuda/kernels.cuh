@@ -1,15 +1,19 @@
+// The large kernels, which are compiled in files of their own with flags of their own (float.cu,
+// double.cu, grad_norm.cu), and the sums over a block.
 #pragma once
 
 #include "cuda/grad_norm.h"
 #include "cuda/update.h"
 
-// Kernels that are compiled with flags of their own, and what sums share.
 namespace fusedopt::cuda {
 
-// Blocks for an SM, a bound on registers: enough warps to hide what a thread waits for.
+// Blocks that must fit on an SM. This bounds the registers of a thread, to 128 in float and 168 in
+// double (tests/test_sass.py), so that there are enough warps to compute while others wait.
 template <class T>
 constexpr int kMinBlocks = sizeof(T) == sizeof(float) ? 4 : 3;
 
+// __grid_constant__ lets all threads read the arguments where they are, in constant memory. Without
+// it, indexing UpdateArguments::few would make a copy in each thread's local memory.
 template <class Rule, class T>
 __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
     update_kernel(const __grid_constant__ UpdateArguments<Rule, T> arguments) {
@@ -26,14 +30,15 @@ const void* update_kernel_of(RuleId id) {
   return kernel;
 }
 
-// The sum of a warp's values, in its first thread, as sum_warp() has it.
+// The sum of a warp's values, which its first thread gets, in the order of sum_warp()
+// (core/norm.h), so that it has the same bits as on the host.
 inline __device__ double warp_sum(double value) {
   for (int width = kTreeWidth / 2; width > 0; width /= 2)
     value += __shfl_xor_sync(0xffffffffu, value, width);
   return value;
 }
 
-// The sum of a block's values, in its first thread, as sum_block() has it.
+// The same for a block, as sum_block() has it: the sum of the sums of its warps.
 template <int kThreads>
 __device__ double block_sum(double value) {
   __shared__ double warps[kTreeWidth];
@@ -45,7 +50,7 @@ __device__ double block_sum(double value) {
   return value;
 }
 
-// One block for each leaf.
+// One block for each leaf. Eight blocks on an SM leave a thread 64 registers.
 template <class T>
 __global__ void __launch_bounds__(kLeafThreads, 8)
     sum_squares_kernel(const __grid_constant__ SumSquaresArguments arguments) {
@@ -59,6 +64,7 @@ __global__ void __launch_bounds__(kLeafThreads, 8)
     nonfinite = 0;
   }
   __syncthreads();
+  // The same for all threads of the block, which makes a barrier inside possible. Rarely true.
   if (is_nonfinite(squares)) {
     atomicAdd(&nonfinite, count_thread<T>(leaf, arguments.layouts, threadIdx.x));
     __syncthreads();

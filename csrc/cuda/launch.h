@@ -1,17 +1,19 @@
+// What the driver passes to the runtime for one kernel launch, whatever the rule and the type that
+// computes: which updates one launch can do together, and the arguments of the update kernel.
 #pragma once
 
 #include "cuda/grad_norm.h"
 #include "cuda/step_scalars.h"
 #include "cuda/update.h"
 
-// A launch as the driver asks for it, whatever the rule and the type that computes.
 namespace fusedopt::cuda {
 
-// What works have in common that one launch can do.
+// What updates must have in common to be done by one launch: the kernel (rule, and the type that
+// computes, which follows from the formats) and all that StagePlan is made of.
 struct LaunchKey {
   RuleId rule;
   Formats formats;
-  uint32_t shifted;  // as in StagePlan
+  uint32_t shifted;  // the misaligned operands, as in StagePlan
 
   friend bool operator==(const LaunchKey& a, const LaunchKey& b) {
     return a.rule == b.rule && a.shifted == b.shifted &&
@@ -23,7 +25,7 @@ inline LaunchKey launch_key_of(const ParamUpdate& update) {
   return {update.rule, update.formats, shifted_operands(update)};
 }
 
-// Calls f(Rule{}, T{}).
+// Calls f(Rule{}, T{}): from a rule and a type known at run time to the types of a kernel.
 template <class F>
 void with_types(RuleId id, bool in_double, const F& f) {
   with_rule(id, [&](auto rule) {
@@ -34,7 +36,7 @@ void with_types(RuleId id, bool in_double, const F& f) {
   });
 }
 
-// Calls f(Rule{}, T{}) of a column.
+// The same for the kernel of a launch.
 template <class F>
 void with_types(const LaunchKey& key, const F& f) {
   with_types(key.rule, key.formats.in_double(), f);
@@ -48,14 +50,17 @@ inline StagePlan plan_stages(const LaunchKey& key) {
 struct UpdateCall {
   LaunchKey key;
   void* stream;
-  // In device memory.
+  // In device memory, the part of the table that belongs to this launch.
   const ParamUpdate* updates;
   const ChunkStart* chunks;
   const Layout* layouts;
-  const void* scalars;  // of the column's types, by ParamUpdate::scalars, or nullptr: `few_scalars`
+  // StepScalars of the launch's rule and type, indexed by ParamUpdate::scalars. nullptr: they are
+  // few enough to be among the kernel's arguments.
+  const void* scalars;
   const float* skip;
-  int64_t num_chunks;
-  // On the host. Those that works of other columns use are not read.
+  int64_t num_chunks;  // one block each
+  // On the host, of all launches. An update reads only its own, so it does no harm that those of
+  // other rules mean nothing here.
   const Scalars* few_scalars;
   int64_t num_few_scalars;
 };
@@ -63,10 +68,11 @@ struct UpdateCall {
 struct SumSquaresCall {
   SumSquaresArguments arguments;
   int64_t num_leaves;
-  bool in_float, in_double;  // there are grads that are summed so
+  bool in_float, in_double;  // which of the two kernels has grads to sum
   void* stream;
 };
 
+// The kernel's arguments. The host's few scalars, computed in double, are converted to T here.
 template <class Rule, class T>
 UpdateArguments<Rule, T> arguments_for(const UpdateCall& call) {
   using Arguments = UpdateArguments<Rule, T>;

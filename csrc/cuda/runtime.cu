@@ -1,3 +1,7 @@
+// Does what cuda/runtime.h says with the CUDA runtime, and holds the small kernels: step scalars,
+// totals and GradStatus. It is compiled without flushing, because these compute in double; the
+// large kernels are compiled in files of their own.
+
 #include "cuda/runtime.h"
 
 #include <stdexcept>
@@ -9,7 +13,7 @@
 
 namespace fusedopt::cuda {
 
-// Compiled elsewhere, with other flags.
+// Compiled in float.cu, double.cu and grad_norm.cu, of which two have other flags.
 extern template const void* update_kernel_of<float>(RuleId id);
 extern template const void* update_kernel_of<double>(RuleId id);
 extern template const void* sum_squares_kernel_of<float>();
@@ -19,11 +23,12 @@ namespace {
 
 constexpr int kStepScalarsThreads = 128;
 
+// Raises if a call has failed.
 void check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
   int gpu = -1;
   cudaGetDevice(&gpu);
-  cudaGetLastError();  // it is reported here and now
+  cudaGetLastError();  // clears the error: it is reported here, and not by whoever asks next
   std::string message = std::string(call) + " failed on cuda:" + std::to_string(gpu) + ": " +
                         cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
   if (error == cudaErrorInsufficientDriver)
@@ -39,8 +44,9 @@ const void* kernel_of(RuleId rule, bool in_double) {
   return in_double ? update_kernel_of<double>(rule) : update_kernel_of<float>(rule);
 }
 
-// While it lives, calls of this thread that a capture forbids are allowed; none of them goes into
-// the stream that is captured.
+// While a stream is captured, CUDA forbids calls such as cudaMalloc, by default to all threads, and
+// would end the capture with an error. While this lives, this thread is allowed to make them. It is
+// safe where none of the calls concerns the stream that is captured.
 class CaptureModeGuard {
  public:
   CaptureModeGuard() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -52,7 +58,9 @@ class CaptureModeGuard {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// The driver's functions for the context of a thread; the runtime has none.
+// The context of a thread is set by functions of the CUDA driver API; the runtime API has none.
+// They are asked for by name at run time, so that the binary does not link libcuda and loads on
+// machines without it.
 struct Contexts {
   int (*get)(void** context);
   int (*set)(void* context);
@@ -83,6 +91,7 @@ const Contexts& contexts() {
   return found;
 }
 
+// One thread for each row of a launch.
 template <class Rule>
 __global__ void __launch_bounds__(kStepScalarsThreads)
     step_scalars_kernel(const __grid_constant__ StepScalarsArguments arguments) {
@@ -97,7 +106,8 @@ const void* step_scalars_kernel_of(RuleId id) {
   return kernel;
 }
 
-// One block.
+// Adds up the sums of all leaves of one norm class, in a single block: the tree of core/norm.h, in
+// double. Counts of numbers that are not finite may be added in any order, as they are integers.
 __global__ void __launch_bounds__(kTotalThreads)
     total_kernel(const __grid_constant__ TotalArguments arguments,
                  const __grid_constant__ FinalizeArguments finalizing) {
@@ -112,17 +122,19 @@ __global__ void __launch_bounds__(kTotalThreads)
     if (sum.nonfinite > 0) atomicAdd(&nonfinite, static_cast<unsigned long long>(sum.nonfinite));
   }
   squares = block_sum<kTotalThreads>(squares);
-  __syncthreads();
+  __syncthreads();  // all counts have been added
   if (threadIdx.x != 0) return;
   arguments.total[0] = squares;
   arguments.total[1] = static_cast<double>(nonfinite);
   finalize_thread(finalizing);
 }
 
+// One thread.
 __global__ void finalize_kernel(const __grid_constant__ FinalizeArguments arguments) {
   finalize_thread(arguments);
 }
 
+// cudaLaunchKernel instead of <<<>>>: kernels are passed as pointers, whatever their types.
 template <class... Arguments>
 void launch(const void* kernel, int64_t blocks, int threads, int64_t shared_bytes, void* stream,
             const Arguments&... arguments) {
@@ -152,8 +164,8 @@ bool is_capturing(int gpu, void* stream) {
 
 namespace runtime {
 
-// The context is what is put back, and not the device: to make a device current creates a context
-// there, which takes half a gigabyte of it.
+// The context that was current is put back, not the device: cudaSetDevice() would create a context
+// on that device if it had none, which takes half a gigabyte of its memory.
 DeviceGuard::DeviceGuard(int gpu) : before_(nullptr) {
   contexts().get(&before_);
   check(cudaSetDevice(gpu), "cudaSetDevice");
@@ -161,12 +173,14 @@ DeviceGuard::DeviceGuard(int gpu) : before_(nullptr) {
 
 DeviceGuard::~DeviceGuard() { contexts().set(before_); }
 
-// A block of an update kernel gets no more than the first allows; of what an SM has, the second
-// leaves no more to its cache than there must be.
+// For the update kernels. The first allows a block as much shared memory as a stage plan may ask
+// for: by default it is 48 KiB. The second gives shared memory as much as there is of the memory
+// that an SM divides between it and the L1 cache, so that as many blocks fit as possible.
 constexpr std::pair<cudaFuncAttribute, int> kSharedMemory[] = {
     {cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes},
     {cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared}};
 
+// To ask for a kernel's attributes loads it, and fails if there is no code for this device.
 void check_kernels(int gpu) {
   const CaptureModeGuard relaxed;
   std::vector<const void*> kernels = {sum_squares_kernel_of<float>(),
@@ -187,7 +201,7 @@ void check_kernels(int gpu) {
     if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction)
     return check(error, "loading the kernels");
-  cudaGetLastError();
+  cudaGetLastError();  // as in check()
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, gpu);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, gpu);
@@ -213,6 +227,8 @@ std::shared_ptr<void> allocate_persistent(int64_t bytes) {
   });
 }
 
+// On a stream of its own that does not synchronize with the default stream: the streams of the
+// program may be captured, and must neither take this copy in nor be waited for.
 void copy_to_device_now(void* to, const void* from, int64_t bytes) {
   const CaptureModeGuard relaxed;
   cudaStream_t stream;
@@ -242,7 +258,7 @@ bool Event::is_done() const {
   const CaptureModeGuard relaxed;  // another thread may be capturing
   const cudaError_t status = cudaEventQuery(static_cast<cudaEvent_t>(event_));
   if (status != cudaErrorNotReady) check(status, "cudaEventQuery");
-  cudaGetLastError();
+  cudaGetLastError();  // that it is not ready is no error to be found later
   return status == cudaSuccess;
 }
 

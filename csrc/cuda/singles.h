@@ -1,3 +1,6 @@
+// Loads and stores elements one at a time, straight from and to global memory: elements of strided
+// updates, those before and after the pieces of dense ones, and those that have to be computed
+// again because a rare operand was among them.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +11,10 @@
 #include "cuda/access.h"
 #include "cuda/thread_slice.h"
 
-// Single elements, straight from memory and back: of works that are not dense, before and after the
-// pieces of others, and rare ones that are done again.
 namespace fusedopt::cuda {
 
-// What Elements asks of memory. A place that is taken twice is written twice, with the same bytes.
+// `Memory` of core/element.h for kCount elements that may lie anywhere. One that is placed twice is
+// computed and written twice, with the same bytes.
 template <class T, int kCount>
 class Singles {
   using Bits = Pack<uint32_t, kCount>;
@@ -27,11 +29,13 @@ class Singles {
     return bit_cast<Formats>(fusedopt::cuda::load_words<2>(&update_->formats));
   }
 
-  // `work` is in device memory: what is in it is loaded when it is needed, and takes no registers.
+  // `update` is in device memory. Its pointers and formats are loaded each time they are needed,
+  // and so take no registers meanwhile; they come from the cache.
   FUSEDOPT_HD Singles(const ParamUpdate* update, const Layout* layouts)
       : update_(update), layouts_(layouts) {}
 
-  // Takes the element that the work's layout visits as number `element`, as number `j` of kCount.
+  // Makes the element that the layout visits as number `element` the j-th of kCount: finds its
+  // index along each dim, innermost first, and from that its offset in every operand.
   FUSEDOPT_HD void place(int j, int64_t element) {
     const int32_t number = load_item(&update_->layout);
 #pragma unroll
@@ -101,7 +105,7 @@ class Singles {
 
   const ParamUpdate* const update_;
   const Layout* const layouts_;
-  int64_t at_[kCount][kIndex + 1];
+  int64_t at_[kCount][kIndex + 1];  // each element's offset in each operand, and its number
 };
 
 }  // namespace fusedopt::cuda

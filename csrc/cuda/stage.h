@@ -1,3 +1,13 @@
+// Copies the operands of dense updates from global into shared memory, ahead of their use, with
+// cp.async, the asynchronous copy of GPUs since sm_80.
+//
+// Why: the step is bound by memory, and to keep a GPU's memory busy, enough bytes must be under way
+// at any time. Bytes on their way into shared memory take no registers, so there can be enough of
+// them (cuda/tuning.h, kStages).
+//
+// Every thread copies the bytes that it needs to places of its own and reads no others. So a thread
+// waits only for its own copies, and the block needs no barrier. A stage holds bytes whatever their
+// formats, which matter only when the bytes are read (cuda/staged.h).
 #pragma once
 
 #include <cstdint>
@@ -8,15 +18,12 @@
 #include "cuda/thread_slice.h"
 #include "cuda/tuning.h"
 
-// Operands of dense works on their way into shared memory. Every thread copies the bytes that it
-// needs to places of its own, some stages ahead, and reads no others: there is nothing to wait for
-// but its own copies. A stage holds bytes, whatever the formats, which matter when they are read
-// (cuda/staged.h). Bytes under way in shared memory take no registers, so there can be enough of
-// them to keep a GPU's memory busy (cuda/tuning.h).
 namespace fusedopt::cuda {
 
-// A thread has kThreadElements at a time: in one piece if that makes 16 bytes of every operand,
-// else in two, a warp or a block apart, so that neighbours always touch neighbouring bytes.
+// Elements in one piece. A thread computes kThreadElements at a time. If they take at most 16 bytes
+// in every operand, they are one piece. Else they are two, which lie a warp or a block of pieces
+// apart: so each access takes at most 16 bytes of a thread, the widest there is, and neighbouring
+// threads touch neighbouring bytes, which makes the accesses coalesced.
 template <class T>
 FUSEDOPT_HD constexpr uint32_t piece_elements(const Formats& formats) {
   bool is_narrow = sizeof(T) == sizeof(float);
@@ -24,37 +31,46 @@ FUSEDOPT_HD constexpr uint32_t piece_elements(const Formats& formats) {
   return static_cast<uint32_t>(is_narrow ? kThreadElements<T> : kThreadElements<T> / 2);
 }
 
-// Sets of operands. The lowest bit takes a GPU two instructions to test, and is not used.
+// Sets of operands, a bit for each. The lowest bit takes a GPU two instructions to test, so it is
+// not used.
 FUSEDOPT_HD constexpr uint32_t only(int operand) { return 2u << operand; }
 
-// Those that most steps have are copied, and read, without a branch between them.
+// The operands that most steps have: param, grad and the first two states. They are copied and read
+// in one run, without a branch for each.
 FUSEDOPT_HD constexpr bool is_usual(int operand) { return operand < kFirstState + 2; }
 inline constexpr uint32_t kUnusual = ~(only(kFirstState + 2) - 1);
 
-// From one piece of 16 bytes to a thread's second.
+// Bytes from a thread's first piece of 16 bytes to its second in a stage: the first pieces of all
+// threads of the block lie side by side, so that a warp's accesses to shared memory have no bank
+// conflicts.
 inline constexpr uint32_t kNextPiece = 16 * kBlockThreads;
 static_assert(kStages * kMaxOperands * 2 * kNextPiece <= kMaxSharedBytes,
               "every work must have room for all stages");
 
-// What is the same for all works of a launch. It is among the kernel's arguments, where the
-// compiler knows that all threads find the same and branch alike.
+// How the operands of a launch are staged. The host finds it out once for each launch, from the
+// formats and the alignment, and passes it among the kernel's arguments. The compiler knows that
+// these are the same for all threads, so what depends on them is a uniform branch, which costs a
+// warp no divergence. That is why one kernel can serve all formats.
 struct StagePlan {
   Words<2> formats;     // Formats
-  uint32_t one_format;  // DType: of all operands, if all lie at multiples of their pieces' size
-  // Sets of operands, by how their pieces are copied: in one access of so many bytes, or word by
-  // word. Not at all: a float32 master is the weight, and the param then only written.
+  uint32_t one_format;  // the DType of all operands if they have one and none is shifted
+  // Sets of operands, by how a piece is copied: in one access of 16, 8 or 4 bytes, or word by word.
+  // With a float32 master the param is in none of them: the master is the weight, and the param is
+  // only written.
   uint32_t of16, of8, of4, in_words;
   uint32_t not_of16;             // the last three together
-  uint32_t shifted;              // those that do not lie at multiples of their pieces' size
-  uint32_t whole;                // those that do, and whose thread's elements are in one piece
-  uint32_t has_two;              // pieces
+  uint32_t shifted;              // misaligned: not at a multiple of the size of a piece
+  uint32_t whole;                // aligned, and a thread's elements are one piece
+  uint32_t has_two;              // 1 if a thread has two pieces at a time, else 0
   uint32_t sizes[kMaxOperands];  // of an element, in bytes
-  // In a stage: of the first and the last 16 bytes that a thread has, which may be the same.
+  // Offsets in a stage: where the first and where the last 16 bytes of a thread begin. They are the
+  // same for an operand of which a thread has no more than 16.
   uint32_t places[2][kMaxOperands];
-  uint32_t stage_bytes;  // of a block
+  uint32_t stage_bytes;  // of a whole block
 };
 
-// Calls f(k), a constant, for the operands that works of a rule can have.
+// Calls f(k) with a constant k for each operand that a rule's updates can have, so that arrays
+// indexed by k are in registers.
 template <class Rule, class F>
 FUSEDOPT_HD void for_operands(const F& f) {
   unroll<kMaxOperands>([&](auto k) __attribute__((always_inline)) {
@@ -63,7 +79,8 @@ FUSEDOPT_HD void for_operands(const F& f) {
   });
 }
 
-// The operands of a work that do not lie at multiples of their pieces' size.
+// The misaligned operands of an update: those that do not lie at a multiple of the size of a piece,
+// as wide accesses require. A grad that is a view into a bucket of DDP is an example.
 inline uint32_t shifted_operands(const ParamUpdate& update) {
   const uint32_t elements = update.formats.in_double() ? piece_elements<double>(update.formats)
                                                        : piece_elements<float>(update.formats);
@@ -76,6 +93,7 @@ inline uint32_t shifted_operands(const ParamUpdate& update) {
   return shifted;
 }
 
+// Assigns each operand its kind of copy and its place in a stage, one operand after the other.
 template <class T>
 StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
   StagePlan plan = {};
@@ -98,31 +116,36 @@ StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
                    : plan.of4) |= only(k);
     if (is_shifted || bytes != 16) plan.not_of16 |= only(k);
     const uint32_t more = plan.sizes[k] * kThreadElements<T> == 32 ? kNextPiece : 0;
+    // A float32 master is also found as the param: that place is among the usual ones, which are
+    // read first.
     for (const int found_as : {k, k == kMaster && formats.has_float32_master() ? kParam : k}) {
       plan.places[0][found_as] = plan.stage_bytes;
       plan.places[1][found_as] = plan.stage_bytes + more;
     }
     plan.stage_bytes += kNextPiece + more;
-    // The last bytes of pieces at odd places are in one word more.
+    // A misaligned piece of words begins within a word and ends within another, so it takes one
+    // word more than its size: 4 bytes for each of a thread's two pieces. Only elements of 2 bytes
+    // can lie within a word.
     if (is_shifted && plan.sizes[k] == 2) plan.stage_bytes += kBlockThreads * 8;
   }
   return plan;
 }
 
-// Elements [begin, end) of a work, for a thread among those that share them.
+// Elements [begin, end) of an update, and which of the threads that do them together this one is.
 struct Chunk {
   const ParamUpdate* update;  // in device memory
   int64_t begin, end;
   ThreadSlice slice;
 };
 
-// A thread's pieces, counted from the chunk's start; the second is the first again where there is
-// only one, or room for only one.
+// The numbers of a thread's two pieces in one turn, counted from the chunk's start. The second is
+// the first again if the plan has one piece, or if the chunk has no piece left for it: what is
+// computed and written twice is the same.
 struct Tile {
   uint32_t at[2];
 };
 
-// The stages of one thread, for its part of a chunk of a dense work.
+// The copies of one thread, for its part of a chunk of a dense update.
 template <class Rule, class T>
 class Stages {
   static constexpr uint32_t kCount = kThreadElements<T>;
@@ -137,7 +160,9 @@ class Stages {
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
       data_[k] = same_for_warp(static_cast<char*>(update.data[k]) + chunk.begin * plan.sizes[k]);
     });
-    // The words of what is shifted must not reach beyond its own memory.
+    // Misaligned pieces are copied in whole words, which reach up to 3 bytes beyond the piece at
+    // either end. At the ends of the tensor these could be outside of its memory, so the first
+    // piece, and the last if no element follows it, are left to Singles.
     const bool is_shifted = plan.shifted != 0;
     const uint32_t margin = is_shifted && chunk.end == update.numel ? 1 : 0;
     const auto n = static_cast<uint32_t>(chunk.end - chunk.begin);
@@ -149,7 +174,7 @@ class Stages {
   }
 
   FUSEDOPT_HD const StagePlan& plan() const { return plan_; }
-  FUSEDOPT_HD uint64_t first_pair() const { return first_pair_; }       // of elements, of the chunk
+  FUSEDOPT_HD uint64_t first_pair() const { return first_pair_; }       // of the chunk's elements
   FUSEDOPT_HD char* data(int operand) const { return data_[operand]; }  // at the chunk's start
 
   FUSEDOPT_HD bool has_two() const { return plan_.has_two != 0; }
@@ -158,7 +183,8 @@ class Stages {
     return plan_.sizes[operand] * piece_elements();
   }
 
-  // Pieces [first(), end()) are staged; a thread takes those from start() on, at strides.
+  // Pieces [first(), end()) of the chunk are staged. A thread takes those from start() on, stride()
+  // apart; what is outside goes through Singles.
   FUSEDOPT_HD uint32_t first() const { return first_; }
   FUSEDOPT_HD uint32_t end() const { return end_; }
   FUSEDOPT_HD uint32_t start() const { return start_; }
@@ -167,15 +193,15 @@ class Stages {
     return {{at, has_two() && at + threads_ < end_ ? at + threads_ : at}};
   }
 
-  // One stage after the other, in turn.
+  // The stages are a ring buffer: after the last comes the first again.
   FUSEDOPT_HD SharedPlace first_stage() const { return own_; }
   FUSEDOPT_HD SharedPlace after(SharedPlace stage) const {
     const SharedPlace next = stage + plan_.stage_bytes;
     return next == own_ + kStages * plan_.stage_bytes ? own_ : next;
   }
 
-  // Pieces of 16 bytes lie a block's apart, smaller ones side by side, so that one access reads
-  // both.
+  // Issues the copies of a tile into a stage. A thread's two pieces of 16 bytes lie kNextPiece
+  // apart; two smaller ones lie side by side, so that one access of 16 bytes reads both.
   FUSEDOPT_HD void start_copies(const Tile& tile, SharedPlace stage) const {
     copy<16>(plan_.of16, tile.at[0], stage);
     if (has_two()) copy<16>(plan_.of16, tile.at[1], stage + kNextPiece);
@@ -193,7 +219,8 @@ class Stages {
     });
   }
 
-  // Makes pieces of words that have arrived.
+  // Shifts the words of misaligned operands into place once they have arrived. It is done in shared
+  // memory, so that all that reads a stage finds aligned pieces.
   FUSEDOPT_HD void align(SharedPlace stage) const {
     if (plan_.in_words == 0) return;
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
@@ -202,7 +229,9 @@ class Stages {
   }
 
  private:
-  // In one run, without a branch between them: a GPU has to wait before the first after a branch.
+  // Copies a piece of each of these operands. The copies are predicated and issued in one run,
+  // because a GPU has to wait before the first copy after a branch. opaque() makes the compiler
+  // test the set here, and not hold the results over the loop.
   template <int kBytes>
   FUSEDOPT_HD void copy(uint32_t operands, uint32_t at, SharedPlace stage) const {
     const uint32_t wanted = opaque(operands), offset = at * kBytes;
@@ -218,19 +247,24 @@ class Stages {
     });
   }
 
-  // Of an operand's pieces, from a multiple of 4.
+  // Bytes from the word in which an operand's data begins to the data itself. It is the same for
+  // every piece, as pieces take whole words.
   FUSEDOPT_HD uint32_t shift(int operand) const {
     return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(data_[operand])) & 3;
   }
+  // Where a thread's piece lies in a stage.
   FUSEDOPT_HD SharedPlace place(int operand, SharedPlace stage, uint32_t piece) const {
     const uint32_t bytes = piece_bytes(operand);
     return stage + plan_.places[0][operand] + piece * (bytes == 16 ? kNextPiece : bytes);
   }
-  // The last bytes of a piece that is shifted.
+  // Where the additional word of a misaligned piece lies: behind the pieces of all threads, 4 bytes
+  // for each thread. `stage` already counts 16 bytes a thread, of which 12 are taken off.
   FUSEDOPT_HD SharedPlace rest(int operand, SharedPlace stage, uint32_t piece) const {
     return stage + plan_.places[0][operand] + kNextPiece + 4 * kBlockThreads * piece - 12 * thread_;
   }
 
+  // Copies a misaligned operand's pieces as aligned words. This is the rare way, so its loops are
+  // kept short.
   FUSEDOPT_HD void copy_words(int operand, const Tile& tile, SharedPlace stage) const {
     const uint32_t bytes = piece_bytes(operand), shift = this->shift(operand);
 #pragma unroll 1
@@ -243,6 +277,8 @@ class Stages {
     }
   }
 
+  // Each word of the piece is made of two neighbouring words that were copied; the last one takes
+  // the additional word.
   FUSEDOPT_HD void align_words(int operand, SharedPlace stage) const {
     const uint32_t bytes = piece_bytes(operand);
 #pragma unroll 1
@@ -260,7 +296,7 @@ class Stages {
   }
 
   const StagePlan& plan_;
-  const SharedPlace own_;  // in the first stage
+  const SharedPlace own_;  // this thread's place in the first stage
   const uint32_t thread_;
   const uint64_t first_pair_;
   char* data_[kMaxOperands];  // at the chunk's start

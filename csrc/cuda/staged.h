@@ -1,3 +1,5 @@
+// Turns the bytes of a stage (cuda/stage.h) into numbers, and writes results back to global memory:
+// what core/element.h asks of memory, for dense updates.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +10,10 @@
 #include "cuda/access.h"
 #include "cuda/stage.h"
 
-// Values from the bytes of a stage, and back to global memory.
 namespace fusedopt::cuda {
 
-// What Elements asks of memory, for a thread's elements.
+// `Memory` of core/element.h for the elements that a thread computes at a time. Results go from
+// registers to global memory and not through shared memory: nothing waits for a store.
 template <class Rule, class T>
 class Staged {
   static constexpr int kCount = kThreadElements<T>;
@@ -25,10 +27,14 @@ class Staged {
   FUSEDOPT_HD Staged(const Stages<Rule, T>& stages, const Tile& tile, SharedPlace stage)
       : stages_(stages), tile_(tile), stage_(stage) {
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
-      if (is_usual(k)) bytes_[k] = read(k);  // what is not there is not looked at
+      // Read without asking whether the operand is there: this takes no branch, and the bytes of
+      // one that is absent are not used.
+      if (is_usual(k)) bytes_[k] = read(k);
     });
   }
 
+  // Read from the kernel's arguments anew whenever it is asked for. opaque() keeps the compiler
+  // from deriving all its tests at once and holding them in registers over the loop.
   FUSEDOPT_HD Formats formats() const {
     Words<2> words = stages_.plan().formats;
     for (uint32_t& word : words.words) word = opaque(word);
@@ -40,10 +46,12 @@ class Staged {
 
   template <class Storage, bool>
   FUSEDOPT_HD void load(int operand, Values& to) const {
-    // The param's place is that of a float32 master, which is found early there.
+    // A float32 master is at the param's place (plan_stages), whose bytes are in registers already.
     const Bytes bytes = bytes_of(operand == kMaster ? kParam : operand);
     if constexpr (std::is_same_v<Storage, BFloat16>) {
-      for (int j = kCount - 1; j >= 0; --j)  // so that they may take the words' registers
+      // A bfloat16 is the upper half of a float. The last comes first: a pair's first float may
+      // then take the register of the word that both are made of.
+      for (int j = kCount - 1; j >= 0; --j)
         to[j] =
             static_cast<T>(as_float(j % 2 == 0 ? bytes[j / 2] << 16 : bytes[j / 2] & 0xffff0000u));
     } else if constexpr (std::is_same_v<Storage, Float16>) {
@@ -59,6 +67,7 @@ class Staged {
     }
   }
 
+  // 16 bits of each element; the upper half of each word may hold other bits.
   template <bool>
   FUSEDOPT_HD void load_words(int operand, Bits& to) const {
     const Bytes bytes = bytes_of(operand);
@@ -94,7 +103,8 @@ class Staged {
     write<kIsOneFormat>(operand, words);
   }
 
-  // Chunks and pieces start at even elements.
+  // Chunks and pieces start at even elements, so a piece has both elements of each pair that shares
+  // a draw (core/stochastic.h).
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& draws) const {
     constexpr uint32_t kHalf = kCount / 2;
     for (uint32_t p = 0; p < 2; ++p) {
@@ -111,7 +121,8 @@ class Staged {
   }
 
  private:
-  using Bytes = Pack<uint32_t, 8>;  // those of an operand, or twice the same 16
+  // A thread's bytes of an operand. Of one with 16 bytes or fewer, these are twice the same 16.
+  using Bytes = Pack<uint32_t, 8>;
 
   FUSEDOPT_HD Bytes read(int operand) const {
     Bytes bytes;
@@ -125,12 +136,15 @@ class Staged {
     return is_usual(operand) ? bytes_[operand] : read(operand);
   }
 
-  // The lower half is the j-th of the 16 bits that there are.
+  // A word with element j of 16 bits in its lower half. The upper half is not cleared: no reader
+  // looks at it.
   static FUSEDOPT_HD uint32_t word_with(const Bytes& bytes, int j) {
     return j % 2 == 0 ? bytes[j / 2] : bytes[j / 2] >> 16;
   }
 
-  // kIsPlain: to whole pieces, and only to one where 16 bytes would do.
+  // Stores a thread's words, with the widest accesses that the operand's alignment allows. With
+  // `kIsPlain`, all operands have one format and are aligned, so the sets in the plan need not be
+  // looked at.
   template <bool kIsPlain, int kWords>
   FUSEDOPT_HD void write(int operand, const Words<kWords>& words) const {
     constexpr uint32_t kHalf = kWords / 2, kHalfBytes = 4 * kHalf;
@@ -156,7 +170,8 @@ class Staged {
     return half;
   }
 
-  // To a place that is no multiple of the words' size together.
+  // Stores to a misaligned place, element by element. Elements of 2 bytes are stored as such, as
+  // they may lie within a word; those of 4 and 8 bytes as words.
   template <int kWords>
   static FUSEDOPT_HD void write_items(char* to, const Words<kWords>& words) {
     constexpr bool kAreHalves = 2 * kWords < kCount;

@@ -1,3 +1,7 @@
+// What one thread of the step-scalars kernel does: it advances the step count of one parameter and
+// computes the scalars of its update. The kernel runs before the update where the host cannot do
+// this, because only the device knows the step, the hyper-parameters or whether the step is to be
+// skipped. The formulas are those of core/step_scalars.h, and the bits are the same.
 #pragma once
 
 #include <cstdint>
@@ -5,30 +9,29 @@
 #include "core/gpu.h"
 #include "core/step_scalars.h"
 
-// What one thread of the schedule kernel does: it advances the step count of one parameter and
-// computes the scalars of its update, where only the device knows step, hyper-parameters or
-// whether the step is to be skipped.
 namespace fusedopt::cuda {
 
-// All pointers are into device memory. Row r of the clocks belongs to row r of the works; the rows
-// of `num_rows` lie in one column, and their scalars are of its type.
+// All pointers are into device memory. Row r of the counters belongs to row r of the updates. The
+// rows are those of one launch, so all scalars are of its rule and type.
 struct StepScalarsArguments {
   const StepCounter* counters;
   const HyperParamsRef* groups;
   void* scalars;
   const float* grad_scale;
   const float* skip;
-  const double* grad_norm;  // nullptr: not needed
+  const double* grad_norm;  // nullptr: the grads are not read before the step
   int64_t num_rows;
   bool in_double;
 };
 
+// A hyper-parameter: from the device's tensor if there is one, else as the host gave it.
 FUSEDOPT_HD double scalar_of(const DeviceScalar& number, double otherwise) {
   if (number.data == nullptr) return otherwise;
   if (number.dtype == DType::kFloat64) return *static_cast<const double*>(number.data);
   return static_cast<double>(*static_cast<const float*>(number.data));
 }
 
+// The hyper-parameters of a group, with those that are tensors on the device read there.
 FUSEDOPT_HD HyperParams hyper_of(const HyperParamsRef& source) {
   HyperParams hyper = source.values;
   hyper.lr = scalar_of(source.lr, hyper.lr);
@@ -41,7 +44,8 @@ FUSEDOPT_HD HyperParams hyper_of(const HyperParamsRef& source) {
   return hyper;
 }
 
-// Adds 1 to the step count and returns when that is.
+// Adds 1 to the step count, in the format in which it is kept, and returns what it has become. A
+// count in float no longer grows at 2^24, as in torch.
 FUSEDOPT_HD StepInfo increment(const StepCounter& counter) {
   if (counter.step == nullptr) return {0, counter.is_first};
   const bool is_double = counter.dtype == DType::kFloat64;
@@ -55,6 +59,7 @@ FUSEDOPT_HD StepInfo increment(const StepCounter& counter) {
   return {static_cast<uint64_t>(step), counter.is_first || (counter.is_fresh && done == 0)};
 }
 
+// A step that is skipped returns before the count is advanced: it must leave everything as it was.
 template <class Rule>
 FUSEDOPT_HD void step_scalars_thread(const StepScalarsArguments& arguments, int64_t row) {
   if (row >= arguments.num_rows) return;

@@ -1,3 +1,6 @@
+// Sorts updates into launches, plans the block of device memory and fills its mirror on the host
+// (cuda/table.h).
+
 #include "cuda/table.h"
 
 #include <algorithm>
@@ -8,7 +11,7 @@
 namespace fusedopt::cuda {
 namespace {
 
-constexpr int64_t kPartAlignment = 256;
+constexpr int64_t kPartAlignment = 256;  // as CUDA aligns what it allocates
 
 int64_t with_room(int64_t count) {
   int64_t room = 16;
@@ -22,14 +25,14 @@ int64_t count_dims(const DeviceStep& device_step) {
   return count;
 }
 
-// Of a column's table, with room for so many.
+// Bytes of one table of scalars, with room for so many.
 int64_t scalars_bytes(int64_t count) {
   return (count * static_cast<int64_t>(sizeof(Scalars)) + kPartAlignment - 1) / kPartAlignment *
          kPartAlignment;
 }
 
-// Scalars in the types of a column, as bytes. What works of other rules use comes along, without
-// meaning.
+// All scalars of a step in the types of a launch, as bytes. Those that belong to other rules come
+// along without meaning, so that ParamUpdate::scalars is the same index in every table.
 std::vector<uint8_t> converted(const DeviceStep& device_step, const LaunchKey& key) {
   const auto count = static_cast<size_t>(device_step.num_scalars);
   std::vector<uint8_t> bytes(count * sizeof(Scalars));
@@ -51,7 +54,9 @@ bool Partition::update(const DeviceStep& device_step) {
   if (changed) members_.assign(static_cast<size_t>(device_step.num_updates), Member());
   for (size_t w = 0; w < members_.size(); ++w) {
     const ParamUpdate& update = device_step.updates[w];
-    if (update.device == kIdle) continue;  // what is known of it still holds
+    // Without a grad in this step, an update keeps its row and its chunks, and the kernel skips
+    // them. So freezing and unfreezing a parameter sends its row and nothing else.
+    if (update.device == kIdle) continue;
     const bool is_here = update.device == own_device;
     const Member found = is_here ? Member{true, launch_key_of(update), update.numel} : Member();
     Member& member = members_[w];
@@ -63,13 +68,14 @@ bool Partition::update(const DeviceStep& device_step) {
   return changed;
 }
 
+// Rows and chunks of every launch, in the order in which their first parameters come.
 void Partition::divide_up() {
   rows_.clear();
   keys_.clear();
   num_scalars_tables_ = 0;
   chunks_.clear();
   leaves_.clear();
-  std::vector<LaunchKey> found;  // in the order of the works
+  std::vector<LaunchKey> found;  // few, so searching them one by one is quick enough
   for (const Member& member : members_)
     if (member.is_here && std::find(found.begin(), found.end(), member.key) == found.end())
       found.push_back(member.key);
@@ -99,7 +105,7 @@ const std::vector<ChunkStart>& Partition::find_leaves(const DeviceStep& device_s
     if (device_step.updates[w].device != kIdle) sizes[w] = members_[w].numel;
     rows[w] = static_cast<int64_t>(row);
   }
-  if (!leaves_.empty() && sizes == leaf_sizes_) return leaves_;
+  if (!leaves_.empty() && sizes == leaf_sizes_) return leaves_;  // the same grads as before
   leaves_ = plan_leaves(sizes);
   leaf_sizes_.swap(sizes);
   for (size_t i = 0; i + 1 < leaves_.size(); ++i)
@@ -113,6 +119,7 @@ int64_t Partition::max_leaves() const {
   return static_cast<int64_t>(plan_leaves(sizes).size());
 }
 
+// The smallest room among all kernels decides, so that the answer depends on their number alone.
 bool has_few_scalars(const DeviceStep& device_step) {
   int64_t few = device_step.num_scalars;
   for (int rule = 0; rule < Rules::kSize; ++rule)
@@ -175,7 +182,8 @@ void DeviceTable::fill(const DeviceStep& device_step, Partition& partition) {
   const auto put_starts = [&](int64_t offset, const std::vector<ChunkStart>& starts) {
     mirror_.put(offset, starts.data(), static_cast<int64_t>(starts.size() * sizeof(ChunkStart)));
   };
-  if (mirror_.bytes_changed() == mirror_.size()) {  // new: these stay
+  // Only a new table lacks the chunks: with another partition the driver makes a new table.
+  if (mirror_.bytes_changed() == mirror_.size()) {
     put_starts(parts_.chunks, partition.chunks());
   }
   if (device_step.reads_grads) put_starts(parts_.leaves, partition.find_leaves(device_step));
@@ -188,7 +196,7 @@ void DeviceTable::fill(const DeviceStep& device_step, Partition& partition) {
   int64_t done = 0;
   if (device_step.counters == nullptr && !has_few_scalars(device_step))
     for (const Rows& rows : partition.keys()) {
-      if (rows.scalars < done) continue;
+      if (rows.scalars < done) continue;  // an earlier launch of the same types has filled it
       const std::vector<uint8_t> bytes = converted(device_step, rows.key);
       mirror_.put(scalars_of(rows), bytes.data(), static_cast<int64_t>(bytes.size()));
       ++done;
@@ -202,7 +210,7 @@ void DeviceTable::fill_layouts(const DeviceStep& device_step) {
     const Layout entry = {reinterpret_cast<const Dim*>(at(dim)), layout.num_dims};
     const int64_t bytes = layout.num_dims * static_cast<int64_t>(sizeof(Dim));
     mirror_.put(dim, layout.dims, bytes);
-    // Member by member: what lies between them is not the same from one step to the next.
+    // Member by member: the padding of a struct holds any bytes, and would look like a change.
     const int64_t to = parts_.layouts + i * static_cast<int64_t>(sizeof(Layout));
     mirror_.put(to + static_cast<int64_t>(offsetof(Layout, dims)), &entry.dims, sizeof(entry.dims));
     mirror_.put(to + static_cast<int64_t>(offsetof(Layout, num_dims)), &entry.num_dims,
@@ -217,6 +225,7 @@ void DeviceTable::fill_updates(const DeviceStep& device_step, const Partition& p
       const int64_t w = partition.rows()[static_cast<size_t>(row)];
       ParamUpdate update = device_step.updates[w];
       if (device_step.counters != nullptr) {
+        // The device computes scalars for each row, so a row finds its own at its own place.
         update.scalars = static_cast<int32_t>(row - rows.first_row);
         mirror_.put(parts_.counters + row * static_cast<int64_t>(sizeof(StepCounter)),
                     &device_step.counters[w], sizeof(StepCounter));

@@ -1,3 +1,6 @@
+// The device's side of a step: what its kernels read, in one block of device memory, and how
+// updates are sorted into launches. The table is kept between steps; HostMirror finds what has
+// changed, and only that is copied to the device.
 #pragma once
 
 #include <cstdint>
@@ -8,32 +11,35 @@
 #include "cuda/host_mirror.h"
 #include "cuda/launch.h"
 
-// The device's side of a step: what its kernels read, in one block of device memory.
 namespace fusedopt::cuda {
 
-// Works of one column, neighbours in the table, and the launch that does them.
+// One launch: the updates with the same key, which are neighbouring rows of the table, and their
+// chunks.
 struct Rows {
   LaunchKey key;
   int64_t first_row, num_rows;
-  int64_t first_chunk, num_chunks;  // and one more start, the end
-  int64_t scalars;                  // which table of scalars: columns of the same types share one
+  int64_t first_chunk, num_chunks;  // one more start follows, the end
+  int64_t scalars;                  // which table of scalars; launches of one rule and type share
 };
 
-// The works of one device, sorted by column. All of it follows from what their columns and sizes
-// are.
+// The updates of one device, sorted by launch and cut into chunks. All of it follows from their
+// keys and sizes, so it is made anew only if one of these changes, which is rare.
 class Partition {
  public:
-  // Takes in what a step brings; true if something is not as it was.
+  // Compares a step with the one before. Returns true, and has partitioned anew, if an update has
+  // another key or size, or has come to or left this device. One without a grad keeps its row.
   bool update(const DeviceStep& device_step);
 
-  const std::vector<int64_t>& rows() const { return rows_; }  // numbers of works
+  const std::vector<int64_t>& rows() const { return rows_; }  // indices into DeviceStep::updates
   const std::vector<Rows>& keys() const { return keys_; }
   int64_t num_scalars_tables() const { return num_scalars_tables_; }
-  const std::vector<ChunkStart>& chunks() const { return chunks_; }  // rows count from first_row
-  // Leaves of the global norm of the grads that there are, in the order of the works; rows count
-  // from 0. They take no more room than those of all grads.
+  // Starts of all launches' chunks. ChunkStart::update counts rows from the launch's first_row.
+  const std::vector<ChunkStart>& chunks() const { return chunks_; }
+  // Leaves of the global norm (core/norm.h) of the grads that there are. They come in the order of
+  // the parameters, not of the rows, because the order is part of the norm's definition. Their rows
+  // count from 0. There are never more than max_leaves(), as if every parameter had a grad.
   const std::vector<ChunkStart>& find_leaves(const DeviceStep& device_step);
-  int64_t max_leaves() const;  // and the end
+  int64_t max_leaves() const;  // with the end
 
  private:
   void divide_up();
@@ -43,20 +49,21 @@ class Partition {
     LaunchKey key = {};
     int64_t numel = 0;
   };
-  std::vector<Member> members_;  // one for each work of the optimizer
+  std::vector<Member> members_;  // one for each update of the optimizer
   std::vector<int64_t> rows_;
   std::vector<Rows> keys_;
   int64_t num_scalars_tables_ = 0;
   std::vector<ChunkStart> chunks_;
-  std::vector<ChunkStart> leaves_;  // of grads of
-  std::vector<int64_t> leaf_sizes_;
+  std::vector<ChunkStart> leaves_;   // as found last,
+  std::vector<int64_t> leaf_sizes_;  // for grads of these sizes
 };
 
-// The block's parts, by their offsets: those that change most often come last.
+// The parts of the block, as offsets. Those that change most often come last, because what is sent
+// is one range, from the first to the last byte that changed.
 struct TableLayout {
   int64_t chunks, leaves, dims, layouts, groups, counters, updates;
-  int64_t scalars;       // tables, Rows::scalars
-  int64_t mirror_bytes;  // of all these
+  int64_t scalars;       // one table after the other, by Rows::scalars
+  int64_t mirror_bytes;  // size of all parts above, which the host writes
   int64_t computed;      // scalars that the device computes, sizeof(Scalars) for each row
   int64_t sums;          // a PartialSum for each leaf
   int64_t bytes;
@@ -66,20 +73,22 @@ struct TableLayout {
   bool has_leaves;
 };
 
+// A table in device memory, and what the host knows of its contents.
 class DeviceTable {
  public:
   DeviceTable(const TableLayout& parts, std::shared_ptr<void> memory, void* stream)
       : parts_(parts), memory_(std::move(memory)), stream_(stream), mirror_(parts.mirror_bytes) {}
 
-  // Whether a step's share has room here.
+  // Whether a step has room here. A table also serves one stream only: another stream would not
+  // wait until this one has read it.
   bool fits(const DeviceStep& device_step) const;
   const std::shared_ptr<void>& memory() const { return memory_; }
   HostMirror& mirror() { return mirror_; }
   uint8_t* at(int64_t offset) const { return static_cast<uint8_t*>(memory_.get()) + offset; }
   const TableLayout& parts() const { return parts_; }
-  int64_t scalars_of(const Rows& rows) const;  // where that table is
+  int64_t scalars_of(const Rows& rows) const;  // offset of the table of scalars of a launch
 
-  // Brings the image up to date.
+  // Writes a step into the mirror. What changes by it is then to be sent.
   void fill(const DeviceStep& device_step, Partition& partition);
 
  private:
@@ -92,10 +101,12 @@ class DeviceTable {
   HostMirror mirror_;
 };
 
-// Room for a share, and some more.
+// Plans a table for a step. Counts that may grow are rounded up to powers of two, so that a loop
+// which adds param groups or layouts does not get a new table each time.
 TableLayout plan_table(const DeviceStep& device_step, const Partition& partition);
 
-// True if the scalars of all columns travel with the kernel's arguments.
+// True if the scalars of all launches fit among the kernels' arguments, whatever their rules and
+// types.
 bool has_few_scalars(const DeviceStep& device_step);
 
 }  // namespace fusedopt::cuda

@@ -1,6 +1,8 @@
+// Stands in for the CUDA driver in builds without it; the build chooses one of the two. It says why
+// CUDA tensors cannot be stepped.
+
 #include "core/gpu.h"
 
-// Stands in for the CUDA driver in builds without it; the build chooses between the two.
 namespace fusedopt::cuda {
 
 const char* unavailable_reason() {

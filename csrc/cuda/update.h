@@ -1,3 +1,6 @@
+// What one thread of the update kernel does. There is one kernel for a rule and the type it
+// computes in, for updates in any formats. No thread needs another one, so the emulation on the
+// host can go through the threads one after the other and get what a GPU gives.
 #pragma once
 
 #include <cstdint>
@@ -13,12 +16,11 @@
 #include "cuda/staged.h"
 #include "cuda/tuning.h"
 
-// What one thread of the update kernel does: one text for a rule and the type it computes in, for
-// works in any format. Threads share nothing, so the host can go through them one after the other
-// and get what a GPU gives.
 namespace fusedopt::cuda {
 
-// The kernel's arguments, at most 4 KiB. All pointers are into device memory.
+// The kernel's arguments, for which CUDA has room for 4 KiB. All pointers are into device memory.
+// Where the scalars of all groups fit, they are passed here, and no table of them has to be copied
+// to the device.
 template <class Rule, class T>
 struct UpdateArguments {
   using UpdateScalars = StepScalars<Rule, T>;
@@ -28,12 +30,12 @@ struct UpdateArguments {
   const ChunkStart* chunks;  // one for each block, and the end
   const Layout* layouts;
   const UpdateScalars* scalars;  // by ParamUpdate::scalars; nullptr: they are in `few`
-  const float* skip;             // nullptr or the flag that makes the step do nothing
+  const float* skip;             // a value above 0 makes the step do nothing; nullptr: always step
   StagePlan plan;
   UpdateScalars few[kFew];
 };
 
-// What is the same for all elements of a chunk.
+// A thread's part in the update of one chunk.
 template <class Rule, class T>
 class ChunkUpdate {
  public:
@@ -43,13 +45,15 @@ class ChunkUpdate {
                           const StepScalars<Rule, T>& scalars, uint32_t variant)
       : arguments_(arguments), chunk_(chunk), scalars_(scalars), variant_(variant) {}
 
-  // The copies are so many stages ahead that they go where the last elements were read.
+  // A software pipeline over kStages stages of shared memory. kStages - 1 tiles are copied in
+  // advance; each turn then starts one more copy, waits for the oldest, and computes. The copy of a
+  // turn goes to the stage that the turn before has read.
   FUSEDOPT_HD void run_dense(const Stages<Rule, T>& stages) const {
     const uint32_t stride = stages.stride(), end = stages.end(), piece = stages.piece_elements();
     uint32_t next = stages.start();  // to be copied
     const auto copy_next = [&](SharedPlace stage) __attribute__((always_inline)) {
       if (next < end) stages.start_copies(stages.tile(next), stage);
-      end_copies();
+      end_copies();  // a group for each turn, an empty one at the end, so that counts stay right
       next += stride;
     };
     SharedPlace stage = stages.first_stage();
@@ -61,18 +65,21 @@ class ChunkUpdate {
 #pragma unroll 1
     for (uint32_t at = stages.start(); at < end; at += stride) {
       copy_next(stage);
-      wait_for_copies<kStages - 1>();
+      wait_for_copies<kStages - 1>();  // this thread's own; it reads no others', so no barrier
       stage = stages.after(stage);
       stages.align(stage);
       const Tile tile = stages.tile(at);
       Math math;
       if (update_elements(Staged<Rule, T>(stages, tile, stage), math)) continue;
+      // Rare: an operand for which the branch-free mathematics is not exact. Nothing has been
+      // stored yet, so all elements of the tile are read again from global memory.
       const uint32_t count = tile.at[1] != tile.at[0] ? 2 * piece : piece;
 #pragma unroll 1
       for (uint32_t i = 0; i < count; ++i)
         update_single(chunk_.begin +
                       (i < piece ? tile.at[0] * piece + i : tile.at[1] * piece + i - piece));
     }
+    // What fills no piece, about one piece at either end of the chunk.
     const uint32_t head = stages.first() * piece, staged_elements = end * piece - head;
     const uint32_t left = static_cast<uint32_t>(chunk_.end - chunk_.begin) - staged_elements;
 #pragma unroll 1
@@ -80,7 +87,8 @@ class ChunkUpdate {
       update_single(chunk_.begin + i + (i < head ? 0 : staged_elements));
   }
 
-  // Neighbours by neighbouring threads. Several at a time: their loads overlap.
+  // Neighbouring threads do neighbouring elements. Each does two at a time, so that their loads
+  // overlap; the second is the first again at the end.
   FUSEDOPT_HD void run_strided() const {
     constexpr int kAtATime = 2;
     const int64_t step = kAtATime * chunk_.slice.size;
@@ -101,10 +109,12 @@ class ChunkUpdate {
   }
 
  private:
-  // Square roots and divisions in double are IEEE's own: rare enough to be slow.
+  // In float, square roots and divisions take no branch (core/branch_free.h). In double they are
+  // the compiler's own: steps in float64 are rare enough for these to be slow.
   using Math = std::conditional_t<sizeof(T) == sizeof(float), BranchFree<>, Ieee>;
 
-  // All at once; false if `math` does not do for one of them, and then nothing is stored.
+  // Computes all elements of `memory`. Returns false, and has stored nothing, if `math` was not
+  // exact for one of them. opaque() keeps the tests of the variant from being held over the loop.
   template <class Memory, class AnyMath>
   FUSEDOPT_HD bool update_elements(const Memory& memory, AnyMath& math) const {
     Elements<Rule, T, typename Memory::Values, Memory> elements(memory);
@@ -115,6 +125,7 @@ class ChunkUpdate {
     return true;
   }
 
+  // One element, with the compiler's exact square root and division.
   FUSEDOPT_HD void update_single(int64_t element) const {
     Singles<T, 1> single(chunk_.update, arguments_.layouts);
     single.place(0, element);
@@ -128,13 +139,15 @@ class ChunkUpdate {
   const uint32_t variant_;
 };
 
-// All that thread number `thread` of block number `block` does.
+// All that thread number `thread` of block number `block` does. same_for_warp() tells the compiler
+// which numbers are equal in all threads of a warp: they are then kept in uniform registers, once
+// for the warp, and what branches on them does not diverge.
 template <class Rule, class T>
 FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, SharedPlace shared,
                                uint32_t block, uint32_t thread) {
   if (arguments.skip != nullptr && *arguments.skip > 0) return;
   const ChunkStart from = arguments.chunks[block], to = arguments.chunks[block + 1];
-  // A part of one work for the whole block, or a work for each warp.
+  // A chunk is a part of one update, for the whole block, or several small ones, for a warp each.
   const bool is_shared = to.update - from.update <= 1;
   const int64_t w = same_for_warp(from.update + (is_shared ? 0 : thread / kWarp));
   if (!is_shared && w >= to.update) return;
@@ -144,7 +157,8 @@ FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, Shared
       is_shared ? ThreadSlice{thread, kBlockThreads} : ThreadSlice{thread % kWarp, kWarp};
   const Chunk chunk = {arguments.updates + w, same_for_warp(w == from.update ? from.element : 0),
                        same_for_warp(w == to.update ? to.element : update.numel), slice};
-  // A copy: a reference to one place or another would be of an unknown address space.
+  // A copy: a reference to either of the two places would be into an unknown address space, which
+  // would have to be found out at each access.
   const StepScalars<Rule, T> scalars =
       same_for_warp(arguments.scalars != nullptr ? arguments.scalars[update.scalars]
                                                  : arguments.few[update.scalars]);

@@ -1,8 +1,9 @@
+// The one assertion of these tests.
 #pragma once
 
 #include <cstdio>
 
-// CHECK(condition) reports a false condition, counts it and goes on.
+// CHECK(condition) reports a condition that is false, counts it, and goes on.
 inline int g_failures = 0;
 
 inline void check(bool holds, const char* condition, const char* file, int line) {

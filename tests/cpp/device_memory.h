@@ -1,3 +1,4 @@
+// Memory of the host that takes the place of a device's.
 #pragma once
 
 #include <cstdint>
@@ -5,8 +6,8 @@
 #include <cstring>
 #include <memory>
 
-// Memory in the place of a device's: aligned as an allocator of CUDA aligns it, of exactly this
-// size so that ASan sees every overrun, and full of what no test expects.
+// It is aligned as CUDA's allocators align memory, has exactly this size, so that ASan sees every
+// overrun, and is filled with bytes that no test expects.
 inline std::shared_ptr<void> device_memory(int64_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 256, static_cast<size_t>(bytes)) != 0) std::abort();

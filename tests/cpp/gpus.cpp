@@ -1,3 +1,5 @@
+// See gpus.h.
+
 #include "gpus.h"
 
 #include <set>

@@ -1,3 +1,4 @@
+// The CUDA driver with its kernels emulated, as tests step it.
 #pragma once
 
 #include <array>
@@ -8,7 +9,7 @@
 #include "device_memory.h"
 #include "model.h"
 
-// The CUDA driver over the emulated grid.
+// The driver, and the memory that it asks for.
 class Gpus {
  public:
   Gpus()
@@ -24,14 +25,15 @@ class Gpus {
     const float* found_inf = nullptr;
   };
 
-  // Prepares the step on all devices, then launches it, as the bindings do. What the driver has
-  // borrowed is freed at the end.
+  // Prepares the step on all devices, then launches it, as the bindings do. What the driver borrows
+  // for the call is freed at the end, so that ASan sees a later use.
   void step(Model& model, const Options& options);
   void step(Model& model) { step(model, Options()); }
 
   // How often memory of this kind was asked for.
   int allocations(fusedopt::cuda::Memory kind) const { return counts_[static_cast<size_t>(kind)]; }
 
+  // Lets the allocation after so many fail.
   void fail_in(int allocations) { until_failure_ = allocations; }
 
  private:

@@ -1,3 +1,5 @@
+// See model.h.
+
 #include "model.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// A model: the tensors of an optimizer, made by hand, which either driver can step.
 #pragma once
 
 #include <cstdint>
@@ -6,13 +7,12 @@
 #include "core/gpu.h"
 #include "problem.h"
 
-// The tensors of an optimizer made by hand, to be stepped by either driver.
-
+// One parameter: its operands, and what is to be done with them.
 struct Tensor {
   Problem problem;
   std::vector<Buffer> buffers;
   int gpu;
-  int scalars;  // which of the model's
+  int scalars;  // index into the model's scalars
   bool idle = false;
 };
 
@@ -24,13 +24,13 @@ struct Model {
   void add(const Problem& problem, int gpu = 0) { add(problem, gpu, problem.rule); }
   void add(const Problem& problem, int gpu, int scalars);
 
-  bool has_values_of(const Model& other) const;  // guards included
+  bool has_values_of(const Model& other) const;  // compares the guards as well
 };
 
 // A model without tensors and with scalars for each rule, by its number.
 Model empty_model();
 
-// What a share of a step points to.
+// The updates and layouts of a model, to which a step points.
 class Borrowed {
  public:
   explicit Borrowed(Model& model);
@@ -43,5 +43,5 @@ class Borrowed {
   std::vector<fusedopt::Layout> layouts_;
 };
 
-// One step with the CPU driver's baseline.
+// One step by the CPU driver, with the baseline instruction set.
 void step_on_cpu(Model& model);

@@ -1,3 +1,5 @@
+// See problem.h.
+
 #include "problem.h"
 
 #include <algorithm>
@@ -12,7 +14,7 @@ using namespace fusedopt;
 
 namespace {
 
-// What a number reads as when it has been stored.
+// A number after it has been stored and loaded.
 template <class T>
 T as_stored(DType dtype, T value) {
   with_storage<T>(dtype, [&](auto storage) {
@@ -22,7 +24,7 @@ T as_stored(DType dtype, T value) {
   return value;
 }
 
-// What is drawn for an element, of this number in its tensor and with this new weight.
+// The draw of an element with this number in its tensor and this new weight.
 template <class T>
 uint32_t draw_alone(uint32_t rounding_key, int64_t number, T weight) {
   const auto element = static_cast<uint64_t>(number);
@@ -32,7 +34,7 @@ uint32_t draw_alone(uint32_t rounding_key, int64_t number, T weight) {
   return element_draw(own, as_bits(weight == weight ? static_cast<float>(weight) : HUGE_VALF));
 }
 
-// A tensor's operands, at one element.
+// One element in all operands of a tensor.
 class Element {
  public:
   Element(const Problem& problem, std::vector<Buffer>& buffers, int64_t i)
@@ -136,7 +138,7 @@ void set_decay(HyperParams& hyper, Decay decay) {
   hyper.decoupled_weight_decay = decay == Decay::kDecoupled;
 }
 
-// Hyper-parameters that have a rule's variant.
+// Hyper-parameters that lead to this variant.
 HyperParams hyper_for(Sgd::Variant variant) {
   HyperParams hyper;
   hyper.momentum = variant.momentum == Sgd::Momentum::kNone ? 0 : 0.9;
@@ -156,7 +158,7 @@ HyperParams hyper_for(Adam::Variant variant) {
   return hyper;
 }
 
-// Numbers that need care: zeros, subnormals, infinities, NaN, the largest and the smallest.
+// Numbers that need care: zeros, subnormal ones, infinities, NaN, the largest and the smallest.
 double any_special(std::mt19937& random) {
   using Float = std::numeric_limits<float>;
   using Double = std::numeric_limits<double>;
@@ -275,7 +277,7 @@ const std::vector<Dims>& strided_layouts() {
        {10, {3, 1, 1, 1, 1, 1, 1, 1}}},
       {{1500, {2, 1, 1, 1, 1, 1, 1, 1}}},  // every second
       {{1500, {2, 3, 4, 5, 6, 7, 8, 3}}},
-      // Numbers beyond 32 and 33 bits.
+      // Element numbers beyond 32 and 33 bits.
       {{3, {500, 500, 500, 500, 500, 500, 500, int64_t{3} << 32}}, {499, {1, 1, 1, 1, 1, 1, 1, 1}}},
   };
   return kLayouts;

@@ -1,3 +1,5 @@
+// A problem: one tensor's update made by hand. What it works on, and what must come out, computed
+// for each element alone.
 #pragma once
 
 #include <array>
@@ -13,13 +15,11 @@
 #include "core/step_scalars.h"
 #include "core/step.h"
 
-// One tensor's update made by hand, what it works on, and what must come out.
-
 inline constexpr int64_t kGuard = 8;  // elements around an operand that must not change
 
-// One operand's memory, of any format, none for one that is absent. With `guard` 0 the memory ends
-// where the operand does, so that ASan sees what is read behind it. `shift` moves the operand by
-// elements, at most `guard`.
+// The memory of one operand in any format; none if the operand is absent. With a guard of 0 the
+// memory ends where the operand does, so that ASan sees a read behind it. `shift` moves the operand
+// by so many elements, at most `guard`.
 class Buffer {
  public:
   Buffer(fusedopt::DType dtype, int64_t elements, std::mt19937& random, int64_t guard = kGuard,
@@ -40,7 +40,7 @@ class Buffer {
   std::vector<uint8_t>& bytes() { return bytes_; }  // guards included
   fusedopt::DType dtype() const { return dtype_; }
 
-  // Of a NaN, the payload does not count.
+  // Two NaNs are equal, whatever their payloads.
   bool operator==(const Buffer& other) const;
 
   template <class T>
@@ -63,7 +63,7 @@ class Buffer {
     });
   }
 
-  // 16 bits, whatever they mean.
+  // The 16 bits of an element, whatever they mean.
   uint16_t word(int64_t at) const {
     uint16_t word;
     std::memcpy(&word, place(at), sizeof(word));
@@ -82,7 +82,7 @@ class Buffer {
   std::vector<uint8_t> bytes_;
 };
 
-// Dtypes and shifts stand in the operands' places (core/layout.h).
+// Dtypes and shifts are indexed by operand (core/layout.h).
 struct Problem {
   fusedopt::RuleId rule;
   int variant;
@@ -94,7 +94,7 @@ struct Problem {
   int64_t numel;
   std::array<int64_t, fusedopt::kMaxOperands> shifts;
   int64_t guard = kGuard;
-  int64_t first_number = 0;  // of the first element in its tensor
+  int64_t first_number = 0;  // number in its tensor of the first element
 
   bool has(int operand) const {
     return dtypes[static_cast<size_t>(operand)] != fusedopt::DType::kAbsent;
@@ -105,9 +105,10 @@ inline constexpr fusedopt::DType kAllDTypes[] = {
     fusedopt::DType::kFloat32, fusedopt::DType::kFloat64, fusedopt::DType::kBFloat16,
     fusedopt::DType::kFloat16};
 
-// One for every variant of every rule, without masters, averages and stochastic rounding.
+// A problem for every variant of every rule, without master weight, average and stochastic
+// rounding.
 std::vector<Problem> all_problems();
-// One for every variant of this rule, by their numbers; the last one's scalars have every term.
+// The same for one rule, in the order of their numbers. The scalars of the last have every term.
 std::vector<Problem> problems_of(fusedopt::RuleId rule);
 
 // Calls `f` with the id of every rule.
@@ -116,38 +117,38 @@ void for_each_rule(const F& f) {
   for (int rule = 0; rule < fusedopt::Rules::kSize; ++rule) f(static_cast<fusedopt::RuleId>(rule));
 }
 
-// The same with param, grad and the states that there are in one format.
+// The problem with param, grad and its states in one format.
 Problem in_format(Problem problem, fusedopt::DType dtype);
 
-// The same with each operand in a format of its own, perhaps a master weight, an average and
-// stochastic rounding of what may have it.
+// The problem with each operand in any format and, at random, a master weight, an average, and
+// stochastic rounding of operands that may have it.
 Problem in_any_formats(Problem problem, std::mt19937& random);
 
-// The same with the operands a bit each that can be, rounded stochastically.
+// The problem with stochastic rounding of those of these operands that may have it.
 Problem rounded_stochastically(Problem problem, unsigned operands);
 
-// The same with strided operands.
+// The problem with strided operands.
 Problem with_dims(Problem problem, const fusedopt::Dims& dims);
 
-// Ways in which operands can lie that are not dense.
+// Several strided layouts.
 const std::vector<fusedopt::Dims>& strided_layouts();
 
 // The scalars of a step of the problem.
 fusedopt::Scalars scalars_at(const Problem& problem, fusedopt::StepInfo info, double grad_scale);
 
-// A buffer for each place.
+// A buffer for each operand.
 std::vector<Buffer> make_buffers(const Problem& problem, uint32_t seed = 4);
 
-// Replaces one number of so many by zeros, subnormals, infinities, NaN or numbers near the ends of
-// the formats.
+// Replaces one number in so many by a zero, a subnormal number, an infinity, a NaN or a number near
+// the ends of the formats.
 void put_special_values(const Problem& problem, std::vector<Buffer>& buffers, uint32_t among,
                         std::mt19937& random);
 
-// Offset of element number i in an operand; its number in the tensor for kIndex.
+// Offset of element number i in an operand; for kIndex, its number in the tensor.
 int64_t offset_of(const Problem& problem, int64_t i, int operand);
 
-// What a step does, as core/element.h says it, for each element alone.
+// The step as core/element.h describes it, for each element alone: what drivers must give.
 void update_one_by_one(const Problem& problem, std::vector<Buffer>& buffers);
 
-// For the CPU, with scalars 0 and, if it is not dense, layout 0.
+// The update for the CPU driver, with index 0 of scalars and, if it is strided, of layouts.
 fusedopt::ParamUpdate make_update(const Problem& problem, std::vector<Buffer>& buffers);

@@ -1,5 +1,5 @@
-// Square roots and divisions without branches, against IEEE's, whatever the last bits of the
-// approximations they start from.
+// Square roots and divisions without branches give the results of IEEE 754, or say that they do
+// not, even if the approximations that they start from are off in their last bits.
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -13,7 +13,7 @@
 namespace fusedopt {
 namespace {
 
-int g_ulps = 0;  // by which the approximations are off
+int g_ulps = 0;  // error of the approximations, in units of the last place
 
 float moved(float x) {
   if (!(std::fabs(x) > 0) || std::isinf(x)) return x;
@@ -45,8 +45,8 @@ float number(int exponent, uint32_t mantissa) {
 
 bool is_same(float a, float b) { return bit_cast<uint32_t>(a) == bit_cast<uint32_t>(b); }
 
-// A mantissa of all ones is the one denominator whose reciprocal has to be right at the start: a
-// correction then ends in a tie. GPUs have it right.
+// Denominators with a mantissa of all ones are the only ones whose approximate reciprocal has to be
+// exact, because a correction ends in a tie. GPUs give it exactly.
 bool is_delicate(float denominator) {
   return g_ulps != 0 && (bit_cast<uint32_t>(denominator) & 0x7fffffu) == 0x7fffffu;
 }
@@ -112,7 +112,7 @@ void rare_operands_are_found_or_exact() {
   for (const float n : all)
     for (const float square : all)
       for (const float eps : all) check_both(n, square, eps, false);
-  // Where nothing was learnt for a while, grads and states are 0.
+  // Grads and states are 0 where nothing has been learnt for a while.
   for (const float eps : {1e-8f, 1e-15f, 0x1p-67f, 1.0f})
     for (const float n : {0.0f, -0.0f, 1.0f, 0x1p-126f, -0x1p-126f}) {
       check_both(n, 0.0f, eps, n * n < 1e20f * eps);
@@ -127,7 +127,7 @@ void rare_operands_are_found_or_exact() {
     BranchFree<Perturbed> math;
     math.divide_by_root(r.numerator, r.square, r.eps);
     CHECK(!math.is_exact());
-    math.divide_by_root(1.0f, 1.0f, 1.0f);  // it stays so
+    math.divide_by_root(1.0f, 1.0f, 1.0f);  // an exact result does not clear the flag
     CHECK(!math.is_exact());
   }
 }

@@ -1,5 +1,6 @@
-// Torch-free tests of csrc/core and of the drivers, CUDA's over an emulated grid. Run as `test_core
-// SUITE`; exits with 0 if every CHECK of the suite held. Compiled and run by tests/test_cpp.py.
+// Tests of csrc/core and of both drivers without Python and torch; the kernels of the CUDA driver
+// are emulated. Run as `test_core SUITE`, which exits with 0 if every CHECK of the suite held.
+// tests/test_cpp.py compiles and runs it.
 #include "check.h"
 
 #include <cstring>

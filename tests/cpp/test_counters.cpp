@@ -1,5 +1,5 @@
-// Steps whose count, hyper-parameters and scale only the device knows, eager and captured: what the
-// CPU driver gives with scalars that the host computes.
+// Steps whose count, hyper-parameters and grad_scale only the device knows, eager and captured,
+// give what the CPU driver gives with scalars that the host computes.
 #include "check.h"
 #include "gpus.h"
 
@@ -14,10 +14,10 @@ using namespace fusedopt::cuda;
 
 namespace {
 
-// Where a tensor's step count is kept.
+// How a tensor's step count is kept.
 enum class Count { kFloat, kDouble, kNone };
 
-// A model with clocks, and another that goes through the same steps on the CPU.
+// A model with step counters, and another that goes through the same steps on the CPU.
 class Counted {
  public:
   Counted() : model_(empty_model()) {
@@ -31,10 +31,10 @@ class Counted {
       Problem mixture = problem;
       mixture.dtypes[kParam] = DType::kFloat64;
       add_tensor(mixture, Count::kDouble, 3);
-      // Averages and draws depend on the count as well.
+      // Averages and random draws depend on the count as well.
       for (int i = 0; i < 3; ++i)
         add_tensor(in_any_formats(problem, random), i == 0 ? Count::kFloat : Count::kDouble, i);
-      // Adam always counts; what SGD has instead is whether its state is new.
+      // Adam always counts its steps. SGD may only know whether its state is new.
       if (problem.rule == kIdOf<Sgd>) add(problem, DType::kFloat32, Count::kNone, 0);
       model_.tensors.back().gpu = 3;
     }
@@ -59,7 +59,7 @@ class Counted {
     return options;
   }
 
-  // What a step must do, done by the host.
+  // Does on the host what a step must do.
   void expect_step() {
     if (found_inf_ > 0) return;
     expected_.scalars.clear();
@@ -83,7 +83,7 @@ class Counted {
     }
   }
 
-  // Numbers of group `g` that the device reads; those on the host are wrong from here on.
+  // Lets the device read the numbers of group `g`; those on the host are wrong from here on.
   void put_on_device(size_t g) {
     HyperParamsRef& group = groups_[g];
     const auto number = [&](double& value, DeviceScalar& source) {
@@ -170,7 +170,7 @@ void test_steps_are_counted() {
   }
 }
 
-// A skipped step counts for nothing: the one after it is a first step still.
+// A step that is skipped does not count: the one after it is still a first step.
 void test_skipped_steps() {
   Gpus gpus;
   Counted counted;
@@ -204,7 +204,7 @@ void test_numbers_on_the_device() {
   }
 }
 
-// Counts that a float does not tell from their neighbours, as in torch.
+// Counts beyond those that a float can tell apart act as in torch.
 void test_late_steps() {
   for (const double done : {16777215.0, 16777216.0, 9007199254740991.0}) {
     float in_float = static_cast<float>(done);
@@ -222,8 +222,8 @@ void move_buffers(Model& model) {
   for (Tensor& tensor : model.tensors) tensor.buffers = std::vector<Buffer>(tensor.buffers);
 }
 
-// What was captured reads its own table, whatever the steps in between do; lr, counts, scale and
-// found_inf are read anew in every replay.
+// A captured step reads its own table, whatever the steps in between do. lr, step counts,
+// grad_scale and found_inf are read anew in every replay.
 void test_capture() {
   Gpus gpus;
   Counted counted;
@@ -233,7 +233,7 @@ void test_capture() {
   emulation()->begin_capture();
   gpus.step(counted.model(), counted.options());
   emulation()->end_capture();
-  counted.check_values();                         // nothing has run
+  counted.check_values();                         // nothing has run yet
   CHECK(gpus.allocations(Memory::kDevice) == 2);  // a graph's table is not from torch
   for (int replay = 0; replay < 4; ++replay) {
     counted.lr() = 0.125f * static_cast<float>(replay);
@@ -243,7 +243,7 @@ void test_capture() {
     emulation()->replay();
     counted.check_values();
     counted.found_inf() = 0;
-    Model moved = counted.model();  // another model's step, with the same driver
+    Model moved = counted.model();  // a step of another model by the same driver
     move_buffers(moved);
     std::vector<double> counts(moved.tensors.size());
     std::vector<StepCounter> counters(moved.tensors.size());
@@ -256,7 +256,7 @@ void test_capture() {
   }
 }
 
-// A graph that was captured at the very first step, and steps without a graph after it.
+// A graph that was captured in the very first step, and then steps without a graph.
 void test_capture_first() {
   Gpus gpus;
   Counted counted;
@@ -264,7 +264,7 @@ void test_capture_first() {
   gpus.step(counted.model(), counted.options());
   emulation()->end_capture();
   for (int step = 0; step < 3; ++step) {
-    // Without a count, the graph goes on as it was captured: as a first step.
+    // A parameter without a count would be updated as in a first step in every replay.
     if (step == 0) {
       counted.expect_step();
       emulation()->replay();
@@ -279,7 +279,7 @@ void test_capture_first() {
 void test_capture_twice() {
   Gpus gpus;
   Counted counted;
-  // Without a count, both would go on as they were captured: as first steps.
+  // Parameters without a count would be updated as in a first step both times.
   for (size_t i = 0; i < counted.model().tensors.size(); ++i)
     counted.model().tensors[i].idle = !counted.is_counted(i);
   emulation()->begin_capture();

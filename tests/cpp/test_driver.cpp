@@ -1,5 +1,5 @@
-// The CPU driver on works made by hand: every instruction set, any dtypes and layouts, bit for bit
-// what the rule gives for each element alone.
+// The CPU driver on updates made by hand, with every instruction set, any dtypes and layouts: bit
+// for bit what the rule gives for each element alone.
 #include "check.h"
 #include "problem.h"
 
@@ -15,9 +15,9 @@ using Buffers = std::vector<Buffer>;
 void drive(const Problem& problem, Buffers& buffers, cpu::Isa isa, int threads) {
   ParamUpdate updates[4] = {{}};
   for (int i = 1; i < 4; ++i) updates[i] = make_update(problem, buffers);
-  updates[2].device = kIdle;  // would update a second time
+  updates[2].device = kIdle;  // the same operands: an update would be a second one
   updates[3].device = kFirstGpu;
-  // Two threads need many chunks to be called at all.
+  // A second thread is only used if there are many chunks.
   const auto chunks =
       plan_chunks({0, problem.numel, problem.numel, problem.numel}, threads > 1 ? 64 : 1000);
   const Layout layout = {problem.dims.data(), static_cast<int>(problem.dims.size())};
@@ -32,7 +32,7 @@ void check_values(const Problem& problem, const Buffers& before) {
   for (const cpu::Isa isa : {cpu::Isa::kBaseline, cpu::Isa::kAvx2, cpu::Isa::kAvx512}) {
     if (isa > cpu::best_isa()) continue;
     for (const int threads : {1, 2}) {
-      if (threads > 1 && problem.numel < 1000) continue;  // one would do it all
+      if (threads > 1 && problem.numel < 1000) continue;  // one thread would do all of it
       Buffers buffers = before;
       drive(problem, buffers, isa, threads);
       CHECK(buffers == expected);  // guards included
@@ -60,7 +60,7 @@ void test_dense() {
         }
 }
 
-// What there is beside param, grad and states, each alone and together.
+// Master weights and averages, each alone and together.
 void test_masters_and_emas() {
   for (Problem problem : all_problems())
     for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
@@ -78,7 +78,7 @@ void test_masters_and_emas() {
     }
 }
 
-// From either end, and the ends themselves.
+// Averages interpolated from either end, and rates of 0 and 1.
 void test_rates_of_emas() {
   for (Problem problem : all_problems())
     for (const double decay : {0.0, 0.25, 0.5, 0.999, 1.0})
@@ -139,8 +139,8 @@ void test_special_values() {
     }
 }
 
-// One element for each pattern of a 16-bit format, with SGD that changes nothing and computes in
-// float or, with grads in it, in double.
+// One element for each bit pattern of a 16-bit format, with SGD that changes nothing. It computes
+// in float or, with grads in float64, in double.
 Problem unchanged(DType param, DType grad) {
   Problem problem = problems_of(kIdOf<Sgd>)[0];
   problem.hyper.lr = 0;
@@ -173,8 +173,8 @@ void test_every_pattern() {
     }
 }
 
-// Params of 0 become what the grads are, rounded: numbers of every exponent, and those halfway
-// between two of the format with their neighbours.
+// Params of 0 become the grads, rounded: numbers of every exponent, and those halfway between two
+// numbers of the format with their neighbours.
 void test_every_rounding() {
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16})
     for (const DType grad : {DType::kFloat32, DType::kFloat64}) {
@@ -187,13 +187,14 @@ void test_every_rounding() {
           buffers[kParam].set_word(i, static_cast<uint16_t>(i));
           const auto low = bit_cast<uint32_t>(buffers[kParam].get<float>(i));
           buffers[kParam].set_word(i, 0);
-          // Half of a last place: of a float from bfloat16, or of one from a normal float16.
+          // Half of a last place, of bfloat16 or of normal float16, as bits of a float.
           const uint32_t half = dtype == DType::kBFloat16 ? 0x8000u : 0x1000u;
           const float value = bit_cast<float>(low + half + static_cast<uint32_t>(around));
           buffers[kGrad].set(i, static_cast<double>(value));
         }
         check_values(problem, buffers);
-        for (int64_t i = 0; i < problem.numel; ++i) {  // subnormal float16, and too large ones
+        for (int64_t i = 0; i < problem.numel;
+             ++i) {  // subnormal numbers of float16, and numbers too large for it
           const double value = (static_cast<double>(i) - 32768 + 0.5 * around) * 0x1p-26;
           buffers[kGrad].set(i, i % 2 == 0 ? value : std::ldexp(value, static_cast<int>(i % 61)));
         }
@@ -202,7 +203,8 @@ void test_every_rounding() {
     }
 }
 
-// Roots and quotients of all magnitudes: Adam with params of 0 that become grad / sqrt(exp_avg_sq).
+// Square roots and quotients of all magnitudes: Adam with params of 0, which become grad /
+// sqrt(exp_avg_sq).
 void test_roots() {
   std::mt19937 random(12);
   const HyperParams hyper = {};
@@ -228,7 +230,8 @@ void test_roots() {
     }
 }
 
-// A step draws anew for each operand and element, whatever else is stepped with it.
+// The random draws of a step differ by operand and element, and do not depend on what else is
+// updated with them.
 void test_draws() {
   Problem problem = in_format(problems_of(kIdOf<Adam>).back(), DType::kBFloat16);
   for (const StochasticRounding rounding :

@@ -12,8 +12,8 @@ using namespace fusedopt;
 
 namespace {
 
-// What the pattern means, from the format's definition alone. Infinity reads as the power of two
-// that would come after the largest number, which is where rounding sees it.
+// The number that a bit pattern means, from the format's definition alone. Infinity is read as the
+// power of two that would come after the largest number: for rounding, it lies there.
 double value_of(int pattern, int mantissa_bits, int exponent_bits) {
   const int mantissa = pattern & ((1 << mantissa_bits) - 1);
   const int exponent = (pattern >> mantissa_bits) & ((1 << exponent_bits) - 1);
@@ -72,7 +72,8 @@ void test_every_pattern() {
   }
 }
 
-// Between every two neighbours: the midpoint goes to the even one, its neighbours to the nearer.
+// Between every two neighbours: the midpoint is rounded to the even one, the floats beside it to
+// the nearer one.
 template <class Storage>
 void test_every_midpoint() {
   for (int low = 0; low < kInfinity<Storage>; ++low) {
@@ -122,16 +123,16 @@ void test_wide_formats() {
   CHECK(load<double>(0.1f) == static_cast<double>(0.1f));
 }
 
-// A float and its two halves: over all exponents, signs and lower halves.
+// A float and its two halves, for all exponents, signs and lower halves.
 void test_split_weights() {
   for (uint64_t pattern = 0; pattern <= 0xffffffffu; pattern += 251) {
     const float weight = bit_cast<float>(static_cast<uint32_t>(pattern));
     const SplitWeight<float> parts = split_weight(weight);
-    CHECK((as_bits(parts.param) & 0xffffu) == 0);  // a bfloat16
+    CHECK((as_bits(parts.param) & 0xffffu) == 0);  // it is a bfloat16
     const auto remainder = static_cast<int32_t>(parts.remainder);
     CHECK(remainder >= -0x8000 && remainder <= 0x7fff);
     const float joined = join_weight(parts.param, parts.remainder);
-    // Only the lower half of a word is kept.
+    // Only the lower half of the remainder's word is stored.
     const float joined_again = join_weight(parts.param, (parts.remainder & 0xffffu) | 0x12340000u);
     CHECK(as_bits(joined_again) == as_bits(joined));
     if (weight != weight) {
@@ -140,7 +141,8 @@ void test_split_weights() {
     }
     CHECK(as_bits(joined) == pattern);
     if (std::isinf(weight) || std::isinf(parts.param)) continue;
-    // No neighbour of the param is nearer, and at a tie the param is the larger one.
+    // Neither neighbour of the param is nearer, and of two equally near ones it is the larger in
+    // magnitude.
     const auto param = static_cast<uint16_t>(as_bits(parts.param) >> 16);
     const double distance = std::fabs(static_cast<double>(weight) - parts.param);
     for (const int step : {-1, 1}) {

@@ -1,5 +1,5 @@
-// The CUDA driver through its facade, its kernels' code over an emulated grid: bit for bit what the
-// CPU driver gives, whose own tests compare it with the rule.
+// The CUDA driver through its interface, with the code of its kernels emulated: bit for bit what
+// the CPU driver gives, which its own tests compare with the rules.
 #include "check.h"
 #include "gpus.h"
 
@@ -12,12 +12,12 @@ using namespace fusedopt::cuda;
 
 namespace {
 
-// Sizes at which warps, blocks and vectors end.
+// Sizes at and around the ends of pieces, warps and blocks.
 std::vector<int64_t> sizes() {
   return {0, 1, 3, 31, 32, 33, 64, 127, 255, 256, 257, 511, 512, 513, 1024, 2345};
 }
 
-// Steps a copy of the model on the CPU and the model on the GPU.
+// Steps the model on the GPU and a copy of it on the CPU.
 void check_steps(Gpus& gpus, Model& model, int steps = 1) {
   Model expected = model;
   for (int step = 0; step < steps; ++step) {
@@ -47,7 +47,7 @@ void test_formats_and_sizes() {
   check_steps(model);
 }
 
-// What there is beside param, grad and states, each alone and together.
+// Master weights and averages, each alone and together.
 void test_masters_and_emas() {
   Model model = empty_model();
   for (Problem problem : all_problems())
@@ -83,7 +83,7 @@ void test_mixtures() {
   check_steps(model);
 }
 
-// Each operand alone, then all, off the alignment that vectors need.
+// First each operand alone, then all, not aligned as wide accesses need.
 void test_misaligned() {
   std::mt19937 random(6);
   Model model = empty_model();
@@ -96,7 +96,7 @@ void test_misaligned() {
           if (moved < kMaxOperands && !shifted.has(moved)) continue;
           for (int k = 0; k < kMaxOperands; ++k)
             if (moved == k || moved == kMaxOperands) shifted.shifts[static_cast<size_t>(k)] = by;
-          shifted.numel = by == 1 ? 777 : 130;  // a block's and a warp's
+          shifted.numel = by == 1 ? 777 : 130;  // for a block, and for a warp
           model.add(shifted);
         }
   check_steps(model);
@@ -118,7 +118,7 @@ void test_strided() {
   check_steps(model);
 }
 
-// Numbers that the quick square roots and divisions are not made for, and zeros.
+// Zeros, and numbers for which the branch-free square roots and divisions are not exact.
 void test_special_values() {
   std::mt19937 random(10);
   Model model = empty_model();
@@ -127,7 +127,7 @@ void test_special_values() {
       problem.numel = sizes()[random() % sizes().size()];
       model.add(run < 4 ? in_format(problem, kAllDTypes[run]) : in_any_formats(problem, random));
       Tensor& tensor = model.tensors.back();
-      // Few in a tensor, so that each has neighbours without need for care, or many.
+      // Few in a tensor, so that their neighbours are ordinary numbers, or many.
       put_special_values(tensor.problem, tensor.buffers, run % 3 == 0 ? 2 : 40, random);
     }
   check_steps(model);
@@ -154,7 +154,7 @@ void test_one_large_tensor() {
   }
 }
 
-// Numbers of scalars that fit into a kernel's arguments and that do not, in float and in double.
+// Scalars so few that they fit into a kernel's arguments, and more, in float and in double.
 void test_many_scalars() {
   for (const int fit :
        {UpdateArguments<Sgd, float>::kFew, UpdateArguments<Sgd, double>::kFew,
@@ -184,11 +184,11 @@ Problem any_problem(std::mt19937& random) {
   return dense;
 }
 
-// What users do between two steps.
+// What users may do between two steps.
 void disturb(Model& model, std::mt19937& random) {
   for (Tensor& tensor : model.tensors) {
     tensor.idle = random() % 5 == 0;
-    if (random() % 5 == 0) tensor.buffers = std::vector<Buffer>(tensor.buffers);  // moves
+    if (random() % 5 == 0) tensor.buffers = std::vector<Buffer>(tensor.buffers);  // it moves
     if (random() % 30 == 0) tensor.gpu = 3 - tensor.gpu;
     if (random() % 30 == 0) {
       tensor.problem = any_problem(random);
@@ -221,7 +221,7 @@ void test_everything_changes() {
   }
 }
 
-// Pointers that change, as grads do that are made anew, cost no memory of the device.
+// Pointers may change, as those of new grads do, without new memory on the device.
 void test_memory_is_kept() {
   Gpus gpus;
   Model model = empty_model();
@@ -237,12 +237,12 @@ void test_memory_is_kept() {
   CHECK(gpus.allocations(Memory::kDevice) == 2);
   CHECK(gpus.allocations(Memory::kPageLocked) == 2);
   Gpus::Options options;
-  options.stream = &model;  // the other stream does not wait for what this one does
+  options.stream = &model;  // a table serves one stream only
   gpus.step(model, options);
   CHECK(gpus.allocations(Memory::kDevice) == 4);
 }
 
-// found_inf is read on the device; above 0 nothing changes.
+// found_inf is read on the device; if it is above 0, nothing changes.
 void test_found_inf() {
   for (const float found_inf : {0.0f, 1.0f, 2.0f}) {
     Gpus gpus;
@@ -261,7 +261,7 @@ void test_found_inf() {
   }
 }
 
-// A step that finds no memory changes nothing, and the next one is right.
+// A step for which there is no memory changes nothing, and the next one is right.
 void test_no_memory() {
   std::mt19937 random(9);
   for (int allocations = 0; allocations < 4; ++allocations) {

@@ -1,4 +1,4 @@
-// plan_grid, read as the threads of the update kernel read it.
+// plan_grid, whose result is read as the threads of the update kernel read it.
 #include "check.h"
 
 #include "cuda/grid.h"
@@ -16,12 +16,12 @@ namespace {
 
 using Sizes = std::vector<int64_t>;
 
-// Goes through works piece by piece, from the first element to the last.
+// Goes through updates part by part, and checks that none is left out or taken twice.
 class StepContext {
  public:
   explicit StepContext(const Sizes& sizes) : sizes_(sizes) {}
 
-  // The next piece must begin where the one before ended.
+  // The next part must begin where the one before it ended.
   void take(int64_t update, int64_t begin, int64_t end) {
     CHECK(update == update_ && begin == element_ && begin <= end);
     CHECK(end - begin <= INT32_MAX);  // threads count in 32 bits
@@ -41,7 +41,7 @@ class StepContext {
   int64_t update_ = 0, element_ = 0;
 };
 
-// A part of one work, for a whole block.
+// A part of one update, for a whole block.
 void take_part(StepContext& context, const Sizes& sizes, ChunkStart from, ChunkStart to) {
   CHECK(from.element % cuda::kMinChunkElements == 0);
   const bool to_the_end = to.update != from.update;
@@ -50,7 +50,7 @@ void take_part(StepContext& context, const Sizes& sizes, ChunkStart from, ChunkS
   if (to_the_end) CHECK(to.element == 0);
 }
 
-// Several whole works, one for each warp.
+// Several whole updates, one for each warp.
 void take_updates(StepContext& context, const Sizes& sizes, ChunkStart from, ChunkStart to) {
   CHECK(from.element == 0 && to.element == 0);
   CHECK(to.update - from.update <= kBlockWarps);
@@ -103,7 +103,7 @@ void test_random_lists() {
   }
 }
 
-// One tensor of 64 Ki and ten thousand tiny ones alike are enough blocks for every GPU.
+// One tensor of 64 Ki, and ten thousand tiny ones, make enough blocks for every GPU.
 void test_many_blocks() {
   CHECK(check_grid({65536}) == 65536 / cuda::kMinChunkElements);
   CHECK(check_grid(Sizes(10000, 64)) == 10000 / kBlockWarps);

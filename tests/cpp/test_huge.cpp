@@ -1,4 +1,4 @@
-// Tensors of more than 2^31 elements: chosen blocks of the update kernel, in memory that is
+// Tensors of more than 2^31 elements: single blocks of the update kernel, in memory that is
 // reserved and for the most part never touched.
 #include "check.h"
 #include "problem.h"
@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kTwo30 = int64_t{1} << 30;
 
-// Reserved memory for an operand, zero where it was not written.
+// Reserved memory for an operand. It is zero where nothing was written.
 class Reserved {
  public:
   Reserved(DType dtype, int64_t elements) : dtype_(dtype), bytes_(elements * item_size(dtype)) {
@@ -65,8 +65,8 @@ class Huge {
     update_.device = kFirstGpu;
   }
 
-  // Runs the block that has this element and compares all its elements with what the rule gives;
-  // those beside the chunk must stay.
+  // Runs the block that has this element, and compares all elements of its chunk with what the rule
+  // gives. Those beside the chunk must stay as they are.
   void check_chunk_of(int64_t element) {
     const auto after = std::upper_bound(
         starts_.begin(), starts_.end() - 1, element,
@@ -96,7 +96,7 @@ class Huge {
                                                         offset_of(problem_, element, operand));
   }
 
-  // Elements [begin, end) without anything between or around them.
+  // A problem of elements [begin, end) alone.
   Problem part(int64_t begin, int64_t end) const {
     Problem part = problem_;
     part.dims.clear();
@@ -179,19 +179,19 @@ void test_dense() {
   misaligned.shifts[kParam] = 1;
   check_chunks(misaligned, chunks);
 
-  // Draws depend on the number of an element, its bits beyond 32 and 33 too.
+  // Draws depend on all bits of an element's number, also on those beyond 32 and 33.
   check_chunks(rounded_stochastically(dense(kIdOf<Sgd>, DType::kBFloat16, 8 * kTwo30 + 5), ~0u),
                {0, 4 * kTwo30 - 1, 4 * kTwo30, 8 * kTwo30 - 1, 8 * kTwo30});
 }
 
-// The widest of the operands' strides goes beyond 2^31, or the numbers of elements do.
+// The largest offset of an operand is beyond 2^31, or the number of elements is.
 void test_strided() {
   const Problem problem = in_format(problems_of(kIdOf<Sgd>).back(), DType::kBFloat16);
   const Dims transposed = {{3, {kTwo30, 1, kTwo30}}, {kTwo30, {1, 3, 1}}};
   check_chunks(with_dims(problem, transposed), {0, 2 * kTwo30 - 1, 2 * kTwo30, 3 * kTwo30 - 1});
   const Dims apart = {{5, {kTwo30, 3, 700}}, {3, {1, 1, 200}}};
   check_chunks(with_dims(problem, apart), {0});
-  // No dim may be taken for its last 32 bits, in the first chunk either.
+  // The size of a dim must not be cut to 32 bits, not in the first chunk either.
   const Dims expanded = {{4 * kTwo30 + 5, {1, 0, 1}}};
   check_chunks(with_dims(problem, expanded), {0, 2 * kTwo30, 4 * kTwo30, 4 * kTwo30 + 4});
 }

@@ -1,4 +1,4 @@
-// plan_chunks, coalesce, is_dense and extent: pure functions, checked by what they promise.
+// The pure functions plan_chunks, coalesce, is_dense and extent do what they promise.
 #include "check.h"
 
 #include "core/chunks.h"
@@ -14,7 +14,7 @@ using namespace fusedopt;
 
 namespace {
 
-// Marks what the chunks cover, walking them as a driver does.
+// Marks what the chunks cover, going through them as a driver does.
 void check_covers_once(const std::vector<int64_t>& sizes, int64_t chunk_elements) {
   const std::vector<ChunkStart> starts = plan_chunks(sizes, chunk_elements);
   std::vector<std::vector<int>> visits;
@@ -73,7 +73,7 @@ void test_huge_tensor() {  // element counts beyond 32 bits
 
 using Offsets = std::array<int64_t, kIndex + 1>;
 
-// Where the operands of each element are and what its number is, as a sorted list.
+// The offsets of each element in all operands, and its number, as a sorted list.
 std::vector<Offsets> elements(const Dims& dims) {
   std::vector<Offsets> all = {Offsets{}};
   for (const Dim& dim : dims) {
@@ -131,7 +131,7 @@ void test_descriptions() {
   CHECK(!is_dense(one_apart, 0b01000) && !is_dense(one_apart, 0b11111));
   CHECK(!is_dense(one_apart, 0b100111));
   CHECK(!is_dense({{3, {3, 3}}, {3, {1, 1}}}, 0b11));
-  // The element numbers of what is stepped as one run are a run too.
+  // Elements that are updated as one run also have consecutive numbers.
   Dim numbered_apart = consecutive(9);
   numbered_apart.strides[kIndex] = 2;
   CHECK(!is_dense({numbered_apart}, 0b11));

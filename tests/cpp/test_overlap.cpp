@@ -1,4 +1,4 @@
-// find_overlap against the definition: two regions that own the same byte.
+// find_overlap against the definition of an overlap: two regions have the same byte.
 #include "check.h"
 
 #include "core/overlap.h"
@@ -15,7 +15,7 @@ using namespace fusedopt;
 
 namespace {
 
-constexpr uintptr_t kBase = uintptr_t{1} << 40;  // nothing is read there
+constexpr uintptr_t kBase = uintptr_t{1} << 40;  // no memory is read
 
 // Regions and the dims they point to.
 class Regions {
@@ -34,7 +34,7 @@ class Regions {
     return find_overlap(sorted);
   }
 
-  // Whether these owners share a byte; an owner with itself, if it meets a byte twice.
+  // Whether these owners share a byte; of an owner and itself, whether it has one byte twice.
   bool device_step(int64_t a, int64_t b) const {
     std::map<uintptr_t, int> bytes;
     bool found = false;
@@ -48,7 +48,7 @@ class Regions {
     return found;
   }
 
-  // Marks against a set of bytes, for every two regions.
+  // Marks against a set of bytes, for every pair of regions.
   void check_marks() const {
     for (const Region& a : regions_)
       for (const Region& b : regions_) {
@@ -163,7 +163,7 @@ void test_random_regions() {
     regions.check_marks();
     overlapping += found.has_value();
   }
-  CHECK(overlapping > 100 && overlapping < 400);  // else the test would say little
+  CHECK(overlapping > 100 && overlapping < 400);  // otherwise the test would show little
 }
 
 }  // namespace

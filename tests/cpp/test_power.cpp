@@ -23,7 +23,7 @@ void check_near(double base, uint64_t exponent) {
   CHECK(std::fabs(power(base, exponent) - expected) <= ulp_of(expected));
 }
 
-// Steps that training comes by, and around every power of two.
+// The steps of a training, and those around every power of two.
 std::vector<uint64_t> exponents() {
   std::vector<uint64_t> all = {kLast};
   for (uint64_t i = 0; i < 300; ++i) all.push_back(i);

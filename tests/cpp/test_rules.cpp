@@ -1,4 +1,4 @@
-// The rules against the textbook formulas in double, in every variant.
+// The rules against the formulas of textbooks in double, in every variant.
 #include "check.h"
 
 #include "core/element.h"
@@ -106,7 +106,7 @@ void for_each_variant(const F& f) {
   for (int number = 0; number < Rule::kNumVariants; ++number) f(Rule::Variant::of(number));
 }
 
-// Numbers name variants, each one exactly once.
+// Each variant has a number, and each number a variant.
 template <class Rule>
 void test_numbers() {
   int called = 0;
@@ -138,7 +138,7 @@ void test_ema(double rate) {
       if (rate == 0) CHECK(update_ema(ema, weight) == ema);
       if (rate == 1) CHECK(update_ema(ema, weight) == weight);
     }
-  // What comes after a NaN or an infinity that is no longer there.
+  // What follows in the steps after a NaN or an infinity.
   const T nan = std::numeric_limits<T>::quiet_NaN();
   if (rate == 1) CHECK(update_ema(nan, T(2)) == T(2));
   if (rate == 0) CHECK(update_ema(T(2), nan) == T(2));
@@ -169,7 +169,7 @@ void test_rules() {
 }
 
 void test_step_scalars() {
-  // A decay is split into two parts of one sign, so that inf stays inf and nothing is lost.
+  // Both parts of a decay have one sign, so that inf stays inf, and nothing is lost.
   for (const double decay : {0.0, 1e-12, 1e-5, 1e-3, 0.01, 0.3, 0.999, 1.3, 5.0}) {
     const TwoFloat<double> keep = two_float(1 - decay);
     const long double lost =
@@ -179,7 +179,7 @@ void test_step_scalars() {
     CHECK(keep.rest != 0 && std::signbit(keep.rest) == std::signbit(1 - decay));
     CHECK(std::signbit(keep.high) == std::signbit(1 - decay));
   }
-  // Terms that torch skips are variants without the term.
+  // A term that torch leaves out is a variant without it.
   using Momentum = Sgd::Momentum;
   HyperParams hyper = sgd_hyper();
   CHECK(has_number(Sgd::variant(hyper), {Momentum::kHeavyBall, Decay::kL2}));
@@ -200,7 +200,7 @@ void test_step_scalars() {
   CHECK(clip_factor(hyper, 1) == 1 && clip_factor(hyper, 4) == 2 / (4 + 1e-6));
   hyper.max_grad_norm = HUGE_VAL;
   CHECK(clip_factor(hyper, 4) == 1);
-  // Averages: the first step sets them, then the rate follows from the decay.
+  // Averages: the first step sets them, and then the rate follows from the decay.
   hyper.ema_decay = 0.75;
   CHECK(ema_rate(hyper, {1, true}) == 1 && ema_rate(hyper, {2, false}) == 0.25);
   hyper.ema_bias_correction = true;
@@ -209,7 +209,7 @@ void test_step_scalars() {
     test_ema<float>(rate);
     test_ema<double>(rate);
   }
-  // What is the same for all rules is put beside what is the rule's own, and found there.
+  // The scalars that all rules have are stored beside the rule's own, and are found there.
   hyper.stochastic_rounding = StochasticRounding::kAll;
   hyper.rounding_seed = 9;
   Scalars scalars;

@@ -1,4 +1,4 @@
-// What the driver keeps on a device and how much of it a step sends.
+// What the CUDA driver keeps in its table on a device, and how much of it a step sends.
 #include "check.h"
 #include "device_memory.h"
 
@@ -22,13 +22,13 @@ bool changes(const HostMirror& mirror, int64_t first, int64_t bytes) {
 
 void test_image_ranges() {
   HostMirror mirror(64);
-  CHECK(changes(mirror, 0, 64));  // a new block of memory has nothing yet
+  CHECK(changes(mirror, 0, 64));  // all of a new block of memory is to be sent
   const uint8_t bytes[] = {1, 2, 3, 4};
   mirror.put(8, bytes, 4);
   CHECK(changes(mirror, 0, 64));
   mirror.is_sent();
   CHECK(changes(mirror, 0, 0));
-  mirror.put(8, bytes, 4);  // as it is already
+  mirror.put(8, bytes, 4);  // the same bytes as before
   mirror.put(64, bytes, 0);
   CHECK(changes(mirror, 0, 0));
   mirror.put(40, bytes, 4);
@@ -55,8 +55,8 @@ constexpr int kGpu = 1;
 void* const kElsewhere = reinterpret_cast<void*>(uintptr_t{1} << 20);
 constexpr auto kOwn = static_cast<uint8_t>(kFirstGpu + kGpu);
 
-// A share of four columns: SGD in bfloat16, float32 and float64, and Adam in float32, where one
-// work is strided. Entry i of the scalars is for rule i % 2.
+// A step of four launches on one device: SGD in bfloat16, float32 and float64, and Adam in float32,
+// where one update is strided. Entry i of the scalars is for rule i % 2.
 class Given {
  public:
   Given() : scalars_(3), dims_({{5, {2, 1}}, {7, {20, 5}}}) {
@@ -95,7 +95,7 @@ class Given {
   }
 
   void set_scalars(int64_t count) { scalars_.resize(static_cast<size_t>(count)); }
-  // Scalars that are recognised by this number.
+  // Sets scalars that can be recognised by this number.
   void set_scalars_of(size_t at, double number) {
     if (at % 2 == kIdOf<Sgd>) {
       StepScalars<Sgd, double> scalars = {};
@@ -141,7 +141,7 @@ class Given {
   std::vector<Layout> layouts_;
 };
 
-// A table and what the driver does with it.
+// A table, and what the driver does with it in a step.
 struct Sender {
   Partition partition;
   std::unique_ptr<DeviceTable> table;
@@ -164,7 +164,7 @@ struct Sender {
     return reinterpret_cast<const Row*>(table->at(offset));
   }
 
-  int64_t first = 0;  // of what the last step has sent
+  int64_t first = 0;  // offset of the first byte that the last step has sent
 
  private:
   int64_t first_bytes() {
@@ -175,13 +175,13 @@ struct Sender {
   }
 };
 
-// Number of a work's row on the device.
+// The row of an update on the device.
 int64_t row_of(const Sender& sender, int64_t update) {
   const auto& rows = sender.partition.rows();
   return std::find(rows.begin(), rows.end(), update) - rows.begin();
 }
 
-// A column's table of the scalars, where those of its own rule are of use.
+// The table of scalars of a launch. Only those of its own rule have a meaning.
 template <class Rule, class T>
 void check_scalars(const StepScalars<Rule, T>* found, const DeviceStep& device_step) {
   for (int64_t i = kIdOf<Rule>; i < device_step.num_scalars; i += 2) {
@@ -190,7 +190,7 @@ void check_scalars(const StepScalars<Rule, T>* found, const DeviceStep& device_s
   }
 }
 
-// All that kernels read is as the share has it.
+// All that the kernels read is what the step has.
 void check_device(const Sender& sender, const Given& step) {
   const TableLayout& parts = sender.table->parts();
   const DeviceStep device_step = step.device_step();
@@ -221,7 +221,7 @@ void check_device(const Sender& sender, const Given& step) {
                     chunks.size() * sizeof(ChunkStart)) == 0);
 }
 
-// Rows of every column are neighbours, and each work of the device is in one.
+// The rows of every launch are neighbours, and each update of the device is in one of them.
 void check_partition(const Partition& partition, const Given& step) {
   int64_t row = 0, chunk = 0;
   for (const Rows& key : partition.keys()) {
@@ -262,7 +262,7 @@ void test_unchanged_steps_send_nothing() {
   CHECK(sender.send(step) == 0);
 }
 
-// One changed pointer sends one row.
+// A pointer that changes sends one row.
 void test_changed_pointers() {
   Given step;
   Sender sender;
@@ -275,7 +275,7 @@ void test_changed_pointers() {
     check_device(sender, step);
   }
   step.updates[1].data[kParam] = step.updates[3].data[kParam] = kElsewhere;
-  CHECK(sender.send(step) == 3 * sizeof(ParamUpdate));  // and what lies between them
+  CHECK(sender.send(step) == 3 * sizeof(ParamUpdate));  // and the row between them
   check_device(sender, step);
 }
 
@@ -283,20 +283,21 @@ void test_changed_numbers() {
   Given step;
   Sender sender;
   sender.send(step);
-  step.set_scalars_of(1, 7);  // travels with the kernel's arguments
+  step.set_scalars_of(1, 7);  // these are among the kernel's arguments
   CHECK(sender.send(step) == 0);
   step.dim(1).strides[kGrad] = 9;
   CHECK(sender.send(step) > 0);
   check_device(sender, step);
 
   step.set_scalars(300);
-  CHECK(sender.send(step) == sender.table->mirror().size());  // had no room
+  CHECK(sender.send(step) ==
+        sender.table->mirror().size());  // a new table, as the old one had no room
   step.set_scalars_of(299, 8);
   const int64_t sent = sender.send(step);
   CHECK(sent > 0 && sender.first >= sender.table->parts().scalars);
   check_device(sender, step);
   CHECK(sender.send(step) == 0);
-  step.set_scalars(3);  // few again, and many again
+  step.set_scalars(3);  // few again, and then many again
   CHECK(sender.send(step) == 0);
   step.set_scalars(310);
   sender.send(step);
@@ -319,7 +320,7 @@ void test_changed_counters() {
     const StepCounter& counter = sender.rows_at<StepCounter>(parts.counters)[row];
     CHECK(counter.step == step.counters[w].step && counter.active == step.counters[w].active);
   }
-  // The device writes row r's scalars where work r looks for them.
+  // The device writes the scalars of a row where the update of that row looks for them.
   for (const Rows& key : sender.partition.keys())
     for (int64_t row = 0; row < key.num_rows; ++row)
       CHECK(sender.rows_at<ParamUpdate>(parts.updates)[key.first_row + row].scalars == row);
@@ -327,10 +328,10 @@ void test_changed_counters() {
   CHECK(group.values.lr == 3);
 }
 
-// Params without a grad stay where they are: unfreezing one sends its row and nothing else.
+// Params without a grad keep their rows: to unfreeze one sends its row and nothing else.
 void test_idle_updates() {
   Given step;
-  step.updates[2].device = kIdle;  // from the beginning: not known yet
+  step.updates[2].device = kIdle;  // idle from the start, so nothing is known of it
   Sender sender;
   sender.send(step);
   CHECK(sender.partition.rows().size() == step.updates.size() - 1);
@@ -364,7 +365,7 @@ void test_moving_updates() {
   moves();
   Given::set_dtypes(step.updates[3], DType::kFloat64);
   moves();
-  step.updates[3].rule = kIdOf<Adam>;  // where nothing was in double
+  step.updates[3].rule = kIdOf<Adam>;  // where no other update is in double
   moves();
   step.updates[3].formats.dtypes[kMaster] = DType::kFloat32;
   moves();
@@ -373,7 +374,7 @@ void test_moving_updates() {
   step.updates[1].data[kGrad] = static_cast<char*>(kElsewhere) + 4;  // aligned until now
   moves();
   step.updates[4].layout = 0;                                // dense until now
-  CHECK(sender.send(step) < sender.table->mirror().size());  // all of them stay where they are
+  CHECK(sender.send(step) < sender.table->mirror().size());  // the rows stay where they are
   check_partition(sender.partition, step);
   check_device(sender, step);
   step.updates[0].device = kOwn + 1;
@@ -386,7 +387,7 @@ void test_moving_updates() {
   moves();
   step.updates.erase(step.updates.begin() + 5, step.updates.end());
   moves();
-  for (ParamUpdate& update : step.updates) update.device = kCpu;  // nothing is left here
+  for (ParamUpdate& update : step.updates) update.device = kCpu;  // none is left on this device
   CHECK(sender.send(step) == sender.table->mirror().size());
   CHECK(sender.partition.rows().empty() && sender.partition.keys().empty());
 }
@@ -398,7 +399,8 @@ void test_room() {
   const TableLayout parts = sender.table->parts();
   CHECK(parts.max_layouts >= 2 && parts.max_dims >= 4 && parts.max_scalars == 0);
   step.add_layouts(static_cast<int>(parts.max_layouts) - 2);
-  CHECK(!sender.table->fits(step.device_step()));  // the layouts would, their dims do not
+  CHECK(!sender.table->fits(
+      step.device_step()));  // there is room for the layouts, but not for their dims
   sender.send(step);
   check_device(sender, step);
   const int64_t max_layouts = sender.table->parts().max_layouts;
@@ -429,7 +431,7 @@ void check_parts(const Given& step) {
   // SGD in float and in double, Adam in float.
   const int64_t tables = partition.num_scalars_tables();
   CHECK(tables == (rows == 0 ? 0 : 3));
-  using Part = std::pair<int64_t, size_t>;  // from, bytes
+  using Part = std::pair<int64_t, size_t>;  // offset, bytes
   std::vector<Part> all = {{parts.chunks, partition.chunks().size() * sizeof(ChunkStart)},
                            {parts.dims, parts.max_dims * sizeof(Dim)},
                            {parts.layouts, parts.max_layouts * sizeof(Layout)},

@@ -1,3 +1,6 @@
+// Adam (Kingma and Ba, arXiv 1412.6980), with AMSGrad (Reddi et al., "On the Convergence of Adam
+// and Beyond", 2018), and with L2 or decoupled weight decay (AdamW: Loshchilov and Hutter, arXiv
+// 1711.05101).
 #pragma once
 
 #include <cmath>
@@ -9,27 +12,26 @@
 #include "core/normal.h"
 #include "core/power.h"
 
-// Adam (Kingma and Ba, arXiv 1412.6980), with AMSGrad (Reddi et al., "On the Convergence of Adam
-// and Beyond", 2018), L2 or decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101).
 namespace fusedopt {
 
 struct Adam {
   enum State { kExpAvg, kExpAvgSq, kMaxExpAvgSq, kNumStates };
   static constexpr bool is_second_moment(int state) { return state == kExpAvgSq; }
 
-  // The bias corrections stand in step_size and eps, which leaves one square root and one division:
-  // m_hat / (sqrt(v_hat) + eps) = m sqrt(c2) / c1 / (sqrt(v) + eps sqrt(c2)).
+  // The bias corrections c1 = 1 - beta1^t and c2 = 1 - beta2^t are part of step_size and eps. That
+  // leaves one square root and one division for each element: m_hat / (sqrt(v_hat) + eps) = m
+  // sqrt(c2) / c1 / (sqrt(v) + eps sqrt(c2)).
   template <class T>
   struct Scalars {
-    T grad_factor;      // -1 under maximize, times 1 / grad_scale
-    T exp_avg_weight;   // 1 - beta1, or -beta1 when the interpolation starts from the grad
-    T exp_avg_to_grad;  // not 0 if beta1 <= 0.5: interpolate from the grad, the nearer end
+    T grad_factor;      // -1 under maximize, times clipping, over grad_scale
+    T exp_avg_weight;   // 1 - beta1, or -beta1 if the interpolation starts from the grad
+    T exp_avg_to_grad;  // not 0 if beta1 <= 0.5: interpolates from the grad, the nearer end
     TwoFloat<T> beta2;
     TwoFloat<T> one_minus_beta2;
     T step_size;       // lr sqrt(1 - beta2^t) / (1 - beta1^t)
     T eps;             // eps sqrt(1 - beta2^t), but never rounded to 0
     T weight_decay;    // the L2 penalty
-    TwoFloat<T> keep;  // what decoupled decay leaves, 1 - lr weight_decay
+    TwoFloat<T> keep;  // what decoupled decay leaves of a weight, 1 - lr weight_decay
 
     template <class U>
     FUSEDOPT_HD Scalars<U> as() const {
@@ -50,7 +52,8 @@ struct Adam {
     const double correction1 = 1.0 - power(hyper.beta1, info.step);
     const double sqrt_correction2 = std::sqrt(1.0 - power(hyper.beta2, info.step));
     const bool to_grad = hyper.beta1 <= 0.5;
-    // An eps that keeps the denominator from 0 must not become 0 itself (see also Scalars::as).
+    // An eps that keeps the denominator from being 0 must not become 0 itself, neither here nor in
+    // float (Scalars::as).
     double eps = hyper.eps * sqrt_correction2;
     if (is_positive(hyper.eps) && eps < kSmallestNormal<double>) eps = kSmallestNormal<double>;
     return {grad_factor(hyper, grads),
@@ -64,11 +67,12 @@ struct Adam {
             kept_by_decay(hyper)};
   }
 
-  // Terms that torch skips are skipped, so that inf and NaN act as in torch.
+  // Which terms there are. Those that torch leaves out are left out and not multiplied by 0, so
+  // that infinities and NaNs act as in torch.
   struct Variant {
     Decay decay;
     bool amsgrad;
-    bool averages_grads;  // beta1 is not 0: else exp_avg is the grad, and not kept
+    bool averages_grads;  // beta1 is not 0; if it is 0, exp_avg is the grad and is not stored
 
     constexpr int number() const {
       return (static_cast<int>(decay) * 2 + (amsgrad ? 1 : 0)) * 2 + (averages_grads ? 1 : 0);
@@ -85,7 +89,7 @@ struct Adam {
     return {decay_of(hyper), hyper.amsgrad, hyper.beta1 != 0};
   }
 
-  // One element, or several.
+  // The update of one element, or of several side by side.
   template <class T, class V, class Math>
   static FUSEDOPT_HD void update(Variant variant, const Scalars<T>& scalars, Math& math, V& param,
                                  V grad, V (&state)[kNumStates]) {
@@ -93,8 +97,9 @@ struct Adam {
     grad = grad * V(scalars.grad_factor);
     if (variant.decay == Decay::kL2) grad = fma(V(scalars.weight_decay), param, grad);
 
-    // m + (1 - beta1) (g - m) rounds less than beta1 m + (1 - beta1) g. The second moment keeps
-    // torch's form instead: once it has overflowed it stays inf, where a difference gives NaN.
+    // m + (1 - beta1) (g - m) rounds less than beta1 m + (1 - beta1) g. The second moment keeps the
+    // textbook form, as in torch: once it has overflowed it must stay infinite, where a difference
+    // would give NaN.
     exp_avg_sq = fma(scalars.one_minus_beta2.times(grad), grad, scalars.beta2.times(exp_avg_sq));
     if (!variant.averages_grads)
       exp_avg = grad;
@@ -105,8 +110,8 @@ struct Adam {
 
     V second_moment = exp_avg_sq;
     if (variant.amsgrad) {
-      // As torch.maximum: a NaN on either side wins. Adding 0 makes of what was loaded a result,
-      // in which subnormals are flushed and NaNs are quiet.
+      // As torch.maximum: if either side is NaN, so is the result. Adding 0 makes a result of
+      // arithmetic of the number that was loaded: subnormals are flushed and NaNs are quiet.
       V& largest = state[kMaxExpAvgSq];
       largest = largest + V(0);
       largest = select(exp_avg_sq > largest, exp_avg_sq, largest);

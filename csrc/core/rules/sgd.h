@@ -1,3 +1,7 @@
+// Momentum SGD in the form of torch.optim.SGD: v <- momentum v + (1 - dampening) g, p <- p - lr v,
+// where lr scales the buffer when it is applied and not when it is filled. Nesterov momentum as in
+// Sutskever et al., "On the importance of initialization and momentum in deep learning" (2013).
+// Weight decay as an L2 penalty, or decoupled (SGDW: Loshchilov and Hutter, arXiv 1711.05101).
 #pragma once
 
 #include "core/two_float.h"
@@ -5,10 +9,6 @@
 #include "core/lanes.h"
 #include "core/macros.h"
 
-// Momentum SGD in torch.optim.SGD's form: v <- momentum v + (1 - dampening) g, p <- p - lr v, where
-// lr scales the buffer when it is applied and not when it is filled. Nesterov as in Sutskever et
-// al., "On the importance of initialization and momentum in deep learning" (2013). Weight decay as
-// an L2 penalty, or decoupled (SGDW: Loshchilov and Hutter, arXiv 1711.05101).
 namespace fusedopt {
 
 struct Sgd {
@@ -17,12 +17,12 @@ struct Sgd {
 
   template <class T>
   struct Scalars {
-    T grad_factor;  // -1 under maximize, times 1 / grad_scale
+    T grad_factor;  // -1 under maximize, times clipping, over grad_scale
     T lr;
     T momentum;
     T grad_weight;     // 1 - dampening; 1 on a parameter's first step
     T weight_decay;    // the L2 penalty
-    TwoFloat<T> keep;  // what decoupled decay leaves, 1 - lr weight_decay
+    TwoFloat<T> keep;  // what decoupled decay leaves of a weight, 1 - lr weight_decay
 
     template <class U>
     FUSEDOPT_HD Scalars<U> as() const {
@@ -43,7 +43,8 @@ struct Sgd {
 
   enum class Momentum { kNone, kHeavyBall, kNesterov };
 
-  // Terms that torch skips are skipped, so that inf and NaN act as in torch.
+  // Which terms there are. Those that torch leaves out are left out and not multiplied by 0, so
+  // that infinities and NaNs act as in torch.
   struct Variant {
     Momentum momentum;
     Decay decay;
@@ -64,7 +65,7 @@ struct Sgd {
             decay_of(hyper)};
   }
 
-  // One element, or several.
+  // The update of one element, or of several side by side.
   template <class T, class V, class Math>
   static FUSEDOPT_HD void update(Variant variant, const Scalars<T>& scalars, Math&, V& param,
                                  V grad, V (&state)[kNumStates]) {

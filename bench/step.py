@@ -1,122 +1,202 @@
-"""Time of one optimizer step: fusedopt beside torch.optim and other packages, interleaved.
+"""How long one optimizer step takes: fusedopt beside torch.optim and other packages, interleaved.
 
 Examples:
-    python bench/step.py                    AdamW in float32, all workloads, all contenders
+    python bench/step.py                    AdamW in float32, all workloads, all candidates
     python bench/step.py --optimizer SGD --dtype bfloat16 --shapes gpt2-124m many-1000x64
-    python bench/step.py --targets          what this project promises: pass or miss
+    python bench/step.py --grads kept --cache cold --shapes many-1000x1000
+    python bench/step.py --targets          what this project aims at: pass or miss
     python bench/step.py --device cuda --targets --max-seconds 300
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-import targets
-import targets_cuda
 import torch
-from common import (
-    OPTIMIZERS,
-    describe,
-    load_fusedopt,
-    load_pyplot,
-    machine_info,
-    parse_device,
-    write_json,
+from lib import report
+from lib.baselines import BASELINES, Baseline, NotComparableError, verify_equivalent
+from lib.cases import HYPER, WORKLOADS, Case, all_workloads, param_groups
+from lib.targets import HEADING, TARGETS
+from lib.timing import (
+    MIB,
+    MIN_ROUNDS,
+    Candidate,
+    bandwidth_probes,
+    clock_for,
+    fresh_grads,
+    run_interleaved,
 )
-from contenders import CONTENDERS
-from measure import Case, run_case
-from race import MIN_ROUNDS
-from step_report import CUDA_LEGEND, LEGEND, draw, print_case
-from workloads import WORKLOADS, all_workloads
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def promises(device: torch.device) -> ModuleType:
-    return targets_cuda if device.type == "cuda" else targets
-
-
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.make_parser(__doc__, timed="case")
     add = parser.add_argument
-    add("--optimizer", nargs="+", choices=OPTIMIZERS, help="default: AdamW")
+    add("--optimizer", nargs="+", choices=HYPER, help="default: AdamW")
     add("--dtype", nargs="+", choices=DTYPES, help="of params, grads and states; default: float32")
     add("--shapes", nargs="+", choices=["all", *WORKLOADS], metavar="NAME",
         help=f"default: all; the large ones on a GPU only ({', '.join(WORKLOADS)})")  # fmt: skip
-    add("--contenders", nargs="+", choices=["all", *CONTENDERS], metavar="NAME",
-        help=f"default: all ({', '.join(CONTENDERS)})")  # fmt: skip
-    add("--threads", type=int, metavar="N", help="CPU threads; default: torch's choice")
-    add("--repeats", type=int, default=15, metavar="N", help="rounds a case (default: %(default)s)")
-    add("--budget", type=float, default=20.0, metavar="S",
-        help=f"seconds a case, kept after {MIN_ROUNDS} rounds (default: %(default)s)")  # fmt: skip
-    add("--max-seconds", type=float, default=float("inf"), metavar="S",
-        help="in all: no further case is begun after that (default: no limit)")  # fmt: skip
-    add("--device", type=parse_device, default=torch.device("cpu"), help="cpu (default) or cuda")
-    add("--json", type=Path, metavar="FILE", help="write machine and figures, anew after each case")
+    add("--candidates", "--contenders", nargs="+", choices=["all", *BASELINES], metavar="NAME",
+        help=f"default: all ({', '.join(BASELINES)})")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="write a bar chart of the ratios (PNG)")
     add("--quick", action="store_true", help=f"{MIN_ROUNDS} rounds, no more than needed to look")
     add("--targets", action="store_true",
-        help="compare with the promised figures, exit status 1 if one is missed; chooses the "
-        "optimizers, dtypes, shapes and contenders needed unless they are given")  # fmt: skip
-    args = parser.parse_args()
-    if min(args.repeats, args.threads or 1) < 1:
-        parser.error("--repeats and --threads must be at least 1")
-    return _fill_defaults(args)
-
-
-def _fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    needed = promises(args.device) if args.targets else None
-    args.optimizer = args.optimizer or (needed.OPTIMIZERS if needed else ["AdamW"])
-    args.dtype = args.dtype or (needed.DTYPES if needed else ["float32"])
-    args.shapes = args.shapes or (needed.WORKLOADS if needed else ["all"])
-    args.contenders = args.contenders or (needed.CONTENDERS if needed else ["all"])
+        help="compare with the targets, exit status 1 if one is missed; chooses the optimizers, "
+        "dtypes, shapes and candidates needed unless they are given")  # fmt: skip
+    args = report.parse_args(parser)
+    needed = TARGETS[args.device.type]
+    usual = [needed.choices(place) for place in range(3)] if args.targets else None
+    args.optimizer = args.optimizer or (usual[0] if usual else ["AdamW"])
+    args.dtype = args.dtype or (usual[1] if usual else ["float32"])
+    args.shapes = args.shapes or (usual[2] if usual else ["all"])
+    args.candidates = args.candidates or (needed.candidates if usual else ["all"])
     if "all" in args.shapes:
         args.shapes = all_workloads(args.device.type)
-    if "all" in args.contenders:
-        args.contenders = list(CONTENDERS)
-    if args.quick:
-        args.repeats, args.budget = MIN_ROUNDS, 0.0
+    if "all" in args.candidates:
+        args.candidates = list(BASELINES)
     return args
+
+
+def first_steps(
+    case: Case, notes: dict[Baseline, str], shared: bool, grads: str
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Give all who take part their tensors and make their first step."""
+    template = case.template()
+    moved = case.bytes_per_element * case.workload.elements
+    candidates, skipped = [], {}
+    for baseline, note in notes.items():
+        try:
+            groups = param_groups(template, shared)
+            step = baseline.make(groups, case.optimizer)
+            step()  # creates the states, builds caches, compiles
+        except Exception as error:
+            skipped[baseline.name] = report.reason(error, NotComparableError)
+            continue
+        is_fresh = grads == "fresh" and not baseline.keeps_grads
+        params = [param for group in groups for param in group["params"]]
+        before = fresh_grads(params) if is_fresh else None
+        candidates.append(Candidate(baseline.name, step, moved, note, before))
+    return candidates, skipped
+
+
+def figures(case: Case, named: dict[str, Candidate], name: str, base: Candidate) -> dict[str, Any]:
+    """All numbers of one candidate."""
+    mine, tensors = named[name], case.workload.tensors
+    ms = mine.ms()
+    found = {
+        "ms": ms,
+        "us_per_tensor": 1e3 * ms["median"] / tensors,
+        "gb_per_s": mine.bandwidth(),
+        "percent_of_copy": mine.percent_of(named["copy"]),
+        "percent_of_multiply": mine.percent_of(named["multiply"]),
+        "ratio": mine.time_ratio(base),
+        "inner": mine.inner,
+        "note": mine.note,
+    }
+    if mine.queued:
+        host = 1e3 * mine.ms("host")["median"]
+        found["host"] = {"us": host, "us_per_tensor": host / tensors}
+        found["gpu"] = {
+            "ms": mine.ms("gpu"),
+            "gb_per_s": mine.bandwidth("gpu"),
+            "percent_of_copy": mine.percent_of(named["copy"], "gpu"),
+            "ratio": mine.time_ratio(base, "gpu") if base.queued else None,
+            "steps": mine.queued,
+            "waited_for_host": mine.exposed,  # samples; in these the time is too long
+        }
+    return found
+
+
+def l2_cache(case: Case) -> dict[str, Any]:
+    """Repeated steps on little data read it from the GPU's cache, where training would not."""
+    if case.device.type != "cuda":
+        return {}
+    size = torch.cuda.get_device_properties(case.device).L2_cache_size
+    return {"l2_mib": size // MIB, "may_sit_in_l2": case.footprint <= size}
+
+
+def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one case; the result is what goes into the JSON file."""
+    gc.collect()  # what the last case left
+    if case.device.type == "cuda":
+        torch.cuda.empty_cache()
+    asked = [BASELINES[name] for name in args.candidates]
+    notes, skipped = verify_equivalent(asked, case.optimizer, case.dtype, case.device)
+    free = report.available_memory(case.device) * 0.8
+    shared = case.memory(len(notes), shared=False) > free
+    needed = case.memory(len(notes), shared)
+    result: dict[str, Any] = {
+        **case.key,
+        "grads": args.grads,
+        "cache": args.cache,
+        "tensors": case.workload.tensors,
+        "groups": len(case.workload.groups),
+        "elements": case.workload.elements,
+        "bytes_per_element": case.bytes_per_element,
+        "memory_mib": needed // MIB,
+        "shared_params": shared,
+        "rounds": 0,
+        "contenders": {},
+        "probes": {},
+        "skipped": skipped,
+        **l2_cache(case),
+    }
+    if needed > free:
+        why = f"needs {needed // MIB} MiB, {int(free) // MIB} MiB may be used"
+        return result | {"skipped": skipped | {baseline.name: why for baseline in notes}}
+    candidates, failed = first_steps(case, notes, shared, args.grads)
+    probes = bandwidth_probes(case.probe_bytes, case.device)
+    gc.disable()
+    try:
+        clock = clock_for(case.device, case.footprint, args.grads, args.cache)
+        run_interleaved(clock, candidates + probes, args.repeats, args.budget)
+    except torch.OutOfMemoryError as error:  # of a GPU: temporaries, which nobody can foresee
+        return result | {"skipped": skipped | {c.name: report.reason(error) for c in candidates}}
+    finally:
+        gc.enable()
+    named = {candidate.name: candidate for candidate in candidates + probes}
+    base = "fusedopt" if "fusedopt" in named else candidates[0].name if candidates else ""
+    return result | {
+        "rounds": len(probes[0].samples["wall"]),
+        "base": base,
+        "contenders": {c.name: figures(case, named, c.name, named[base]) for c in candidates},
+        "probes": {probe.name: probe.bandwidth() for probe in probes},
+        "skipped": skipped | failed,
+    }
 
 
 def main() -> int:
     args = parse_args()
-    load_fusedopt()
+    machine = report.start(args)
     if args.plot:
-        load_pyplot()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    machine = machine_info(args.device)
-    print(describe(machine))
-    if (machine["load_average"] or 0) > 0.5:
-        print("warning: this machine is busy with other work, which slows contenders unequally")
-    cases, start = [], time.monotonic()
+        report.load_pyplot()
+    cases: list[dict[str, Any]] = []
+    begin = time.monotonic()
     asked = [(o, d, s) for o in args.optimizer for d in args.dtype for s in args.shapes]
     for optimizer, dtype, shapes in asked:
-        if time.monotonic() - start > args.max_seconds:
+        if time.monotonic() - begin > args.max_seconds:
             print(f"\nstopped after {len(cases)} of {len(asked)} cases (--max-seconds)")
             break
         case = Case(optimizer, getattr(torch, dtype), WORKLOADS[shapes], args.device)
-        chosen = [CONTENDERS[name] for name in args.contenders]
-        cases.append(run_case(case, chosen, args.repeats, args.budget))
-        print_case(case.title, cases[-1])
+        cases.append(run_case(case, args))
+        report.print_case(cases[-1])
         if args.json:  # a run that is cut short leaves what it has
-            write_json(args.json, {"machine": machine, "cases": cases}, quiet=True)
-    print(f"\n{LEGEND if args.device.type == 'cpu' else CUDA_LEGEND}")
+            report.write_json(args.json, {"machine": machine, "cases": cases}, quiet=True)
+    print(f"\n{report.LEGEND if args.device.type == 'cpu' else report.CUDA_LEGEND}")
     if args.json:
         print(f"wrote {args.json}")
     if args.plot:
-        draw(cases, machine, args.plot)
+        report.draw(cases, machine, list(BASELINES), args.plot)
     if not args.targets:
         return 0
-    lines, good = promises(args.device).compare(cases)
-    print("\n".join(["", "Promised figures:", *lines]))
+    lines, good = TARGETS[args.device.type].compare(cases)
+    print("\n".join(["", HEADING, *lines]))
     return 0 if good else 1
 
 

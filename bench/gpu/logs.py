@@ -1,4 +1,4 @@
-"""What gpu.py reads out of the texts that pytest, compute-sanitizer and Nsight Compute write."""
+"""What run_all.py reads from the output of pytest, compute-sanitizer and Nsight Compute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 OURS = "fusedopt"  # is in the name of every kernel of this package
-MARK = "spin_kernel"  # of ncu_target.py
+MARK = "spin_kernel"  # of launches.py --for-ncu
 MAX_NAMES = 40
 
 _COUNTS = re.compile(r"^(?:=+ )?((?:\d+ [a-z]+(?:, )?)+|no tests ran) in [\d.]+s", re.MULTILINE)

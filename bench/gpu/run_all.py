@@ -6,10 +6,10 @@ figures go to FOLDER/gpu.json, written after every part; the benchmark's and the
 JSON and pictures lie beside it, and gpu.log. Without the part "build", what is installed is used.
 
 Examples:
-    python bench/gpu.py
-    python bench/gpu.py --wheel dist/fusedopt-0.1.0-cp312-cp312-linux_x86_64.whl --parts build tests
-    python bench/gpu.py --out build/gpu-step --parts step
-    python bench/gpu.py --dry-run
+    python bench/gpu/run_all.py
+    python bench/gpu/run_all.py --wheel dist/fusedopt-0.1.0-[...].whl --parts build tests
+    python bench/gpu/run_all.py --out build/gpu-step --parts step
+    python bench/gpu/run_all.py --dry-run
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from common import without_folders, write_json
-from gpu_parts import FAILED, OK, PARTS, SHOW_CONFIG, TIMED_OUT, Result
-from gpu_run import Runner
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from lib.report import without_folders, write_json
+from parts import FAILED, OK, PARTS, SHOW_CONFIG, TIMED_OUT, Result, Runner
 
 # Of 4 and 12 minutes, less the start of Python and torch and the end of what must be ended.
 PART_S, ALL_S = 230.0, 700.0
@@ -98,7 +98,7 @@ def require_cuda() -> None:
 
     if not torch.cuda.is_available():
         raise SystemExit(
-            f"gpu.py: torch {torch.__version__} finds no CUDA device here, so nothing was run "
+            f"run_all.py: torch {torch.__version__} finds no CUDA device here, so nothing was run "
             "(--dry-run shows the commands)"
         )
 
@@ -128,7 +128,7 @@ def run_all(args: argparse.Namespace, runner: Runner) -> dict[str, Any]:
     end = time.monotonic() + budget
     runner.deadline = end
     content: dict[str, Any] = {
-        "command": without_folders(shlex.join(["python", "bench/gpu.py", *sys.argv[1:]])),
+        "command": without_folders(shlex.join(["python", "bench/gpu/run_all.py", *sys.argv[1:]])),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": about(runner) | ({"commit": args.commit} if args.commit else {}),
         "parts": {},

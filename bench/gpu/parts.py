@@ -1,21 +1,35 @@
-"""The parts of gpu.py. Each runs its commands and returns its verdict and figures."""
+"""The parts of run_all.py, each with its verdict and figures, and how it runs a command.
+
+A command has a time limit and writes into one log, or it is only shown (--dry-run).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import targets_cuda
-from gpu_logs import METRICS, ncu_cases, pytest_counts, sanitizer_findings
-from gpu_run import ROOT, Finished, Runner
-from training_report import lines_of as training_lines
-from training_rows import ROWS, SETTINGS
+from lib.configs import COMPARISONS, SETTINGS
+from lib.report import ROOT, without_folders
+from lib.targets import HEADING, TARGETS
+from lib.timing import MIB
+from logs import METRICS, ncu_cases, pytest_counts, sanitizer_findings
+from training import target_lines
 
+TOOL_FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")
+MAX_LOG_BYTES = 3 * MIB // 2  # of one command
+GRACE_S = 8.0  # between the polite end of a command and the other one
 Result = dict[str, Any]
 OK, FAILED, TIMED_OUT, MISSED, NO_TOOL = "ok", "failed", "timed out", "target missed", "no tool"
 # pytest-benchmark warns under xdist, and warnings are errors. pytest takes names it does not know.
@@ -25,6 +39,114 @@ MAX_WORKERS = 14  # each has a context of its own on the GPU
 CUDA_TESTS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_cuda*.py"))
 SHOW_CONFIG = "import fusedopt; fusedopt.show_config()"
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else one allocation holds many tensors
+
+
+@dataclass
+class Finished:
+    """A command that ended, by itself or not."""
+
+    text: str
+    code: int | None
+    seconds: float
+    timed_out: bool = False
+
+    @property
+    def good(self) -> bool:
+        return self.code == 0 and not self.timed_out
+
+    def tail(self, lines: int = 25) -> list[str]:
+        """For the JSON, so without the folders of this machine."""
+        return without_folders(self.text).splitlines()[-lines:]
+
+
+@dataclass
+class Runner:
+    out: Path
+    scratch: Path
+    dry: bool = False
+    wheel: Path | None = None  # to install in place of a build
+    archs: str | None = None  # compute capabilities of the GPUs here, as FUSEDOPT_CUDA_ARCHS
+    deadline: float = 0.0
+    commands: list[str] = field(default_factory=list)
+
+    @property
+    def log(self) -> Path:
+        return self.out / "gpu.log"
+
+    def left(self) -> float:
+        """Seconds that the current part may still take."""
+        return self.deadline - time.monotonic()
+
+    def tool(self, name: str) -> str | None:
+        """Path of a program of the CUDA toolkit; in a dry run its name."""
+        home = os.environ.get("CUDA_HOME")
+        folders = [*([f"{home}/bin"] if home else []), *TOOL_FOLDERS]
+        path = shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+        return path or (name if self.dry else None)
+
+    def python(
+        self, *arguments: str | Path, share: float = 1.0, installed: bool = False,
+        under: list[str] | None = None, env: dict[str, str] | None = None,
+    ) -> Finished:  # fmt: skip
+        """Run this Python; ``installed``: on the package that was installed, not the sources here.
+
+        ``python -m`` and ``-c`` would otherwise find the folder ``fusedopt`` of the working tree,
+        which has no extension in it. (PYTHONSAFEPATH needs Python 3.11.)
+        """
+        extra = dict(env or {}) | ({"PYTHONSAFEPATH": "1"} if installed else {})
+        command = [*(under or []), sys.executable, *map(str, arguments)]
+        return self.run(command, self.left() * share, extra)
+
+    def run(
+        self, command: list[str], timeout: float, extra: dict[str, str] | None = None
+    ) -> Finished:
+        shown = shlex.join(command).replace(sys.executable, "python")
+        shown = " ".join([*(f"{key}={value}" for key, value in (extra or {}).items()), shown])
+        self.commands.append(without_folders(shown))
+        if self.dry:
+            print(f"  {shown}  # {timeout:.0f} s at most")
+            return Finished("", 0, 0.0)
+        start = time.monotonic()
+        with self.log.open("ab") as log:
+            log.write(f"\n$ {shown}\n".encode())
+            log.flush()
+            before = log.tell()
+            process = subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, **(extra or {})}, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            timed_out = _wait(process, timeout)
+        text = self._shortened(before)
+        return Finished(text, process.returncode, time.monotonic() - start, timed_out)
+
+    def _shortened(self, before: int) -> str:
+        """What the command wrote; in the log, a very long text keeps its two ends."""
+        with self.log.open("r+b") as log:
+            log.seek(before)
+            written = log.read()
+            if len(written) > MAX_LOG_BYTES:
+                half = MAX_LOG_BYTES // 2
+                cut = b"\n[... %d bytes left out ...]\n" % (len(written) - 2 * half)
+                log.seek(before)
+                log.truncate()
+                log.write(written[:half] + cut + written[-half:])
+        return written.decode(errors="replace")
+
+
+def _wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
+    """Whether it had to be ended: first as by Ctrl-C, on which pytest sums up what it has."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(timeout - GRACE_S, 1.0))
+        return False
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+            break
+    with contextlib.suppress(ProcessLookupError):  # what it left behind
+        os.killpg(process.pid, signal.SIGKILL)
+    return True
 
 
 def _verdict(*runs: Finished, good: bool = True) -> str:
@@ -116,9 +238,9 @@ def step(runner: Runner) -> Result:
         "--max-seconds", f"{limit:.0f}", "--json", path, "--plot", picture,
     )  # fmt: skip
     cases = _read(path).get("cases", [])
-    lines, good = targets_cuda.compare(cases)
+    lines, good = TARGETS["cuda"].compare(cases)
     result = {"cases": len(cases), "targets": lines, "file": path.name}
-    finished = "Promised figures:" in run.text or runner.dry  # exit status 1 is also a traceback's
+    finished = HEADING in run.text or runner.dry  # exit status 1 is also a traceback's
     if run.timed_out or not finished:
         return result | {"verdict": _verdict(run, good=False), "tail": run.tail()}
     return result | {"verdict": OK if good else MISSED}
@@ -133,7 +255,9 @@ def exactness(runner: Runner) -> Result:
 
 
 def training(runner: Runner) -> Result:
-    return _training(runner, [name for name in ROWS if name not in SETTINGS], "training-step")
+    return _training(
+        runner, [name for name in COMPARISONS if name not in SETTINGS], "training-step"
+    )
 
 
 def settings(runner: Runner) -> Result:
@@ -143,15 +267,15 @@ def settings(runner: Runner) -> Result:
 
 def _training(runner: Runner, rows: list[str], name: str) -> Result:
     path = runner.out / f"{name}-cuda.json"
-    wanted = [row for row in rows if "cuda" in ROWS[row].devices]
+    wanted = [row for row in rows if "cuda" in COMPARISONS[row].devices]
     limit = max(runner.left() - 20, 5)  # for the last row, the start
     run = runner.python(
-        "bench/training_step.py", "--device", "cuda", "--budget", "2", "--rows", *wanted,
+        "bench/training.py", "--device", "cuda", "--budget", "2", "--configs", *wanted,
         "--max-seconds", f"{limit:.0f}", "--json", path,
     )  # fmt: skip
     measured = _read(path).get("rows", [])
-    result = {"cases": len(measured), "targets": training_lines(measured), "file": path.name}
-    finished = "Promised figures:" in run.text or runner.dry
+    result = {"cases": len(measured), "targets": target_lines(measured), "file": path.name}
+    finished = HEADING in run.text or runner.dry
     failed = any("failed" in row for row in measured)
     if run.timed_out or not finished or failed:
         return result | {"verdict": _verdict(run, good=False), "tail": run.tail()}
@@ -160,7 +284,7 @@ def _training(runner: Runner, rows: list[str], name: str) -> Result:
 
 def launches(runner: Runner) -> Result:
     path = runner.scratch / "launches.json"
-    run = runner.python("bench/launches.py", "--device", "cuda", "--json", path)
+    run = runner.python("bench/gpu/launches.py", "--device", "cuda", "--json", path)
     content = _read(path)
     result = {"launches": content.get("launches", [])}
     if run.code == 1 and content.get("good") is False:
@@ -179,7 +303,7 @@ def ncu(runner: Runner) -> Result:
         "--profile-from-start", "off", "--log-file", str(table), "--metrics", ",".join(METRICS),
         "--kernel-name", "regex:update_kernel|schedule_kernel|spin_kernel",
     ]  # fmt: skip
-    run = runner.python("bench/ncu_target.py", "--device", "cuda", "--json", cases, under=under)
+    run = runner.python("bench/gpu/launches.py", "--for-ncu", "--json", cases, under=under)
     text = table.read_text(errors="replace") if table.exists() else ""
     asked = _read(cases).get("cases", [])
     rows = ncu_cases(asked, text)
@@ -193,7 +317,7 @@ def train(runner: Runner) -> Result:
     path, picture = runner.out / "train-gpt-cuda.json", runner.out / "train-gpt-cuda.png"
     limit = max(runner.left() - 25, 5)
     run = runner.python(
-        "bench/train_gpt.py", "--device", "cuda", "--max-seconds", f"{limit:.0f}",
+        "examples/train_gpt.py", "--device", "cuda", "--max-seconds", f"{limit:.0f}",
         "--json", path, "--plot", picture,
     )  # fmt: skip
     content = _read(path)
@@ -205,7 +329,7 @@ def train(runner: Runner) -> Result:
 def tune(runner: Runner) -> Result:
     path = runner.scratch / "tune.json"
     limit = max(runner.left() - 15, 5)
-    run = runner.python("bench/tune.py", "--max-seconds", f"{limit:.0f}", "--json", path)
+    run = runner.python("bench/gpu/tune.py", "--max-seconds", f"{limit:.0f}", "--json", path)
     tail = {} if run.good else {"tail": run.tail()}
     return {"verdict": _verdict(run), "variants": _read(path).get("variants", []), **tail}
 

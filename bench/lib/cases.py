@@ -1,13 +1,27 @@
-"""The shapes that step.py measures, computed from the architectures (no model library needed)."""
+"""What is measured: shapes, computed from the architectures, and the params that have them."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+from lib.timing import probe_size
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+import gpt
+
+HYPER = gpt.HYPER  # the one place for hyper-parameters
+# Memory streams of a one-pass step: param, grad and every state are read, all but grad are written.
+STREAMS = {"AdamW": 7, "Adam": 7, "SGD": 5}
+STATES = {"AdamW": 2, "Adam": 2, "SGD": 1}
+
 Shape = tuple[int, ...]
+Groups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -115,3 +129,68 @@ WORKLOADS = {
 def all_workloads(device_type: str) -> list[str]:
     """Names of what a run measures unless told otherwise."""
     return [name for name, work in WORKLOADS.items() if device_type == "cuda" or not work.large]
+
+
+@dataclass(frozen=True)
+class Case:
+    optimizer: str
+    dtype: torch.dtype
+    workload: Workload
+    device: torch.device
+
+    @property
+    def key(self) -> dict[str, str]:
+        """As the JSON files name it."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"optimizer": self.optimizer, "dtype": dtype, "workload": self.workload.name}
+
+    @property
+    def bytes_per_element(self) -> int:
+        return STREAMS[self.optimizer] * self.dtype.itemsize
+
+    @property
+    def footprint(self) -> int:
+        """Bytes of params, grads and states."""
+        streams = 2 + STATES[self.optimizer]
+        return streams * self.workload.elements * self.dtype.itemsize
+
+    @property
+    def probe_bytes(self) -> int:
+        return probe_size(self.device, self.footprint)
+
+    def memory(self, candidates: int, shared: bool) -> int:
+        """Bytes allocated: params and grads (and the template they are cloned from), states."""
+        copies = 1 if shared else candidates + 1
+        tensors = 2 * copies + STATES[self.optimizer] * candidates
+        return tensors * self.workload.elements * self.dtype.itemsize + 2 * self.probe_bytes
+
+    def template(self) -> Groups:
+        """Params with grads, of a size that float16 can square."""
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def values(shape: Shape) -> torch.Tensor:
+            empty = torch.empty(shape, dtype=torch.float32, device=self.device)
+            return empty.uniform_(0.05, 0.1, generator=generator).to(self.dtype)
+
+        def param(shape: Shape) -> torch.Tensor:
+            value, grad = values(shape), values(shape)
+            value.requires_grad_().grad = grad
+            return value
+
+        return [
+            {"params": [param(shape) for shape in shapes], **options}
+            for shapes, options in zip(
+                self.workload.groups, self.workload.group_options(), strict=True
+            )
+        ]
+
+
+def param_groups(template: Groups, share: bool) -> Groups:
+    """For one candidate: tensors of its own, or, to save memory, those that all share."""
+
+    def own(param: torch.Tensor) -> torch.Tensor:
+        copied = param.detach() if share else param.detach().clone()
+        copied.requires_grad_().grad = param.grad if share else param.grad.clone()
+        return copied
+
+    return [group | {"params": [own(param) for param in group["params"]]} for group in template]

@@ -1,11 +1,11 @@
-"""Race builds that differ in one constant of csrc/cuda/tuning.h.
+"""Compare builds that differ in one constant of csrc/cuda/tuning.h.
 
 Each variant is built in a copy of the tree and measured by step.py in a process of its own; all
 take turns, twice. No result of a step depends on these constants: time is all there is to compare.
 
 Examples:
-    python bench/tune.py                                      every constant halved and doubled
-    python bench/tune.py --set kBlockThreads=128,512 --shapes one-64Mi
+    python bench/gpu/tune.py                                  every constant halved and doubled
+    python bench/gpu/tune.py --set kBlockThreads=128,512 --shapes one-64Mi
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import write_json
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from lib.report import ROOT, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 HEADER = Path("csrc/cuda/tuning.h")
 CONSTANT = r"(constexpr \w+ {name} = )(\d+);"
 FIXED = ("kWarp",)  # of the hardware
 NEEDED = ("csrc", "fusedopt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 SHAPES = ("one-64Mi", "gpt2-124m", "many-1000x1000")
-ROUNDS = 2
-BUILDERS = 4
+ROUNDS, BUILDERS = 2, 4
 
 
 @dataclass
@@ -44,15 +43,21 @@ class Variant:
     error: str = ""
     ms: dict[str, list[float]] = field(default_factory=dict)  # by case; one for each round
 
-
-def constants(text: str) -> dict[str, int]:
-    found = re.findall(CONSTANT.format(name=r"(\w+)"), text)
-    return {name: int(value) for _, name, value in found if name not in FIXED}
+    def run(self, command: list[str], folder: Path, **env: str) -> bool:
+        """Whether it succeeded; if not, the end of what it wrote is kept."""
+        done = subprocess.run(
+            [sys.executable, *command], cwd=folder, env={**os.environ, **env},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            self.error = (done.stdout + done.stderr)[-600:]
+        return done.returncode == 0
 
 
 def changes(text: str, asked: list[str] | None) -> list[tuple[str, int]]:
     """(constant, value) of each variant."""
-    known = constants(text)
+    found = re.findall(CONSTANT.format(name=r"(\w+)"), text)
+    known = {name: int(value) for _, name, value in found if name not in FIXED}
     if asked is None:
         return [(n, v) for n, value in known.items() for v in (value // 2, value * 2) if v]
     pairs = []
@@ -81,22 +86,15 @@ def copy_tree(tree: Path, change: tuple[str, int] | None) -> Variant:
 
 
 def build(variant: Variant) -> None:
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    env = {**os.environ, "FUSEDOPT_CUDA": "1"}
-    done = subprocess.run(command, cwd=variant.tree, env=env, capture_output=True, text=True)
-    if done.returncode:
-        variant.error = (done.stdout + done.stderr)[-600:]
+    variant.run(["setup.py", "-q", "build_ext", "--inplace"], variant.tree, FUSEDOPT_CUDA="1")
 
 
 def measure(variant: Variant, args: argparse.Namespace) -> None:
     result = variant.tree / "step.json"
-    command = [sys.executable, "bench/step.py", "--device", args.device, "--quick",
-               "--contenders", "fusedopt", "--dtype", "float32", "bfloat16",
-               "--shapes", *args.shapes, "--json", str(result)]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(variant.tree)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        variant.error = (done.stdout + done.stderr)[-600:]
+    command = ["bench/step.py", "--device", args.device, "--quick", "--candidates", "fusedopt",
+               "--dtype", "float32", "bfloat16", "--shapes", *args.shapes,
+               "--json", str(result)]  # fmt: skip
+    if not variant.run(command, ROOT, PYTHONPATH=str(variant.tree)):
         return
     for case in json.loads(result.read_text())["cases"]:
         row = case["contenders"].get("fusedopt")
@@ -107,7 +105,7 @@ def measure(variant: Variant, args: argparse.Namespace) -> None:
         variant.ms.setdefault(f"{case['workload']} {case['dtype']}", []).append(ms)
 
 
-def rows(variants: list[Variant]) -> list[dict[str, Any]]:
+def table_of(variants: list[Variant]) -> list[dict[str, Any]]:
     """Median ms, and time / time of the constants as they are."""
     base = {case: statistics.median(ms) for case, ms in variants[0].ms.items()}
     table = []
@@ -155,8 +153,8 @@ def main() -> int:
                 if not variant.error and time.monotonic() - start < args.max_seconds:
                     measure(variant, args)
             if args.json:
-                write_json(args.json, {"variants": rows(variants)}, quiet=True)
-    table = rows(variants)
+                write_json(args.json, {"variants": table_of(variants)}, quiet=True)
+    table = table_of(variants)
     show(table)
     return 1 if table[0]["error"] else 0
 

@@ -1,0 +1,161 @@
+"""One step of each case under a profiler: how many kernels and copies it puts on the GPU.
+
+torch's profiler counts a step after two others, when states exist and nothing has moved since.
+With --for-ncu it is Nsight Compute that watches fusedopt's step, with a mark before each case:
+
+    ncu --profile-from-start off --kernel-name "regex:update_kernel|spin_kernel" ... \\
+        python bench/gpu/launches.py --for-ncu --json cases.json
+
+The mark is torch's spin_kernel, so that the launches of a case can be told apart in ncu's table.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from lib import report
+from lib.baselines import BASELINES, NotComparableError
+from lib.cases import WORKLOADS, Case, param_groups
+from lib.timing import Step
+
+CASES = [
+    ("AdamW", "bfloat16", "llama-8b-eighth"),
+    ("AdamW", "float32", "many-10000x64"),
+    ("AdamW", "float32", "groups-400x5000"),
+    ("SGD", "float32", "many-1000x1000"),
+]
+ONE_LAUNCH = CASES[0]  # is the target
+NCU_CASES = [
+    (optimizer, dtype, workload)
+    for workload in ("one-64Mi", "gpt2-124m", "many-1000x1000", "many-10000x64")
+    for optimizer in ("AdamW", "SGD")
+    for dtype in ("float32", "bfloat16")
+]
+ASKED = ("fusedopt", "torch-fused", "torch-foreach", "apex", "te")
+ON_DEVICE = {"kernel": "kernels", "gpu_memcpy": "copies", "gpu_memset": "fills"}
+
+
+def prepared_step(case: Case, name: str) -> Step:
+    """Alone and on params that are nobody else's: the memory of one candidate at a time."""
+    step = BASELINES[name].make(param_groups(case.template(), True), case.optimizer)
+    for _ in range(2):  # states exist and tables are sent
+        step()
+    return step
+
+
+def count(events: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What a trace in Chrome's format holds of work on the device and of waits for it."""
+    counts: Counter[str] = Counter(dict.fromkeys(ON_DEVICE.values(), 0))
+    kernels: Counter[str] = Counter()
+    waits = 0
+    for event in events:
+        category, name = event.get("cat"), event.get("name", "")
+        if category in ON_DEVICE:
+            counts[ON_DEVICE[category]] += 1
+        if category == "kernel":
+            plain = name.replace("(anonymous namespace)::", "")
+            kernels[plain.partition("(")[0].partition("<")[0][:80]] += 1
+        if category == "cuda_runtime" and "StreamSynchronize" in name:
+            waits += 1
+    return {**counts, "waits": waits, "names": dict(kernels.most_common(5))}
+
+
+def profile(step: Step, device: torch.device) -> dict[str, Any]:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=activities) as profiler:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return count(json.loads(path.read_text(errors="replace"))["traceEvents"])
+
+
+def count_case(case: Case, names: list[str]) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    size = f"{case.workload.tensors} tensors, {len(case.workload.groups)} groups"
+    print(f"\n{report.title_of(case.key)}: {size}")
+    for name in names:
+        gc.collect()
+        try:
+            row = results[name] = profile(prepared_step(case, name), case.device)
+        except Exception as error:
+            results[name] = {"skipped": report.reason(error, NotComparableError)}
+            print(f"  {name:15}skipped: {results[name]['skipped']}")
+            continue
+        kernels = ", ".join(f"{number} {kernel}" for kernel, number in row["names"].items())
+        print(
+            f"  {name:15}{row['kernels']:6} kernels, {row['copies']} copies, "
+            f"{row['fills']} fills, {row['waits']} waits  ({kernels})"
+        )
+    return results
+
+
+def show_to_ncu(case: Case) -> None:
+    step = prepared_step(case, "fusedopt")
+    if case.device.type != "cuda":
+        step()
+        return
+    torch.cuda.synchronize(case.device)
+    torch.cuda.profiler.start()
+    torch.cuda._sleep(1000)
+    step()
+    torch.cuda.synchronize(case.device)
+    torch.cuda.profiler.stop()
+
+
+def main() -> int:
+    parser = report.make_parser(__doc__, device="cuda")
+    add = parser.add_argument
+    add("--candidates", nargs="+", choices=BASELINES, default=ASKED, metavar="NAME",
+        help=f"default: {' '.join(ASKED)}")  # fmt: skip
+    add("--shapes", nargs="+", choices=WORKLOADS, metavar="NAME", help="default: a few")
+    add("--for-ncu", action="store_true", help="mark the cases and count nothing")
+    args = report.parse_args(parser)
+    machine = report.start(args)
+    asked = NCU_CASES if args.for_ncu else CASES
+    if args.shapes:
+        asked = [("AdamW", "float32", name) for name in args.shapes]
+    rows: list[dict[str, Any]] = []
+    good = True
+    for kind in asked:
+        optimizer, dtype, workload = kind
+        case = Case(optimizer, getattr(torch, dtype), WORKLOADS[workload], args.device)
+        if args.for_ncu:
+            # All but the grad are written once as well.
+            written = case.bytes_per_element * case.workload.elements - case.footprint
+            expected = {"expected_read": case.footprint, "expected_written": written}
+            rows.append(case.key | expected)
+            if args.json:  # before its launches: a run cut short leaves the names of its marks
+                report.write_json(args.json, {"cases": rows}, quiet=True)
+            show_to_ncu(case)
+            gc.collect()
+            continue
+        results = count_case(case, args.candidates)
+        rows.append(case.key | {"contenders": results})
+        if kind == ONE_LAUNCH and "fusedopt" in results:
+            kernels = results["fusedopt"].get("kernels")
+            good = kernels == 1
+            print(f"  {'pass' if good else 'MISS'}  launches of fusedopt: {kernels}, target 1")
+        if args.json:
+            content = {"machine": machine, "launches": rows, "good": good}
+            report.write_json(args.json, content, quiet=True)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,313 @@
+"""Interleaved runs: rounds in which every candidate is timed once, in rotated order.
+
+On a machine that does other work too, two runs one after the other compare the weather. Here what
+disturbs a round disturbs all candidates, and ratios are medians of the rounds' ratios. A CPU is
+timed by the wall clock alone, a GPU in three ways:
+
+``wall``  until the GPU has done the steps: the longer of host and GPU, as training sees it
+``host``  handing steps to an idle GPU without waiting for it
+``gpu``   the same steps queued behind a kernel that sleeps until the host is done with them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+Step = Callable[[], object]
+
+MIB = 2**20
+MIN_ROUNDS, WARM_UP_ROUNDS = 5, 1
+MIN_SAMPLE_S = 2e-3  # shorter samples repeat the step: timer and scheduler would show otherwise
+MIN_CUDA_SAMPLE_S = 10e-3  # here the wait at the end shows too
+QUEUE_S, MAX_QUEUED = 0.5e-3, 8  # steps of host and gpu: few, or a full queue makes the host wait
+SLOW_S = 0.1  # a step that takes longer than this on a GPU is timed by the wall alone
+HIDE_MARGIN_S, MAX_HIDE_S = 50e-6, 0.25
+CLOCK_WARM_UP_S = 0.3
+
+CACHED_BYTES = 64 * MIB  # work that fits caches is measured on warm ones: a step before each sample
+FLUSH_BYTES, MAX_COLD_STEPS = 192 * MIB, 3
+LARGE_BYTES = 32 * MIB  # from here on memory is the limit, and the probes must not fit caches
+PROBE_BYTES, CUDA_PROBE_BYTES = 256 * MIB, 1024 * MIB
+
+BUSY_LOOP = "while True: sum(range(1000))"  # plain Python: one thread, next to no memory
+SETTLE_S = 0.5
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and the range that holds 80 % of the values: robust on a machine with other work."""
+    if len(values) < 2:
+        return dict.fromkeys(("median", "p10", "p90"), values[0])
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return {"median": statistics.median(values), "p10": deciles[0], "p90": deciles[-1]}
+
+
+@dataclass
+class Candidate:
+    """Something timed once in every round: an optimizer's step or a bandwidth probe."""
+
+    name: str
+    step: Step
+    bytes_moved: int
+    note: str = ""
+    before: Step | None = None  # untimed, before every step
+    inner: int = 1  # steps in a wall sample
+    queued: int = 0  # steps in a host and a gpu sample; 0: neither is taken
+    hide_s: float = 0.0  # how long the GPU sleeps before a gpu sample
+    samples: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    exposed: int = 0  # gpu samples in which the GPU had to wait for the host after all
+
+    def prepare(self) -> None:
+        if self.before:
+            self.before()
+
+    def ms(self, kind: str = "wall") -> dict[str, float]:
+        return spread([1e3 * seconds for seconds in self.samples[kind]])
+
+    def bandwidth(self, kind: str = "wall") -> float:
+        return statistics.median(self._bandwidths(kind))
+
+    def bandwidth_ratio(self, other: Candidate, kind: str = "wall") -> dict[str, float]:
+        pairs = zip(self._bandwidths(kind), other._bandwidths(kind), strict=True)
+        return spread([mine / theirs for mine, theirs in pairs])
+
+    def percent_of(self, other: Candidate, kind: str = "wall") -> float:
+        return 100 * self.bandwidth_ratio(other, kind)["median"]
+
+    def time_ratio(self, other: Candidate, kind: str = "wall") -> dict[str, float]:
+        pairs = zip(self.samples[kind], other.samples[kind], strict=True)
+        return spread([mine / theirs for mine, theirs in pairs])
+
+    def _bandwidths(self, kind: str) -> list[float]:
+        return [self.bytes_moved / seconds * 1e-9 for seconds in self.samples[kind]]
+
+
+class CpuClock:
+    def __init__(self, footprint: int, flush: Step | None) -> None:
+        self.flush = flush
+        self.warms = flush is None and footprint <= CACHED_BYTES
+
+    def begin(self, candidate: Candidate) -> None:
+        candidate.step()
+        once = min(self._wall(candidate) for _ in range(2 if self.warms else 1))
+        candidate.inner = max(1, math.ceil(MIN_SAMPLE_S / max(once, 1e-7)))
+        if self.flush:
+            candidate.inner = min(candidate.inner, MAX_COLD_STEPS)
+
+    def sample(self, candidate: Candidate) -> dict[str, float]:
+        if self.warms:
+            candidate.step()
+        return {"wall": self._wall(candidate)}
+
+    def _wall(self, candidate: Candidate) -> float:
+        seconds = 0.0
+        for _ in range(candidate.inner):
+            candidate.prepare()
+            if self.flush:
+                self.flush()
+            start = time.perf_counter()
+            candidate.step()
+            seconds += time.perf_counter() - start
+        return seconds / candidate.inner
+
+
+class CudaClock:
+    """``separate``: each step of a wall sample is waited for, so that what comes before the next
+    one is not timed; else one wait ends them all, and the host runs ahead of the GPU."""
+
+    def __init__(
+        self, device: torch.device, flush: Step | None, *, separate: bool, wall_only: bool
+    ) -> None:
+        self.device = device
+        self.flush = flush
+        self.separate = separate or flush is not None
+        self.wall_only = wall_only  # for steps that wait for the GPU: nothing hides behind a sleep
+        self._warm_up()
+        self.cycles_per_s = max(self._sleep_rate() for _ in range(3))
+
+    def begin(self, candidate: Candidate) -> None:
+        candidate.step()
+        once = max(min(self._wall(candidate) for _ in range(2)), 1e-6)
+        candidate.inner = max(1, math.ceil(MIN_CUDA_SAMPLE_S / once))
+        if self.flush:
+            candidate.inner = min(candidate.inner, MAX_COLD_STEPS)
+        if self.wall_only or once > SLOW_S:
+            return
+        queued = max(1, min(MAX_QUEUED, math.ceil(QUEUE_S / once)))
+        candidate.queued = 1 if self.flush else queued
+        host = max(self._host(candidate) for _ in range(3))
+        candidate.hide_s = min(MAX_HIDE_S, 2 * host * candidate.queued + HIDE_MARGIN_S)
+        while not self._gpu(candidate)[1] and candidate.hide_s < MAX_HIDE_S:
+            candidate.hide_s = min(MAX_HIDE_S, 2 * candidate.hide_s)
+
+    def sample(self, candidate: Candidate) -> dict[str, float]:
+        times = {"wall": self._wall(candidate)}
+        if candidate.queued:
+            times["host"] = self._host(candidate)
+            times["gpu"], hidden = self._gpu(candidate)
+            candidate.exposed += not hidden
+        return times
+
+    def _prepare(self, candidate: Candidate) -> None:
+        candidate.prepare()
+        if self.flush:
+            self.flush()
+        torch.cuda.synchronize(self.device)
+
+    def _wall(self, candidate: Candidate) -> float:
+        if self.separate:
+            return statistics.fmean(self._wall_of_one(candidate) for _ in range(candidate.inner))
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(candidate.inner):
+            candidate.step()
+        torch.cuda.synchronize(self.device)
+        return (time.perf_counter() - start) / candidate.inner
+
+    def _wall_of_one(self, candidate: Candidate) -> float:
+        self._prepare(candidate)
+        start = time.perf_counter()
+        candidate.step()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+    def _host(self, candidate: Candidate) -> float:
+        self._prepare(candidate)
+        seconds = 0.0
+        for number in range(candidate.queued):
+            if number:
+                candidate.prepare()
+            start = time.perf_counter()
+            candidate.step()
+            seconds += time.perf_counter() - start
+        return seconds / candidate.queued
+
+    def _gpu(self, candidate: Candidate) -> tuple[float, bool]:
+        """Seconds of a step, and whether the GPU still slept when the last one was queued."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._prepare(candidate)
+        torch.cuda._sleep(int(candidate.hide_s * self.cycles_per_s))
+        begin.record()
+        for number in range(candidate.queued):
+            if number:
+                candidate.prepare()
+            candidate.step()
+        end.record()
+        hidden = not begin.query()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3 / candidate.queued, hidden
+
+    def _warm_up(self) -> None:
+        """Work until the GPU's clocks are up."""
+        source = torch.rand(64 * MIB // 4, device=self.device)
+        target = torch.empty_like(source)
+        start = time.perf_counter()
+        while time.perf_counter() - start < CLOCK_WARM_UP_S:
+            target.copy_(source)
+            torch.cuda.synchronize(self.device)
+
+    def _sleep_rate(self, cycles: int = 4_000_000) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        end.synchronize()
+        return cycles / (begin.elapsed_time(end) * 1e-3)
+
+
+def clock_for(
+    device: torch.device, footprint: int, grads: str, cache: str, *, wall_only: bool = False
+) -> CpuClock | CudaClock:
+    """``footprint``: bytes of params, grads and states; ``grads``, ``cache``: the options."""
+    flush = _cache_flush(device) if cache == "cold" else None
+    if device.type == "cuda":
+        return CudaClock(device, flush, separate=grads == "fresh", wall_only=wall_only)
+    return CpuClock(footprint, flush)
+
+
+def _cache_flush(device: torch.device) -> Step:
+    """Reads so much other memory that nothing of a step stays in any cache."""
+    other = torch.zeros(FLUSH_BYTES // 4, device=device)
+    return lambda: other.sum().item()
+
+
+def fresh_grads(params: list[torch.Tensor]) -> Step:
+    """What zero_grad() and a backward leave: every grad is a new tensor object.
+
+    Its memory is that of the last one, as the allocator hands it out again.
+    """
+
+    def renew() -> None:
+        for param in params:
+            if param.grad is not None:
+                param.grad = param.grad.detach()
+
+    return renew
+
+
+def probe_size(device: torch.device, footprint: int) -> int:
+    """Bytes of each of the two probe tensors: beyond caches, or as much as the work itself.
+
+    On a GPU always beyond caches: there a small copy shows what a launch costs.
+    """
+    if device.type == "cuda":
+        return CUDA_PROBE_BYTES
+    return PROBE_BYTES if footprint >= LARGE_BYTES else max(footprint // 2, 4)
+
+
+def bandwidth_probes(probe_bytes: int, device: torch.device) -> list[Candidate]:
+    """Plain copy and in-place multiply: what this machine's memory, or cache, gives right now."""
+    source = torch.rand(probe_bytes // 4, device=device)
+    target = source.clone()
+    moved = 2 * source.nbytes
+    return [
+        Candidate("copy", lambda: target.copy_(source), moved),
+        Candidate("multiply", lambda: target.mul_(1.0000001), moved),
+    ]
+
+
+def run_interleaved(
+    clock: CpuClock | CudaClock, candidates: list[Candidate], rounds: int, budget_s: float
+) -> None:
+    """Rounds of one sample each, the order rotated; fewer than asked if time runs out."""
+    for candidate in candidates:
+        clock.begin(candidate)
+    start = time.perf_counter()
+    for number in range(WARM_UP_ROUNDS + rounds):
+        first = number % len(candidates)
+        for candidate in candidates[first:] + candidates[:first]:
+            times = clock.sample(candidate)
+            if number < WARM_UP_ROUNDS:
+                candidate.exposed = 0
+                continue
+            for kind, seconds in times.items():
+                candidate.samples[kind].append(seconds)
+        measured = number + 1 - WARM_UP_ROUNDS
+        if measured >= MIN_ROUNDS and time.perf_counter() - start > budget_s:
+            return
+
+
+@contextlib.contextmanager
+def background_load() -> Iterator[None]:
+    """Another process that keeps a core busy, as the workers of a data loader do.
+
+    Pinned to no core: where it runs is the operating system's choice, as in training.
+    """
+    process = subprocess.Popen([sys.executable, "-c", BUSY_LOOP])
+    try:
+        time.sleep(SETTLE_S)
+        if process.poll() is not None:
+            raise RuntimeError(f"the busy process ended by itself: status {process.returncode}")
+        yield
+    finally:
+        process.kill()
+        process.wait()

@@ -11,9 +11,9 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,7 @@ from lib import report
 from lib.baselines import BASELINES, Baseline, NotComparableError, verify_equivalent
 from lib.cases import HYPER, WORKLOADS, Case, all_workloads, param_groups
 from lib.targets import HEADING, TARGETS
-from lib.timing import (
-    MIB,
-    MIN_ROUNDS,
-    Candidate,
-    bandwidth_probes,
-    clock_for,
-    fresh_grads,
-    run_interleaved,
-)
+from lib.timing import MIB, Candidate, fresh_grads, measure
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -45,7 +37,6 @@ def parse_args() -> argparse.Namespace:
     add("--candidates", "--contenders", nargs="+", choices=["all", *BASELINES], metavar="NAME",
         help=f"default: all ({', '.join(BASELINES)})")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="write a bar chart of the ratios (PNG)")
-    add("--quick", action="store_true", help=f"{MIN_ROUNDS} rounds, no more than needed to look")
     add("--targets", action="store_true",
         help="compare with the targets, exit status 1 if one is missed; chooses the optimizers, "
         "dtypes, shapes and candidates needed unless they are given")  # fmt: skip
@@ -80,37 +71,9 @@ def first_steps(
             continue
         is_fresh = grads == "fresh" and not baseline.keeps_grads
         params = [param for group in groups for param in group["params"]]
-        before = fresh_grads(params) if is_fresh else None
-        candidates.append(Candidate(baseline.name, step, moved, note, before))
+        before = fresh_grads(params if is_fresh else [])
+        candidates.append(Candidate(baseline.name, step, moved, len(params), note, before))
     return candidates, skipped
-
-
-def figures(case: Case, named: dict[str, Candidate], name: str, base: Candidate) -> dict[str, Any]:
-    """All numbers of one candidate."""
-    mine, tensors = named[name], case.workload.tensors
-    ms = mine.ms()
-    found = {
-        "ms": ms,
-        "us_per_tensor": 1e3 * ms["median"] / tensors,
-        "gb_per_s": mine.bandwidth(),
-        "percent_of_copy": mine.percent_of(named["copy"]),
-        "percent_of_multiply": mine.percent_of(named["multiply"]),
-        "ratio": mine.time_ratio(base),
-        "inner": mine.inner,
-        "note": mine.note,
-    }
-    if mine.queued:
-        host = 1e3 * mine.ms("host")["median"]
-        found["host"] = {"us": host, "us_per_tensor": host / tensors}
-        found["gpu"] = {
-            "ms": mine.ms("gpu"),
-            "gb_per_s": mine.bandwidth("gpu"),
-            "percent_of_copy": mine.percent_of(named["copy"], "gpu"),
-            "ratio": mine.time_ratio(base, "gpu") if base.queued else None,
-            "steps": mine.queued,
-            "waited_for_host": mine.exposed,  # samples; in these the time is too long
-        }
-    return found
 
 
 def l2_cache(case: Case) -> dict[str, Any]:
@@ -151,48 +114,26 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         why = f"needs {needed // MIB} MiB, {int(free) // MIB} MiB may be used"
         return result | {"skipped": skipped | {baseline.name: why for baseline in notes}}
     candidates, failed = first_steps(case, notes, shared, args.grads)
-    probes = bandwidth_probes(case.probe_bytes, case.device)
-    gc.disable()
     try:
-        clock = clock_for(case.device, case.footprint, args.grads, args.cache)
-        run_interleaved(clock, candidates + probes, args.repeats, args.budget)
+        _, figures = measure(candidates, case.device, case.footprint, args)
     except torch.OutOfMemoryError as error:  # of a GPU: temporaries, which nobody can foresee
-        return result | {"skipped": skipped | {c.name: report.reason(error) for c in candidates}}
-    finally:
-        gc.enable()
-    named = {candidate.name: candidate for candidate in candidates + probes}
-    base = "fusedopt" if "fusedopt" in named else candidates[0].name if candidates else ""
-    return result | {
-        "rounds": len(probes[0].samples["wall"]),
-        "base": base,
-        "contenders": {c.name: figures(case, named, c.name, named[base]) for c in candidates},
-        "probes": {probe.name: probe.bandwidth() for probe in probes},
-        "skipped": skipped | failed,
-    }
+        failed |= {candidate.name: report.reason(error) for candidate in candidates}
+        figures = {}
+    return result | figures | {"skipped": skipped | failed}
 
 
 def main() -> int:
     args = parse_args()
-    machine = report.start(args)
-    if args.plot:
-        report.load_pyplot()
-    cases: list[dict[str, Any]] = []
-    begin = time.monotonic()
-    asked = [(o, d, s) for o in args.optimizer for d in args.dtype for s in args.shapes]
-    for optimizer, dtype, shapes in asked:
-        if time.monotonic() - begin > args.max_seconds:
-            print(f"\nstopped after {len(cases)} of {len(asked)} cases (--max-seconds)")
-            break
-        case = Case(optimizer, getattr(torch, dtype), WORKLOADS[shapes], args.device)
-        cases.append(run_case(case, args))
-        report.print_case(cases[-1])
-        if args.json:  # a run that is cut short leaves what it has
-            report.write_json(args.json, {"machine": machine, "cases": cases}, quiet=True)
+    asked = [
+        Case(optimizer, getattr(torch, dtype), WORKLOADS[shapes], args.device)
+        for optimizer in args.optimizer for dtype in args.dtype for shapes in args.shapes
+    ]  # fmt: skip
+    run = functools.partial(run_case, args=args)
+    content = report.run_all(args, "cases", asked, run, report.print_case)
+    cases = content["cases"]
     print(f"\n{report.LEGEND if args.device.type == 'cpu' else report.CUDA_LEGEND}")
-    if args.json:
-        print(f"wrote {args.json}")
     if args.plot:
-        report.draw(cases, machine, list(BASELINES), args.plot)
+        report.draw(content, list(BASELINES), args.plot)
     if not args.targets:
         return 0
     lines, good = TARGETS[args.device.type].compare(cases)

@@ -60,7 +60,7 @@ def test_what_comes_before_a_step_comes_before_every_timed_one(
     monkeypatch.setattr(timing.time, "perf_counter", lambda: event("t", 0))
     monkeypatch.setattr(timing, "_cache_flush", lambda _: lambda: event("f", 100))
     candidate = timing.Candidate("", lambda: event("s", 1.5e-3), 1, before=lambda: event("b", 10))
-    clock = timing.clock_for(CPU, 1, "fresh", cache)
+    clock = timing.Clock(CPU, 1, "fresh", cache)
     clock.begin(candidate)
     assert candidate.inner == 2
     events = ""
@@ -78,14 +78,14 @@ def test_every_candidate_runs_once_a_round_and_not_always_after_the_same() -> No
         nonlocal order
         order += name
 
-    class Clock(timing.CpuClock):
+    class Clock(timing.Clock):
         def begin(self, candidate: Any) -> None:
             pass
 
     names = ("a", "b", "c")
     candidates = [timing.Candidate(name, lambda name=name: step(name), 1) for name in names]
     large = timing.CACHED_BYTES + 1  # no warming step
-    timing.run_interleaved(Clock(large, None), candidates, 5, 60.0)
+    timing.run_interleaved(Clock(CPU, large, "fresh", "warm"), candidates, 5, 60.0)
     rounds = re.findall("...", order)
     assert rounds == ["abc", "bca", "cab"] * 2  # the first one warms up
     assert {len(candidate.samples["wall"]) for candidate in candidates} == {5}

@@ -141,7 +141,7 @@ def main() -> int:
             expected = {"expected_read": case.footprint, "expected_written": written}
             rows.append(case.key | expected)
             if args.json:  # before its launches: a run cut short leaves the names of its marks
-                report.write_json(args.json, {"cases": rows}, quiet=True)
+                report.write_json(args.json, {"cases": rows})
             show_to_ncu(case)
             gc.collect()
             continue
@@ -153,7 +153,7 @@ def main() -> int:
             print(f"  {'pass' if good else 'MISS'}  launches of fusedopt: {kernels}, target 1")
         if args.json:
             content = {"machine": machine, "launches": rows, "good": good}
-            report.write_json(args.json, content, quiet=True)
+            report.write_json(args.json, content)
     return 0 if good else 1
 
 

@@ -73,9 +73,8 @@ def sanitizer_findings(text: str) -> dict[str, Any]:
 
 def ncu_launches(text: str) -> list[list[dict[str, Any]]]:
     """Launches of our kernels after each mark, from ncu's CSV (one metric a line)."""
-    lines = [line for line in text.splitlines() if line.startswith('"')]
     launches: dict[str, dict[str, Any]] = {}
-    for row in csv.DictReader(lines):
+    for row in csv.DictReader(line for line in text.splitlines() if line.startswith('"')):
         launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
         if (name := _METRICS.get(row["Metric Name"])) is not None:
             launch[name] = _number(row["Metric Value"])

@@ -27,11 +27,11 @@ from lib.timing import MIB
 from logs import METRICS, ncu_cases, pytest_counts, sanitizer_findings
 from training import target_lines
 
-TOOL_FOLDERS = ("/usr/local/cuda/bin", "/opt/cuda/bin")
-MAX_LOG_BYTES = 3 * MIB // 2  # of one command
-GRACE_S = 8.0  # between the polite end of a command and the other one
 Result = dict[str, Any]
 OK, FAILED, TIMED_OUT, MISSED, NO_TOOL = "ok", "failed", "timed out", "target missed", "no tool"
+TOOL_FOLDERS = (f"{os.environ.get('CUDA_HOME', '')}/bin", "/usr/local/cuda/bin", "/opt/cuda/bin")
+MAX_LOG_BYTES = 3 * MIB // 2  # of one command
+GRACE_S = 8.0  # between the polite end of a command and the other one
 # pytest-benchmark warns under xdist, and warnings are errors. pytest takes names it does not know.
 NO_PLUGINS = ("-p", "no:cacheprovider", "-p", "no:benchmark")
 PYTEST = ("-m", "pytest", "--device", "cuda", "-q", *NO_PLUGINS)
@@ -45,9 +45,9 @@ UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else one allocation holds 
 class Finished:
     """A command that ended, by itself or not."""
 
-    text: str
-    code: int | None
-    seconds: float
+    text: str = ""
+    code: int | None = 0
+    seconds: float = 0.0
     timed_out: bool = False
 
     @property
@@ -57,6 +57,15 @@ class Finished:
     def tail(self, lines: int = 25) -> list[str]:
         """For the JSON, so without the folders of this machine."""
         return without_folders(self.text).splitlines()[-lines:]
+
+    def verdict(self, good: bool = True) -> str:
+        return TIMED_OUT if self.timed_out else OK if good and self.good else FAILED
+
+    def result(self, good: bool = True, lines: int = 25, **figures: Any) -> Result:
+        """Figures with the verdict, and what was written at the end unless all is well."""
+        verdict = self.verdict(good)
+        tail = {} if verdict == OK else {"tail": self.tail(lines)}
+        return {**figures, "verdict": verdict, **tail}
 
 
 @dataclass
@@ -69,19 +78,17 @@ class Runner:
     deadline: float = 0.0
     commands: list[str] = field(default_factory=list)
 
-    @property
-    def log(self) -> Path:
-        return self.out / "gpu.log"
-
-    def left(self) -> float:
+    def left(self, reserve: float = 0.0) -> float:
         """Seconds that the current part may still take."""
-        return self.deadline - time.monotonic()
+        return self.deadline - time.monotonic() - reserve
+
+    def max_seconds(self, reserve: float) -> tuple[str, str]:
+        """For a program that must begin nothing new once only the reserve is left."""
+        return "--max-seconds", f"{max(self.left(reserve), 5):.0f}"
 
     def tool(self, name: str) -> str | None:
         """Path of a program of the CUDA toolkit; in a dry run its name."""
-        home = os.environ.get("CUDA_HOME")
-        folders = [*([f"{home}/bin"] if home else []), *TOOL_FOLDERS]
-        path = shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+        path = shutil.which(name) or shutil.which(name, path=os.pathsep.join(TOOL_FOLDERS))
         return path or (name if self.dry else None)
 
     def python(
@@ -93,44 +100,39 @@ class Runner:
         ``python -m`` and ``-c`` would otherwise find the folder ``fusedopt`` of the working tree,
         which has no extension in it. (PYTHONSAFEPATH needs Python 3.11.)
         """
-        extra = dict(env or {}) | ({"PYTHONSAFEPATH": "1"} if installed else {})
+        extra = (env or {}) | ({"PYTHONSAFEPATH": "1"} if installed else {})
         command = [*(under or []), sys.executable, *map(str, arguments)]
         return self.run(command, self.left() * share, extra)
 
     def run(
-        self, command: list[str], timeout: float, extra: dict[str, str] | None = None
+        self, command: list[str], timeout: float, env: dict[str, str] | None = None
     ) -> Finished:
+        extra = env or {}
         shown = shlex.join(command).replace(sys.executable, "python")
-        shown = " ".join([*(f"{key}={value}" for key, value in (extra or {}).items()), shown])
+        shown = " ".join([*(f"{key}={value}" for key, value in extra.items()), shown])
         self.commands.append(without_folders(shown))
         if self.dry:
             print(f"  {shown}  # {timeout:.0f} s at most")
-            return Finished("", 0, 0.0)
+            return Finished()
         start = time.monotonic()
-        with self.log.open("ab") as log:
+        with (self.out / "gpu.log").open("a+b") as log:
             log.write(f"\n$ {shown}\n".encode())
             log.flush()
             before = log.tell()
             process = subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, **(extra or {})}, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                command, cwd=ROOT, env=os.environ | extra, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             timed_out = _wait(process, timeout)
-        text = self._shortened(before)
-        return Finished(text, process.returncode, time.monotonic() - start, timed_out)
-
-    def _shortened(self, before: int) -> str:
-        """What the command wrote; in the log, a very long text keeps its two ends."""
-        with self.log.open("r+b") as log:
             log.seek(before)
             written = log.read()
-            if len(written) > MAX_LOG_BYTES:
+            if len(written) > MAX_LOG_BYTES:  # a very long text keeps its two ends
                 half = MAX_LOG_BYTES // 2
                 cut = b"\n[... %d bytes left out ...]\n" % (len(written) - 2 * half)
-                log.seek(before)
-                log.truncate()
+                log.truncate(before)
                 log.write(written[:half] + cut + written[-half:])
-        return written.decode(errors="replace")
+        text = written.decode(errors="replace")
+        return Finished(text, process.returncode, time.monotonic() - start, timed_out)
 
 
 def _wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
@@ -138,21 +140,12 @@ def _wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(max(timeout - GRACE_S, 1.0))
         return False
-    for number in (signal.SIGINT, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGKILL):  # the second for what is left, of it or by it
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_S)
-            break
-    with contextlib.suppress(ProcessLookupError):  # what it left behind
-        os.killpg(process.pid, signal.SIGKILL)
     return True
-
-
-def _verdict(*runs: Finished, good: bool = True) -> str:
-    if any(run.timed_out for run in runs):
-        return TIMED_OUT
-    return OK if good and all(run.good for run in runs) else FAILED
 
 
 def _read(path: Path) -> Result:
@@ -162,24 +155,20 @@ def _read(path: Path) -> Result:
 def build(runner: Runner) -> Result:
     """For the GPUs here alone, which is sooner; or a wheel that was built before."""
     env = {"PIP_ROOT_USER_ACTION": "ignore", "PIP_BREAK_SYSTEM_PACKAGES": "1"}
-    what = ["--no-build-isolation", "."]
-    if runner.wheel is not None:
-        what = [str(runner.wheel)]
-    else:
+    what = [str(runner.wheel)] if runner.wheel else ["--no-build-isolation", "."]
+    if not runner.wheel:
         env["FUSEDOPT_CUDA"] = "1"
         if runner.archs and not os.environ.get("FUSEDOPT_CUDA_ARCHS"):
             env["FUSEDOPT_CUDA_ARCHS"] = runner.archs
     options = ("--disable-pip-version-check", "-q", "--no-deps", "--force-reinstall")
     install = runner.python("-m", "pip", "install", *options, *what, share=0.9, env=env)
     if not install.good:
-        return {"verdict": _verdict(install), "tail": install.tail(60)}
+        return install.result(lines=60)
     shown = runner.python("-c", SHOW_CONFIG, installed=True)
     with_cuda = "built for" in shown.text or runner.dry
-    result = {"verdict": _verdict(shown, good=with_cuda), "config": shown.tail()}
+    result = shown.result(with_cuda, config=shown.tail())
     result |= {"wheel": runner.wheel.name} if runner.wheel else {"build_s": install.seconds}
-    return result | (
-        {} if with_cuda else {"why": "fusedopt has no CUDA in it", "tail": shown.tail()}
-    )
+    return result | ({} if with_cuda else {"why": "fusedopt has no CUDA in it"})
 
 
 def tests(runner: Runner) -> Result:
@@ -187,17 +176,18 @@ def tests(runner: Runner) -> Result:
     cores = len(os.sched_getaffinity(0))
     count = min(max(cores - 2, 2), MAX_WORKERS) if importlib.util.find_spec("xdist") else 0
     workers = ("-n", str(count)) if count else ()
-    threads = {"OMP_NUM_THREADS": "2"} if count else {}
+    env = {"OMP_NUM_THREADS": "2"} if count else {}
     result: Result = {"workers": count}
-    first = runner.python(*PYTEST, *workers, *CUDA_TESTS, share=0.3, installed=True, env=threads)
-    result["cuda"] = pytest_counts(first.text) | {"seconds": first.seconds}
+    verdicts = []
     rest = [f"--ignore={name}" for name in CUDA_TESTS]
-    others = runner.python(*PYTEST, *workers, *rest, installed=True, env=threads)
-    result["others"] = pytest_counts(others.text) | {"seconds": others.seconds}
-    for name, run in (("cuda", first), ("others", others)):
-        if not result[name]["finished"]:
-            result[name]["tail"] = run.tail()
-    return result | {"verdict": _verdict(first, others)}
+    for name, share, chosen in (("cuda", 0.3, CUDA_TESTS), ("others", 1.0, rest)):
+        run = runner.python(*PYTEST, *workers, *chosen, share=share, installed=True, env=env)
+        counts = pytest_counts(run.text)
+        tail = {} if counts["finished"] else {"tail": run.tail()}
+        result[name] = {**counts, "seconds": run.seconds, **tail}
+        verdicts.append(run.verdict())
+    worst = TIMED_OUT if TIMED_OUT in verdicts else FAILED if FAILED in verdicts else OK
+    return result | {"verdict": worst}
 
 
 def sanitizer(runner: Runner) -> Result:
@@ -208,7 +198,6 @@ def sanitizer(runner: Runner) -> Result:
     known = runner.run([program, "--help"], 30.0).text
     ours = ["--kernel-name" if "--kernel-name" in known else "--kernel-regex", "kns=fusedopt"]
     result: Result = {}
-    verdicts = []
     for tool, share, options in (
         ("memcheck", 0.35, [*ours, "--report-api-errors", "no"]),
         ("racecheck", 0.5, ours),
@@ -225,72 +214,63 @@ def sanitizer(runner: Runner) -> Result:
         tail = {} if verdict == OK else {"tail": run.tail()}
         tests_run = {key: counts[key] for key in ("passed", "failed", "skipped")}
         result[tool] = {"verdict": verdict, "seconds": run.seconds, **tests_run, **found, **tail}
-        verdicts.append(verdict)
-    worst = next((verdict for verdict in verdicts if verdict != OK), OK)
+    worst = next((tool["verdict"] for tool in result.values() if tool["verdict"] != OK), OK)
     return result | {"verdict": worst}
 
 
 def step(runner: Runner) -> Result:
     path, picture = runner.out / "step-cuda.json", runner.out / "step-cuda.png"
-    limit = max(runner.left() - 45, 5)  # for the last case, the picture, the start
-    run = runner.python(
-        "bench/step.py", "--device", "cuda", "--targets", "--budget", "3",
-        "--max-seconds", f"{limit:.0f}", "--json", path, "--plot", picture,
-    )  # fmt: skip
+    limit = runner.max_seconds(45)  # for the last case, the picture, the start
+    run = runner.python("bench/step.py", "--device", "cuda", "--targets", "--budget", "3", *limit,
+                        "--json", path, "--plot", picture)  # fmt: skip
     cases = _read(path).get("cases", [])
     lines, good = TARGETS["cuda"].compare(cases)
-    result = {"cases": len(cases), "targets": lines, "file": path.name}
+    return _with_targets(runner, run, good, cases=len(cases), targets=lines, file=path.name)
+
+
+def _with_targets(runner: Runner, run: Finished, good: bool, **figures: Any) -> Result:
     finished = HEADING in run.text or runner.dry  # exit status 1 is also a traceback's
     if run.timed_out or not finished:
-        return result | {"verdict": _verdict(run, good=False), "tail": run.tail()}
-    return result | {"verdict": OK if good else MISSED}
+        return run.result(good=False, **figures)
+    return figures | {"verdict": OK if good else MISSED}
 
 
 def exactness(runner: Runner) -> Result:
     """Roots and quotients of the kernels beside IEEE's, all floats and billions of pairs."""
     run = runner.python(*PYTEST, "tests/test_exactness.py", "-rA", installed=True)
     counts = pytest_counts(run.text)
-    verdict = _verdict(run, good=counts["passed"] > 1 or runner.dry)
-    return {"verdict": verdict, **counts, "tail": run.tail()}
+    return run.result(counts["passed"] > 1 or runner.dry, **counts) | {"tail": run.tail()}
 
 
 def training(runner: Runner) -> Result:
-    return _training(
-        runner, [name for name in COMPARISONS if name not in SETTINGS], "training-step"
-    )
+    names = [name for name in COMPARISONS if name not in SETTINGS]
+    return _training(runner, names, "training-step-cuda.json")
 
 
 def settings(runner: Runner) -> Result:
     """Every mixture of formats, averages, clipping, misaligned grads."""
-    return _training(runner, list(SETTINGS), "settings")
+    return _training(runner, list(SETTINGS), "settings-cuda.json")
 
 
-def _training(runner: Runner, rows: list[str], name: str) -> Result:
-    path = runner.out / f"{name}-cuda.json"
-    wanted = [row for row in rows if "cuda" in COMPARISONS[row].devices]
-    limit = max(runner.left() - 20, 5)  # for the last row, the start
-    run = runner.python(
-        "bench/training.py", "--device", "cuda", "--budget", "2", "--configs", *wanted,
-        "--max-seconds", f"{limit:.0f}", "--json", path,
-    )  # fmt: skip
-    measured = _read(path).get("rows", [])
-    result = {"cases": len(measured), "targets": target_lines(measured), "file": path.name}
-    finished = HEADING in run.text or runner.dry
-    failed = any("failed" in row for row in measured)
-    if run.timed_out or not finished or failed:
-        return result | {"verdict": _verdict(run, good=False), "tail": run.tail()}
-    return result | {"verdict": OK if run.good else MISSED}
+def _training(runner: Runner, names: list[str], file: str) -> Result:
+    wanted = [name for name in names if "cuda" in COMPARISONS[name].devices]
+    limit = runner.max_seconds(20)  # for the last row, the start
+    run = runner.python("bench/training.py", "--device", "cuda", "--budget", "2",
+                        "--configs", *wanted, *limit, "--json", runner.out / file)  # fmt: skip
+    rows = _read(runner.out / file).get("rows", [])
+    figures = {"cases": len(rows), "targets": target_lines(rows), "file": file}
+    if any("failed" in row for row in rows):
+        return run.result(good=False, **figures)
+    return _with_targets(runner, run, run.good, **figures)
 
 
 def launches(runner: Runner) -> Result:
     path = runner.scratch / "launches.json"
     run = runner.python("bench/gpu/launches.py", "--device", "cuda", "--json", path)
     content = _read(path)
-    result = {"launches": content.get("launches", [])}
-    if run.code == 1 and content.get("good") is False:
-        return result | {"verdict": MISSED}
-    tail = {} if run.good else {"tail": run.tail()}
-    return result | {"verdict": _verdict(run), **tail}
+    result = run.result(launches=content.get("launches", []))
+    missed = run.code == 1 and content.get("good") is False
+    return result | ({"verdict": MISSED} if missed else {})
 
 
 def ncu(runner: Runner) -> Result:
@@ -307,51 +287,40 @@ def ncu(runner: Runner) -> Result:
     text = table.read_text(errors="replace") if table.exists() else ""
     asked = _read(cases).get("cases", [])
     rows = ncu_cases(asked, text)
-    complete = len(rows) == len(asked) and all(row["launches"] for row in rows)
-    verdict = _verdict(run, good=bool(rows and complete) or runner.dry)
-    tail = {} if verdict == OK else {"tail": [*run.tail(10), *text.splitlines()[-10:]]}
-    return {"verdict": verdict, "cases": rows, **tail}
+    complete = rows and len(rows) == len(asked) and all(row["launches"] for row in rows)
+    result = run.result(bool(complete) or runner.dry, 10, cases=rows)
+    return result | ({"tail": result["tail"] + text.splitlines()[-10:]} if "tail" in result else {})
 
 
 def train(runner: Runner) -> Result:
     path, picture = runner.out / "train-gpt-cuda.json", runner.out / "train-gpt-cuda.png"
-    limit = max(runner.left() - 25, 5)
-    run = runner.python(
-        "examples/train_gpt.py", "--device", "cuda", "--max-seconds", f"{limit:.0f}",
-        "--json", path, "--plot", picture,
-    )  # fmt: skip
+    limit = runner.max_seconds(25)
+    run = runner.python("examples/train_gpt.py", "--device", "cuda", *limit, "--json", path,
+                        "--plot", picture)  # fmt: skip
     content = _read(path)
     runs = [{k: v for k, v in row.items() if k != "losses"} for row in content.get("runs", [])]
-    result = {"runs": runs, "apart": content.get("apart"), "file": path.name}
-    return result | {"verdict": _verdict(run)} | ({} if run.good else {"tail": run.tail()})
+    return run.result(runs=runs, apart=content.get("apart"), file=path.name)
 
 
 def tune(runner: Runner) -> Result:
     path = runner.scratch / "tune.json"
-    limit = max(runner.left() - 15, 5)
-    run = runner.python("bench/gpu/tune.py", "--max-seconds", f"{limit:.0f}", "--json", path)
-    tail = {} if run.good else {"tail": run.tail()}
-    return {"verdict": _verdict(run), "variants": _read(path).get("variants", []), **tail}
+    run = runner.python("bench/gpu/tune.py", *runner.max_seconds(15), "--json", path)
+    return run.result(variants=_read(path).get("variants", []))
 
 
-@dataclass(frozen=True)
-class Part:
-    run: Callable[[Runner], Result]
-    share: float  # of the time that is left, beside the parts still to come
-    default: bool = True
-
-
-# Seconds that the parts should take on 16 cores, the most important first.
-PARTS = {
-    "build": Part(build, 100),
-    "tests": Part(tests, 190),
-    "sanitizer": Part(sanitizer, 100),
-    "step": Part(step, 140),
-    "launches": Part(launches, 20),
-    "ncu": Part(ncu, 45),
-    "exactness": Part(exactness, 25),
-    "settings": Part(settings, 90),
-    "training": Part(training, 50),
-    "train": Part(train, 40),
-    "tune": Part(tune, 200, default=False),
+# Seconds that the parts should take on 16 cores, the most important first: their shares of the time
+# that is left.
+PARTS: dict[str, tuple[Callable[[Runner], Result], float]] = {
+    "build": (build, 100),
+    "tests": (tests, 190),
+    "sanitizer": (sanitizer, 100),
+    "step": (step, 140),
+    "launches": (launches, 20),
+    "ncu": (ncu, 45),
+    "exactness": (exactness, 25),
+    "settings": (settings, 90),
+    "training": (training, 50),
+    "train": (train, 40),
+    "tune": (tune, 200),
 }
+USUAL = [name for name in PARTS if name != "tune"]

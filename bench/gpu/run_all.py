@@ -15,6 +15,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
@@ -24,13 +25,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from lib.report import without_folders, write_json
-from parts import FAILED, OK, PARTS, SHOW_CONFIG, TIMED_OUT, Result, Runner
+from parts import FAILED, OK, PARTS, SHOW_CONFIG, TIMED_OUT, USUAL, Result, Runner
 
 # Of 4 and 12 minutes, less the start of Python and torch and the end of what must be ended.
 PART_S, ALL_S = 230.0, 700.0
-TOOLS = ("nvcc", "ncu", "compute-sanitizer")
 ABOUT = """\
 import json, platform, torch
 devices = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
@@ -46,25 +48,25 @@ print(json.dumps({
 
 def about(runner: Runner) -> dict[str, Any]:
     """What a figure depends on; what could not be found out is None."""
-    device = runner.python("-c", ABOUT).text.strip().splitlines()
-    try:
-        machine = json.loads(device[-1])
-    except (IndexError, ValueError):
-        machine = {"gpu": None}
-    smi = runner.tool("nvidia-smi")
-    query = ["--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit"]
-    limits = runner.run([smi, *query, "--format=csv,noheader"], 30.0).tail(1) if smi else []
-    machine["driver_and_limits"] = limits[0] if limits else None
-    for name in TOOLS:
+
+    def end_of(lines: int, name: str, *options: str) -> str | None:
         path = runner.tool(name)
-        version = runner.run([path, "--version"], 30.0).tail(2) if path else None
-        machine[name] = None if version is None else " ".join(version)
-    git = ["git", "-c", "safe.directory=*"]
-    commit = runner.run([*git, "rev-parse", "HEAD"], 30.0) if runner.tool("git") else None
-    machine["commit"] = commit.text.strip() if commit and commit.good else None
+        run = runner.run([path, *options], 30.0) if path else None
+        return " ".join(run.tail(lines)) if run and run.good else None
+
+    machine: dict[str, Any] = {"gpu": None}
+    device = runner.python("-c", ABOUT)  # in a process that ends and leaves the GPU alone
+    with contextlib.suppress(IndexError, ValueError):
+        machine = json.loads(device.text.strip().splitlines()[-1])
+    query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    machine["driver_and_limits"] = end_of(1, "nvidia-smi", query, "--format=csv,noheader")
+    for name in ("nvcc", "ncu", "compute-sanitizer"):
+        machine[name] = end_of(2, name, "--version")
+    git = ("git", "-c", "safe.directory=*")
+    machine["commit"] = end_of(1, *git, "rev-parse", "HEAD")
     if machine["commit"]:
-        changed = runner.run([*git, "status", "--porcelain"], 30.0).text.splitlines()
-        machine["changed_files"] = len(changed)
+        changed = runner.run([*git, "status", "--porcelain"], 30.0)
+        machine["changed_files"] = len(changed.text.splitlines())
     return machine
 
 
@@ -75,9 +77,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, default=Path("build/gpu"), metavar="FOLDER",
         help="where all files go (default: %(default)s)")  # fmt: skip
-    usual = [name for name, part in PARTS.items() if part.default]
-    add("--parts", nargs="+", choices=PARTS, default=usual, metavar="PART",
-        help=f"in this order (default: {' '.join(usual)}; also: tune)")  # fmt: skip
+    add("--parts", nargs="+", choices=PARTS, default=USUAL, metavar="PART",
+        help=f"in this order (default: {' '.join(USUAL)}; also: tune)")  # fmt: skip
     add("--wheel", type=Path, metavar="FILE", help="install this; the part build builds nothing")
     add("--budget", type=float, metavar="S",
         help=f"in all, shared by the parts (default: {PART_S:g} a part, {ALL_S:g})")  # fmt: skip
@@ -89,23 +90,11 @@ def parse_args() -> argparse.Namespace:
         parser.error("--wheel is for the part build, which is not among --parts")
     if args.wheel and not (args.wheel.is_file() or args.dry_run):
         parser.error(f"--wheel: there is no file {args.wheel}")
+    if not (args.dry_run or torch.cuda.is_available()):
+        parser.error(f"torch {torch.__version__} finds no CUDA device here, so nothing was run "
+                     "(--dry-run shows the commands)")  # fmt: skip
     args.wheel = args.wheel and args.wheel.resolve()
     return args
-
-
-def require_cuda() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise SystemExit(
-            f"run_all.py: torch {torch.__version__} finds no CUDA device here, so nothing was run "
-            "(--dry-run shows the commands)"
-        )
-
-
-def limit_of(parts: list[str], left: float, at_most: float) -> float:
-    """Seconds for the first of the parts still to come."""
-    return min(left * PARTS[parts[0]].share / sum(PARTS[name].share for name in parts), at_most)
 
 
 def run_part(name: str, runner: Runner, limit: float) -> Result:
@@ -114,19 +103,17 @@ def run_part(name: str, runner: Runner, limit: float) -> Result:
     runner.deadline = start + limit
     runner.commands = []
     try:
-        result = PARTS[name].run(runner)
+        result = PARTS[name][0](runner)
     except Exception as error:  # a fault of this script must not cost the other parts
         result = {"verdict": FAILED, "why": f"{type(error).__name__}: {error}"}
-    result["seconds"] = round(time.monotonic() - start, 1)
-    result["commands"] = runner.commands
-    return result
+    seconds = round(time.monotonic() - start, 1)
+    return result | {"seconds": seconds, "commands": runner.commands}
 
 
 def run_all(args: argparse.Namespace, runner: Runner) -> dict[str, Any]:
     budget = args.budget or min(PART_S * len(args.parts), ALL_S)
     at_most = budget if args.budget else PART_S
-    end = time.monotonic() + budget
-    runner.deadline = end
+    end = runner.deadline = time.monotonic() + budget
     content: dict[str, Any] = {
         "command": without_folders(shlex.join(["python", "bench/gpu/run_all.py", *sys.argv[1:]])),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -137,23 +124,22 @@ def run_all(args: argparse.Namespace, runner: Runner) -> dict[str, Any]:
     if "build" not in args.parts:
         shown = runner.python("-c", SHOW_CONFIG, installed=True)
         content["machine"]["installed"] = shown.tail()
-    file = args.out / "gpu.json"
     for index, name in enumerate(args.parts):
-        if content["parts"].get("build", {}).get("verdict", OK) != OK:
-            content["parts"][name] = {"verdict": "not run", "why": "there is no build"}
-            continue
         left = end - time.monotonic()
-        if left < 10:
-            content["parts"][name] = {"verdict": "not run", "why": "no time left"}
+        no_build = content["parts"].get("build", {}).get("verdict", OK) != OK
+        if no_build or left < 10:
+            why = "there is no build" if no_build else "no time left"
+            content["parts"][name] = {"verdict": "not run", "why": why}
             continue
-        limit = limit_of(args.parts[index:], left, at_most)
+        shares = [PARTS[each][1] for each in args.parts[index:]]
+        limit = min(left * shares[0] / sum(shares), at_most)
         print(f"{name}, {limit:.0f} s at most:" if args.dry_run else f"{name} ...", flush=True)
         result = content["parts"][name] = run_part(name, runner, limit)
         if args.dry_run:  # as if it had taken them
             end -= limit
             continue
         print(f"  {result['verdict']}, {result['seconds']} s", flush=True)
-        write_json(file, content, quiet=True)
+        write_json(args.out / "gpu.json", content)
     return content
 
 
@@ -184,33 +170,24 @@ def _why(part: Result) -> list[str]:
 def _remark(part: Result) -> str:
     if "why" in part:
         return str(part["why"])
-    inner = {name: row for name, row in part.items() if isinstance(row, dict)}
-    if "others" in part:
-        return "; ".join(f"{name}: {row['passed']} passed, {row['failed']} failed, "
-                         f"{row['skipped']} skipped" for name, row in inner.items())  # fmt: skip
-    if "memcheck" in part:
-        return "; ".join(f"{tool}: {row['verdict']}, {row['errors_in_ours']} errors in fusedopt"
-                         for tool, row in inner.items())  # fmt: skip
     if "targets" in part:
         missed = sum("MISS" in line for line in part["targets"])
         return f"{part['cases']} cases, {missed} targets missed"
-    return ""
+    keys = ("passed", "failed", "skipped", "errors_in_ours")
+    inner = {name: row for name, row in part.items() if isinstance(row, dict) and "passed" in row}
+    return "; ".join(f"{name}: " + ", ".join(f"{row[key]} {key}" for key in keys if key in row)
+                     for name, row in inner.items())  # fmt: skip
 
 
 def main() -> int:
     args = parse_args()
-    if not args.dry_run:
-        require_cuda()
-        args.out.mkdir(parents=True, exist_ok=True)
     args.out = args.out.resolve()
+    if not args.dry_run:
+        args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         runner = Runner(args.out, Path(scratch), args.dry_run, args.wheel)
         content = run_all(args, runner)
-    if args.dry_run:
-        return 0
-    good = report(content)
-    write_json(args.out / "gpu.json", content)
-    return 0 if good else 1
+    return 0 if args.dry_run or report(content) else 1
 
 
 if __name__ == "__main__":

@@ -117,18 +117,14 @@ def table_of(variants: list[Variant]) -> list[dict[str, Any]]:
 
 
 def show(table: list[dict[str, Any]]) -> None:
-    cases = list(table[0]["ms"])
-    print("time / time of the constants as they are (ms), on the device\n")
-    print(f"{'':26}" + "".join(f"{case:>26}" for case in cases))
+    print("time / time of the constants as they are (ms), on the device")
     for row in table:
-        cells = [f"{row['ratio'][c]:.3f} ({row['ms'][c]:.4f})" if c in row["ratio"] else "-"
-                 for c in cases]  # fmt: skip
-        print(f"{row['name']:26}" + "".join(f"{cell:>26}" for cell in cells))
-        if row["error"]:
-            print(f"  {row['error']}")
+        print(f"\n{row['name']} {row['error']}")
+        for case, ratio in row["ratio"].items():
+            print(f"  {case:26}{ratio:8.3f} ({row['ms'][case]:.4f})")
 
 
-def main() -> int:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -136,11 +132,15 @@ def main() -> int:
     add("--set", nargs="+", metavar="NAME=VALUES", help="default: half and double of each")
     add("--shapes", nargs="+", default=SHAPES, metavar="NAME",
         help=f"default: {' '.join(SHAPES)}")  # fmt: skip
-    add("--device", default="cuda", help="default: cuda")
+    add("--device", default="cuda", help="default: %(default)s")
+    add("--json", type=Path, metavar="FILE", help="write the table")
     add("--max-seconds", type=float, default=float("inf"), metavar="S",
         help="no further measurement is begun after that (default: no limit)")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="write the table")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
     start = time.monotonic()
     planned = [None, *changes((ROOT / HEADER).read_text(), args.set)]
     with tempfile.TemporaryDirectory() as folder:
@@ -153,7 +153,7 @@ def main() -> int:
                 if not variant.error and time.monotonic() - start < args.max_seconds:
                     measure(variant, args)
             if args.json:
-                write_json(args.json, {"variants": table_of(variants)}, quiet=True)
+                write_json(args.json, {"variants": table_of(variants)})
     table = table_of(variants)
     show(table)
     return 1 if table[0]["error"] else 0

@@ -21,8 +21,6 @@ Make = Callable[[Groups, str], Step]
 Create = Callable[[Groups, str], torch.optim.Optimizer]
 
 GRAPH_WARM_UP_STEPS = 3  # on a side stream, as torch's notes on CUDA graphs ask for
-SAME_NAMES = {name: name for name in HYPER}
-FUSED_NAMES = {"AdamW": "FusedAdam", "Adam": "FusedAdam", "SGD": "FusedSGD"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class NotComparableError(Exception):
     """This baseline cannot take part in this case; the text says why."""
 
 
-def _library(library: Callable[[], Any], **options: bool) -> Create:
+def _create(library: Callable[[], Any], **options: bool) -> Create:
     def create(groups: Groups, optimizer: str) -> torch.optim.Optimizer:
         kept = dict(options)
         if library is _torch and optimizer == "SGD":  # its lr is what it was at the capture
@@ -122,74 +120,50 @@ def _package(
     return make
 
 
-def _deepspeed(optimizer: str, _: torch.dtype) -> dict[str, Any]:
-    return {"adamw_mode": optimizer == "AdamW", "fp32_optimizer_states": False}
-
-
 def _apex(optimizer: str, _: torch.dtype) -> dict[str, Any]:
     return {} if optimizer == "SGD" else {"adam_w_mode": optimizer == "AdamW"}
 
 
-def _transformer_engine(optimizer: str, dtype: torch.dtype) -> dict[str, Any]:
-    options = _apex(optimizer, dtype)
-    if optimizer != "SGD" and dtype == torch.bfloat16:
-        options |= dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), torch.bfloat16)
-    return options
+def _te(optimizer: str, dtype: torch.dtype) -> dict[str, Any]:
+    has_states = optimizer != "SGD" and dtype == torch.bfloat16
+    states = dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), torch.bfloat16)
+    return _apex(optimizer, dtype) | (states if has_states else {})
 
 
+def _deepspeed(optimizer: str, _: torch.dtype) -> dict[str, Any]:
+    return {"adamw_mode": optimizer == "AdamW", "fp32_optimizer_states": False}
+
+
+SAME = {name: name for name in HYPER}
+FUSED = {"AdamW": "FusedAdam", "Adam": "FusedAdam", "SGD": "FusedSGD"}
+FLASH = {name: f"Flash{name}" for name in HYPER}
+DEEPSPEED = dict.fromkeys(("AdamW", "Adam"), "DeepSpeedCPUAdam")
 BASELINES = {
     baseline.name: baseline
     for baseline in (
-        Baseline("fusedopt", _step_of(_library(load_fusedopt))),
-        Baseline("torch-fused", _step_of(_library(_torch, fused=True))),
-        Baseline("torch-foreach", _step_of(_library(_torch, foreach=True))),
-        Baseline("torch-loop", _step_of(_library(_torch, foreach=False, fused=False))),
-        Baseline(
-            "fusedopt-graph",
-            _captured(_library(load_fusedopt, capturable=True)),
-            "CUDA graph",
-            keeps_grads=True,
-        ),
-        Baseline(
-            "torch-graph",
-            _captured(_library(_torch, fused=True, capturable=True)),
-            "CUDA graph of fused",
-            keeps_grads=True,
-        ),
-        Baseline(
-            "apex",
-            _package("apex.optimizers", FUSED_NAMES, _apex, only_on="cuda"),
-            "its Adam has 32-bit states whatever the dtype",
-        ),
-        Baseline(
-            "te",
-            _package("transformer_engine.pytorch.optimizers", FUSED_NAMES, _transformer_engine,
-                     only_on="cuda"),
-            "TransformerEngine",
-        ),
-        Baseline(
-            "flashoptim",
-            _package("flashoptim", {name: f"Flash{name}" for name in HYPER},
-                     lambda *_: {"quantize": False, "master_weight_bits": None}, only_on="cuda"),
-            "without its low-bit states",
-        ),
-        Baseline(
-            "deepspeed",
-            _package("deepspeed.ops.adam", dict.fromkeys(("AdamW", "Adam"), "DeepSpeedCPUAdam"),
-                     _deepspeed, only_on="cpu"),
-            "DeepSpeedCPUAdam",
-        ),
-        Baseline("optimi", _package("optimi", SAME_NAMES, lambda *_: {"kahan_sum": False})),
-        Baseline(
-            "torchao",
-            _package("torchao.optim", {"AdamW": "_AdamW"}),
-            "its AdamW without low-bit states, compiled for each shape",
-        ),
-        Baseline(
-            "bitsandbytes",
-            _package("bitsandbytes.optim", SAME_NAMES),
-            "32-bit states whatever the dtype of the params",
-        ),
+        Baseline("fusedopt", _step_of(_create(load_fusedopt))),
+        Baseline("torch-fused", _step_of(_create(_torch, fused=True))),
+        Baseline("torch-foreach", _step_of(_create(_torch, foreach=True))),
+        Baseline("torch-loop", _step_of(_create(_torch, foreach=False, fused=False))),
+        Baseline("fusedopt-graph", _captured(_create(load_fusedopt, capturable=True)),
+                 "CUDA graph", keeps_grads=True),
+        Baseline("torch-graph", _captured(_create(_torch, fused=True, capturable=True)),
+                 "CUDA graph of fused", keeps_grads=True),
+        Baseline("apex", _package("apex.optimizers", FUSED, _apex, only_on="cuda"),
+                 "its Adam has 32-bit states whatever the dtype"),
+        Baseline("te", _package("transformer_engine.pytorch.optimizers", FUSED, _te,
+                                only_on="cuda"), "TransformerEngine"),
+        Baseline("flashoptim",
+                 _package("flashoptim", FLASH, lambda *_: {"quantize": False,
+                          "master_weight_bits": None}, only_on="cuda"),
+                 "without its low-bit states"),
+        Baseline("deepspeed", _package("deepspeed.ops.adam", DEEPSPEED, _deepspeed, only_on="cpu"),
+                 "DeepSpeedCPUAdam"),
+        Baseline("optimi", _package("optimi", SAME, lambda *_: {"kahan_sum": False})),
+        Baseline("torchao", _package("torchao.optim", {"AdamW": "_AdamW"}),
+                 "its AdamW without low-bit states, compiled for each shape"),
+        Baseline("bitsandbytes", _package("bitsandbytes.optim", SAME),
+                 "32-bit states whatever the dtype of the params"),
     )
 }  # fmt: skip
 

@@ -120,14 +120,11 @@ def theirs(
         is_plain = clip is None and ema is None
         return optimizer.step if is_plain else step, lambda: [*params, *averages]
 
-    parts = [
-        *(["clip_grad_norm_"] if clip is not None else []),
-        "AdamW(fused=True)",
-        *(["AveragedModel"] if ema is not None else []),
-        *(["GradScaler"] if scaled else []),
-    ]
-    scale = LOSS_SCALE if scaled else 1.0
-    return Config("torch", ", ".join(parts), make, moved, dtype, dtype, scale)
+    what = "clip_grad_norm_, " if clip is not None else ""
+    what += "AdamW(fused=True)"
+    what += ", AveragedModel" if ema is not None else ""
+    what += ", GradScaler" if scaled else ""
+    return Config("torch", what, make, moved, dtype, dtype, LOSS_SCALE if scaled else 1.0)
 
 
 def _scaled(kind: Any, optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> Step:
@@ -149,15 +146,13 @@ def parameters(
     generator = torch.Generator(device).manual_seed(0)
     every: list[list[nn.Parameter]] = [[] for _ in configs]
     for shape in shapes:
-        value, grad = (
-            torch.empty(shape, device=device).uniform_(0.05, 0.1, generator=generator)
-            for _ in range(2)
-        )
+        both = torch.empty((2, *shape), device=device)
+        value, grad = both.uniform_(0.05, 0.1, generator=generator)
         for config, params in zip(configs, every, strict=True):
             param = nn.Parameter(value.to(config.dtype, copy=True))
-            config.set_grad(
-                param, grad if config.grad_value is None else grad.fill_(config.grad_value)
-            )
+            if config.grad_value is not None:
+                grad.fill_(config.grad_value)
+            config.set_grad(param, grad)
             params.append(param)
     return every
 
@@ -215,21 +210,17 @@ class Pair:
     def compare(self, named: dict[str, Candidate], device: torch.device) -> dict[str, Any]:
         mine, other = named[self.of], named[self.against]
         if self.by_bytes:
-            by, text = "bytes/s", f"bytes/s, {self.of} / {self.against}"
-            value = mine.bandwidth_ratio(other)
+            by, text, value = "bytes/s", f"{self.of} / {self.against}", mine.bandwidth_ratio(other)
         else:
-            by, text = "time", f"time, {self.against} / {self.of}"
-            value = other.time_ratio(mine)
-        target = self._target(device)
-        good = None if target is None else value["median"] >= target
-        key = {"of": self.of, "against": self.against, "by": by}
-        return {**key, "text": text, "value": value, "target": target, "good": good}
-
-    def _target(self, device: torch.device) -> float | None:
-        if device.type == "cuda":
-            return self.cuda
-        is_avx512 = load_fusedopt()._config.cpu_isa() == "avx512"
-        return self.cpu if is_avx512 or self.avx2 is None else self.avx2
+            by, text, value = "time", f"{self.against} / {self.of}", other.time_ratio(mine)
+        target = self.cuda if device.type == "cuda" else self.cpu
+        if device.type == "cpu" and load_fusedopt()._config.cpu_isa() != "avx512":
+            target = self.avx2 or target
+        return {
+            "of": self.of, "against": self.against, "by": by, "text": f"{by}, {text}",
+            "value": value, "target": target,
+            "good": None if target is None else value["median"] >= target,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -244,6 +235,13 @@ class Comparison:
     on_gpu: str | None = None  # the workload there, if it is another one
 
 
+def _beside_torch(
+    title: str, workload: str, mine: Config, other: Config, cpu: float | None, cuda: float | None,
+    **options: Any,
+) -> Comparison:  # fmt: skip
+    return Comparison(title, workload, (mine, other), (Pair(cpu=cpu, cuda=cuda),), **options)
+
+
 def _setting(
     title: str, cuda: float, dtype: torch.dtype = BF16, on_cpu: bool = True, **options: Any
 ) -> Comparison:
@@ -252,31 +250,24 @@ def _setting(
         Pair("setting", "fusedopt-fp32", cpu=1 / 1.2, avx2=1 / 1.6, by_bytes=True),
         Pair("setting", "copy", cuda=cuda, by_bytes=True),
     )
-    return Comparison(
-        f"AdamW, {title}",
-        "one-64Mi",
-        (ours("setting", dtype, **options), ours("fusedopt-fp32")),
-        pairs if on_cpu else pairs[1:],
-        is_alike=not options.keys() & {"ema_decay", "max_grad_norm"},
-        on_gpu="one-256Mi",
-    )
+    configs = (ours("setting", dtype, **options), ours("fusedopt-fp32"))
+    alike = not options.keys() & {"ema_decay", "max_grad_norm"}
+    return Comparison(f"AdamW, {title}", "one-64Mi", configs, pairs if on_cpu else pairs[1:],
+                      is_alike=alike, on_gpu="one-256Mi")  # fmt: skip
 
 
 def _rounded(title: str, dtype: torch.dtype = BF16, **options: Any) -> Comparison:
     """Stochastic rounding beside rounding to nearest."""
-    return Comparison(
-        f"AdamW, stochastic rounding, {title}",
-        "one-64Mi",
-        (
-            ours("stochastic", dtype, stochastic_rounding=True, **options),
-            ours("nearest", dtype, stochastic_rounding=False, **options),
-        ),
-        (
-            Pair("stochastic", "nearest", cpu=1 / 1.5),
-            Pair("stochastic", "copy", cuda=0.93, by_bytes=True),
-        ),
-        on_gpu="one-256Mi",
+    configs = [
+        ours(name, dtype, stochastic_rounding=name == "stochastic", **options)
+        for name in ("stochastic", "nearest")
+    ]
+    pairs = (
+        Pair("stochastic", "nearest", cpu=1 / 1.5),
+        Pair("stochastic", "copy", cuda=0.93, by_bytes=True),
     )
+    title = f"AdamW, stochastic rounding, {title}"
+    return Comparison(title, "one-64Mi", tuple(configs), pairs, on_gpu="one-256Mi")
 
 
 def _unusual(dtype: torch.dtype) -> Comparison:
@@ -284,14 +275,10 @@ def _unusual(dtype: torch.dtype) -> Comparison:
     values = {"zeros": 0.0, "subnormals": 1e-40, "tiny": 1e-30, "infinities": float("inf"),
               "nans": float("nan")}  # fmt: skip
     configs = [ours(name, dtype, grad_value=value) for name, value in values.items()]
-    return Comparison(
-        f"AdamW, {SHORT[dtype]}, unusual numbers",
-        "one-4Mi",
-        (*configs, ours("ordinary", dtype)),
-        tuple(Pair(name, "ordinary", cpu=1 / 1.3) for name in values),
-        devices=("cpu",),
-        is_alike=False,
-    )
+    pairs = tuple(Pair(name, "ordinary", cpu=1 / 1.3) for name in values)
+    return Comparison(f"AdamW, {SHORT[dtype]}, unusual numbers", "one-4Mi",
+                      (*configs, ours("ordinary", dtype)), pairs, devices=("cpu",),
+                      is_alike=False)  # fmt: skip
 
 
 NEAREST: dict[str, Any] = {"stochastic_rounding": False}
@@ -326,63 +313,29 @@ SETTINGS = {
     "rounded-fp32-states": _rounded("bf16, fp32 states", **FP32_STATES),
 }
 
-PLAIN = (ours(), theirs())
-CLIPPED = (ours(max_grad_norm=CLIP), theirs(clip=CLIP))
+GPT2, ONE = "gpt2-124m", "one-64Mi"
+CLIPPED = ours(max_grad_norm=CLIP), theirs(clip=CLIP)
+SCALED = ours(dtype=FP16, scaled=True), theirs(FP16, scaled=True)
+OF_BF16 = ours("all-bf16", BF16), ours("split", BF16, **SPLIT), ours("fusedopt-fp32"), theirs(BF16)
 OF_FP32: dict[str, Any] = {"against": "fusedopt-fp32", "cuda": 0.9, "by_bytes": True}
 COMPARISONS = {
-    "plain": Comparison(
-        "AdamW, all options off, GPT-2 124M", "gpt2-124m", PLAIN, (Pair(cpu=1.0, cuda=1.5),)
-    ),
-    "clip": Comparison(
-        "AdamW + clip, GPT-2 124M", "gpt2-124m", CLIPPED, (Pair(cpu=1.3, cuda=1.3),)
-    ),
-    "clip-many": Comparison(
-        "AdamW + clip, 1000 x 1000", "many-1000x1000", CLIPPED, (Pair(cpu=8.0, cuda=8.0),)
-    ),
-    "bf16-states": Comparison(
-        "AdamW, fp32 params, bf16 states, 64 Mi",
-        "one-64Mi",
-        (ours(**BF16_STATES), theirs()),
-        (Pair(cpu=1.0, cuda=1.3),),
-    ),
+    "plain": _beside_torch(
+        "AdamW, all options off, GPT-2 124M", GPT2, ours(), theirs(), 1.0, 1.5),
+    "clip": _beside_torch("AdamW + clip, GPT-2 124M", GPT2, *CLIPPED, 1.3, 1.3),
+    "clip-many": _beside_torch("AdamW + clip, 1000 x 1000", "many-1000x1000", *CLIPPED, 8.0, 8.0),
+    "bf16-states": _beside_torch(
+        "AdamW, fp32 params, bf16 states, 64 Mi", ONE, ours(**BF16_STATES), theirs(), 1.0, 1.3),
     "bf16": Comparison(
-        "AdamW in bf16, 64 Mi",
-        "one-64Mi",
-        (
-            ours("all-bf16", BF16),
-            ours("split", BF16, **SPLIT),
-            ours("fusedopt-fp32"),
-            theirs(BF16),
-        ),
-        (
-            Pair("all-bf16", cpu=1.0),
-            Pair("split", cpu=1.0),
-            Pair("all-bf16", **OF_FP32),
-            Pair("split", **OF_FP32),
-        ),
-    ),
-    "busy": Comparison(
-        "AdamW, GPT-2 124M, one other process busy",
-        "gpt2-124m",
-        PLAIN,
-        (Pair(cpu=2.0),),
-        busy=True,
-        devices=("cpu",),
-    ),
-    "ema": Comparison(
-        "AdamW + EMA, GPT-2 124M",
-        "gpt2-124m",
-        (ours(**EMA), theirs(ema=DECAY)),
-        (Pair(cpu=1.3, cuda=1.3),),
-    ),
-    "grad-scaler": Comparison(
-        "AdamW under GradScaler, fp16, GPT-2 124M",
-        "gpt2-124m",
-        (ours(dtype=FP16, scaled=True), theirs(FP16, scaled=True)),
-        (Pair(cuda=1.3),),
-        devices=("cuda",),
-    ),
+        "AdamW in bf16, 64 Mi", ONE, OF_BF16,
+        (Pair("all-bf16", cpu=1.0), Pair("split", cpu=1.0),
+         Pair("all-bf16", **OF_FP32), Pair("split", **OF_FP32))),
+    "busy": _beside_torch(
+        "AdamW, GPT-2 124M, one other process busy", GPT2, ours(), theirs(), 2.0, None,
+        busy=True, devices=("cpu",)),
+    "ema": _beside_torch("AdamW + EMA, GPT-2 124M", GPT2, ours(**EMA), theirs(ema=DECAY), 1.3, 1.3),
+    "grad-scaler": _beside_torch(
+        "AdamW under GradScaler, fp16, GPT-2 124M", GPT2, *SCALED, None, 1.3, devices=("cuda",)),
     **SETTINGS,
     "values-fp32": _unusual(FP32),
     "values-bf16": _unusual(BF16),
-}
+}  # fmt: skip

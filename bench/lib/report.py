@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,6 +29,21 @@ CUDA graphs keep theirs in either case: a graph needs its grads in place"""
 CACHE_HELP = """warm (default): what fits the caches is in them, by an untimed step before each
 sample. cold: before every step so much other memory is read that nothing is"""
 
+STYLE = {
+    "figure.constrained_layout.use": True, "savefig.dpi": 130, "font.size": 11, "axes.grid": True,
+    "axes.axisbelow": True, "grid.alpha": 0.3, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False,
+}  # fmt: skip
+LEGEND = """\
+ms, ratio: median (10 %..90 %) over rounds in which every candidate runs once; ratio: time / base's
+GB/s: bytes that a one-pass step must move (stated per element) / time; the shares are of a copy
+and an in-place multiply timed in the same rounds, in cache where the work itself fits there"""
+CUDA_LEGEND = """\
+ms, ratio: median (10 %..90 %) over rounds in which every candidate runs once, by the wall clock
+host us: to hand a step to an idle GPU, per tensor; GPU ms: on the device, the host hidden, with *
+where it could not be; GB/s: bytes that a one-pass step must move / wall time; % copy: of a large
+device copy timed in the same rounds, by the wall and on the device"""
+
 
 def make_parser(
     doc: str | None, *, device: str = "cpu", timed: str | None = None
@@ -36,18 +53,18 @@ def make_parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--device", type=parse_device, default=device, help="cpu or cuda (default: %(default)s)")
+    add("--device", type=_device, default=device, help="cpu or cuda (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add("--json", type=Path, metavar="FILE", help="write the machine and all figures")
     if timed:
+        limit = f"seconds a {timed} after {MIN_ROUNDS} rounds (default: %(default)s)"
+        in_all = f"begin no further {timed} after that (default: no limit)"
         add("--grads", choices=("fresh", "kept"), default="fresh", help=GRADS_HELP)
         add("--cache", choices=("warm", "cold"), default="warm", help=CACHE_HELP)
-        add("--repeats", type=int, default=15, metavar="N",
-            help=f"rounds a {timed} (default: %(default)s)")  # fmt: skip
-        add("--budget", type=float, default=20.0, metavar="S",
-            help=f"seconds a {timed} after {MIN_ROUNDS} rounds (default: %(default)s)")  # fmt: skip
-        add("--max-seconds", type=float, default=float("inf"), metavar="S",
-            help=f"in all: no further {timed} is begun after that (default: no limit)")  # fmt: skip
+        add("--repeats", type=int, default=15, metavar="N", help="rounds (default: %(default)s)")
+        add("--budget", type=float, default=20.0, metavar="S", help=limit)
+        add("--max-seconds", type=float, default=float("inf"), metavar="S", help=in_all)
+        add("--quick", action="store_true", help="only a look at whether all runs")
     return parser
 
 
@@ -61,91 +78,91 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def start(args: argparse.Namespace) -> dict[str, Any]:
-    """Before any work is done: is all there, and on what machine."""
-    load_fusedopt()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    machine = machine_info(args.device)
-    print(describe(machine))
-    if (machine["load_average"] or 0) > 0.5:
-        print("warning: this machine is busy with other work, which slows candidates unequally")
-    return machine
-
-
-def load_fusedopt() -> ModuleType:
-    """Import fusedopt late, so that ``--help`` works and a missing install is explained."""
-    try:
-        import fusedopt
-    except ImportError as error:
-        raise SystemExit(
-            f"cannot import fusedopt: {error}\nInstall it from the root of the repository first: "
-            "pip install '.[bench]'"
-        ) from error
-    return fusedopt
-
-
-def load_pyplot() -> ModuleType:
-    """Import matplotlib without a display; call it before any long work, not after."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit(
-            f"a picture needs matplotlib: {error}\nInstall it with: pip install 'fusedopt[bench]'"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update(
-        {
-            "figure.constrained_layout.use": True,
-            "savefig.dpi": 130,
-            "font.size": 11,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.alpha": 0.3,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "legend.frameon": False,
-        }
-    )
-    return pyplot
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated now without pushing other work out."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def parse_device(name: str) -> torch.device:
-    """argparse type for ``--device``: refuse what this torch cannot use before any work is done."""
+def _device(name: str) -> torch.device:
+    """Refuse what this torch cannot use before any work is done."""
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: this torch finds no CUDA device here")
     return device
 
 
-def _cpu_model() -> str:
+def start(args: argparse.Namespace) -> dict[str, Any]:
+    """Before any work is done: is all there, and on what machine."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if getattr(args, "plot", None):
+        load_pyplot()
+    machine = machine_info(args.device)
+    print(_describe(machine))
+    if machine["load_average"] > 0.5:
+        print("warning: this machine is busy with other work, which slows candidates unequally")
+    return machine
+
+
+def run_all(
+    args: argparse.Namespace, key: str, asked: list[Any], run: Callable[[Any], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:  # fmt: skip
+    """What goes into the JSON file, written anew after each: a run cut short leaves what it has."""
+    results: list[dict[str, Any]] = []
+    content = {"machine": start(args), "quick": args.quick, key: results}
+    begin = time.monotonic()
+    for each in asked:
+        if time.monotonic() - begin > args.max_seconds:
+            print(f"\nstopped after {len(results)} of {len(asked)} {key} (--max-seconds)")
+            break
+        results.append(run(each))
+        show(results[-1])
+        if args.json:
+            write_json(args.json, content)
+    return content
+
+
+def _describe(machine: dict[str, Any]) -> str:
+    where = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
+    return (
+        f"{where}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"load {machine['load_average']:.1f}; python {machine['python']}, "
+        f"torch {machine['torch']}, fusedopt {machine['fusedopt']}"
+    )
+
+
+def _load(name: str, how: str) -> Any:
+    """Late, so that ``--help`` works and a missing install is explained."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise SystemExit(f"cannot import {name}: {error}\nInstall it first: {how}") from error
+
+
+def load_fusedopt() -> Any:
+    return _load("fusedopt", "pip install '.[bench]' in the root of the repository")
+
+
+def load_pyplot() -> Any:
+    """Without a display; called before any long work, not after."""
+    _load("matplotlib", "pip install 'fusedopt[bench]'").use("Agg")
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot.rcParams.update(STYLE)
+    return pyplot
+
+
+def _line_of(file: str, start: str) -> str:
+    """What follows the colon."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+        for line in Path(file).read_text().splitlines():
+            if line.startswith(start):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
-def _fusedopt_config(fusedopt: ModuleType) -> str | None:
-    show = getattr(fusedopt, "show_config", None)  # a stand-in or an old version may lack it
-    if show is None:
-        return None
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        show()
-    return without_folders(text.getvalue()).strip()
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be allocated now without pushing other work out."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if free := _line_of("/proc/meminfo", "MemAvailable:"):
+        return int(free.split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def without_folders(text: str) -> str:
@@ -153,29 +170,14 @@ def without_folders(text: str) -> str:
     return re.sub(r"(?<![\w.~-])/(?:[^\s/'\"]+/)+", "", text)
 
 
-def _cuda_info(device: torch.device) -> dict[str, Any]:
-    if device.type != "cuda":
-        return {}
-    found = torch.cuda.get_device_properties(device)
-    return {
-        "cuda": torch.version.cuda,
-        "capability": f"{found.major}.{found.minor}",
-        "multiprocessors": found.multi_processor_count,
-        "gpu_memory_mib": found.total_memory // MIB,
-        "l2_mib": found.L2_cache_size // MIB,
-    }
-
-
-def _program() -> str:
-    path = Path(sys.argv[0]).resolve()
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-
-
 def machine_info(device: torch.device) -> dict[str, Any]:
     """Everything a reader needs to judge a figure or to measure it again."""
-    fusedopt = load_fusedopt()
-    return {
-        "cpu": _cpu_model(),
+    fusedopt: ModuleType = load_fusedopt()
+    with contextlib.redirect_stdout(io.StringIO()) as config:
+        fusedopt.show_config()
+    program = os.path.relpath(Path(sys.argv[0]).resolve(), ROOT)
+    machine = {
+        "cpu": _line_of("/proc/cpuinfo", "model name") or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -183,30 +185,27 @@ def machine_info(device: torch.device) -> dict[str, Any]:
         "os": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "fusedopt": getattr(fusedopt, "__version__", None),
-        "fusedopt_config": _fusedopt_config(fusedopt),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "fusedopt": fusedopt.__version__,
+        "fusedopt_config": without_folders(config.getvalue()).strip(),
+        "load_average": os.getloadavg()[0],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": without_folders(" ".join(["python", _program(), *sys.argv[1:]])),
-        **_cuda_info(device),
+        "command": without_folders(" ".join(["python", program, *sys.argv[1:]])),
     }
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        machine |= {
+            "cuda": torch.version.cuda,
+            "capability": f"{found.major}.{found.minor}",
+            "multiprocessors": found.multi_processor_count,
+            "gpu_memory_mib": found.total_memory // MIB,
+            "l2_mib": found.L2_cache_size // MIB,
+        }
+    return machine
 
 
-def describe(machine: dict[str, Any]) -> str:
-    """The one line printed above every result."""
-    where = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
-    return (
-        f"{where}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"load {machine['load_average'] or 0:.1f}; python {machine['python']}, "
-        f"torch {machine['torch']}, fusedopt {machine['fusedopt']}"
-    )
-
-
-def write_json(path: Path, content: dict[str, Any], *, quiet: bool = False) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
-    if not quiet:
-        print(f"wrote {path}")
 
 
 def reason(error: Exception, *plain: type[Exception]) -> str:
@@ -215,17 +214,6 @@ def reason(error: Exception, *plain: type[Exception]) -> str:
         return str(error)
     first_line = (str(error).splitlines() or [""])[0][:200]
     return f"{type(error).__name__}: {first_line}"
-
-
-LEGEND = """\
-ms, ratio: median (10 %..90 %) over rounds in which every candidate runs once; ratio: time / base's
-GB/s: bytes that a one-pass step must move (stated per element) / time; the shares are of a copy
-and an in-place multiply timed in the same rounds, in cache where the work itself fits there"""
-CUDA_LEGEND = """\
-ms, ratio: median (10 %..90 %) over rounds in which every candidate runs once, by the wall clock
-host us: to hand a step to an idle GPU, per tensor; GPU ms: on the device, the host hidden, with *
-where it could not be; GB/s: bytes that a one-pass step must move / wall time; % copy: of a large
-device copy timed in the same rounds, by the wall and on the device"""
 
 
 def title_of(case: dict[str, Any]) -> str:
@@ -238,37 +226,31 @@ def print_case(case: dict[str, Any]) -> None:
     print(
         f"\n{title_of(case)}: {case['tensors']} tensors, {case['groups']} groups, "
         f"{case['elements'] / 1e6:.2f} M elements, {case['bytes_per_element']} B/element, "
-        f"{case['memory_mib']} MiB{shared}, {case['grads']} grads, {case['cache']} caches, "
-        f"{case['rounds']} rounds"
+        f"{case['memory_mib']} MiB{shared}, {case['grads']} grads, {case['cache']} caches"
     )
-    if case["contenders"]:
-        print_probes(case)
-        if case.get("may_sit_in_l2"):
-            print(f"  the data may sit in the L2 cache ({case['l2_mib']} MiB)")
-        _print_rows(case, _cuda_cells if "may_sit_in_l2" in case else _cpu_cells)
+    print_rows(case)
     for name, why in case["skipped"].items():
         print(f"  {name:15}skipped: {why}")
 
 
-def print_probes(case: dict[str, Any]) -> None:
+def print_rows(case: dict[str, Any]) -> None:
+    if not case.get("contenders"):
+        return
     probes = ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in case["probes"].items())
-    print(f"  same rounds: {probes}")
-
-
-def _print_rows(case: dict[str, Any], cells: Callable[[dict[str, Any]], dict[str, str]]) -> None:
-    rows = {name: cells(row) for name, row in case["contenders"].items()}
-    heads = "".join(f"{head:>10}" for head in next(iter(rows.values())))
+    print(f"  {case['rounds']} rounds; in the same: {probes}")
+    if case.get("may_sit_in_l2"):
+        print(f"  the data may sit in the L2 cache ({case['l2_mib']} MiB)")
+    cells = _cuda_cells if "may_sit_in_l2" in case else _cpu_cells
+    heads = "".join(f"{head:>10}" for head in cells(next(iter(case["contenders"].values()))))
     print(f"  {'':15}{'ms':>10}{'(10 %..90 %)':>20}{heads}   time / {case['base']} (10 %..90 %)")
     for name, row in case["contenders"].items():
         ms, ratio = row["ms"], row["ratio"]
         around = f"({ms['p10']:.3f}..{ms['p90']:.3f})"
         ratios = "" if name == case["base"] else f" ({ratio['p10']:.2f}..{ratio['p90']:.2f})"
         note = f"  [{row['note']}]" if row["note"] else ""
-        shown = "".join(f"{cell:>10}" for cell in rows[name].values())
-        print(
-            f"  {name:15}{ms['median']:10.3f}{around:>20}{shown}"
-            f"   {ratio['median']:7.2f}{ratios}{note}"
-        )
+        shown = "".join(f"{cell:>10}" for cell in cells(row).values())
+        print(f"  {name:15}{ms['median']:10.3f}{around:>20}{shown}"
+              f"   {ratio['median']:7.2f}{ratios}{note}")  # fmt: skip
 
 
 def _cpu_cells(row: dict[str, Any]) -> dict[str, str]:
@@ -293,55 +275,45 @@ def _cuda_cells(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def draw(
-    cases: list[dict[str, Any]], machine: dict[str, Any], order: list[str], path: Path
-) -> None:
+def draw(content: dict[str, Any], order: list[str], path: Path) -> None:
     """Bars of time / base's time; one panel for each optimizer and dtype."""
-    pyplot = load_pyplot()
-    measured = [case for case in cases if case["contenders"]]
-    kinds = list(dict.fromkeys((case["optimizer"], case["dtype"]) for case in measured))
-    names = [n for n in order if any(n in c["contenders"] and n != c["base"] for c in measured)]
-    works = list(dict.fromkeys(case["workload"] for case in measured))
+    pyplot, machine = load_pyplot(), content["machine"]
+    cases = [case for case in content["cases"] if case["contenders"]]
+    kinds = list(dict.fromkeys(f"{case['optimizer']} {case['dtype']}" for case in cases))
+    names = [n for n in order if any(n in c["contenders"] and n != c["base"] for c in cases)]
+    works = list(dict.fromkeys(case["workload"] for case in cases))
     size = (max(8.0, 2 + 0.4 * (len(names) + 1) * len(works)), 1.6 + 3.2 * len(kinds))
     figure, axes = pyplot.subplots(len(kinds), 1, figsize=size, squeeze=False, sharex=True)
     for axis, kind in zip(axes[:, 0], kinds, strict=True):
-        _draw_panel(
-            axis, [c for c in measured if (c["optimizer"], c["dtype"]) == kind], names, works
-        )
-        axis.set_title(" ".join(kind), loc="left", fontweight="bold")
+        mine = {c["workload"]: c["contenders"] for c in cases if title_of(c).startswith(f"{kind} ")}
+        _draw_panel(axis, mine, names, works)
+        axis.set_title(kind, loc="left", fontweight="bold")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    base = " or ".join(dict.fromkeys(case["base"] for case in cases))
     where = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
-    base = " or ".join(dict.fromkeys(case["base"] for case in measured))
     figure.suptitle(
         f"Time of one optimizer step / time of {base} (above 1: {base} is faster)\n"
         f"{where}, {machine['threads']} threads, torch {machine['torch']}"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-    print(f"wrote {path}")
 
 
-def _draw_panel(axis: Any, cases: list[dict[str, Any]], names: list[str], works: list[str]) -> None:
+def _draw_panel(axis: Any, rows: dict[str, Any], names: list[str], works: list[str]) -> None:
     """Bars start at 1, so that one that points down is a loss."""
-    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
-
     width = 0.8 / max(len(names), 1)
     for index, name in enumerate(names):
-        rows = {works.index(c["workload"]): c["contenders"].get(name) for c in cases}
-        ratios = {at: row["ratio"] for at, row in rows.items() if row}
-        places = [at + (index - (len(names) - 1) / 2) * width for at in ratios]
-        heights = [ratio["median"] - 1 for ratio in ratios.values()]
-        axis.bar(places, heights, width, bottom=1, label=name, color=f"C{index}")
-        for place, ratio in zip(places, ratios.values(), strict=True):
-            axis.vlines(place, ratio["p10"], ratio["p90"], color="black", linewidth=1, alpha=0.5)
-            text, top = f"{ratio['median']:.3g}", max(ratio["p90"], 1.0)
-            axis.annotate(text, (place, top), (0, 3), textcoords="offset points",
-                          ha="center", fontsize=8)  # fmt: skip
+        measured = [work for work in works if name in rows.get(work, {})]
+        ratios = [rows[work][name]["ratio"] for work in measured]
+        places = [works.index(work) + (index - (len(names) - 1) / 2) * width for work in measured]
+        heights = [ratio["median"] - 1 for ratio in ratios]
+        around = [[abs(r["median"] - r[end]) for r in ratios] for end in ("p10", "p90")]
+        bars = axis.bar(places, heights, width, bottom=1, label=name, yerr=around, ecolor="0.3")
+        axis.bar_label(bars, [f"{r['median']:.3g}" for r in ratios], padding=3, fontsize=8)
     axis.axhline(1, color="black", linewidth=1)
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_yscale("log", subs=(2, 5))
+    for show in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        show("{x:g}")
     axis.margins(y=0.12)
     axis.grid(axis="x", visible=False)
     axis.set_ylabel("ratio of times (log)")

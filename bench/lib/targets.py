@@ -35,15 +35,9 @@ class Target:
     sign: str
     bar: float
 
-    def line(self, value: float, title: str) -> tuple[str, bool]:
-        passed = SIGNS[self.sign](value, self.bar)
-        verdict = "pass" if passed else "MISS"
-        text = f"  {verdict}  {title} {self.what:25} {value:8.2f}  {self.sign} {self.bar:g}"
-        return text, passed
-
 
 def times(name: str, bar: float, sign: str = ">=") -> Target:
-    what = " / ".join(name.split("/")) if "/" in name else f"{name} / fusedopt"
+    what = name.replace("/", " / ") if "/" in name else f"{name} / fusedopt"
     return Target(what, lambda case: ratio(case, name), sign, bar)
 
 
@@ -51,15 +45,12 @@ def ours(what: str, path: str, sign: str, bar: float) -> Target:
     """One of fusedopt's own figures, such as "host.us_per_tensor"."""
 
     def value(case: Figures) -> float | None:
-        found: Any = case["contenders"]["fusedopt"]
+        found = case["contenders"]["fusedopt"]
         for name in path.split("."):
             found = found.get(name, {})
-        return None if found == {} else float(found)
+        return found or None
 
     return Target(what, value, sign, bar)
-
-
-AHEAD = [times("torch-fused", 1.0, ">")]  # wherever there is no target of its own
 
 
 @dataclass(frozen=True)
@@ -77,30 +68,32 @@ class Targets:
         A baseline that is not installed gives no line.
         """
         found = {(c["optimizer"], c["dtype"], c["workload"]): c for c in cases}
-        text, good = [], True
-        missing: Counter[tuple[str, str]] = Counter()
+        text, good, missing = [], True, Counter[str]()
         for key, targets in self.lines.items():
-            case = found.get(key)
-            is_measured = case is not None and "fusedopt" in case["contenders"]
-            values = [(each, each.value(case)) for each in targets if case] if is_measured else []
-            measured = [(each, value) for each, value in values if value is not None]
-            missing[key[:2]] += not measured
-            for target, value in measured:
-                line, passed = target.line(value, f"{key[0]:6} {key[1]:9} {key[2]:16}")
-                text.append(line)
+            case = found.get(key, {})
+            is_measured = "fusedopt" in case.get("contenders", ())
+            values = [target.value(case) if is_measured else None for target in targets]
+            missing[f"{key[0]:6} {key[1]:9}"] += all(value is None for value in values)
+            for target, value in zip(targets, values, strict=True):
+                if value is None:
+                    continue
+                passed = SIGNS[target.sign](value, target.bar)
                 good = good and passed
-        for (optimizer, dtype), count in missing.items():
-            if count:
-                text.append(f"  -     {optimizer:6} {dtype:9} {count} workloads not measured")
+                text.append(
+                    f"  {'pass' if passed else 'MISS'}  {key[0]:6} {key[1]:9} {key[2]:16} "
+                    f"{target.what:25} {value:8.2f}  {target.sign} {target.bar:g}"
+                )
+        text += [f"  -     {kind} {n} workloads not measured" for kind, n in missing.items() if n]
         return text, good
 
 
 def _targets(
     candidates: list[str], workloads: Iterable[str], special: dict[Key, list[Target]]
 ) -> Targets:
-    optimizers, dtypes = ("AdamW", "SGD", "Adam"), ("float32", "bfloat16")
-    ahead = {(o, d, w): AHEAD for o in optimizers for d in dtypes for w in workloads}
-    return Targets(candidates, ahead | special)
+    """Wherever there is no target of its own, fusedopt has to be ahead of torch's best."""
+    ahead = [times("torch-fused", 1.0, ">")]
+    kinds = [(o, d) for o in ("AdamW", "SGD", "Adam") for d in ("float32", "bfloat16")]
+    return Targets(candidates, {(o, d, w): ahead for o, d in kinds for w in workloads} | special)
 
 
 # AdamW in float32 on a CPU: times as fast as torch's fused and foreach.

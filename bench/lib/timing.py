@@ -11,7 +11,9 @@ timed by the wall clock alone, a GPU in three ways:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import gc
 import math
 import statistics
 import subprocess
@@ -20,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -58,98 +61,97 @@ class Candidate:
     name: str
     step: Step
     bytes_moved: int
+    tensors: int = 1
     note: str = ""
-    before: Step | None = None  # untimed, before every step
+    before: Step = lambda: None  # untimed, before every step
     inner: int = 1  # steps in a wall sample
     queued: int = 0  # steps in a host and a gpu sample; 0: neither is taken
     hide_s: float = 0.0  # how long the GPU sleeps before a gpu sample
     samples: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     exposed: int = 0  # gpu samples in which the GPU had to wait for the host after all
 
-    def prepare(self) -> None:
-        if self.before:
-            self.before()
-
     def ms(self, kind: str = "wall") -> dict[str, float]:
         return spread([1e3 * seconds for seconds in self.samples[kind]])
 
-    def bandwidth(self, kind: str = "wall") -> float:
-        return statistics.median(self._bandwidths(kind))
-
-    def bandwidth_ratio(self, other: Candidate, kind: str = "wall") -> dict[str, float]:
-        pairs = zip(self._bandwidths(kind), other._bandwidths(kind), strict=True)
-        return spread([mine / theirs for mine, theirs in pairs])
-
-    def percent_of(self, other: Candidate, kind: str = "wall") -> float:
-        return 100 * self.bandwidth_ratio(other, kind)["median"]
+    def gb_per_s(self, kind: str = "wall") -> float:
+        return 1e-6 * self.bytes_moved / self.ms(kind)["median"]
 
     def time_ratio(self, other: Candidate, kind: str = "wall") -> dict[str, float]:
         pairs = zip(self.samples[kind], other.samples[kind], strict=True)
         return spread([mine / theirs for mine, theirs in pairs])
 
-    def _bandwidths(self, kind: str) -> list[float]:
-        return [self.bytes_moved / seconds * 1e-9 for seconds in self.samples[kind]]
+    def bandwidth_ratio(self, other: Candidate, kind: str = "wall") -> dict[str, float]:
+        times = zip(self.samples[kind], other.samples[kind], strict=True)
+        scale = self.bytes_moved / other.bytes_moved
+        return spread([scale * theirs / mine for mine, theirs in times])
+
+    def percent_of(self, other: Candidate, kind: str = "wall") -> float:
+        return 100 * self.bandwidth_ratio(other, kind)["median"]
+
+    def figures(self, base: Candidate, copy: Candidate, multiply: Candidate) -> dict[str, Any]:
+        found = {
+            "ms": self.ms(),
+            "us_per_tensor": 1e3 * self.ms()["median"] / self.tensors,
+            "gb_per_s": self.gb_per_s(),
+            "percent_of_copy": self.percent_of(copy),
+            "percent_of_multiply": self.percent_of(multiply),
+            "ratio": self.time_ratio(base),
+            "inner": self.inner,
+            "note": self.note,
+        }
+        if self.queued:
+            host = 1e3 * self.ms("host")["median"]
+            found["host"] = {"us": host, "us_per_tensor": host / self.tensors}
+            found["gpu"] = {
+                "ms": self.ms("gpu"),
+                "gb_per_s": self.gb_per_s("gpu"),
+                "percent_of_copy": self.percent_of(copy, "gpu"),
+                "ratio": self.time_ratio(base, "gpu") if base.queued else None,
+                "steps": self.queued,
+                "waited_for_host": self.exposed,  # samples; in these the time is too long
+            }
+        return found
 
 
-class CpuClock:
-    def __init__(self, footprint: int, flush: Step | None) -> None:
-        self.flush = flush
-        self.warms = flush is None and footprint <= CACHED_BYTES
+class Clock:
+    """``footprint``: bytes of params, grads and states; ``grads``, ``cache``: the options.
 
-    def begin(self, candidate: Candidate) -> None:
-        candidate.step()
-        once = min(self._wall(candidate) for _ in range(2 if self.warms else 1))
-        candidate.inner = max(1, math.ceil(MIN_SAMPLE_S / max(once, 1e-7)))
-        if self.flush:
-            candidate.inner = min(candidate.inner, MAX_COLD_STEPS)
-
-    def sample(self, candidate: Candidate) -> dict[str, float]:
-        if self.warms:
-            candidate.step()
-        return {"wall": self._wall(candidate)}
-
-    def _wall(self, candidate: Candidate) -> float:
-        seconds = 0.0
-        for _ in range(candidate.inner):
-            candidate.prepare()
-            if self.flush:
-                self.flush()
-            start = time.perf_counter()
-            candidate.step()
-            seconds += time.perf_counter() - start
-        return seconds / candidate.inner
-
-
-class CudaClock:
-    """``separate``: each step of a wall sample is waited for, so that what comes before the next
-    one is not timed; else one wait ends them all, and the host runs ahead of the GPU."""
+    On a GPU whose host waits for each step, what comes before the next one is not timed; if nothing
+    does, one wait ends all steps of a wall sample, and the host runs ahead of the GPU.
+    """
 
     def __init__(
-        self, device: torch.device, flush: Step | None, *, separate: bool, wall_only: bool
+        self, device: torch.device, footprint: int, grads: str, cache: str, wall_only: bool = False
     ) -> None:
         self.device = device
-        self.flush = flush
-        self.separate = separate or flush is not None
-        self.wall_only = wall_only  # for steps that wait for the GPU: nothing hides behind a sleep
-        self._warm_up()
-        self.cycles_per_s = max(self._sleep_rate() for _ in range(3))
+        self.on_gpu = device.type == "cuda"
+        self.flush = _cache_flush(device) if cache == "cold" else None
+        self.warms = not self.on_gpu and cache == "warm" and footprint <= CACHED_BYTES
+        self.separate = not self.on_gpu or grads == "fresh" or cache == "cold"
+        # For steps that wait for the GPU: nothing hides behind a sleep.
+        self.wall_only = wall_only or not self.on_gpu
+        if self.on_gpu:
+            self._warm_up()
+            self.cycles_per_s = max(self._sleep_rate() for _ in range(3))
 
     def begin(self, candidate: Candidate) -> None:
         candidate.step()
-        once = max(min(self._wall(candidate) for _ in range(2)), 1e-6)
-        candidate.inner = max(1, math.ceil(MIN_CUDA_SAMPLE_S / once))
+        tries = 2 if self.warms or self.on_gpu else 1
+        once = max(min(self._wall(candidate) for _ in range(tries)), 1e-7)
+        candidate.inner = math.ceil((MIN_CUDA_SAMPLE_S if self.on_gpu else MIN_SAMPLE_S) / once)
         if self.flush:
             candidate.inner = min(candidate.inner, MAX_COLD_STEPS)
         if self.wall_only or once > SLOW_S:
             return
-        queued = max(1, min(MAX_QUEUED, math.ceil(QUEUE_S / once)))
-        candidate.queued = 1 if self.flush else queued
+        candidate.queued = 1 if self.flush else min(MAX_QUEUED, math.ceil(QUEUE_S / once))
         host = max(self._host(candidate) for _ in range(3))
         candidate.hide_s = min(MAX_HIDE_S, 2 * host * candidate.queued + HIDE_MARGIN_S)
         while not self._gpu(candidate)[1] and candidate.hide_s < MAX_HIDE_S:
             candidate.hide_s = min(MAX_HIDE_S, 2 * candidate.hide_s)
 
     def sample(self, candidate: Candidate) -> dict[str, float]:
+        if self.warms:
+            candidate.step()
         times = {"wall": self._wall(candidate)}
         if candidate.queued:
             times["host"] = self._host(candidate)
@@ -157,50 +159,47 @@ class CudaClock:
             candidate.exposed += not hidden
         return times
 
-    def _prepare(self, candidate: Candidate) -> None:
-        candidate.prepare()
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def _before(self, candidate: Candidate) -> None:
+        candidate.before()
         if self.flush:
             self.flush()
-        torch.cuda.synchronize(self.device)
+        self._wait()
 
     def _wall(self, candidate: Candidate) -> float:
-        if self.separate:
-            return statistics.fmean(self._wall_of_one(candidate) for _ in range(candidate.inner))
-        torch.cuda.synchronize(self.device)
-        start = time.perf_counter()
-        for _ in range(candidate.inner):
-            candidate.step()
-        torch.cuda.synchronize(self.device)
-        return (time.perf_counter() - start) / candidate.inner
-
-    def _wall_of_one(self, candidate: Candidate) -> float:
-        self._prepare(candidate)
-        start = time.perf_counter()
-        candidate.step()
-        torch.cuda.synchronize(self.device)
-        return time.perf_counter() - start
+        together = 1 if self.separate else candidate.inner
+        seconds = 0.0
+        for _ in range(candidate.inner // together):
+            self._before(candidate)
+            start = time.perf_counter()
+            for _ in range(together):
+                candidate.step()
+            self._wait()
+            seconds += time.perf_counter() - start
+        return seconds / candidate.inner
 
     def _host(self, candidate: Candidate) -> float:
-        self._prepare(candidate)
+        self._before(candidate)
         seconds = 0.0
-        for number in range(candidate.queued):
-            if number:
-                candidate.prepare()
+        for _ in range(candidate.queued):
             start = time.perf_counter()
             candidate.step()
             seconds += time.perf_counter() - start
+            candidate.before()
         return seconds / candidate.queued
 
     def _gpu(self, candidate: Candidate) -> tuple[float, bool]:
         """Seconds of a step, and whether the GPU still slept when the last one was queued."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._prepare(candidate)
+        self._before(candidate)
         torch.cuda._sleep(int(candidate.hide_s * self.cycles_per_s))
         begin.record()
-        for number in range(candidate.queued):
-            if number:
-                candidate.prepare()
+        for _ in range(candidate.queued):
             candidate.step()
+            candidate.before()
         end.record()
         hidden = not begin.query()
         end.synchronize()
@@ -213,7 +212,7 @@ class CudaClock:
         start = time.perf_counter()
         while time.perf_counter() - start < CLOCK_WARM_UP_S:
             target.copy_(source)
-            torch.cuda.synchronize(self.device)
+            self._wait()
 
     def _sleep_rate(self, cycles: int = 4_000_000) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -224,23 +223,13 @@ class CudaClock:
         return cycles / (begin.elapsed_time(end) * 1e-3)
 
 
-def clock_for(
-    device: torch.device, footprint: int, grads: str, cache: str, *, wall_only: bool = False
-) -> CpuClock | CudaClock:
-    """``footprint``: bytes of params, grads and states; ``grads``, ``cache``: the options."""
-    flush = _cache_flush(device) if cache == "cold" else None
-    if device.type == "cuda":
-        return CudaClock(device, flush, separate=grads == "fresh", wall_only=wall_only)
-    return CpuClock(footprint, flush)
-
-
 def _cache_flush(device: torch.device) -> Step:
     """Reads so much other memory that nothing of a step stays in any cache."""
     other = torch.zeros(FLUSH_BYTES // 4, device=device)
     return lambda: other.sum().item()
 
 
-def fresh_grads(params: list[torch.Tensor]) -> Step:
+def fresh_grads(params: Sequence[torch.Tensor]) -> Step:
     """What zero_grad() and a backward leave: every grad is a new tensor object.
 
     Its memory is that of the last one, as the allocator hands it out again.
@@ -264,9 +253,9 @@ def probe_size(device: torch.device, footprint: int) -> int:
     return PROBE_BYTES if footprint >= LARGE_BYTES else max(footprint // 2, 4)
 
 
-def bandwidth_probes(probe_bytes: int, device: torch.device) -> list[Candidate]:
+def bandwidth_probes(device: torch.device, footprint: int) -> list[Candidate]:
     """Plain copy and in-place multiply: what this machine's memory, or cache, gives right now."""
-    source = torch.rand(probe_bytes // 4, device=device)
+    source = torch.rand(probe_size(device, footprint) // 4, device=device)
     target = source.clone()
     moved = 2 * source.nbytes
     return [
@@ -276,9 +265,17 @@ def bandwidth_probes(probe_bytes: int, device: torch.device) -> list[Candidate]:
 
 
 def run_interleaved(
-    clock: CpuClock | CudaClock, candidates: list[Candidate], rounds: int, budget_s: float
+    clock: Clock, candidates: list[Candidate], rounds: int, budget_s: float
 ) -> None:
     """Rounds of one sample each, the order rotated; fewer than asked if time runs out."""
+    gc.disable()
+    try:
+        _run_rounds(clock, candidates, rounds, budget_s)
+    finally:
+        gc.enable()
+
+
+def _run_rounds(clock: Clock, candidates: list[Candidate], rounds: int, budget_s: float) -> None:
     for candidate in candidates:
         clock.begin(candidate)
     start = time.perf_counter()
@@ -294,6 +291,24 @@ def run_interleaved(
         measured = number + 1 - WARM_UP_ROUNDS
         if measured >= MIN_ROUNDS and time.perf_counter() - start > budget_s:
             return
+
+
+def measure(
+    candidates: list[Candidate], device: torch.device, footprint: int, args: argparse.Namespace,
+    wall_only: bool = False, more: int = 1,
+) -> tuple[dict[str, Candidate], dict[str, Any]]:  # fmt: skip
+    """All that were timed, by their names, and the figures that go into the JSON file."""
+    probes = bandwidth_probes(device, footprint)
+    clock = Clock(device, footprint, args.grads, args.cache, wall_only)
+    run_interleaved(clock, candidates + probes, more * args.repeats, more * args.budget)
+    named = {candidate.name: candidate for candidate in candidates + probes}
+    base = named.get("fusedopt", (candidates + probes)[0])
+    return named, {
+        "rounds": len(probes[0].samples["wall"]),
+        "base": base.name,
+        "contenders": {each.name: each.figures(base, *probes) for each in candidates},
+        "probes": {probe.name: probe.gb_per_s() for probe in probes},
+    }
 
 
 @contextlib.contextmanager

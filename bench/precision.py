@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from lib import report
 from lib.cases import HYPER, gpt
-from readme_tables import precision_table
 from torch.nn import functional
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -129,20 +128,29 @@ def summary(name: str, rows: list[dict[str, Any]], base: list[float]) -> dict[st
     """One setting over all seeds; ``base``: the final losses in float32 with the same seeds."""
     dtype, options = SETTINGS[name]
     losses = [row["final_loss"] for row in rows]
-    merged: dict[str, Any] = {
+    of_averages = [key for key in ("weights_loss", "averages_loss") if key in rows[0]]
+    return {
         "name": name,
         "dtype": str(dtype),
         "options": {key: str(value) for key, value in options.items()},
         "bytes": rows[0]["bytes"],
         "final_loss": over_seeds(losses),
         "against_fp32": over_seeds([one - two for one, two in zip(losses, base, strict=True)]),
+        "step_ms": statistics.median(row["step_ms"] for row in rows),
+        "optimizer_ms": statistics.median(row["optimizer_ms"] for row in rows),
+        **{key: over_seeds([row[key] for row in rows]) for key in of_averages},
     }
-    for key in ("step_ms", "optimizer_ms"):
-        merged[key] = statistics.median(row[key] for row in rows)
-    for key in ("weights_loss", "averages_loss"):
-        if key in rows[0]:
-            merged[key] = over_seeds([row[key] for row in rows])
-    return merged
+
+
+def print_settings(settings: list[dict[str, Any]]) -> None:
+    print(f"\n{'bytes for each parameter, loss':36}{'bytes':>6}{'final':>8}  against fp32")
+    for row in settings:
+        final, apart = row["final_loss"], row["against_fp32"]
+        print(f"{row['name']:36}{row['bytes']['total']:6.3g}{final['mean']:8.4f}"
+              f"{apart['mean']:+8.4f} (deviation {apart['stdev'] or 0:.4f})")  # fmt: skip
+        for key in ("weights_loss", "averages_loss"):
+            if key in row:
+                print(f"{'':36}{key} {row[key]['mean']:.4f}")
 
 
 def parse_args() -> argparse.Namespace:
@@ -183,7 +191,7 @@ def main() -> int:
         "seconds": time.monotonic() - begin,
         "settings": [summary(name, rows[name], base) for name in SETTINGS],
     }
-    print("\n".join(["", *precision_table(content)]))
+    print_settings(content["settings"])
     if args.json:
         report.write_json(args.json, content)
     return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import readme_tables
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -47,14 +48,11 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.cpu_only
-@pytest.mark.usefixtures("bench")
 @pytest.mark.parametrize(
     "name", ["step-cpu", "step-cuda", "training-step-cpu", "training-step-cuda", "precision-cpu"]
 )
 def test_tables(name: str) -> None:
     """What readme_tables.py prints, line for line."""
-    import readme_tables
-
     names = [name, "step-cuda-sgd-adam"] if name == "step-cuda" else [name]
     for lines in readme_tables.tables_of([results(each) for each in names]):
         assert len(lines) > 5

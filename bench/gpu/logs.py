@@ -49,16 +49,15 @@ def sanitizer_findings(text: str) -> dict[str, Any]:
     summaries = [int(number) for number in _SUMMARY.findall(text)]
     reports: list[list[str]] = []
     for line in text.splitlines():
-        if not line.startswith("=========") or "SUMMARY" in line or "COMPUTE-SANITIZER" in line:
-            continue
         body = line.lstrip("=")
-        if not body.strip():
+        if not line.startswith("=========") or not body.strip():
             continue
-        if body.startswith("  "):
-            if reports:
-                reports[-1].append(body.strip())
-        else:
+        if "SUMMARY" in line or "COMPUTE-SANITIZER" in line:
+            continue
+        if not body.startswith("  "):
             reports.append([body.strip()])
+        elif reports:
+            reports[-1].append(body.strip())
     ours = [report for report in reports if any(OURS in line for line in report[:4])]
     kinds = Counter(report[0][:100] for report in ours)
     return {

@@ -311,16 +311,9 @@ def tune(runner: Runner) -> Result:
 # Seconds that the parts should take on 16 cores, the most important first: their shares of the time
 # that is left.
 PARTS: dict[str, tuple[Callable[[Runner], Result], float]] = {
-    "build": (build, 100),
-    "tests": (tests, 190),
-    "sanitizer": (sanitizer, 100),
-    "step": (step, 140),
-    "launches": (launches, 20),
-    "ncu": (ncu, 45),
-    "exactness": (exactness, 25),
-    "settings": (settings, 90),
-    "training": (training, 50),
-    "train": (train, 40),
-    "tune": (tune, 200),
-}
+    "build": (build, 100), "tests": (tests, 190), "sanitizer": (sanitizer, 100),
+    "step": (step, 140), "launches": (launches, 20), "ncu": (ncu, 45),
+    "exactness": (exactness, 25), "settings": (settings, 90), "training": (training, 50),
+    "train": (train, 40), "tune": (tune, 200),
+}  # fmt: skip
 USUAL = [name for name in PARTS if name != "tune"]

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from lib.cases import HYPER, Groups
-from lib.report import load_fusedopt, reason
+from lib.report import reason
 from lib.timing import Step
 
 Make = Callable[[Groups, str], Step]
 Create = Callable[[Groups, str], torch.optim.Optimizer]
+Options = Callable[[str, torch.dtype], dict[str, Any]]  # what an optimizer needs besides
 
 GRAPH_WARM_UP_STEPS = 3  # on a side stream, as torch's notes on CUDA graphs ask for
 
@@ -35,18 +36,15 @@ class NotComparableError(Exception):
     """This baseline cannot take part in this case; the text says why."""
 
 
-def _create(library: Callable[[], Any], **options: bool) -> Create:
+def _create(library: str, **options: bool) -> Create:
     def create(groups: Groups, optimizer: str) -> torch.optim.Optimizer:
-        kept = dict(options)
-        if library is _torch and optimizer == "SGD":  # its lr is what it was at the capture
-            kept.pop("capturable", None)
-        return getattr(library(), optimizer)(groups, **HYPER[optimizer], **kept)
+        # torch's SGD is not capturable: its lr is what it was at the capture.
+        leave_out = {"capturable"} if (library, optimizer) == ("torch.optim", "SGD") else ()
+        kept = {key: value for key, value in options.items() if key not in leave_out}
+        cls = getattr(importlib.import_module(library), optimizer)
+        return cls(groups, **HYPER[optimizer], **kept)
 
     return create
-
-
-def _torch() -> Any:
-    return torch.optim
 
 
 def _step_of(create: Create) -> Make:
@@ -98,11 +96,9 @@ def _rewind(
 
 
 def _package(
-    module: str,
-    classes: dict[str, str],
-    options: Callable[[str, torch.dtype], dict[str, Any]] = lambda *_: {},
+    module: str, classes: dict[str, str], options: Options = lambda *_: {},
     only_on: str | None = None,
-) -> Make:
+) -> Make:  # fmt: skip
     """From an optional package; ``classes`` maps our optimizer's name to theirs."""
 
     def make(groups: Groups, optimizer: str) -> Step:
@@ -141,13 +137,13 @@ DEEPSPEED = dict.fromkeys(("AdamW", "Adam"), "DeepSpeedCPUAdam")
 BASELINES = {
     baseline.name: baseline
     for baseline in (
-        Baseline("fusedopt", _step_of(_create(load_fusedopt))),
-        Baseline("torch-fused", _step_of(_create(_torch, fused=True))),
-        Baseline("torch-foreach", _step_of(_create(_torch, foreach=True))),
-        Baseline("torch-loop", _step_of(_create(_torch, foreach=False, fused=False))),
-        Baseline("fusedopt-graph", _captured(_create(load_fusedopt, capturable=True)),
+        Baseline("fusedopt", _step_of(_create("fusedopt"))),
+        Baseline("torch-fused", _step_of(_create("torch.optim", fused=True))),
+        Baseline("torch-foreach", _step_of(_create("torch.optim", foreach=True))),
+        Baseline("torch-loop", _step_of(_create("torch.optim", foreach=False, fused=False))),
+        Baseline("fusedopt-graph", _captured(_create("fusedopt", capturable=True)),
                  "CUDA graph", keeps_grads=True),
-        Baseline("torch-graph", _captured(_create(_torch, fused=True, capturable=True)),
+        Baseline("torch-graph", _captured(_create("torch.optim", fused=True, capturable=True)),
                  "CUDA graph of fused", keeps_grads=True),
         Baseline("apex", _package("apex.optimizers", FUSED, _apex, only_on="cuda"),
                  "its Adam has 32-bit states whatever the dtype"),

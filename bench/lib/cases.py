@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,6 @@ class Workload:
     groups: tuple[tuple[Shape, ...], ...]
     options: tuple[Mapping[str, Any], ...] = ()  # for each group, what differs from the defaults
     large: bool = False  # left out of "all" on a CPU, where it takes too much memory and time
-
-    def group_options(self) -> tuple[Mapping[str, Any], ...]:
-        return self.options or ({},) * len(self.groups)
 
     @property
     def tensors(self) -> int:
@@ -100,9 +97,7 @@ def _llama_8b_eighth() -> Workload:
     return Workload("llama-8b-eighth", (matrices, norms), decay, large=True)
 
 
-def _one_group(
-    name: str, shapes: Iterator[Shape] | list[Shape], *, large: bool = False
-) -> Workload:
+def _one_group(name: str, shapes: Iterable[Shape], *, large: bool = False) -> Workload:
     return Workload(name, (tuple(shapes),), large=large)
 
 
@@ -154,15 +149,13 @@ class Case:
         streams = 2 + STATES[self.optimizer]
         return streams * self.workload.elements * self.dtype.itemsize
 
-    @property
-    def probe_bytes(self) -> int:
-        return probe_size(self.device, self.footprint)
-
     def memory(self, candidates: int, shared: bool) -> int:
         """Bytes allocated: params and grads (and the template they are cloned from), states."""
         copies = 1 if shared else candidates + 1
         tensors = 2 * copies + STATES[self.optimizer] * candidates
-        return tensors * self.workload.elements * self.dtype.itemsize + 2 * self.probe_bytes
+        return tensors * self.workload.elements * self.dtype.itemsize + 2 * probe_size(
+            self.device, self.footprint
+        )
 
     def template(self) -> Groups:
         """Params with grads, of a size that float16 can square."""
@@ -177,11 +170,11 @@ class Case:
             value.requires_grad_().grad = grad
             return value
 
+        groups = self.workload.groups
+        options = self.workload.options or ({},) * len(groups)
         return [
-            {"params": [param(shape) for shape in shapes], **options}
-            for shapes, options in zip(
-                self.workload.groups, self.workload.group_options(), strict=True
-            )
+            {"params": [param(shape) for shape in shapes], **more}
+            for shapes, more in zip(groups, options, strict=True)
         ]
 
 

@@ -50,14 +50,10 @@ class Config:
 
 
 def ours(
-    name: str = "fusedopt",
-    dtype: torch.dtype = FP32,
-    scaled: bool = False,
-    grad_dtype: torch.dtype | None = None,
-    offset: int = 0,
-    grad_value: float | None = None,
+    name: str = "fusedopt", dtype: torch.dtype = FP32, scaled: bool = False,
+    grad_dtype: torch.dtype | None = None, offset: int = 0, grad_value: float | None = None,
     **options: Any,
-) -> Config:
+) -> Config:  # fmt: skip
     """One pass; clipping and the scaler's look for inf each read the grads before it."""
     size, state_dtype = dtype.itemsize, options.get("state_dtype", dtype)
     grad_size = (grad_dtype or dtype).itemsize
@@ -89,11 +85,9 @@ def ours(
 
 
 def theirs(
-    dtype: torch.dtype = FP32,
-    clip: float | None = None,
-    ema: float | None = None,
+    dtype: torch.dtype = FP32, clip: float | None = None, ema: float | None = None,
     scaled: bool = False,
-) -> Config:
+) -> Config:  # fmt: skip
     """torch's fused AdamW and what torch offers beside it, each a pass of its own or two."""
     size = dtype.itemsize
     moved = 7 * size

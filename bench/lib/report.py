@@ -42,7 +42,7 @@ CUDA_LEGEND = """\
 ms, ratio: median (10 %..90 %) over rounds in which every candidate runs once, by the wall clock
 host us: to hand a step to an idle GPU, per tensor; GPU ms: on the device, the host hidden, with *
 where it could not be; GB/s: bytes that a one-pass step must move / wall time; % copy: of a large
-device copy timed in the same rounds, by the wall and on the device"""
+device copy timed in the same rounds, by the wall and, last, on the device"""
 
 
 def make_parser(
@@ -120,11 +120,9 @@ def run_all(
 
 def _describe(machine: dict[str, Any]) -> str:
     where = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
-    return (
-        f"{where}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"load {machine['load_average']:.1f}; python {machine['python']}, "
-        f"torch {machine['torch']}, fusedopt {machine['fusedopt']}"
-    )
+    return (f"{where}, {machine['cores']} cores, {machine['threads']} threads, "
+            f"load {machine['load_average']:.1f}; python {machine['python']}, "
+            f"torch {machine['torch']}, fusedopt {machine['fusedopt']}")  # fmt: skip
 
 
 def _load(name: str, how: str) -> Any:
@@ -240,39 +238,34 @@ def print_rows(case: dict[str, Any]) -> None:
     print(f"  {case['rounds']} rounds; in the same: {probes}")
     if case.get("may_sit_in_l2"):
         print(f"  the data may sit in the L2 cache ({case['l2_mib']} MiB)")
-    cells = _cuda_cells if "may_sit_in_l2" in case else _cpu_cells
-    heads = "".join(f"{head:>10}" for head in cells(next(iter(case["contenders"].values()))))
+    cells = {n: _cells(row, "may_sit_in_l2" in case) for n, row in case["contenders"].items()}
+    heads = "".join(f"{head:>12}" for head in next(iter(cells.values())))
     print(f"  {'':15}{'ms':>10}{'(10 %..90 %)':>20}{heads}   time / {case['base']} (10 %..90 %)")
     for name, row in case["contenders"].items():
         ms, ratio = row["ms"], row["ratio"]
         around = f"({ms['p10']:.3f}..{ms['p90']:.3f})"
         ratios = "" if name == case["base"] else f" ({ratio['p10']:.2f}..{ratio['p90']:.2f})"
         note = f"  [{row['note']}]" if row["note"] else ""
-        shown = "".join(f"{cell:>10}" for cell in cells(row).values())
+        shown = "".join(f"{cell:>12}" for cell in cells[name].values())
         print(f"  {name:15}{ms['median']:10.3f}{around:>20}{shown}"
               f"   {ratio['median']:7.2f}{ratios}{note}")  # fmt: skip
 
 
-def _cpu_cells(row: dict[str, Any]) -> dict[str, str]:
-    return {
+def _cells(row: dict[str, Any], on_gpu: bool) -> dict[str, str]:
+    cells = {
         "us/tensor": f"{row['us_per_tensor']:.2f}",
         "GB/s": f"{row['gb_per_s']:.1f}",
         "% copy": f"{row['percent_of_copy']:.0f}",
         "% mul": f"{row['percent_of_multiply']:.0f}",
     }
-
-
-def _cuda_cells(row: dict[str, Any]) -> dict[str, str]:
-    gpu = row.get("gpu")
-    mark = "*" if gpu and gpu["waited_for_host"] else ""
-    return {
-        "us/tensor": f"{row['us_per_tensor']:.2f}",
-        "host us": f"{row['host']['us_per_tensor']:.2f}" if gpu else "-",
-        "GPU ms": f"{gpu['ms']['median']:.4f}{mark}" if gpu else "-",
-        "GB/s": f"{row['gb_per_s']:.0f}",
-        "% copy": f"{row['percent_of_copy']:.0f}",
-        "on GPU": f"{gpu['percent_of_copy']:.0f}" if gpu else "-",
-    }
+    if not on_gpu:
+        return cells
+    gpu, more = row.get("gpu"), ("host us", "GPU ms", "% copy, GPU")
+    if not gpu:
+        return cells | dict.fromkeys(more, "-")
+    mark = "*" if gpu["waited_for_host"] else ""
+    host, ms, share = row["host"]["us_per_tensor"], gpu["ms"]["median"], gpu["percent_of_copy"]
+    return cells | dict(zip(more, (f"{host:.2f}", f"{ms:.4f}{mark}", f"{share:.0f}"), strict=True))
 
 
 def draw(content: dict[str, Any], order: list[str], path: Path) -> None:

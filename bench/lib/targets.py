@@ -88,63 +88,55 @@ class Targets:
 
 
 def _targets(
-    candidates: list[str], workloads: Iterable[str], special: dict[Key, list[Target]]
+    candidates: list[str], workloads: Iterable[str], adamw: dict[str, dict[str, list[Target]]]
 ) -> Targets:
-    """Wherever there is no target of its own, fusedopt has to be ahead of torch's best."""
-    ahead = [times("torch-fused", 1.0, ">")]
+    """Wherever AdamW has none of its own, fusedopt has to be ahead of torch's best."""
     kinds = [(o, d) for o in ("AdamW", "SGD", "Adam") for d in ("float32", "bfloat16")]
-    return Targets(candidates, {(o, d, w): ahead for o, d in kinds for w in workloads} | special)
+    lines = {(o, d, work): [times("torch-fused", 1.0, ">")] for o, d in kinds for work in workloads}
+    own = {("AdamW", d, work): bars for d, found in adamw.items() for work, bars in found.items()}
+    return Targets(candidates, lines | own)
 
 
 # AdamW in float32 on a CPU: times as fast as torch's fused and foreach.
 CPU_TIMES = {
-    "one-64Mi": (1.0, 5.0),
-    "gpt2-124m": (1.0, 3.0),
-    "many-1000x1000": (8.0, 24.0),
-    "many-1000x64": (10.0, 30.0),
-    "many-10000x64": (10.0, 30.0),
-    "groups-400x5000": (8.0, 25.0),
+    "one-64Mi": (1.0, 5.0), "gpt2-124m": (1.0, 3.0), "many-1000x1000": (8.0, 24.0),
+    "many-1000x64": (10.0, 30.0), "many-10000x64": (10.0, 30.0), "groups-400x5000": (8.0, 25.0),
+}  # fmt: skip
+CPU_MORE = {
+    "one-64Mi": ours("% of in-place multiply", "percent_of_multiply", ">=", 90.0),
+    "host-1000x1": ours("host us per tensor", "us_per_tensor", "<=", 0.6),
 }
-CPU_LINES = {
-    ("AdamW", "float32", workload): [times("torch-fused", fused), times("torch-foreach", foreach)]
-    for workload, (fused, foreach) in CPU_TIMES.items()
-}
-CPU_LINES["AdamW", "float32", "one-64Mi"].append(
-    ours("% of in-place multiply", "percent_of_multiply", ">=", 90.0)
-)
-CPU_LINES["AdamW", "float32", "host-1000x1"] = [
-    ours("host us per tensor", "us_per_tensor", "<=", 0.6)
-]
+CPU = {
+    work: [*map(times, ("torch-fused", "torch-foreach"), CPU_TIMES.get(work, ())),
+           *([CPU_MORE[work]] if work in CPU_MORE else [])]
+    for work in (*CPU_TIMES, "host-1000x1")
+}  # fmt: skip
 
 # AdamW on a GPU, by the wall clock where nothing else is said.
-LARGE = [
-    times("torch-fused", 1.2),
-    times("torch-foreach", 2.5),
-    ours("% of device copy", "percent_of_copy", ">=", 93.0),
-]
+OF_COPY = ours("% of device copy", "percent_of_copy", ">=", 93.0)
+LARGE = [times("torch-fused", 1.2), times("torch-foreach", 2.5), OF_COPY]
 MODEL = [times("torch-fused", 1.5)]
+LLAMA = [times("torch-fused", 1.3), times("apex", 1.3)]
 MANY = [
     times("torch-fused", 6.0),
     ours("host us per tensor", "host.us_per_tensor", "<=", 0.6),
     # On the device: within twice the time of the bytes.
     ours("% of copy, GPU alone", "gpu.percent_of_copy", ">=", 50.0),
 ]
-CUDA_LINES = {
-    ("AdamW", "float32", "one-256Mi"): LARGE,
-    ("AdamW", "bfloat16", "one-256Mi"): LARGE,
-    ("AdamW", "bfloat16", "llama-8b-eighth"): [times("torch-fused", 1.3), times("apex", 1.3)],
-    ("AdamW", "float32", "gpt2-124m"): MODEL,
-    ("AdamW", "float32", "resnet50"): MODEL,
-    ("AdamW", "float32", "many-1000x1000"): [*MANY, times("torch-graph/fusedopt-graph", 3.0)],
-    ("AdamW", "float32", "many-10000x64"): MANY,
-}
+MANY_AND_GRAPHS = [*MANY, times("torch-graph/fusedopt-graph", 3.0)]
+CUDA = {
+    "float32": {"one-256Mi": LARGE, "gpt2-124m": MODEL, "resnet50": MODEL,
+                "many-1000x1000": MANY_AND_GRAPHS, "many-10000x64": MANY},
+    "bfloat16": {"one-256Mi": LARGE, "llama-8b-eighth": LLAMA},
+}  # fmt: skip
+CUDA_WORKS = ["one-256Mi", "llama-8b-eighth", "gpt2-124m", "resnet50", "many-1000x1000",
+              "many-10000x64"]  # fmt: skip
+CUDA_CANDIDATES = [
+    "fusedopt", "torch-fused", "torch-foreach", "torch-loop", "fusedopt-graph", "torch-graph",
+    "apex", "te", "flashoptim", "optimi", "bitsandbytes",
+]  # fmt: skip
 
 TARGETS = {
-    "cpu": _targets(["fusedopt", "torch-fused", "torch-foreach"], CPU_TIMES, CPU_LINES),
-    "cuda": _targets(
-        ["fusedopt", "torch-fused", "torch-foreach", "torch-loop", "fusedopt-graph", "torch-graph",
-         "apex", "te", "flashoptim", "optimi", "bitsandbytes"],
-        dict.fromkeys(workload for _, _, workload in CUDA_LINES),
-        CUDA_LINES,
-    ),
-}  # fmt: skip
+    "cpu": _targets(["fusedopt", "torch-fused", "torch-foreach"], CPU_TIMES, {"float32": CPU}),
+    "cuda": _targets(CUDA_CANDIDATES, CUDA_WORKS, CUDA),
+}

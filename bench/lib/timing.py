@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 Step = Callable[[], object]
+Spread = dict[str, float]  # median, p10, p90
 
 MIB = 2**20
 MIN_ROUNDS, WARM_UP_ROUNDS = 5, 1
@@ -35,7 +36,7 @@ MIN_CUDA_SAMPLE_S = 10e-3  # here the wait at the end shows too
 QUEUE_S, MAX_QUEUED = 0.5e-3, 8  # steps of host and gpu: few, or a full queue makes the host wait
 SLOW_S = 0.1  # a step that takes longer than this on a GPU is timed by the wall alone
 HIDE_MARGIN_S, MAX_HIDE_S = 50e-6, 0.25
-CLOCK_WARM_UP_S = 0.3
+CLOCK_WARM_UP_S = 0.1  # three times
 
 CACHED_BYTES = 64 * MIB  # work that fits caches is measured on warm ones: a step before each sample
 FLUSH_BYTES, MAX_COLD_STEPS = 192 * MIB, 3
@@ -46,7 +47,7 @@ BUSY_LOOP = "while True: sum(range(1000))"  # plain Python: one thread, next to 
 SETTLE_S = 0.5
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> Spread:
     """Median and the range that holds 80 % of the values: robust on a machine with other work."""
     if len(values) < 2:
         return dict.fromkeys(("median", "p10", "p90"), values[0])
@@ -70,20 +71,18 @@ class Candidate:
     samples: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     exposed: int = 0  # gpu samples in which the GPU had to wait for the host after all
 
-    def ms(self, kind: str = "wall") -> dict[str, float]:
+    def ms(self, kind: str = "wall") -> Spread:
         return spread([1e3 * seconds for seconds in self.samples[kind]])
 
     def gb_per_s(self, kind: str = "wall") -> float:
         return 1e-6 * self.bytes_moved / self.ms(kind)["median"]
 
-    def time_ratio(self, other: Candidate, kind: str = "wall") -> dict[str, float]:
+    def time_ratio(self, other: Candidate, kind: str = "wall", scale: float = 1) -> Spread:
         pairs = zip(self.samples[kind], other.samples[kind], strict=True)
-        return spread([mine / theirs for mine, theirs in pairs])
+        return spread([scale * mine / theirs for mine, theirs in pairs])
 
-    def bandwidth_ratio(self, other: Candidate, kind: str = "wall") -> dict[str, float]:
-        times = zip(self.samples[kind], other.samples[kind], strict=True)
-        scale = self.bytes_moved / other.bytes_moved
-        return spread([scale * theirs / mine for mine, theirs in times])
+    def bandwidth_ratio(self, other: Candidate, kind: str = "wall") -> Spread:
+        return other.time_ratio(self, kind, self.bytes_moved / other.bytes_moved)
 
     def percent_of(self, other: Candidate, kind: str = "wall") -> float:
         return 100 * self.bandwidth_ratio(other, kind)["median"]
@@ -131,7 +130,6 @@ class Clock:
         # For steps that wait for the GPU: nothing hides behind a sleep.
         self.wall_only = wall_only or not self.on_gpu
         if self.on_gpu:
-            self._warm_up()
             self.cycles_per_s = max(self._sleep_rate() for _ in range(3))
 
     def begin(self, candidate: Candidate) -> None:
@@ -205,16 +203,13 @@ class Clock:
         end.synchronize()
         return begin.elapsed_time(end) * 1e-3 / candidate.queued, hidden
 
-    def _warm_up(self) -> None:
-        """Work until the GPU's clocks are up."""
-        source = torch.rand(64 * MIB // 4, device=self.device)
-        target = torch.empty_like(source)
+    def _sleep_rate(self, cycles: int = 4_000_000) -> float:
+        """Of a GPU whose clocks are up, after some work."""
+        work = torch.rand(64 * MIB // 4, device=self.device)
         start = time.perf_counter()
         while time.perf_counter() - start < CLOCK_WARM_UP_S:
-            target.copy_(source)
+            work.mul_(1)
             self._wait()
-
-    def _sleep_rate(self, cycles: int = 4_000_000) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         torch.cuda._sleep(cycles)
@@ -268,14 +263,6 @@ def run_interleaved(
     clock: Clock, candidates: list[Candidate], rounds: int, budget_s: float
 ) -> None:
     """Rounds of one sample each, the order rotated; fewer than asked if time runs out."""
-    gc.disable()
-    try:
-        _run_rounds(clock, candidates, rounds, budget_s)
-    finally:
-        gc.enable()
-
-
-def _run_rounds(clock: Clock, candidates: list[Candidate], rounds: int, budget_s: float) -> None:
     for candidate in candidates:
         clock.begin(candidate)
     start = time.perf_counter()
@@ -300,7 +287,11 @@ def measure(
     """All that were timed, by their names, and the figures that go into the JSON file."""
     probes = bandwidth_probes(device, footprint)
     clock = Clock(device, footprint, args.grads, args.cache, wall_only)
-    run_interleaved(clock, candidates + probes, more * args.repeats, more * args.budget)
+    gc.disable()
+    try:
+        run_interleaved(clock, candidates + probes, more * args.repeats, more * args.budget)
+    finally:
+        gc.enable()
     named = {candidate.name: candidate for candidate in candidates + probes}
     base = named.get("fusedopt", (candidates + probes)[0])
     return named, {

@@ -1,46 +1,39 @@
 """README's tables, from JSON files that the benchmarks wrote.
 
 Examples:
-    python bench/readme_tables.py bench/results/step-cpu.json
-    python bench/readme_tables.py bench/results/step-cuda.json bench/results/step-cuda-sgd-adam.json
-    python bench/readme_tables.py bench/results/training-step-cpu.json
+    python tests/readme_tables.py bench/results/step-cpu.json
+    python tests/readme_tables.py bench/results/step-cuda.json bench/results/step-cuda-sgd-adam.json
+    python tests/readme_tables.py bench/results/training-step-cpu.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lib.cases import WORKLOADS
+sys.path.append(str(Path(__file__).parent.parent / "bench"))
 from lib.targets import ratio
 
 Figures = dict[str, Any]
 
-CPU_COLUMNS = (
-    ("AdamW", "float32", "torch-fused"),
-    ("AdamW", "float32", "torch-foreach"),
-    ("AdamW", "bfloat16", "torch-fused"),
-    ("SGD", "float32", "torch-fused"),
-)
+CPU_COLUMNS = [
+    ("AdamW", "float32", "torch-fused"), ("AdamW", "float32", "torch-foreach"),
+    ("AdamW", "bfloat16", "torch-fused"), ("SGD", "float32", "torch-fused"),
+]  # fmt: skip
 CUDA_COLUMNS = [(o, d) for o in ("AdamW", "SGD") for d in ("float32", "bfloat16")]
-NO_ROW = ("host-1000x1",)  # its figure is a cost, not a ratio
+# No row for host-1000x1, whose figure is a cost and no ratio.
 TITLES = {
-    "one-64Mi": "1 tensor x 64 Mi",
-    "one-256Mi": "1 tensor x 256 Mi",
-    "gpt2-124m": "GPT-2 124M (148 tensors)",
-    "resnet50": "ResNet-50 (161 tensors)",
+    "one-64Mi": "1 tensor x 64 Mi", "one-256Mi": "1 tensor x 256 Mi",
+    "gpt2-124m": "GPT-2 124M (148 tensors)", "resnet50": "ResNet-50 (161 tensors)",
     "llama-8b-layer": "a layer of Llama-3-8B (9 tensors)",
     "llama-8b-eighth": "Llama-3-8B / 8 (291 tensors, 2 groups)",
-    "many-1000x1000": "1000 x 1000",
-    "many-1000x64": "1000 x 64",
-    "many-10000x64": "10000 x 64",
-    "groups-400x5000": "400 groups of 1 x 5000",
-}
+    "many-1000x1000": "1000 x 1000", "many-1000x64": "1000 x 64", "many-10000x64": "10000 x 64",
+    "groups-400x5000": "400 groups of 1 x 5000", "one-4Mi": "1 tensor x 4 Mi",
+}  # fmt: skip
 NAMES = {"torch-fused": "`fused=True`", "torch-foreach": "`foreach=True`"}
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
@@ -52,16 +45,15 @@ def markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 def step_table(cases: list[Figures]) -> list[str]:
     """A CPU's ratios to torch; what was not measured is a dash, and no row is all dashes."""
-    heads, before = ["work"], ("", "")
+    heads = ["work"]
     for optimizer, dtype, baseline in CPU_COLUMNS:
-        kind = "" if (optimizer, dtype) == before else f"{optimizer} {SHORT[dtype]}: "
-        heads.append(f"{kind}{NAMES[baseline]}")
-        before = (optimizer, dtype)
+        kind = f"{optimizer} {SHORT[dtype]}: "
+        heads.append(NAMES[baseline] if heads[-1].startswith(kind) else kind + NAMES[baseline])
     rows = []
     for work, found in _by_work(cases).items():
         values = [ratio(found.get((o, d)), baseline) for o, d, baseline in CPU_COLUMNS]
         if any(values):
-            rows.append([TITLES.get(work, work), *map(_digits, values)])
+            rows.append([TITLES[work], *map(_digits, values)])
     return markdown(heads, rows)
 
 
@@ -70,7 +62,7 @@ def gpu_step_table(cases: list[Figures]) -> list[str]:
     rows = []
     for work, found in _by_work(cases).items():
         cached = any(case["may_sit_in_l2"] for case in found.values())
-        row = [TITLES.get(work, work) + (" (fits L2)" if cached else "")]
+        row = [TITLES[work] + (" (fits L2)" if cached else "")]
         for kind in CUDA_COLUMNS:
             cell = _digits(value := ratio(found.get(kind), "torch-fused"))
             if value is not None:
@@ -85,16 +77,16 @@ def gpu_step_table(cases: list[Figures]) -> list[str]:
 
 def _by_work(cases: list[Figures]) -> dict[str, dict[tuple[str, str], Figures]]:
     found: dict[str, dict[tuple[str, str], Figures]] = {}
-    for work in dict.fromkeys((*TITLES, *WORKLOADS)):
+    for work in TITLES:
         mine = {(c["optimizer"], c["dtype"]): c for c in cases if c["workload"] == work}
-        if mine and work not in NO_ROW:
+        if mine:
             found[work] = mine
     return found
 
 
 def _digits(value: float | None) -> str:
     """Three, as many as runs agree on."""
-    return "-" if value is None or not math.isfinite(value) else f"{value:.3g}"
+    return "-" if value is None else f"{value:.3g}"
 
 
 def training_table(content: Figures) -> list[str]:

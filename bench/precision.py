@@ -148,9 +148,9 @@ def print_settings(settings: list[dict[str, Any]]) -> None:
         final, apart = row["final_loss"], row["against_fp32"]
         print(f"{row['name']:36}{row['bytes']['total']:6.3g}{final['mean']:8.4f}"
               f"{apart['mean']:+8.4f} (deviation {apart['stdev'] or 0:.4f})")  # fmt: skip
-        for key in ("weights_loss", "averages_loss"):
-            if key in row:
-                print(f"{'':36}{key} {row[key]['mean']:.4f}")
+        if "averages_loss" in row:
+            weights, averages = row["weights_loss"]["mean"], row["averages_loss"]["mean"]
+            print(f"{'':36}test loss: weights {weights:.4f}, averages {averages:.4f}")
 
 
 def parse_args() -> argparse.Namespace:

@@ -42,11 +42,11 @@ def parse_args() -> argparse.Namespace:
         "dtypes, shapes and candidates needed unless they are given")  # fmt: skip
     args = report.parse_args(parser)
     needed = TARGETS[args.device.type]
-    usual = [needed.choices(place) for place in range(3)] if args.targets else None
-    args.optimizer = args.optimizer or (usual[0] if usual else ["AdamW"])
-    args.dtype = args.dtype or (usual[1] if usual else ["float32"])
-    args.shapes = args.shapes or (usual[2] if usual else ["all"])
-    args.candidates = args.candidates or (needed.candidates if usual else ["all"])
+    usual = [["AdamW"], ["float32"], ["all"], ["all"]]
+    if args.targets:
+        usual = [*(needed.choices(place) for place in range(3)), needed.candidates]
+    for name, value in zip(("optimizer", "dtype", "shapes", "candidates"), usual, strict=True):
+        setattr(args, name, getattr(args, name) or value)
     if "all" in args.shapes:
         args.shapes = all_workloads(args.device.type)
     if "all" in args.candidates:
@@ -96,20 +96,13 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     needed = case.memory(len(notes), shared)
     result: dict[str, Any] = {
         **case.key,
-        "grads": args.grads,
-        "cache": args.cache,
-        "tensors": case.workload.tensors,
-        "groups": len(case.workload.groups),
-        "elements": case.workload.elements,
-        "bytes_per_element": case.bytes_per_element,
-        "memory_mib": needed // MIB,
-        "shared_params": shared,
-        "rounds": 0,
-        "contenders": {},
-        "probes": {},
-        "skipped": skipped,
+        "grads": args.grads, "cache": args.cache,
+        "tensors": case.workload.tensors, "groups": len(case.workload.groups),
+        "elements": case.workload.elements, "bytes_per_element": case.bytes_per_element,
+        "memory_mib": needed // MIB, "shared_params": shared,
+        "rounds": 0, "contenders": {}, "probes": {}, "skipped": skipped,
         **l2_cache(case),
-    }
+    }  # fmt: skip
     if needed > free:
         why = f"needs {needed // MIB} MiB, {int(free) // MIB} MiB may be used"
         return result | {"skipped": skipped | {baseline.name: why for baseline in notes}}

@@ -70,15 +70,10 @@ def run_row(name: str, row: Comparison, args: argparse.Namespace) -> dict[str, A
     work = WORKLOADS[(is_on_gpu and row.on_gpu) or row.workload]
     work = smaller(work) if args.quick else work
     result: dict[str, Any] = {
-        "row": name,
-        "title": row.title,
-        "workload": work.name,
-        "grads": args.grads,
-        "cache": args.cache,
-        "tensors": work.tensors,
-        "elements": work.elements,
-        "busy": row.busy,
-    }
+        "row": name, "title": row.title, "workload": work.name, "busy": row.busy,
+        "tensors": work.tensors, "elements": work.elements,
+        "grads": args.grads, "cache": args.cache,
+    }  # fmt: skip
     gc.collect()  # what the last row left
     if is_on_gpu:
         torch.cuda.empty_cache()
@@ -116,7 +111,7 @@ def print_row(row: dict[str, Any]) -> None:
     print("\n".join(target_lines([row])))
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> int:
     parser = report.make_parser(__doc__, timed="configuration")
     add = parser.add_argument
     add("--configs", "--rows", nargs="+", choices=COMPARISONS, metavar="NAME",
@@ -124,11 +119,6 @@ def parse_args() -> argparse.Namespace:
     args = report.parse_args(parser)
     usual = [name for name, row in COMPARISONS.items() if args.device.type in row.devices]
     args.configs = args.configs or usual
-    return args
-
-
-def main() -> int:
-    args = parse_args()
     content = report.run_all(
         args, "rows", args.configs, lambda name: run_row(name, COMPARISONS[name], args), print_row
     )

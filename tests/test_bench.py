@@ -112,6 +112,16 @@ def test_another_configuration_is_seen(options: dict[str, float], same: bool) ->
     assert (verify_equivalent(ours(**options), theirs(clip=1.0), CPU) == "") is same
 
 
+def test_only_some_grads_are_unusual() -> None:
+    from lib.configs import COMPARISONS, parameters
+
+    configs = COMPARISONS["values-fp32"].configs
+    grads = [params[0].grad for params in parameters(configs, [(8,)], CPU)]
+    assert [config.name for config in configs][-2:] == ["nans", "ordinary"]
+    assert grads[-2].isnan().all()
+    assert ((grads[-1] >= 0.05) & (grads[-1] <= 0.1)).all()
+
+
 def test_targets_of_cases() -> None:
     """A bar just kept, one just missed, and what was not measured."""
     from lib.targets import TARGETS

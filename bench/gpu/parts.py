@@ -230,7 +230,7 @@ def step(runner: Runner) -> Result:
 
 def _with_targets(runner: Runner, run: Finished, good: bool, **figures: Any) -> Result:
     finished = HEADING in run.text or runner.dry  # exit status 1 is also a traceback's
-    if run.timed_out or not finished:
+    if run.timed_out or not finished or any("failed:" in line for line in figures["targets"]):
         return run.result(good=False, **figures)
     return figures | {"verdict": OK if good else MISSED}
 
@@ -258,10 +258,8 @@ def _training(runner: Runner, names: list[str], file: str) -> Result:
     run = runner.python("bench/training.py", "--device", "cuda", "--budget", "2",
                         "--configs", *wanted, *limit, "--json", runner.out / file)  # fmt: skip
     rows = _read(runner.out / file).get("rows", [])
-    figures = {"cases": len(rows), "targets": target_lines(rows), "file": file}
-    if any("failed" in row for row in rows):
-        return run.result(good=False, **figures)
-    return _with_targets(runner, run, run.good, **figures)
+    lines = target_lines(rows)
+    return _with_targets(runner, run, run.good, cases=len(rows), targets=lines, file=file)
 
 
 def launches(runner: Runner) -> Result:

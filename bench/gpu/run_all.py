@@ -34,15 +34,15 @@ from parts import FAILED, OK, PARTS, SHOW_CONFIG, TIMED_OUT, USUAL, Result, Runn
 # Of 4 and 12 minutes, less the start of Python and torch and the end of what must be ended.
 PART_S, ALL_S = 230.0, 700.0
 ABOUT = """\
-import json, platform, torch
-devices = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-device = devices[0]
+import json, platform, sys, torch
+sys.path.append("bench")
+from lib.report import gpu_info
+devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+found = gpu_info(devices[0])
+archs = {gpu_info(each)["capability"].replace(".", "") for each in devices}
 print(json.dumps({
-    "gpu": device.name, "capability": f"{device.major}.{device.minor}",
-    "multiprocessors": device.multi_processor_count, "l2_mib": device.L2_cache_size >> 20,
-    "memory_mib": device.total_memory >> 20, "torch": torch.__version__,
-    "cuda": torch.version.cuda, "python": platform.python_version(),
-    "archs": ";".join(sorted({f"{each.major}{each.minor}" for each in devices}, key=int)),
+    "gpu": torch.cuda.get_device_name(devices[0]), "torch": torch.__version__,
+    "python": platform.python_version(), "archs": ";".join(sorted(archs, key=int)), **found,
 }))"""
 
 

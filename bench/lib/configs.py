@@ -78,10 +78,8 @@ def ours(
     what += f", grads in {SHORT[grad_dtype]}" if grad_dtype else ""
     what += f", grads {offset} off" if offset else ""
     what += f", grads {grad_value}" if grad_value is not None else ""
-    scale = LOSS_SCALE if scaled else 1.0
-    return Config(
-        name, what, make, moved, dtype, state_dtype, scale, grad_dtype, offset, grad_value
-    )
+    return Config(name, what, make, moved, dtype, state_dtype, LOSS_SCALE if scaled else 1.0,
+                  grad_dtype, offset, grad_value)  # fmt: skip
 
 
 def theirs(
@@ -90,9 +88,8 @@ def theirs(
 ) -> Config:  # fmt: skip
     """torch's fused AdamW and what torch offers beside it, each a pass of its own or two."""
     size = dtype.itemsize
-    moved = 7 * size
+    moved = 7 * size + 2 * size * scaled  # the scaler reads and writes the grads
     moved += 3 * size * (clip is not None)  # the norm reads the grads, the scaling reads and writes
-    moved += 2 * size * scaled  # likewise in one pass
     moved += 3 * size * (ema is not None)  # reads the params and the averages, writes these
 
     def make(params: list[nn.Parameter]) -> tuple[Step, Results]:
@@ -111,13 +108,10 @@ def theirs(
                 average.update_parameters(model)
 
         averages = [*average.module.parameters()] if average else []
-        is_plain = clip is None and ema is None
-        return optimizer.step if is_plain else step, lambda: [*params, *averages]
+        return step if clip or ema else optimizer.step, lambda: [*params, *averages]
 
-    what = "clip_grad_norm_, " if clip is not None else ""
-    what += "AdamW(fused=True)"
-    what += ", AveragedModel" if ema is not None else ""
-    what += ", GradScaler" if scaled else ""
+    what = ("clip_grad_norm_, " if clip else "") + "AdamW(fused=True)"
+    what += (", AveragedModel" if ema else "") + (", GradScaler" if scaled else "")
     return Config("torch", what, make, moved, dtype, dtype, LOSS_SCALE if scaled else 1.0)
 
 
@@ -144,9 +138,8 @@ def parameters(
         value, grad = both.uniform_(0.05, 0.1, generator=generator)
         for config, params in zip(configs, every, strict=True):
             param = nn.Parameter(value.to(config.dtype, copy=True))
-            if config.grad_value is not None:
-                grad.fill_(config.grad_value)
-            config.set_grad(param, grad)
+            unusual = config.grad_value is not None
+            config.set_grad(param, torch.full_like(grad, config.grad_value) if unusual else grad)
             params.append(param)
     return every
 

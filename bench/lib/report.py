@@ -189,16 +189,16 @@ def machine_info(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": without_folders(" ".join(["python", program, *sys.argv[1:]])),
     }
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        machine |= {
-            "cuda": torch.version.cuda,
-            "capability": f"{found.major}.{found.minor}",
-            "multiprocessors": found.multi_processor_count,
-            "gpu_memory_mib": found.total_memory // MIB,
-            "l2_mib": found.L2_cache_size // MIB,
-        }
-    return machine
+    return machine | (gpu_info(device) if device.type == "cuda" else {})
+
+
+def gpu_info(device: torch.device) -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "cuda": torch.version.cuda, "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "gpu_memory_mib": found.total_memory // MIB, "l2_mib": found.L2_cache_size // MIB,
+    }  # fmt: skip
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

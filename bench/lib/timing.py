@@ -88,27 +88,23 @@ class Candidate:
         return 100 * self.bandwidth_ratio(other, kind)["median"]
 
     def figures(self, base: Candidate, copy: Candidate, multiply: Candidate) -> dict[str, Any]:
+        ms = self.ms()
         found = {
-            "ms": self.ms(),
-            "us_per_tensor": 1e3 * self.ms()["median"] / self.tensors,
-            "gb_per_s": self.gb_per_s(),
-            "percent_of_copy": self.percent_of(copy),
-            "percent_of_multiply": self.percent_of(multiply),
-            "ratio": self.time_ratio(base),
-            "inner": self.inner,
-            "note": self.note,
-        }
+            "ms": ms, "us_per_tensor": 1e3 * ms["median"] / self.tensors,
+            "gb_per_s": self.gb_per_s(), "percent_of_copy": self.percent_of(copy),
+            "percent_of_multiply": self.percent_of(multiply), "ratio": self.time_ratio(base),
+            "inner": self.inner, "note": self.note,
+        }  # fmt: skip
         if self.queued:
             host = 1e3 * self.ms("host")["median"]
             found["host"] = {"us": host, "us_per_tensor": host / self.tensors}
             found["gpu"] = {
-                "ms": self.ms("gpu"),
-                "gb_per_s": self.gb_per_s("gpu"),
+                "ms": self.ms("gpu"), "gb_per_s": self.gb_per_s("gpu"),
                 "percent_of_copy": self.percent_of(copy, "gpu"),
                 "ratio": self.time_ratio(base, "gpu") if base.queued else None,
                 "steps": self.queued,
                 "waited_for_host": self.exposed,  # samples; in these the time is too long
-            }
+            }  # fmt: skip
         return found
 
 

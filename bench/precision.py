@@ -153,7 +153,7 @@ def print_settings(settings: list[dict[str, Any]]) -> None:
             print(f"{'':36}test loss: weights {weights:.4f}, averages {averages:.4f}")
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> int:
     parser = report.make_parser(__doc__)
     add = parser.add_argument
     add("--optimizer", choices=HYPER, default="AdamW", help="default: %(default)s")
@@ -164,11 +164,7 @@ def parse_args() -> argparse.Namespace:
         help="begin no further seed that would end after that (default: %(default)s)")  # fmt: skip
     add("--ema", type=float, metavar="DECAY", help="with averages, whose loss is measured too")
     add("--text", type=Path, metavar="FILE", help="default: Python's standard library")
-    return report.parse_args(parser)
-
-
-def main() -> int:
-    args = parse_args()
+    args = report.parse_args(parser)
     machine = report.start(args)
     text = gpt.load_text(args.text)
     rows: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -185,15 +181,11 @@ def main() -> int:
     base = [row["final_loss"] for row in rows["fp32"]]
     config = {"batch": gpt.BATCH, "optimizer": args.optimizer, "steps": args.steps,
               "seeds": seeds, "ema_decay": args.ema, "text_bytes": len(text)}  # fmt: skip
-    content = {
-        "machine": machine,
-        "config": asdict(gpt.Config()) | config,
-        "seconds": time.monotonic() - begin,
-        "settings": [summary(name, rows[name], base) for name in SETTINGS],
-    }
-    print_settings(content["settings"])
+    settings = [summary(name, rows[name], base) for name in SETTINGS]
+    print_settings(settings)
     if args.json:
-        report.write_json(args.json, content)
+        of_run = {"config": asdict(gpt.Config()) | config, "seconds": time.monotonic() - begin}
+        report.write_json(args.json, {"machine": machine, **of_run, "settings": settings})
     return 0
 
 

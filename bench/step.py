@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from lib import report
 from lib.baselines import BASELINES, Baseline, NotComparableError, verify_equivalent
-from lib.cases import HYPER, WORKLOADS, Case, all_workloads, param_groups
+from lib.cases import HYPER, WORKLOADS, Case, param_groups
 from lib.targets import HEADING, TARGETS
 from lib.timing import MIB, Candidate, fresh_grads, measure
 
@@ -48,7 +48,8 @@ def parse_args() -> argparse.Namespace:
     for name, value in zip(("optimizer", "dtype", "shapes", "candidates"), usual, strict=True):
         setattr(args, name, getattr(args, name) or value)
     if "all" in args.shapes:
-        args.shapes = all_workloads(args.device.type)
+        on_gpu = args.device.type == "cuda"
+        args.shapes = [name for name, work in WORKLOADS.items() if on_gpu or not work.large]
     if "all" in args.candidates:
         args.candidates = list(BASELINES)
     return args
@@ -124,7 +125,7 @@ def main() -> int:
     run = functools.partial(run_case, args=args)
     content = report.run_all(args, "cases", asked, run, report.print_case)
     cases = content["cases"]
-    print(f"\n{report.LEGEND if args.device.type == 'cpu' else report.CUDA_LEGEND}")
+    print(f"\n{report.LEGEND}")
     if args.plot:
         report.draw(content, list(BASELINES), args.plot)
     if not args.targets:

@@ -27,17 +27,17 @@ METRICS = tuple(_METRICS)
 def pytest_counts(text: str) -> dict[str, Any]:
     """Counts of the last summary line, names of the failures, reasons of the skips."""
     found = _COUNTS.findall(text)
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) ([a-z]+)", found[-1] if found else "")}
+    words = re.findall(r"(\d+) ([a-z]+)", found[-1] if found else "")
+    counts = Counter({word.removesuffix("s"): int(number) for number, word in words})
     failures = re.findall(r"^(?:FAILED|ERROR) (\S+.*)$", text, re.MULTILINE)
     skips = re.findall(r"^SKIPPED \[(\d+)\] (.*)$", text, re.MULTILINE)
     return {
         "finished": bool(found),
-        "passed": counts.get("passed", 0),
-        "failed": counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0),
-        "skipped": counts.get("skipped", 0),
+        "passed": counts["passed"], "skipped": counts["skipped"],
+        "failed": counts["failed"] + counts["error"],
         "failures": [failure[:200] for failure in failures[:MAX_NAMES]],
         "skips": [f"{count} x {why}"[:200] for count, why in skips[:MAX_NAMES]],
-    }
+    }  # fmt: skip
 
 
 def sanitizer_findings(text: str) -> dict[str, Any]:
@@ -61,13 +61,10 @@ def sanitizer_findings(text: str) -> dict[str, Any]:
     ours = [report for report in reports if any(OURS in line for line in report[:4])]
     kinds = Counter(report[0][:100] for report in ours)
     return {
-        "finished": bool(summaries),
-        "errors": sum(summaries),
-        "errors_in_ours": len(ours),
+        "finished": bool(summaries), "errors": sum(summaries), "errors_in_ours": len(ours),
         "unprinted": max(0, sum(summaries) - len(reports)),
-        "kinds": dict(kinds.most_common(10)),
-        "first": ours[0][:6] if ours else [],
-    }
+        "kinds": dict(kinds.most_common(10)), "first": ours[0][:6] if ours else [],
+    }  # fmt: skip
 
 
 def ncu_launches(text: str) -> list[list[dict[str, Any]]]:

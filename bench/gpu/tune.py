@@ -31,7 +31,6 @@ from lib import report
 HEADER = Path("csrc/cuda/tuning.h")
 CONSTANT = r"(constexpr \w+ {name} = )(\d+);"
 FIXED = ("kWarp",)  # of the hardware
-NEEDED = ("csrc", "fusedopt", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 SHAPES = ("one-64Mi", "gpt2-124m", "many-1000x1000")
 ROUNDS, BUILDERS = 2, 4
 
@@ -44,12 +43,8 @@ class Variant:
     ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # by case
 
     def build(self) -> None:
-        self.tree.mkdir()
-        for name in NEEDED:
-            leave_out = shutil.ignore_patterns("*.so", "*.pyc")
-            copy = shutil.copytree if (report.ROOT / name).is_dir() else shutil.copy
-            options = {"ignore": leave_out} if copy is shutil.copytree else {}
-            copy(report.ROOT / name, self.tree / name, **options)
+        leave_out = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.pyc")
+        shutil.copytree(report.ROOT, self.tree, ignore=leave_out)
         if self.change:
             constant = CONSTANT.format(name=self.change[0])
             text = (self.tree / HEADER).read_text()

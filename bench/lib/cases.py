@@ -121,11 +121,6 @@ WORKLOADS = {
 }
 
 
-def all_workloads(device_type: str) -> list[str]:
-    """Names of what a run measures unless told otherwise."""
-    return [name for name, work in WORKLOADS.items() if device_type == "cuda" or not work.large]
-
-
 @dataclass(frozen=True)
 class Case:
     optimizer: str

@@ -35,14 +35,11 @@ STYLE = {
     "axes.spines.right": False, "legend.frameon": False,
 }  # fmt: skip
 LEGEND = """\
-ms, ratio: median (10 %..90 %) over rounds in which every candidate runs once; ratio: time / base's
+ms, ratio: by the wall clock, median (10 %..90 %) over rounds in which every candidate runs once
 GB/s: bytes that a one-pass step must move (stated per element) / time; the shares are of a copy
-and an in-place multiply timed in the same rounds, in cache where the work itself fits there"""
-CUDA_LEGEND = """\
-ms, ratio: median (10 %..90 %) over rounds in which every candidate runs once, by the wall clock
-host us: to hand a step to an idle GPU, per tensor; GPU ms: on the device, the host hidden, with *
-where it could not be; GB/s: bytes that a one-pass step must move / wall time; % copy: of a large
-device copy timed in the same rounds, by the wall and, last, on the device"""
+and an in-place multiply timed in the same rounds, in a CPU's cache where the work fits there
+On a GPU also, host us: to hand a step to an idle one, per tensor; GPU ms and the last share: on the
+device, the host hidden, with * where it could not be"""
 
 
 def make_parser(
@@ -253,11 +250,9 @@ def print_rows(case: dict[str, Any]) -> None:
 
 def _cells(row: dict[str, Any], on_gpu: bool) -> dict[str, str]:
     cells = {
-        "us/tensor": f"{row['us_per_tensor']:.2f}",
-        "GB/s": f"{row['gb_per_s']:.1f}",
-        "% copy": f"{row['percent_of_copy']:.0f}",
-        "% mul": f"{row['percent_of_multiply']:.0f}",
-    }
+        "us/tensor": f"{row['us_per_tensor']:.2f}", "GB/s": f"{row['gb_per_s']:.1f}",
+        "% copy": f"{row['percent_of_copy']:.0f}", "% mul": f"{row['percent_of_multiply']:.0f}",
+    }  # fmt: skip
     if not on_gpu:
         return cells
     gpu, more = row.get("gpu"), ("host us", "GPU ms", "% copy, GPU")
@@ -282,12 +277,9 @@ def draw(content: dict[str, Any], order: list[str], path: Path) -> None:
         _draw_panel(axis, mine, names, works)
         axis.set_title(kind, loc="left", fontweight="bold")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    base = " or ".join(dict.fromkeys(case["base"] for case in cases))
-    where = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
-    figure.suptitle(
-        f"Time of one optimizer step / time of {base} (above 1: {base} is faster)\n"
-        f"{where}, {machine['threads']} threads, torch {machine['torch']}"
-    )
+    base, where = cases[0]["base"], _describe(machine).partition(";")[0]
+    figure.suptitle(f"Time of one optimizer step / time of {base} (above 1: {base} is faster)\n"
+                    f"{where}, torch {machine['torch']}")  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -296,17 +288,17 @@ def _draw_panel(axis: Any, rows: dict[str, Any], names: list[str], works: list[s
     """Bars start at 1, so that one that points down is a loss."""
     width = 0.8 / max(len(names), 1)
     for index, name in enumerate(names):
-        measured = [work for work in works if name in rows.get(work, {})]
-        ratios = [rows[work][name]["ratio"] for work in measured]
-        places = [works.index(work) + (index - (len(names) - 1) / 2) * width for work in measured]
-        heights = [ratio["median"] - 1 for ratio in ratios]
-        around = [[abs(r["median"] - r[end]) for r in ratios] for end in ("p10", "p90")]
+        ratios = {w: rows[w][name]["ratio"] for w in works if name in rows.get(w, {})}
+        places = [works.index(work) + (index - (len(names) - 1) / 2) * width for work in ratios]
+        medians = [ratio["median"] for ratio in ratios.values()]
+        around = [[abs(r["median"] - r[end]) for r in ratios.values()] for end in ("p10", "p90")]
+        heights = [median - 1 for median in medians]
         bars = axis.bar(places, heights, width, bottom=1, label=name, yerr=around, ecolor="0.3")
-        axis.bar_label(bars, [f"{r['median']:.3g}" for r in ratios], padding=3, fontsize=8)
+        axis.bar_label(bars, [f"{median:.3g}" for median in medians], padding=3, fontsize=8)
     axis.axhline(1, color="black", linewidth=1)
     axis.set_yscale("log", subs=(2, 5))
-    for show in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-        show("{x:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.margins(y=0.12)
     axis.grid(axis="x", visible=False)
     axis.set_ylabel("ratio of times (log)")

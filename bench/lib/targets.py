@@ -129,8 +129,6 @@ CUDA = {
                 "many-1000x1000": MANY_AND_GRAPHS, "many-10000x64": MANY},
     "bfloat16": {"one-256Mi": LARGE, "llama-8b-eighth": LLAMA},
 }  # fmt: skip
-CUDA_WORKS = ["one-256Mi", "llama-8b-eighth", "gpt2-124m", "resnet50", "many-1000x1000",
-              "many-10000x64"]  # fmt: skip
 CUDA_CANDIDATES = [
     "fusedopt", "torch-fused", "torch-foreach", "torch-loop", "fusedopt-graph", "torch-graph",
     "apex", "te", "flashoptim", "optimi", "bitsandbytes",
@@ -138,5 +136,5 @@ CUDA_CANDIDATES = [
 
 TARGETS = {
     "cpu": _targets(["fusedopt", "torch-fused", "torch-foreach"], CPU_TIMES, {"float32": CPU}),
-    "cuda": _targets(CUDA_CANDIDATES, CUDA_WORKS, CUDA),
+    "cuda": _targets(CUDA_CANDIDATES, CUDA["bfloat16"] | CUDA["float32"], CUDA),
 }

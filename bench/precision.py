@@ -82,8 +82,7 @@ def bytes_per_parameter(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 def loss_of(model: gpt.GPT, text: torch.Tensor, device: torch.device) -> float:
     batches = gpt.Batches(text, gpt.BATCH, model.config.context, seed=12345)
     losses = []
-    for _ in range(EVALUATIONS):
-        tokens, targets = batches.next(device)
+    for tokens, targets in (batches.next(device) for _ in range(EVALUATIONS)):
         logits = model(tokens).flatten(0, 1).float()
         losses.append(functional.cross_entropy(logits, targets.flatten()).item())
     return statistics.mean(losses)
@@ -105,12 +104,9 @@ def train(seed: int, text: torch.Tensor, args: argparse.Namespace) -> list[dict[
 
 
 def results(run: gpt.Run, text: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "bytes": bytes_per_parameter(run.optimizer),
-        "final_loss": gpt.tail_mean(run.losses),
-        "step_ms": 1e3 * statistics.median(run.step_s),
-        "optimizer_ms": 1e3 * statistics.median(run.optimizer_s),
-    }
+    figures = run.figures(gpt.BATCH * run.model.config.context)
+    found: dict[str, Any] = {"bytes": bytes_per_parameter(run.optimizer)}
+    found |= {key: figures[key] for key in ("final_loss", "step_ms", "optimizer_ms")}
     if args.ema is not None:
         optimizer: Any = run.optimizer
         found["weights_loss"] = loss_of(run.model, text, args.device)
@@ -158,10 +154,9 @@ def main() -> int:
     add = parser.add_argument
     add("--optimizer", choices=HYPER, default="AdamW", help="default: %(default)s")
     add("--steps", type=int, default=250, metavar="N", help="default: %(default)s")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED",
-        help="of weights and batches (default: 0 1 2)")  # fmt: skip
-    add("--max-seconds", type=float, default=480.0, metavar="S",
-        help="begin no further seed that would end after that (default: %(default)s)")  # fmt: skip
+    in_all = "begin no further seed that would end after that (default: %(default)s)"
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    add("--max-seconds", type=float, default=480.0, metavar="S", help=in_all)
     add("--ema", type=float, metavar="DECAY", help="with averages, whose loss is measured too")
     add("--text", type=Path, metavar="FILE", help="default: Python's standard library")
     args = report.parse_args(parser)

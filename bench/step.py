@@ -77,14 +77,6 @@ def first_steps(
     return candidates, skipped
 
 
-def l2_cache(case: Case) -> dict[str, Any]:
-    """Repeated steps on little data read it from the GPU's cache, where training would not."""
-    if case.device.type != "cuda":
-        return {}
-    size = torch.cuda.get_device_properties(case.device).L2_cache_size
-    return {"l2_mib": size // MIB, "may_sit_in_l2": case.footprint <= size}
-
-
 def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one case; the result is what goes into the JSON file."""
     gc.collect()  # what the last case left
@@ -102,8 +94,11 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "elements": case.workload.elements, "bytes_per_element": case.bytes_per_element,
         "memory_mib": needed // MIB, "shared_params": shared,
         "rounds": 0, "contenders": {}, "probes": {}, "skipped": skipped,
-        **l2_cache(case),
     }  # fmt: skip
+    if case.device.type == "cuda":
+        # Repeated steps on little data read it from the GPU's cache, where training would not.
+        l2 = report.gpu_info(case.device)["l2_mib"]
+        result |= {"l2_mib": l2, "may_sit_in_l2": case.footprint <= l2 * MIB}
     if needed > free:
         why = f"needs {needed // MIB} MiB, {int(free) // MIB} MiB may be used"
         return result | {"skipped": skipped | {baseline.name: why for baseline in notes}}

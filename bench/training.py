@@ -105,9 +105,7 @@ def target_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def print_row(row: dict[str, Any]) -> None:
-    size = f"{row['tensors']} tensors, {row['elements'] / 1e6:.2f} M elements"
-    print(f"\n{row['title']}: {size}, {row['grads']} grads, {row['cache']} caches", flush=True)
-    report.print_rows(row)
+    report.print_rows(row["title"], row)
     print("\n".join(target_lines([row])))
 
 

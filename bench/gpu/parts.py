@@ -58,12 +58,9 @@ class Finished:
         """For the JSON, so without the folders of this machine."""
         return without_folders(self.text).splitlines()[-lines:]
 
-    def verdict(self, good: bool = True) -> str:
-        return TIMED_OUT if self.timed_out else OK if good and self.good else FAILED
-
     def result(self, good: bool = True, lines: int = 25, **figures: Any) -> Result:
         """Figures with the verdict, and what was written at the end unless all is well."""
-        verdict = self.verdict(good)
+        verdict = TIMED_OUT if self.timed_out else OK if good and self.good else FAILED
         tail = {} if verdict == OK else {"tail": self.tail(lines)}
         return {**figures, "verdict": verdict, **tail}
 
@@ -148,8 +145,14 @@ def _wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
     return True
 
 
-def _read(path: Path) -> Result:
-    return json.loads(path.read_text()) if path.exists() else {}
+def _read(path: Path, key: str) -> Any:
+    """What a program left in its JSON file, even if it was ended."""
+    return json.loads(path.read_text()).get(key, []) if path.exists() else []
+
+
+def _worst(results: dict[str, Result]) -> str:
+    verdicts = [result["verdict"] for result in results.values()]
+    return next((verdict for verdict in (TIMED_OUT, FAILED) if verdict in verdicts), OK)
 
 
 def build(runner: Runner) -> Result:
@@ -177,17 +180,12 @@ def tests(runner: Runner) -> Result:
     count = min(max(cores - 2, 2), MAX_WORKERS) if importlib.util.find_spec("xdist") else 0
     workers = ("-n", str(count)) if count else ()
     env = {"OMP_NUM_THREADS": "2"} if count else {}
-    result: Result = {"workers": count}
-    verdicts = []
+    result: Result = {}
     rest = [f"--ignore={name}" for name in CUDA_TESTS]
     for name, share, chosen in (("cuda", 0.3, CUDA_TESTS), ("others", 1.0, rest)):
         run = runner.python(*PYTEST, *workers, *chosen, share=share, installed=True, env=env)
-        counts = pytest_counts(run.text)
-        tail = {} if counts["finished"] else {"tail": run.tail()}
-        result[name] = {**counts, "seconds": run.seconds, **tail}
-        verdicts.append(run.verdict())
-    worst = TIMED_OUT if TIMED_OUT in verdicts else FAILED if FAILED in verdicts else OK
-    return result | {"verdict": worst}
+        result[name] = run.result(**pytest_counts(run.text), seconds=run.seconds)
+    return result | {"workers": count, "verdict": _worst(result)}
 
 
 def sanitizer(runner: Runner) -> Result:
@@ -197,15 +195,14 @@ def sanitizer(runner: Runner) -> Result:
         return {"verdict": NO_TOOL, "why": "compute-sanitizer is not installed here"}
     known = runner.run([program, "--help"], 30.0).text
     ours = ["--kernel-name" if "--kernel-name" in known else "--kernel-regex", "kns=fusedopt"]
+    memory = [*ours, "--report-api-errors", "no"]
+    limits = ["--error-exitcode", "9", "--print-limit", "1000"]
+    selected = (*PYTEST, *CUDA_TESTS, "-k", "sanitizer")
     result: Result = {}
     for tool, share, options in (
-        ("memcheck", 0.35, [*ours, "--report-api-errors", "no"]),
-        ("racecheck", 0.5, ours),
-        ("initcheck", 1.0, []),
-    ):
-        limits = ["--error-exitcode", "9", "--print-limit", "1000"]
+        ("memcheck", 0.35, memory), ("racecheck", 0.5, ours), ("initcheck", 1.0, [])
+    ):  # fmt: skip
         under = [program, "--tool", tool, *limits, *options]
-        selected = (*PYTEST, *CUDA_TESTS, "-k", "sanitizer")
         run = runner.python(*selected, share=share, installed=True, under=under, env=UNCACHED)
         found, counts = sanitizer_findings(run.text), pytest_counts(run.text)
         clean = found["finished"] and not found["errors_in_ours"] and not found["unprinted"]
@@ -214,8 +211,7 @@ def sanitizer(runner: Runner) -> Result:
         tail = {} if verdict == OK else {"tail": run.tail()}
         tests_run = {key: counts[key] for key in ("passed", "failed", "skipped")}
         result[tool] = {"verdict": verdict, "seconds": run.seconds, **tests_run, **found, **tail}
-    worst = next((tool["verdict"] for tool in result.values() if tool["verdict"] != OK), OK)
-    return result | {"verdict": worst}
+    return result | {"verdict": _worst(result)}
 
 
 def step(runner: Runner) -> Result:
@@ -223,7 +219,7 @@ def step(runner: Runner) -> Result:
     limit = runner.max_seconds(45)  # for the last case, the picture, the start
     run = runner.python("bench/step.py", "--device", "cuda", "--targets", "--budget", "3", *limit,
                         "--json", path, "--plot", picture)  # fmt: skip
-    cases = _read(path).get("cases", [])
+    cases = _read(path, "cases")
     lines, good = TARGETS["cuda"].compare(cases)
     return _with_targets(runner, run, good, cases=len(cases), targets=lines, file=path.name)
 
@@ -257,7 +253,7 @@ def _training(runner: Runner, names: list[str], file: str) -> Result:
     limit = runner.max_seconds(20)  # for the last row, the start
     run = runner.python("bench/training.py", "--device", "cuda", "--budget", "2",
                         "--configs", *wanted, *limit, "--json", runner.out / file)  # fmt: skip
-    rows = _read(runner.out / file).get("rows", [])
+    rows = _read(runner.out / file, "rows")
     lines = target_lines(rows)
     return _with_targets(runner, run, run.good, cases=len(rows), targets=lines, file=file)
 
@@ -265,9 +261,8 @@ def _training(runner: Runner, names: list[str], file: str) -> Result:
 def launches(runner: Runner) -> Result:
     path = runner.scratch / "launches.json"
     run = runner.python("bench/gpu/launches.py", "--device", "cuda", "--json", path)
-    content = _read(path)
-    result = run.result(launches=content.get("launches", []))
-    missed = run.code == 1 and content.get("good") is False
+    result = run.result(launches=_read(path, "launches"))
+    missed = run.code == 1 and _read(path, "good") is False
     return result | ({"verdict": MISSED} if missed else {})
 
 
@@ -283,11 +278,11 @@ def ncu(runner: Runner) -> Result:
     ]  # fmt: skip
     run = runner.python("bench/gpu/launches.py", "--for-ncu", "--json", cases, under=under)
     text = table.read_text(errors="replace") if table.exists() else ""
-    asked = _read(cases).get("cases", [])
+    asked = _read(cases, "cases")
     rows = ncu_cases(asked, text)
-    complete = rows and len(rows) == len(asked) and all(row["launches"] for row in rows)
-    result = run.result(bool(complete) or runner.dry, 10, cases=rows)
-    return result | ({"tail": result["tail"] + text.splitlines()[-10:]} if "tail" in result else {})
+    complete = bool(rows) and len(rows) == len(asked) and all(row["launches"] for row in rows)
+    end = text.splitlines()[-10:]
+    return run.result(complete or runner.dry, 10, cases=rows) | ({} if complete else {"csv": end})
 
 
 def train(runner: Runner) -> Result:
@@ -295,15 +290,14 @@ def train(runner: Runner) -> Result:
     limit = runner.max_seconds(25)
     run = runner.python("examples/train_gpt.py", "--device", "cuda", *limit, "--json", path,
                         "--plot", picture)  # fmt: skip
-    content = _read(path)
-    runs = [{k: v for k, v in row.items() if k != "losses"} for row in content.get("runs", [])]
-    return run.result(runs=runs, apart=content.get("apart"), file=path.name)
+    runs = [{k: v for k, v in row.items() if k != "losses"} for row in _read(path, "runs")]
+    return run.result(runs=runs, apart=_read(path, "apart"), file=path.name)
 
 
 def tune(runner: Runner) -> Result:
     path = runner.scratch / "tune.json"
     run = runner.python("bench/gpu/tune.py", *runner.max_seconds(15), "--json", path)
-    return run.result(variants=_read(path).get("variants", []))
+    return run.result(variants=_read(path, "variants"))
 
 
 # Seconds that the parts should take on 16 cores, the most important first: their shares of the time

@@ -75,15 +75,13 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("build/gpu"), metavar="FOLDER",
-        help="where all files go (default: %(default)s)")  # fmt: skip
-    add("--parts", nargs="+", choices=PARTS, default=USUAL, metavar="PART",
-        help=f"in this order (default: {' '.join(USUAL)}; also: tune)")  # fmt: skip
+    in_order = f"in this order (default: {' '.join(USUAL)}; also: tune)"
+    in_all = f"in all, shared by the parts (default: {PART_S:g} a part, {ALL_S:g})"
+    add("--out", type=Path, default="build/gpu", metavar="FOLDER", help="default: %(default)s")
+    add("--parts", nargs="+", choices=PARTS, default=USUAL, metavar="PART", help=in_order)
     add("--wheel", type=Path, metavar="FILE", help="install this; the part build builds nothing")
-    add("--budget", type=float, metavar="S",
-        help=f"in all, shared by the parts (default: {PART_S:g} a part, {ALL_S:g})")  # fmt: skip
-    add("--commit", metavar="ID",
-        help="of these sources, for a copy of them that git does not know")  # fmt: skip
+    add("--budget", type=float, metavar="S", help=in_all)
+    add("--commit", metavar="ID", help="of these sources, if git does not know them")
     add("--dry-run", action="store_true", help="print the commands and run none")
     args = parser.parse_args()
     if args.wheel and "build" not in args.parts:
@@ -160,7 +158,8 @@ def report(content: dict[str, Any]) -> bool:
 
 def _why(part: Result) -> list[str]:
     """What a part, or the commands within it, left as an explanation."""
-    lines = [*part.get("failures", []), *part.get("first", []), *part.get("tail", [])[-30:]]
+    lines = [*part.get("failures", []), *part.get("first", []), *part.get("tail", [])[-30:],
+             *part.get("csv", [])]  # fmt: skip
     for name, inner in part.items():
         if isinstance(inner, dict) and (found := _why(inner)):
             lines += [f"{name}:", *found]

@@ -73,7 +73,12 @@ def _captured(create: Create) -> Make:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             made.step()
-        _rewind(made, params, before)
+        with torch.no_grad():  # in place, since the graph holds addresses
+            for param, value in zip(params, before, strict=True):
+                param.copy_(value)
+                for entry in made.state[param].values():  # all start as zeros, step counts too
+                    if isinstance(entry, torch.Tensor):
+                        entry.zero_()
 
         def replay(_keep: object = made) -> None:  # its states must live as long as the graph
             graph.replay()
@@ -81,18 +86,6 @@ def _captured(create: Create) -> Make:
         return replay
 
     return make
-
-
-@torch.no_grad()
-def _rewind(
-    optimizer: torch.optim.Optimizer, params: list[torch.Tensor], before: list[torch.Tensor]
-) -> None:
-    """In place, since the graph holds addresses. States start as zeros, step counts included."""
-    for param, value in zip(params, before, strict=True):
-        param.copy_(value)
-        for entry in optimizer.state[param].values():
-            if isinstance(entry, torch.Tensor):
-                entry.zero_()
 
 
 def _package(

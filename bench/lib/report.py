@@ -50,7 +50,7 @@ def make_parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--device", type=_device, default=device, help="cpu or cuda (default: %(default)s)")
+    add("--device", type=torch.device, default=device, help="cpu or cuda (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add("--json", type=Path, metavar="FILE", help="write the machine and all figures")
     if timed:
@@ -67,20 +67,14 @@ def make_parser(
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch finds no CUDA device here")
     for name in ("repeats", "threads", "steps"):
         if (getattr(args, name, None) or 1) < 1:
             parser.error(f"--{name} must be at least 1")
     if getattr(args, "quick", False):
         args.repeats, args.budget = MIN_ROUNDS, 0.0
     return args
-
-
-def _device(name: str) -> torch.device:
-    """Refuse what this torch cannot use before any work is done."""
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: this torch finds no CUDA device here")
-    return device
 
 
 def start(args: argparse.Namespace) -> dict[str, Any]:
@@ -218,17 +212,15 @@ def title_of(case: dict[str, Any]) -> str:
 def print_case(case: dict[str, Any]) -> None:
     """One table: probes first, then the candidates in the order they were asked for."""
     shared = ", params and grads shared to save memory" if case["shared_params"] else ""
-    print(
-        f"\n{title_of(case)}: {case['tensors']} tensors, {case['groups']} groups, "
-        f"{case['elements'] / 1e6:.2f} M elements, {case['bytes_per_element']} B/element, "
-        f"{case['memory_mib']} MiB{shared}, {case['grads']} grads, {case['cache']} caches"
-    )
-    print_rows(case)
+    print_rows(title_of(case), case, f", {case['groups']} groups, {case['bytes_per_element']} "
+               f"B/element, {case['memory_mib']} MiB{shared}")  # fmt: skip
     for name, why in case["skipped"].items():
         print(f"  {name:15}skipped: {why}")
 
 
-def print_rows(case: dict[str, Any]) -> None:
+def print_rows(title: str, case: dict[str, Any], more: str = "") -> None:
+    size = f"{case['tensors']} tensors, {case['elements'] / 1e6:.2f} M elements"
+    print(f"\n{title}: {size}{more}, {case['grads']} grads, {case['cache']} caches", flush=True)
     if not case.get("contenders"):
         return
     probes = ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in case["probes"].items())

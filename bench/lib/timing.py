@@ -216,7 +216,7 @@ class Clock:
 
 def _cache_flush(device: torch.device) -> Step:
     """Reads so much other memory that nothing of a step stays in any cache."""
-    other = torch.zeros(FLUSH_BYTES // 4, device=device)
+    other = torch.ones(FLUSH_BYTES // 4, device=device)
     return lambda: other.sum().item()
 
 
@@ -304,12 +304,11 @@ def background_load() -> Iterator[None]:
 
     Pinned to no core: where it runs is the operating system's choice, as in training.
     """
-    process = subprocess.Popen([sys.executable, "-c", BUSY_LOOP])
-    try:
-        time.sleep(SETTLE_S)
-        if process.poll() is not None:
-            raise RuntimeError(f"the busy process ended by itself: status {process.returncode}")
-        yield
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen([sys.executable, "-c", BUSY_LOOP]) as process:
+        try:
+            time.sleep(SETTLE_S)
+            yield
+            if process.poll() is not None:
+                raise RuntimeError(f"the busy process ended by itself: {process.returncode}")
+        finally:
+            process.kill()

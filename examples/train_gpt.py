@@ -55,7 +55,7 @@ TOLERANCES = {"float32": (1e-3, 0.01), "bfloat16": (0.3, 0.1)}  # early, final
 def start_runs(args: argparse.Namespace) -> list[Run]:
     torch.manual_seed(args.seed)
     first = GPT(Config()).to(args.device, getattr(torch, args.dtype))
-    kinds = (
+    kinds: tuple[tuple[str, Any, dict[str, bool]], ...] = (
         ("fusedopt", fusedopt, {}),
         (f"torch.optim ({args.torch})", torch.optim, TORCH_KINDS[args.torch]),
     )
@@ -78,7 +78,7 @@ def train(runs: list[Run], batches: Batches, args: argparse.Namespace) -> int:
             print(f"\nstopped after {step + 1} of {args.steps} steps: {seconds:.0f} s have passed "
                   "(--max-seconds); on a busy machine, try --threads 1")  # fmt: skip
             return step + 1
-    return args.steps
+    return int(args.steps)
 
 
 def agreement(ours: Run, theirs: Run, dtype: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib import report
 from lib.baselines import BASELINES, NotComparableError
 from lib.cases import WORKLOADS, Case, param_groups

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib.report import without_folders, write_json
 from parts import FAILED, OK, PARTS, SHOW_CONFIG, TIMED_OUT, USUAL, Result, Runner
 
@@ -35,7 +35,7 @@ from parts import FAILED, OK, PARTS, SHOW_CONFIG, TIMED_OUT, USUAL, Result, Runn
 PART_S, ALL_S = 230.0, 700.0
 ABOUT = """\
 import json, platform, sys, torch
-sys.path.append("bench")
+sys.path.insert(0, "bench")
 from lib.report import gpu_info
 devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 found = gpu_info(devices[0])

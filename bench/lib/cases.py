@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from lib.timing import probe_size
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
-import gpt
+import gpt as gpt
 
 HYPER = gpt.HYPER  # the one place for hyper-parameters
 # Memory streams of a one-pass step: param, grad and every state are read, all but grad are written.

@@ -52,9 +52,7 @@ def start(name: str, first: gpt.GPT, args: argparse.Namespace) -> gpt.Run:
     model = copy.deepcopy(first).to(dtype)
     library = report.load_fusedopt()
     run = gpt.start_run(name, model, library, args.optimizer, args.steps, options)
-    of_rounded: dict[torch.Tensor, torch.Tensor] = dict(
-        zip(model.parameters(), first.parameters(), strict=True)
-    )
+    of_rounded = dict(zip(model.parameters(), first.parameters(), strict=True))
     optimizer: Any = run.optimizer
     optimizer.load_fp32_params([of_rounded[p].detach() for p in params_of(optimizer)])
     return run

@@ -11,7 +11,6 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import sys
 from pathlib import Path
@@ -117,8 +116,9 @@ def main() -> int:
         Case(optimizer, getattr(torch, dtype), WORKLOADS[shapes], args.device)
         for optimizer in args.optimizer for dtype in args.dtype for shapes in args.shapes
     ]  # fmt: skip
-    run = functools.partial(run_case, args=args)
-    content = report.run_all(args, "cases", asked, run, report.print_case)
+    content = report.run_all(
+        args, "cases", asked, lambda case: run_case(case, args), report.print_case
+    )
     cases = content["cases"]
     print(f"\n{report.LEGEND}")
     if args.plot:

@@ -43,7 +43,7 @@ def measure_row(row: Comparison, work: Workload, args: argparse.Namespace) -> di
     """Figures of all candidates; what they are made of is freed with this function's frame."""
     shapes = [shape for group in work.groups for shape in group]
     every = parameters(row.configs, shapes, args.device)
-    timed, about = [], {}
+    timed = []
     for config, params in zip(row.configs, every, strict=True):
         step = config.make(params)[0]
         step()  # creates the states
@@ -53,15 +53,16 @@ def measure_row(row: Comparison, work: Workload, args: argparse.Namespace) -> di
         )
         before = fresh_grads(params if args.grads == "fresh" else [])
         timed.append(Candidate(config.name, step, moved, len(params), note, before))
-        about[config.name] = {"what": config.what, "dtype": SHORT[config.dtype],
-                              "bytes_per_element": config.bytes_per_element}  # fmt: skip
     with background_load() if row.busy else contextlib.nullcontext():
         more = BUSY_ROUNDS if row.busy else 1
         named, figures = measure(
             timed, args.device, STORED * work.elements, args, wall_only=True, more=more
         )
-    for name, found in figures["contenders"].items():
-        found |= about[name]
+    for config in row.configs:
+        figures["contenders"][config.name] |= {
+            "what": config.what, "dtype": SHORT[config.dtype],
+            "bytes_per_element": config.bytes_per_element,
+        }  # fmt: skip
     return figures | {"comparisons": [pair.compare(named, args.device) for pair in row.pairs]}
 
 

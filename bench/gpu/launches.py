@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +101,13 @@ def count_case(case: Case, names: list[str]) -> dict[str, Any]:
 
 
 def show_to_ncu(case: Case) -> None:
-    step, on_gpu = prepared_step(case, "fusedopt"), case.device.type == "cuda"
+    step = prepared_step(case, "fusedopt")
     wait(case.device)
-    if on_gpu:
-        torch.cuda.profiler.start()
-        torch.cuda._sleep(1000)
-    step()
-    wait(case.device)
-    if on_gpu:
-        torch.cuda.profiler.stop()
+    with torch.cuda.profiler.profile() if case.device.type == "cuda" else nullcontext():
+        if case.device.type == "cuda":
+            torch.cuda._sleep(1000)
+        step()
+        wait(case.device)
 
 
 def main() -> int:

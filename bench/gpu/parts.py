@@ -99,14 +99,11 @@ class Runner:
         """
         extra = (env or {}) | ({"PYTHONSAFEPATH": "1"} if installed else {})
         command = [*(under or []), sys.executable, *map(str, arguments)]
-        return self.run(command, self.left() * share, extra)
+        return self.run(command, self.left() * share, **extra)
 
-    def run(
-        self, command: list[str], timeout: float, env: dict[str, str] | None = None
-    ) -> Finished:
-        extra = env or {}
+    def run(self, command: list[str], timeout: float, **env: str) -> Finished:
         shown = shlex.join(command).replace(sys.executable, "python")
-        shown = " ".join([*(f"{key}={value}" for key, value in extra.items()), shown])
+        shown = " ".join([*(f"{key}={value}" for key, value in env.items()), shown])
         self.commands.append(without_folders(shown))
         if self.dry:
             print(f"  {shown}  # {timeout:.0f} s at most")
@@ -117,7 +114,7 @@ class Runner:
             log.flush()
             before = log.tell()
             process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | extra, stdin=subprocess.DEVNULL, stdout=log,
+                command, cwd=ROOT, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             timed_out = _wait(process, timeout)

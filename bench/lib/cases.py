@@ -14,7 +14,7 @@ import torch
 from lib.timing import probe_size
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
-import gpt as gpt
+import gpt as gpt  # for others, too
 
 HYPER = gpt.HYPER  # the one place for hyper-parameters
 # Memory streams of a one-pass step: param, grad and every state are read, all but grad are written.

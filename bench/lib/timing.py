@@ -221,10 +221,7 @@ def _cache_flush(device: torch.device) -> Step:
 
 
 def fresh_grads(params: Sequence[torch.Tensor]) -> Step:
-    """What zero_grad() and a backward leave: every grad is a new tensor object.
-
-    Its memory is that of the last one, as the allocator hands it out again.
-    """
+    """What zero_grad() and a backward leave: new tensor objects, in memory used before."""
 
     def renew() -> None:
         for param in params:

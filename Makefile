@@ -1,8 +1,8 @@
 # Everything runs in .venv, which these targets set up themselves.
-#   make train      train a small GPT with fusedopt and with its torch.optim twin
+#   make train      train a small GPT with fusedopt and with torch.optim
 #   make test       all tests, then those of the CUDA driver with its kernels emulated on the CPU
 #   make bench      the step benchmark (BENCH="--optimizer SGD --shapes resnet50" to choose);
-#                   bench/training_step.py and bench/precision.py: clipping, averages, precision
+#                   bench/README.md says what answers which question
 #   make lint       ruff, mypy, clang-format
 #   make sanitize   tests under the address and undefined-behaviour sanitizers
 #   make cuda       a build for CUDA under a CUDA build of torch (in .venv-cuda): the tests of what
@@ -39,7 +39,7 @@ TESTS = OMP_WAIT_POLICY=passive $(BIN)/pytest $(WORKERS)
 .PHONY: train test bench gpu lint format sanitize cuda wheel compdb clean
 
 train: $(VENV)/built
-	$(BIN)/python bench/train_gpt.py $(TRAIN)
+	$(BIN)/python examples/train_gpt.py $(TRAIN)
 
 test: $(VENV)/built build/emulated/built
 	$(TESTS) -m "not builds_sanitized" $(PYTEST)
@@ -50,7 +50,7 @@ bench: $(VENV)/built
 	$(BIN)/python bench/step.py $(BENCH)
 
 gpu:
-	$(PYTHON) bench/gpu.py --out $(GPU_OUT) $(GPU)
+	$(PYTHON) bench/gpu/run_all.py --out $(GPU_OUT) $(GPU)
 
 lint: $(VENV)/linters
 	$(BIN)/ruff check .

@@ -1,122 +1,132 @@
-"""Time of one optimizer step: fusedopt beside torch.optim and other packages, interleaved.
+"""How long one optimizer step takes: fusedopt beside torch.optim and other packages, interleaved.
 
 Examples:
-    python bench/step.py                    AdamW in float32, all workloads, all contenders
+    python bench/step.py                    AdamW in float32, all workloads, all candidates
     python bench/step.py --optimizer SGD --dtype bfloat16 --shapes gpt2-124m many-1000x64
-    python bench/step.py --targets          what this project promises: pass or miss
+    python bench/step.py --grads kept --cache cold --shapes many-1000x1000
+    python bench/step.py --targets          what this project aims at: pass or miss
     python bench/step.py --device cuda --targets --max-seconds 300
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-import time
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
-import targets
-import targets_cuda
 import torch
-from common import (
-    OPTIMIZERS,
-    describe,
-    load_fusedopt,
-    load_pyplot,
-    machine_info,
-    parse_device,
-    write_json,
-)
-from contenders import CONTENDERS
-from measure import Case, run_case
-from race import MIN_ROUNDS
-from step_report import CUDA_LEGEND, LEGEND, draw, print_case
-from workloads import WORKLOADS, all_workloads
+from lib import report
+from lib.baselines import BASELINES, Baseline, NotComparableError, verify_equivalent
+from lib.cases import HYPER, WORKLOADS, Case, param_groups
+from lib.targets import HEADING, TARGETS
+from lib.timing import MIB, Candidate, fresh_grads, measure
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def promises(device: torch.device) -> ModuleType:
-    return targets_cuda if device.type == "cuda" else targets
-
-
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.make_parser(__doc__, timed="case")
     add = parser.add_argument
-    add("--optimizer", nargs="+", choices=OPTIMIZERS, help="default: AdamW")
+    add("--optimizer", nargs="+", choices=HYPER, help="default: AdamW")
     add("--dtype", nargs="+", choices=DTYPES, help="of params, grads and states; default: float32")
     add("--shapes", nargs="+", choices=["all", *WORKLOADS], metavar="NAME",
         help=f"default: all; the large ones on a GPU only ({', '.join(WORKLOADS)})")  # fmt: skip
-    add("--contenders", nargs="+", choices=["all", *CONTENDERS], metavar="NAME",
-        help=f"default: all ({', '.join(CONTENDERS)})")  # fmt: skip
-    add("--threads", type=int, metavar="N", help="CPU threads; default: torch's choice")
-    add("--repeats", type=int, default=15, metavar="N", help="rounds a case (default: %(default)s)")
-    add("--budget", type=float, default=20.0, metavar="S",
-        help=f"seconds a case, kept after {MIN_ROUNDS} rounds (default: %(default)s)")  # fmt: skip
-    add("--max-seconds", type=float, default=float("inf"), metavar="S",
-        help="in all: no further case is begun after that (default: no limit)")  # fmt: skip
-    add("--device", type=parse_device, default=torch.device("cpu"), help="cpu (default) or cuda")
-    add("--json", type=Path, metavar="FILE", help="write machine and figures, anew after each case")
+    add("--candidates", "--contenders", nargs="+", choices=["all", *BASELINES], metavar="NAME",
+        help=f"default: all ({', '.join(BASELINES)})")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="write a bar chart of the ratios (PNG)")
-    add("--quick", action="store_true", help=f"{MIN_ROUNDS} rounds, no more than needed to look")
     add("--targets", action="store_true",
-        help="compare with the promised figures, exit status 1 if one is missed; chooses the "
-        "optimizers, dtypes, shapes and contenders needed unless they are given")  # fmt: skip
-    args = parser.parse_args()
-    if min(args.repeats, args.threads or 1) < 1:
-        parser.error("--repeats and --threads must be at least 1")
-    return _fill_defaults(args)
-
-
-def _fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    needed = promises(args.device) if args.targets else None
-    args.optimizer = args.optimizer or (needed.OPTIMIZERS if needed else ["AdamW"])
-    args.dtype = args.dtype or (needed.DTYPES if needed else ["float32"])
-    args.shapes = args.shapes or (needed.WORKLOADS if needed else ["all"])
-    args.contenders = args.contenders or (needed.CONTENDERS if needed else ["all"])
+        help="compare with the targets, exit status 1 if one is missed; chooses the optimizers, "
+        "dtypes, shapes and candidates needed unless they are given")  # fmt: skip
+    args = report.parse_args(parser)
+    needed = TARGETS[args.device.type]
+    usual = [["AdamW"], ["float32"], ["all"], ["all"]]
+    if args.targets:
+        usual = [*(needed.choices(place) for place in range(3)), needed.candidates]
+    for name, value in zip(("optimizer", "dtype", "shapes", "candidates"), usual, strict=True):
+        setattr(args, name, getattr(args, name) or value)
     if "all" in args.shapes:
-        args.shapes = all_workloads(args.device.type)
-    if "all" in args.contenders:
-        args.contenders = list(CONTENDERS)
-    if args.quick:
-        args.repeats, args.budget = MIN_ROUNDS, 0.0
+        on_gpu = args.device.type == "cuda"
+        args.shapes = [name for name, work in WORKLOADS.items() if on_gpu or not work.large]
+    if "all" in args.candidates:
+        args.candidates = list(BASELINES)
     return args
+
+
+def first_steps(
+    case: Case, notes: dict[Baseline, str], shared: bool, grads: str
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Give all who take part their tensors and make their first step."""
+    template = case.template()
+    moved = case.bytes_per_element * case.workload.elements
+    candidates, skipped = [], {}
+    for baseline, note in notes.items():
+        try:
+            groups = param_groups(template, shared)
+            step = baseline.make(groups, case.optimizer)
+            step()  # creates the states, builds caches, compiles
+        except Exception as error:
+            skipped[baseline.name] = report.reason(error, NotComparableError)
+            continue
+        is_fresh = grads == "fresh" and not baseline.keeps_grads
+        params = [param for group in groups for param in group["params"]]
+        before = fresh_grads(params if is_fresh else [])
+        candidates.append(Candidate(baseline.name, step, moved, len(params), note, before))
+    return candidates, skipped
+
+
+def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one case; the result is what goes into the JSON file."""
+    gc.collect()  # what the last case left
+    if case.device.type == "cuda":
+        torch.cuda.empty_cache()
+    asked = [BASELINES[name] for name in args.candidates]
+    notes, skipped = verify_equivalent(asked, case.optimizer, case.dtype, case.device)
+    free = report.available_memory(case.device) * 0.8
+    shared = case.memory(len(notes), shared=False) > free
+    needed = case.memory(len(notes), shared)
+    result: dict[str, Any] = {
+        **case.key,
+        "grads": args.grads, "cache": args.cache,
+        "tensors": case.workload.tensors, "groups": len(case.workload.groups),
+        "elements": case.workload.elements, "bytes_per_element": case.bytes_per_element,
+        "memory_mib": needed // MIB, "shared_params": shared,
+        "rounds": 0, "contenders": {}, "probes": {}, "skipped": skipped,
+    }  # fmt: skip
+    if case.device.type == "cuda":
+        # Repeated steps on little data read it from the GPU's cache, where training would not.
+        l2 = report.gpu_info(case.device)["l2_mib"]
+        result |= {"l2_mib": l2, "may_sit_in_l2": case.footprint <= l2 * MIB}
+    if needed > free:
+        why = f"needs {needed // MIB} MiB, {int(free) // MIB} MiB may be used"
+        return result | {"skipped": skipped | {baseline.name: why for baseline in notes}}
+    candidates, failed = first_steps(case, notes, shared, args.grads)
+    try:
+        _, figures = measure(candidates, case.device, case.footprint, args)
+    except torch.OutOfMemoryError as error:  # of a GPU: temporaries, which nobody can foresee
+        failed |= {candidate.name: report.reason(error) for candidate in candidates}
+        figures = {}
+    return result | figures | {"skipped": skipped | failed}
 
 
 def main() -> int:
     args = parse_args()
-    load_fusedopt()
+    asked = [
+        Case(optimizer, getattr(torch, dtype), WORKLOADS[shapes], args.device)
+        for optimizer in args.optimizer for dtype in args.dtype for shapes in args.shapes
+    ]  # fmt: skip
+    content = report.run_all(
+        args, "cases", asked, lambda case: run_case(case, args), report.print_case
+    )
+    cases = content["cases"]
+    print(f"\n{report.LEGEND}")
     if args.plot:
-        load_pyplot()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    machine = machine_info(args.device)
-    print(describe(machine))
-    if (machine["load_average"] or 0) > 0.5:
-        print("warning: this machine is busy with other work, which slows contenders unequally")
-    cases, start = [], time.monotonic()
-    asked = [(o, d, s) for o in args.optimizer for d in args.dtype for s in args.shapes]
-    for optimizer, dtype, shapes in asked:
-        if time.monotonic() - start > args.max_seconds:
-            print(f"\nstopped after {len(cases)} of {len(asked)} cases (--max-seconds)")
-            break
-        case = Case(optimizer, getattr(torch, dtype), WORKLOADS[shapes], args.device)
-        chosen = [CONTENDERS[name] for name in args.contenders]
-        cases.append(run_case(case, chosen, args.repeats, args.budget))
-        print_case(case.title, cases[-1])
-        if args.json:  # a run that is cut short leaves what it has
-            write_json(args.json, {"machine": machine, "cases": cases}, quiet=True)
-    print(f"\n{LEGEND if args.device.type == 'cpu' else CUDA_LEGEND}")
-    if args.json:
-        print(f"wrote {args.json}")
-    if args.plot:
-        draw(cases, machine, args.plot)
+        report.draw(content, list(BASELINES), args.plot)
     if not args.targets:
         return 0
-    lines, good = promises(args.device).compare(cases)
-    print("\n".join(["", "Promised figures:", *lines]))
+    lines, good = TARGETS[args.device.type].compare(cases)
+    print("\n".join(["", HEADING, *lines]))
     return 0 if good else 1
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import readme_tables
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -47,22 +48,13 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.cpu_only
-@pytest.mark.usefixtures("bench")
 @pytest.mark.parametrize(
     "name", ["step-cpu", "step-cuda", "training-step-cpu", "training-step-cuda", "precision-cpu"]
 )
 def test_tables(name: str) -> None:
-    """What readme_table.py and readme_training.py print, line for line."""
-    import readme_table
-    import readme_training
-
-    if name == "step-cpu":
-        tables = [readme_table.table(results(name)["cases"], list(readme_table.COLUMNS))]
-    elif name == "step-cuda":
-        tables = [readme_table.gpu_table(gpu_cases())]
-    else:
-        tables = readme_training.tables_of(results(name))
-    for lines in tables:
+    """What readme_tables.py prints, line for line."""
+    names = [name, "step-cuda-sgd-adam"] if name == "step-cuda" else [name]
+    for lines in readme_tables.tables_of([results(each) for each in names]):
         assert len(lines) > 5
         readme = README.read_text().splitlines()
         for line in lines:
@@ -99,7 +91,7 @@ def test_launches_and_traffic_on_the_gpu() -> None:
 @pytest.mark.cpu_only
 @pytest.mark.usefixtures("bench")
 def test_sentences_about_the_gpu() -> None:
-    import targets_cuda
+    from lib.targets import TARGETS
 
     cases = gpu_cases()
     rows = {(c["optimizer"], c["dtype"], c["workload"]): c["contenders"] for c in cases}
@@ -122,7 +114,7 @@ def test_sentences_about_the_gpu() -> None:
         for found in training["bf16"]["comparisons"]
         if (found["of"], found["against"]) == ("split", "torch")
     )
-    bars = [line.split()[0] for line in targets_cuda.compare(cases)[0]]
+    bars = [line.split()[0] for line in TARGETS["cuda"].compare(cases)[0]]
     assert_said(
         f"takes the host {one[0]:.0f} us for one tensor (torch fused {one[1]:.0f}; over all cases "
         f"of one tensor {over_all('fusedopt')} and {over_all('torch-fused')}), "

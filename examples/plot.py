@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from common import load_pyplot
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+from matplotlib import pyplot
 
 COLORS = ("C0", "C1")
 
 
 def draw(path: Path, title: str, result: dict[str, Any]) -> None:
-    pyplot = load_pyplot()
+    pyplot.rcParams.update(
+        {"figure.constrained_layout.use": True, "savefig.dpi": 130, "axes.grid": True,
+         "axes.axisbelow": True, "grid.alpha": 0.3, "legend.frameon": False}
+    )  # fmt: skip
     figure, axes = pyplot.subplot_mosaic(
         [["loss", "time"], ["apart", "time"]],
         figsize=(12, 6.5),
@@ -29,9 +35,9 @@ def draw(path: Path, title: str, result: dict[str, Any]) -> None:
 
 
 def _draw_losses(axis: Any, runs: list[dict[str, Any]]) -> None:
-    ours, twin = runs
+    ours, theirs = runs
     axis.plot(ours["losses"], color=COLORS[0], linewidth=3.5, alpha=0.5, label=ours["name"])
-    axis.plot(twin["losses"], color=COLORS[1], linewidth=1, label=twin["name"])
+    axis.plot(theirs["losses"], color=COLORS[1], linewidth=1, label=theirs["name"])
     axis.set_ylabel("loss (nats per byte)")
     axis.set_title("Loss of each batch")
     axis.legend()

@@ -6,15 +6,16 @@ figures go to FOLDER/gpu.json, written after every part; the benchmark's and the
 JSON and pictures lie beside it, and gpu.log. Without the part "build", what is installed is used.
 
 Examples:
-    python bench/gpu.py
-    python bench/gpu.py --wheel dist/fusedopt-0.1.0-cp312-cp312-linux_x86_64.whl --parts build tests
-    python bench/gpu.py --out build/gpu-step --parts step
-    python bench/gpu.py --dry-run
+    python bench/gpu/run_all.py
+    python bench/gpu/run_all.py --wheel dist/fusedopt-0.1.0-[...].whl --parts build tests
+    python bench/gpu/run_all.py --out build/gpu-step --parts step
+    python bench/gpu/run_all.py --dry-run
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
@@ -24,47 +25,48 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from common import without_folders, write_json
-from gpu_parts import FAILED, OK, PARTS, SHOW_CONFIG, TIMED_OUT, Result
-from gpu_run import Runner
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lib.report import without_folders, write_json
+from parts import FAILED, OK, PARTS, SHOW_CONFIG, TIMED_OUT, USUAL, Result, Runner
 
 # Of 4 and 12 minutes, less the start of Python and torch and the end of what must be ended.
 PART_S, ALL_S = 230.0, 700.0
-TOOLS = ("nvcc", "ncu", "compute-sanitizer")
 ABOUT = """\
-import json, platform, torch
-devices = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-device = devices[0]
+import json, platform, sys, torch
+sys.path.insert(0, "bench")
+from lib.report import gpu_info
+devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+found = gpu_info(devices[0])
+archs = {gpu_info(each)["capability"].replace(".", "") for each in devices}
 print(json.dumps({
-    "gpu": device.name, "capability": f"{device.major}.{device.minor}",
-    "multiprocessors": device.multi_processor_count, "l2_mib": device.L2_cache_size >> 20,
-    "memory_mib": device.total_memory >> 20, "torch": torch.__version__,
-    "cuda": torch.version.cuda, "python": platform.python_version(),
-    "archs": ";".join(sorted({f"{each.major}{each.minor}" for each in devices}, key=int)),
+    "gpu": torch.cuda.get_device_name(devices[0]), "torch": torch.__version__,
+    "python": platform.python_version(), "archs": ";".join(sorted(archs, key=int)), **found,
 }))"""
 
 
 def about(runner: Runner) -> dict[str, Any]:
     """What a figure depends on; what could not be found out is None."""
-    device = runner.python("-c", ABOUT).text.strip().splitlines()
-    try:
-        machine = json.loads(device[-1])
-    except (IndexError, ValueError):
-        machine = {"gpu": None}
-    smi = runner.tool("nvidia-smi")
-    query = ["--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit"]
-    limits = runner.run([smi, *query, "--format=csv,noheader"], 30.0).tail(1) if smi else []
-    machine["driver_and_limits"] = limits[0] if limits else None
-    for name in TOOLS:
+
+    def end_of(lines: int, name: str, *options: str) -> str | None:
         path = runner.tool(name)
-        version = runner.run([path, "--version"], 30.0).tail(2) if path else None
-        machine[name] = None if version is None else " ".join(version)
-    git = ["git", "-c", "safe.directory=*"]
-    commit = runner.run([*git, "rev-parse", "HEAD"], 30.0) if runner.tool("git") else None
-    machine["commit"] = commit.text.strip() if commit and commit.good else None
+        run = runner.run([path, *options], 30.0) if path else None
+        return " ".join(run.tail(lines)) if run and run.good else None
+
+    machine: dict[str, Any] = {"gpu": None}
+    device = runner.python("-c", ABOUT)  # in a process that ends and leaves the GPU alone
+    with contextlib.suppress(IndexError, ValueError):
+        machine = json.loads(device.text.strip().splitlines()[-1])
+    query = "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    machine["driver_and_limits"] = end_of(1, "nvidia-smi", query, "--format=csv,noheader")
+    for name in ("nvcc", "ncu", "compute-sanitizer"):
+        machine[name] = end_of(2, name, "--version")
+    git = ("git", "-c", "safe.directory=*")
+    machine["commit"] = end_of(1, *git, "rev-parse", "HEAD")
     if machine["commit"]:
-        changed = runner.run([*git, "status", "--porcelain"], 30.0).text.splitlines()
-        machine["changed_files"] = len(changed)
+        changed = runner.run([*git, "status", "--porcelain"], 30.0)
+        machine["changed_files"] = len(changed.text.splitlines())
     return machine
 
 
@@ -73,39 +75,24 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("build/gpu"), metavar="FOLDER",
-        help="where all files go (default: %(default)s)")  # fmt: skip
-    usual = [name for name, part in PARTS.items() if part.default]
-    add("--parts", nargs="+", choices=PARTS, default=usual, metavar="PART",
-        help=f"in this order (default: {' '.join(usual)}; also: tune)")  # fmt: skip
+    in_order = f"in this order (default: {' '.join(USUAL)}; also: tune)"
+    in_all = f"in all, shared by the parts (default: {PART_S:g} a part, {ALL_S:g})"
+    add("--out", type=Path, default="build/gpu", metavar="FOLDER", help="default: %(default)s")
+    add("--parts", nargs="+", choices=PARTS, default=USUAL, metavar="PART", help=in_order)
     add("--wheel", type=Path, metavar="FILE", help="install this; the part build builds nothing")
-    add("--budget", type=float, metavar="S",
-        help=f"in all, shared by the parts (default: {PART_S:g} a part, {ALL_S:g})")  # fmt: skip
-    add("--commit", metavar="ID",
-        help="of these sources, for a copy of them that git does not know")  # fmt: skip
+    add("--budget", type=float, metavar="S", help=in_all)
+    add("--commit", metavar="ID", help="of these sources, if git does not know them")
     add("--dry-run", action="store_true", help="print the commands and run none")
     args = parser.parse_args()
     if args.wheel and "build" not in args.parts:
         parser.error("--wheel is for the part build, which is not among --parts")
     if args.wheel and not (args.wheel.is_file() or args.dry_run):
         parser.error(f"--wheel: there is no file {args.wheel}")
+    if not (args.dry_run or torch.cuda.is_available()):
+        parser.error(f"torch {torch.__version__} finds no CUDA device here, so nothing was run "
+                     "(--dry-run shows the commands)")  # fmt: skip
     args.wheel = args.wheel and args.wheel.resolve()
     return args
-
-
-def require_cuda() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise SystemExit(
-            f"gpu.py: torch {torch.__version__} finds no CUDA device here, so nothing was run "
-            "(--dry-run shows the commands)"
-        )
-
-
-def limit_of(parts: list[str], left: float, at_most: float) -> float:
-    """Seconds for the first of the parts still to come."""
-    return min(left * PARTS[parts[0]].share / sum(PARTS[name].share for name in parts), at_most)
 
 
 def run_part(name: str, runner: Runner, limit: float) -> Result:
@@ -114,21 +101,19 @@ def run_part(name: str, runner: Runner, limit: float) -> Result:
     runner.deadline = start + limit
     runner.commands = []
     try:
-        result = PARTS[name].run(runner)
+        result = PARTS[name][0](runner)
     except Exception as error:  # a fault of this script must not cost the other parts
         result = {"verdict": FAILED, "why": f"{type(error).__name__}: {error}"}
-    result["seconds"] = round(time.monotonic() - start, 1)
-    result["commands"] = runner.commands
-    return result
+    seconds = round(time.monotonic() - start, 1)
+    return result | {"seconds": seconds, "commands": runner.commands}
 
 
 def run_all(args: argparse.Namespace, runner: Runner) -> dict[str, Any]:
     budget = args.budget or min(PART_S * len(args.parts), ALL_S)
     at_most = budget if args.budget else PART_S
-    end = time.monotonic() + budget
-    runner.deadline = end
+    end = runner.deadline = time.monotonic() + budget
     content: dict[str, Any] = {
-        "command": without_folders(shlex.join(["python", "bench/gpu.py", *sys.argv[1:]])),
+        "command": without_folders(shlex.join(["python", "bench/gpu/run_all.py", *sys.argv[1:]])),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": about(runner) | ({"commit": args.commit} if args.commit else {}),
         "parts": {},
@@ -137,23 +122,22 @@ def run_all(args: argparse.Namespace, runner: Runner) -> dict[str, Any]:
     if "build" not in args.parts:
         shown = runner.python("-c", SHOW_CONFIG, installed=True)
         content["machine"]["installed"] = shown.tail()
-    file = args.out / "gpu.json"
     for index, name in enumerate(args.parts):
-        if content["parts"].get("build", {}).get("verdict", OK) != OK:
-            content["parts"][name] = {"verdict": "not run", "why": "there is no build"}
-            continue
         left = end - time.monotonic()
-        if left < 10:
-            content["parts"][name] = {"verdict": "not run", "why": "no time left"}
+        no_build = content["parts"].get("build", {}).get("verdict", OK) != OK
+        if no_build or left < 10:
+            why = "there is no build" if no_build else "no time left"
+            content["parts"][name] = {"verdict": "not run", "why": why}
             continue
-        limit = limit_of(args.parts[index:], left, at_most)
+        shares = [PARTS[each][1] for each in args.parts[index:]]
+        limit = min(left * shares[0] / sum(shares), at_most)
         print(f"{name}, {limit:.0f} s at most:" if args.dry_run else f"{name} ...", flush=True)
         result = content["parts"][name] = run_part(name, runner, limit)
         if args.dry_run:  # as if it had taken them
             end -= limit
             continue
         print(f"  {result['verdict']}, {result['seconds']} s", flush=True)
-        write_json(file, content, quiet=True)
+        write_json(args.out / "gpu.json", content)
     return content
 
 
@@ -174,7 +158,8 @@ def report(content: dict[str, Any]) -> bool:
 
 def _why(part: Result) -> list[str]:
     """What a part, or the commands within it, left as an explanation."""
-    lines = [*part.get("failures", []), *part.get("first", []), *part.get("tail", [])[-30:]]
+    lines = [*part.get("failures", []), *part.get("first", []), *part.get("tail", [])[-30:],
+             *part.get("csv", [])]  # fmt: skip
     for name, inner in part.items():
         if isinstance(inner, dict) and (found := _why(inner)):
             lines += [f"{name}:", *found]
@@ -184,33 +169,24 @@ def _why(part: Result) -> list[str]:
 def _remark(part: Result) -> str:
     if "why" in part:
         return str(part["why"])
-    inner = {name: row for name, row in part.items() if isinstance(row, dict)}
-    if "others" in part:
-        return "; ".join(f"{name}: {row['passed']} passed, {row['failed']} failed, "
-                         f"{row['skipped']} skipped" for name, row in inner.items())  # fmt: skip
-    if "memcheck" in part:
-        return "; ".join(f"{tool}: {row['verdict']}, {row['errors_in_ours']} errors in fusedopt"
-                         for tool, row in inner.items())  # fmt: skip
     if "targets" in part:
         missed = sum("MISS" in line for line in part["targets"])
         return f"{part['cases']} cases, {missed} targets missed"
-    return ""
+    keys = ("passed", "failed", "skipped", "errors_in_ours")
+    inner = {name: row for name, row in part.items() if isinstance(row, dict) and "passed" in row}
+    return "; ".join(f"{name}: " + ", ".join(f"{row[key]} {key}" for key in keys if key in row)
+                     for name, row in inner.items())  # fmt: skip
 
 
 def main() -> int:
     args = parse_args()
-    if not args.dry_run:
-        require_cuda()
-        args.out.mkdir(parents=True, exist_ok=True)
     args.out = args.out.resolve()
+    if not args.dry_run:
+        args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         runner = Runner(args.out, Path(scratch), args.dry_run, args.wheel)
         content = run_all(args, runner)
-    if args.dry_run:
-        return 0
-    good = report(content)
-    write_json(args.out / "gpu.json", content)
-    return 0 if good else 1
+    return 0 if args.dry_run or report(content) else 1
 
 
 if __name__ == "__main__":

@@ -5,13 +5,17 @@ so that whatever else the machine does slows both. Their loss curves have to lie
 (exit status 1 if not); what differs is the time that the optimizer takes.
 
 Examples:
-    python bench/train_gpt.py
-    python bench/train_gpt.py --optimizer SGD --steps 200 --text my_book.txt
+    python examples/train_gpt.py
+    python examples/train_gpt.py --optimizer SGD --steps 200 --text my_book.txt
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import json
+import os
+import platform
 import sys
 import time
 from dataclasses import asdict
@@ -19,19 +23,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    OPTIMIZERS,
-    describe,
-    load_fusedopt,
-    load_pyplot,
-    machine_info,
-    parse_device,
-    write_json,
+from gpt import (
+    BATCH,
+    GPT,
+    HYPER,
+    Batches,
+    Config,
+    Run,
+    load_text,
+    show_progress,
+    start_run,
+    tail_mean,
 )
-from gpt import Batches, Config, load_text
-from twins import TORCH_KINDS, Run, start_runs, tail_mean
 
-BATCH = 12
+import fusedopt
+
+TORCH_KINDS: dict[str, dict[str, bool]] = {
+    "default": {},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
 # The two runs differ by rounding alone, which training amplifies: at first the curves agree to
 # many digits, later one batch's loss may differ in the fourth, while both learn the same. The
 # yardstick is how far torch's own fused and unfused AdamW are apart in this program, given as in
@@ -39,6 +50,19 @@ BATCH = 12
 # 6e-6). bfloat16, where unfused torch rounds after every operation: 0.09, 0.11, 0.02.
 EARLY_STEPS = 50
 TOLERANCES = {"float32": (1e-3, 0.01), "bfloat16": (0.3, 0.1)}  # early, final
+
+
+def start_runs(args: argparse.Namespace) -> list[Run]:
+    torch.manual_seed(args.seed)
+    first = GPT(Config()).to(args.device, getattr(torch, args.dtype))
+    kinds: tuple[tuple[str, Any, dict[str, bool]], ...] = (
+        ("fusedopt", fusedopt, {}),
+        (f"torch.optim ({args.torch})", torch.optim, TORCH_KINDS[args.torch]),
+    )
+    return [
+        start_run(name, copy.deepcopy(first), library, args.optimizer, args.steps, options)
+        for name, library, options in kinds
+    ]
 
 
 def train(runs: list[Run], batches: Batches, args: argparse.Namespace) -> int:
@@ -54,30 +78,15 @@ def train(runs: list[Run], batches: Batches, args: argparse.Namespace) -> int:
             print(f"\nstopped after {step + 1} of {args.steps} steps: {seconds:.0f} s have passed "
                   "(--max-seconds); on a busy machine, try --threads 1")  # fmt: skip
             return step + 1
-    return args.steps
+    return int(args.steps)
 
 
-def show_progress(done: int, steps: int, runs: list[Run], seconds: float) -> None:
-    """A bar on a terminal; ten lines in a log."""
-    live = sys.stderr.isatty()
-    if not live and done * 10 // steps == (done - 1) * 10 // steps:
-        return
-    filled = 30 * done // steps
-    losses = "  ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs)
-    left = seconds / done * (steps - done)
-    line = (
-        f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{steps}  {left:3.0f} s left  loss {losses}"
-    )
-    end = "\n" if not live or done == steps else ""
-    print(f"\r{line}" if live else line, end=end, file=sys.stderr, flush=True)
-
-
-def agreement(ours: Run, twin: Run, dtype: str) -> dict[str, Any]:
+def agreement(ours: Run, theirs: Run, dtype: str) -> dict[str, Any]:
     """How far the two loss curves are apart, and whether rounding explains it."""
     early_limit, final_limit = TOLERANCES[dtype]
-    apart = [abs(a - b) for a, b in zip(ours.losses, twin.losses, strict=True)]
+    apart = [abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
     early = max(apart[:EARLY_STEPS])
-    final = abs(tail_mean(ours.losses) - tail_mean(twin.losses))
+    final = abs(tail_mean(ours.losses) - tail_mean(theirs.losses))
     return {
         "max": max(apart),
         "early": early,
@@ -109,18 +118,31 @@ def report(runs: list[Run], figures: list[dict[str, float]], apart: dict[str, An
     )
 
 
+def machine_info(device: torch.device) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fusedopt": fusedopt.__version__,
+    }
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--optimizer", choices=OPTIMIZERS, default="AdamW", help="default: %(default)s")
+    add("--optimizer", choices=HYPER, default="AdamW", help="default: %(default)s")
     add("--torch", choices=TORCH_KINDS, default="default",
         help="implementation in torch.optim to run against (default: its own choice)")  # fmt: skip
     add("--steps", type=int, default=500, metavar="N", help="default: %(default)s")
     add("--max-seconds", type=float, default=150.0, metavar="S",
         help="stop early on a slow or busy machine (default: %(default)s)")  # fmt: skip
-    add("--device", type=parse_device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    add("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
     add("--dtype", choices=TOLERANCES, default="float32", help="of the model: %(default)s")
     add("--threads", type=int, metavar="N", help="CPU threads; default: torch's choice")
     add("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
@@ -132,16 +154,15 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.steps, args.threads or 1) < 1:
         parser.error("--steps and --threads must be at least 1")
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch finds no CUDA device here")
     return args
 
 
 def main() -> int:
     args = parse_args()
-    load_fusedopt()
     if not args.no_plot:
-        from train_plot import draw
-
-        load_pyplot()  # a missing matplotlib should show now, not after the training
+        from plot import draw  # a missing matplotlib should show now, not after the training
     if args.threads:
         torch.set_num_threads(args.threads)
     machine = machine_info(args.device)
@@ -153,7 +174,8 @@ def main() -> int:
         f"{args.optimizer} {args.dtype}: GPT of {sum(p.numel() for p in params) / 1e6:.2f} M "
         f"parameters in {len(params)} tensors, {BATCH} x {config.context} tokens a step"
     )
-    print(describe(machine), f"{title}, {len(batches.text) / 1e6:.1f} MB of text", sep="\n")
+    where = ", ".join(f"{key} {value}" for key, value in machine.items())
+    print(where, f"{title}, {len(batches.text) / 1e6:.1f} MB of text", sep="\n")
     steps = train(runs, batches, args)
     figures = [run.figures(BATCH * config.context) for run in runs]
     apart = agreement(runs[0], runs[1], args.dtype)
@@ -169,9 +191,11 @@ def main() -> int:
         ],
     }
     if args.json:
-        write_json(args.json, result)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {args.json}")
     if not args.no_plot:
-        draw(args.plot, f"{title}\n{describe(machine)}", result)
+        draw(args.plot, f"{title}\n{where}", result)
     return 0 if apart["good"] else 1
 
 

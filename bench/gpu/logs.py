@@ -1,4 +1,4 @@
-"""What gpu.py reads out of the texts that pytest, compute-sanitizer and Nsight Compute write."""
+"""What run_all.py reads from the output of pytest, compute-sanitizer and Nsight Compute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 OURS = "fusedopt"  # is in the name of every kernel of this package
-MARK = "spin_kernel"  # of ncu_target.py
+MARK = "spin_kernel"  # of launches.py --for-ncu
 MAX_NAMES = 40
 
 _COUNTS = re.compile(r"^(?:=+ )?((?:\d+ [a-z]+(?:, )?)+|no tests ran) in [\d.]+s", re.MULTILINE)
@@ -27,17 +27,17 @@ METRICS = tuple(_METRICS)
 def pytest_counts(text: str) -> dict[str, Any]:
     """Counts of the last summary line, names of the failures, reasons of the skips."""
     found = _COUNTS.findall(text)
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) ([a-z]+)", found[-1] if found else "")}
+    words = re.findall(r"(\d+) ([a-z]+)", found[-1] if found else "")
+    counts = Counter({word.removesuffix("s"): int(number) for number, word in words})
     failures = re.findall(r"^(?:FAILED|ERROR) (\S+.*)$", text, re.MULTILINE)
     skips = re.findall(r"^SKIPPED \[(\d+)\] (.*)$", text, re.MULTILINE)
     return {
         "finished": bool(found),
-        "passed": counts.get("passed", 0),
-        "failed": counts.get("failed", 0) + counts.get("error", 0) + counts.get("errors", 0),
-        "skipped": counts.get("skipped", 0),
+        "passed": counts["passed"], "skipped": counts["skipped"],
+        "failed": counts["failed"] + counts["error"],
         "failures": [failure[:200] for failure in failures[:MAX_NAMES]],
         "skips": [f"{count} x {why}"[:200] for count, why in skips[:MAX_NAMES]],
-    }
+    }  # fmt: skip
 
 
 def sanitizer_findings(text: str) -> dict[str, Any]:
@@ -49,33 +49,28 @@ def sanitizer_findings(text: str) -> dict[str, Any]:
     summaries = [int(number) for number in _SUMMARY.findall(text)]
     reports: list[list[str]] = []
     for line in text.splitlines():
-        if not line.startswith("=========") or "SUMMARY" in line or "COMPUTE-SANITIZER" in line:
-            continue
         body = line.lstrip("=")
-        if not body.strip():
+        if not line.startswith("=========") or not body.strip():
             continue
-        if body.startswith("  "):
-            if reports:
-                reports[-1].append(body.strip())
-        else:
+        if "SUMMARY" in line or "COMPUTE-SANITIZER" in line:
+            continue
+        if not body.startswith("  "):
             reports.append([body.strip()])
+        elif reports:
+            reports[-1].append(body.strip())
     ours = [report for report in reports if any(OURS in line for line in report[:4])]
     kinds = Counter(report[0][:100] for report in ours)
     return {
-        "finished": bool(summaries),
-        "errors": sum(summaries),
-        "errors_in_ours": len(ours),
+        "finished": bool(summaries), "errors": sum(summaries), "errors_in_ours": len(ours),
         "unprinted": max(0, sum(summaries) - len(reports)),
-        "kinds": dict(kinds.most_common(10)),
-        "first": ours[0][:6] if ours else [],
-    }
+        "kinds": dict(kinds.most_common(10)), "first": ours[0][:6] if ours else [],
+    }  # fmt: skip
 
 
 def ncu_launches(text: str) -> list[list[dict[str, Any]]]:
     """Launches of our kernels after each mark, from ncu's CSV (one metric a line)."""
-    lines = [line for line in text.splitlines() if line.startswith('"')]
     launches: dict[str, dict[str, Any]] = {}
-    for row in csv.DictReader(lines):
+    for row in csv.DictReader(line for line in text.splitlines() if line.startswith('"')):
         launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
         if (name := _METRICS.get(row["Metric Name"])) is not None:
             launch[name] = _number(row["Metric Value"])

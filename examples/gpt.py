@@ -1,17 +1,30 @@
-"""A small decoder-only GPT over bytes, and text for it that every machine has."""
+"""A small decoder-only GPT over bytes, text for it that every machine has, and its training."""
 
 from __future__ import annotations
 
 import math
+import statistics
+import sys
 import sysconfig
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 MAX_TEXT_BYTES = 8 * 2**20
+BATCH = 12
+# The benchmarks in bench/ use the same.
+HYPER: dict[str, dict[str, Any]] = {
+    "AdamW": {"lr": 2e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1},
+    "Adam": {"lr": 2e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0},
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+}
 
 
 @dataclass(frozen=True)
@@ -82,15 +95,6 @@ class GPT(nn.Module):
         return "".join(c if c.isprintable() or c == "\n" else "?" for c in characters)
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices decay; biases and norms do not, as usual for a GPT."""
-    params = [param for param in model.parameters() if param.requires_grad]
-    return [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 def load_text(path: Path | None) -> Tensor:
     """Bytes of a file, or of the top-level modules of Python's standard library, as token ids."""
     if path is not None:
@@ -120,3 +124,91 @@ class Batches:
         starts = torch.randint(high, (self.batch, 1), generator=self.generator)
         windows = self.text[starts + self.offsets].to(device)
         return windows[:, :-1], windows[:, 1:]
+
+
+@dataclass
+class Run:
+    """One training and all that it has measured."""
+
+    name: str
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    losses: list[float] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
+    optimizer_s: list[float] = field(default_factory=list)
+
+    def train(self, tokens: Tensor, targets: Tensor) -> None:
+        start = _now(tokens.device)
+        self.optimizer.zero_grad()
+        logits = self.model(tokens).flatten(0, 1).float()
+        loss = functional.cross_entropy(logits, targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        before = _now(tokens.device)
+        self.optimizer.step()
+        after = _now(tokens.device)
+        self.schedule.step()
+        self.losses.append(loss.item())
+        self.optimizer_s.append(after - before)
+        self.step_s.append(_now(tokens.device) - start)
+
+    def figures(self, tokens_per_step: int) -> dict[str, float]:
+        """Medians over the steps, which a disturbed step does not move, and one total."""
+        step, optimizer = statistics.median(self.step_s), statistics.median(self.optimizer_s)
+        shares = [part / whole for part, whole in zip(self.optimizer_s, self.step_s, strict=True)]
+        return {
+            "step_ms": 1e3 * step,
+            "optimizer_ms": 1e3 * optimizer,
+            "optimizer_total_s": sum(self.optimizer_s),
+            "optimizer_share": statistics.median(shares),
+            "tokens_per_s": tokens_per_step / step,
+            "final_loss": tail_mean(self.losses),
+        }
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def start_run(
+    name: str, model: GPT, library: ModuleType, optimizer: str, steps: int, options: dict[str, Any]
+) -> Run:
+    """Matrices decay; biases and norms do not, as usual for a GPT."""
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2]},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    made = getattr(library, optimizer)(groups, **HYPER[optimizer], **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: learning_rate(step, steps))
+    return Run(name, model, made, schedule)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up over a tenth of the run, then a cosine down to a tenth."""
+    warm_up = min(1.0, (step + 1) / max(1, steps // 10))
+    return warm_up * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / steps)))
+
+
+def tail_mean(losses: Sequence[float]) -> float:
+    """Loss over the last tenth of the run: one batch alone is noisy."""
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)
+
+
+def show_progress(done: int, steps: int, runs: list[Run], seconds: float) -> None:
+    """A bar on a terminal; ten lines in a log."""
+    live = sys.stderr.isatty()
+    if not live and done * 10 // steps == (done - 1) * 10 // steps:
+        return
+    filled = 30 * done // steps
+    losses = "  ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs)
+    left = seconds / done * (steps - done)
+    line = (
+        f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{steps}  {left:3.0f} s left  loss {losses}"
+    )
+    end = "\n" if not live or done == steps else ""
+    print(f"\r{line}" if live else line, end=end, file=sys.stderr, flush=True)

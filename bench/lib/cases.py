@@ -1,13 +1,28 @@
-"""The shapes that step.py measures, computed from the architectures (no model library needed)."""
+"""What is measured: shapes, computed from the architectures, and the params that have them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from lib.timing import probe_size
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+import gpt as gpt  # for others, too
+
+HYPER = gpt.HYPER  # the one place for hyper-parameters
+# Memory streams of a one-pass step: param, grad and every state are read, all but grad are written.
+STREAMS = {"AdamW": 7, "Adam": 7, "SGD": 5}
+STATES = {"AdamW": 2, "Adam": 2, "SGD": 1}
+
 Shape = tuple[int, ...]
+Groups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -18,9 +33,6 @@ class Workload:
     groups: tuple[tuple[Shape, ...], ...]
     options: tuple[Mapping[str, Any], ...] = ()  # for each group, what differs from the defaults
     large: bool = False  # left out of "all" on a CPU, where it takes too much memory and time
-
-    def group_options(self) -> tuple[Mapping[str, Any], ...]:
-        return self.options or ({},) * len(self.groups)
 
     @property
     def tensors(self) -> int:
@@ -86,9 +98,7 @@ def _llama_8b_eighth() -> Workload:
     return Workload("llama-8b-eighth", (matrices, norms), decay, large=True)
 
 
-def _one_group(
-    name: str, shapes: Iterator[Shape] | list[Shape], *, large: bool = False
-) -> Workload:
+def _one_group(name: str, shapes: Iterable[Shape], *, large: bool = False) -> Workload:
     return Workload(name, (tuple(shapes),), large=large)
 
 
@@ -112,6 +122,64 @@ WORKLOADS = {
 }
 
 
-def all_workloads(device_type: str) -> list[str]:
-    """Names of what a run measures unless told otherwise."""
-    return [name for name, work in WORKLOADS.items() if device_type == "cuda" or not work.large]
+@dataclass(frozen=True)
+class Case:
+    optimizer: str
+    dtype: torch.dtype
+    workload: Workload
+    device: torch.device
+
+    @property
+    def key(self) -> dict[str, str]:
+        """As the JSON files name it."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"optimizer": self.optimizer, "dtype": dtype, "workload": self.workload.name}
+
+    @property
+    def bytes_per_element(self) -> int:
+        return STREAMS[self.optimizer] * self.dtype.itemsize
+
+    @property
+    def footprint(self) -> int:
+        """Bytes of params, grads and states."""
+        streams = 2 + STATES[self.optimizer]
+        return streams * self.workload.elements * self.dtype.itemsize
+
+    def memory(self, candidates: int, shared: bool) -> int:
+        """Bytes allocated: params and grads (and the template they are cloned from), states."""
+        copies = 1 if shared else candidates + 1
+        tensors = 2 * copies + STATES[self.optimizer] * candidates
+        return tensors * self.workload.elements * self.dtype.itemsize + 2 * probe_size(
+            self.device, self.footprint
+        )
+
+    def template(self) -> Groups:
+        """Params with grads, of a size that float16 can square."""
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def values(shape: Shape) -> torch.Tensor:
+            empty = torch.empty(shape, dtype=torch.float32, device=self.device)
+            return empty.uniform_(0.05, 0.1, generator=generator).to(self.dtype)
+
+        def param(shape: Shape) -> torch.Tensor:
+            value, grad = values(shape), values(shape)
+            value.requires_grad_().grad = grad
+            return value
+
+        groups = self.workload.groups
+        options = self.workload.options or ({},) * len(groups)
+        return [
+            {"params": [param(shape) for shape in shapes], **more}
+            for shapes, more in zip(groups, options, strict=True)
+        ]
+
+
+def param_groups(template: Groups, share: bool) -> Groups:
+    """For one candidate: tensors of its own, or, to save memory, those that all share."""
+
+    def own(param: torch.Tensor) -> torch.Tensor:
+        copied = param.detach() if share else param.detach().clone()
+        copied.requires_grad_().grad = param.grad if share else param.grad.clone()
+        return copied
+
+    return [group | {"params": [own(param) for param in group["params"]]} for group in template]

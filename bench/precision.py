@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
+
 from lib import report
 from lib.cases import HYPER, gpt
-from torch.nn import functional
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PARTS = {"master_param": "masters", "param_remainder": "masters", "ema_param": "averages"}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from lib import report
 from lib.baselines import BASELINES, Baseline, NotComparableError, verify_equivalent
 from lib.cases import HYPER, WORKLOADS, Case, param_groups

@@ -19,6 +19,7 @@ import sys
 from typing import Any
 
 import torch
+
 from lib import report
 from lib.cases import WORKLOADS, Workload
 from lib.configs import COMPARISONS, SHORT, Comparison, parameters, verify_equivalent

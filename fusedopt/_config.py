@@ -55,5 +55,13 @@ def show_config() -> None:
         f"  torch:    {torch.__version__}, python {platform.python_version()}\n"
         f"  CPU:      {cpu_isa()}{forced} (available: {', '.join(info['isas'])})\n"
         f"  threads:  {_threads()}\n"
+        f"  unchanged tensors: recognised by {_recognition()}\n"
         f"  CUDA:     {cuda}"
     )
+
+
+def _recognition() -> str:
+    if _C.build_info()["fingerprints"]:
+        return "fingerprints (FUSEDOPT_FINGERPRINTS=0 switches them off)"
+    is_off = os.environ.get("FUSEDOPT_FINGERPRINTS") == "0"
+    return "reading all of them" + (", as FUSEDOPT_FINGERPRINTS=0 asks for" if is_off else "")

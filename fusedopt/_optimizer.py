@@ -25,7 +25,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _own_options: ClassVar[tuple[str, ...]] = OWN_OPTIONS  # torch's twin has none of these
 
     # What the latest step found out: tensors, on a GPU if the params are there.
-    _verdict: Tensor | None = None
+    _grad_status: Tensor | None = None
     _found_inf: Tensor | None = None
     _checks_grads = False  # set by fusedopt.GradScaler for its steps
     _is_swapped = False
@@ -120,7 +120,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Set by torch.amp.GradScaler: the grads are still scaled, and some may have overflowed.
         # What is on a GPU stays there: the kernels look at it.
         found_inf = getattr(self, "found_inf", None)
-        self._found_inf, self._verdict = found_inf, None
+        self._found_inf, self._grad_status = found_inf, None
         if found_inf is not None and not is_on_gpu(found_inf):
             if float(found_inf) > 0:
                 return loss
@@ -140,7 +140,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._checks_grads,
             )
         finally:
-            self._verdict = plan.verdict
+            self._grad_status = plan.grad_status
         if changed:
             self._drop_unused(changed)
         return loss
@@ -169,8 +169,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for a GPU; None if the step did not read the grads first: without ``max_grad_norm`` and
         ``fusedopt.GradScaler``.
         """
-        verdict = self._verdict  # once: another thread may be stepping
-        return None if verdict is None else verdict[0]
+        status = self._grad_status  # once: another thread may be stepping
+        return None if status is None else status[0]
 
     @property
     def nonfinite_grads(self) -> Tensor | None:
@@ -178,8 +178,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         An int64 tensor of one element on the parameters' device; None as ``grad_norm``.
         """
-        verdict = self._verdict
-        return None if verdict is None else verdict[1:2].view(torch.int64)[0]
+        status = self._grad_status
+        return None if status is None else status[1:2].view(torch.int64)[0]
 
     @property
     def skipped(self) -> Tensor:
@@ -187,9 +187,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         A bool tensor of one element; on the parameters' device if that is what knows.
         """
-        verdict, found_inf = self._verdict, self._found_inf
-        if verdict is not None:
-            return skip_flag(verdict) > 0
+        status, found_inf = self._grad_status, self._found_inf
+        if status is not None:
+            return skip_flag(status) > 0
         return found_inf.sum() > 0 if isinstance(found_inf, Tensor) else torch.tensor(False)
 
     def fp32_params(self) -> list[Tensor]:
@@ -399,8 +399,8 @@ def forget_scaling(optimizer: torch.optim.Optimizer) -> None:
         optimizer.__dict__.pop(name, None)
 
 
-def skip_flag(verdict: Tensor) -> Tensor:
-    return verdict[2:3].view(torch.float32)[0]
+def skip_flag(status: Tensor) -> Tensor:
+    return status[2:3].view(torch.float32)[0]
 
 
 def _entries(state: Any) -> State:

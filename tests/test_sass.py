@@ -72,7 +72,7 @@ def test_every_kernel_is_there_for_every_arch(cuobjdump: str) -> None:
     for arch in built:
         names = [kernel.name for kernel in kernels if kernel.arch == f"sm_{arch}"]
         # Rules x (in float, in double, the scalars), and for the norm: in float, in double, sum,
-        # verdict.
+        # status.
         assert len(names) == len(set(names)) == 2 * 3 + 4
 
 

@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from logs import METRICS, ncu_cases, pytest_counts, sanitizer_findings
+from training import target_lines
+
 from lib.configs import COMPARISONS, SETTINGS
 from lib.report import ROOT, without_folders
 from lib.targets import HEADING, TARGETS
 from lib.timing import MIB
-from logs import METRICS, ncu_cases, pytest_counts, sanitizer_findings
-from training import target_lines
 
 Result = dict[str, Any]
 OK, FAILED, TIMED_OUT, MISSED, NO_TOOL = "ok", "failed", "timed out", "target missed", "no tool"

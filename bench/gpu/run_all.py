@@ -28,8 +28,9 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib.report import without_folders, write_json
 from parts import FAILED, OK, PARTS, SHOW_CONFIG, TIMED_OUT, USUAL, Result, Runner
+
+from lib.report import without_folders, write_json
 
 # Of 4 and 12 minutes, less the start of Python and torch and the end of what must be ended.
 PART_S, ALL_S = 230.0, 700.0

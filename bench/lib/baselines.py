@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from lib.cases import HYPER, Groups
 from lib.report import reason
 from lib.timing import Step

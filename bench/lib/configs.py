@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
 from lib.cases import HYPER
 from lib.report import load_fusedopt
 from lib.timing import Candidate, Step
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHORT = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}

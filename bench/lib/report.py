@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
 from lib.timing import MIB, MIN_ROUNDS
 
 ROOT = Path(__file__).resolve().parents[2]

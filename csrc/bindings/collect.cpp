@@ -65,7 +65,7 @@ void Plan::collect_params(StepContext& context) {
   size_t count = 0;
   for (const Group& group : context.groups)
     count += static_cast<size_t>(PyTuple_GET_SIZE(group.params.ptr()));
-  if (count != updates_.size() || !is_collected_) {  // the last walk may have ended anywhere
+  if (count != updates_.size() || !is_collected_) {  // the last one may have ended anywhere
     updates_.resize(count);
     caches_.resize(count);
     for (ParamUpdate& update : updates_) update.layout = kDense;
@@ -382,7 +382,7 @@ int32_t Plan::step_scalars(StepContext& context, Group& group, const ParamCache&
   return group.last_scalars = index;
 }
 
-// Computes the scalars again, now that walk.grads says what the norm is.
+// Computes the scalars again, now that context.grads says what the norm is.
 void Plan::rescale(StepContext& context) const {
   for (size_t i = 0; i < context.scalars.size(); ++i) {
     const ScalarsKey& key = context.scalars_keys[i];

@@ -37,7 +37,7 @@ bool Plan::skips_for(const Scaling& scaling) {
   return !scaling.found_inf.is_none() && py::float_(scaling.found_inf).cast<double>() > 0;
 }
 
-// Enters into the works which sum their grads belong to. Returns what combine_totals() needs to
+// Enters into the updates which sum their grads belong to. Returns what combine_totals() needs to
 // know of them, or None if there is just one sum, of this process.
 py::object Plan::classify_grads(const StepContext& context) {
   if (!context.has_subclasses) return py::none();

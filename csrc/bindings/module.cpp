@@ -86,7 +86,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def("step", &fusedopt::Plan::step, py::arg("param_groups"), py::arg("state"),
            py::arg("grad_scale"), py::arg("found_inf"), py::arg("create_state"),
            py::arg("num_threads"), py::arg("checks_grads"))
-      .def_property_readonly("verdict", &fusedopt::Plan::status)
+      .def_property_readonly("grad_status", &fusedopt::Plan::status)
       .def("bookkeeping_bytes", &fusedopt::Plan::bookkeeping_bytes)
       .def("overlap_checks", &fusedopt::Plan::overlap_checks);
   m.def("check_group", &check_group, py::arg("optimizer"), py::arg("group"), py::arg("index"),

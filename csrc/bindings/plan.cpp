@@ -216,7 +216,7 @@ void Plan::launch(const StepContext& context, const Launches& launches) {
   }
 }
 
-// Chunks of the works that are not on a GPU.
+// Chunks of the updates that are not on a GPU.
 void Plan::plan_cpu_chunks() {
   if (chunked_) return;
   std::vector<int64_t> sizes;

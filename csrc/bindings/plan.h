@@ -18,9 +18,9 @@
 #include "core/overlap.h"
 #include "core/step.h"
 
-// One optimizer's step: walks its tensors, checks all of them, then hands the work to the drivers.
-// Every tensor is looked at in every step: what is kept of it is used only if a fingerprint shows
-// that it is what it was.
+// One optimizer's step: collects its tensors, checks all of them, then hands the work to the
+// drivers. Every tensor is looked at in every step: what is kept of it is used only if a
+// fingerprint shows that it is what it was.
 namespace fusedopt {
 
 class Plan {
@@ -99,8 +99,8 @@ class Plan {
     uint8_t device = kIdle;  // as in ParamUpdate, whether there is a grad or not
     bool is_first = false;
     bool is_fresh = false;      // its first state was created here, and not loaded
-    bool recognizable = false;  // equal fingerprints mean that the work stands
-    bool is_disjoint = false;   // what the work writes has been compared with all others'
+    bool recognizable = false;  // equal fingerprints mean that the update stands
+    bool is_disjoint = false;   // what the update writes has been compared with all others'
     bool reads_others = false;  // the grad is memory of another parameter
   };
 
@@ -126,7 +126,7 @@ class Plan {
     bool captured;                               // and replayed, perhaps
   };
 
-  // One walk over all parameters.
+  // What is found out while all parameters are collected, once.
   struct StepContext {
     std::vector<Group> groups;
     PyObject* state;      // borrowed from the caller of step()
@@ -231,7 +231,7 @@ class Plan {
   // One entry for each parameter, in the order of the groups.
   std::vector<ParamUpdate> updates_;
   std::vector<ParamCache> caches_;
-  std::vector<Dims> dims_;  // of works that are not dense
+  std::vector<Dims> dims_;  // of updates that are not dense
   std::vector<ChunkStart> chunks_;
   std::vector<ChunkStart> leaves_;   // of the norm, if it was needed, for grads of
   std::vector<int64_t> leaf_sizes_;  // these sizes
@@ -239,7 +239,7 @@ class Plan {
   bool disjoint_ = false;         // left it, which stands if this is true: they do not overlap
   int64_t overlap_checks_ = 0;
   bool in_order_ = false;                    // in this step, the order of the parameters counts
-  bool is_collected_ = true;                 // the last walk came to its end
+  bool is_collected_ = true;                 // the last collection came to its end
   bool chunked_ = false;                     // chunks_ fit works_
   std::vector<cuda::StepCounter> counters_;  // of this step, if GPUs count
 

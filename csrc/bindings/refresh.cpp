@@ -6,7 +6,7 @@
 #include "bindings/plan.h"
 
 // The part of Plan that reads and checks tensors which are not what they were in the step before,
-// and enters them into the work.
+// and enters them into the update.
 namespace py = pybind11;
 
 namespace fusedopt {
@@ -60,7 +60,7 @@ void Plan::align_grad(Operands& operands) const {
   }
 }
 
-// Reads and checks the state and enters all operands into the work.
+// Reads and checks the state and enters all operands into the update.
 void Plan::read_rest(StepContext& context, Operands& operands, bool found, ParamUpdate& update,
                      ParamCache& cache) {
   for (int k = kFirstState; k < kMaxOperands; ++k) {
@@ -135,7 +135,7 @@ uint8_t Plan::rounded_stochastically(const Operands& operands) const {
   return static_cast<uint8_t>(rounded & wanted);
 }
 
-// Enters the operands into the work and notices what is not where it was.
+// Enters the operands into the update and notices what is not where it was.
 void Plan::fill(StepContext& context, const Operands& operands, ParamUpdate& update,
                 ParamCache& cache) {
   const TensorView& param = operands.views[kParam];

@@ -17,9 +17,9 @@ namespace {
 using Sizes = std::vector<int64_t>;
 
 // Goes through updates part by part, and checks that none is left out or taken twice.
-class StepContext {
+class Coverage {
  public:
-  explicit StepContext(const Sizes& sizes) : sizes_(sizes) {}
+  explicit Coverage(const Sizes& sizes) : sizes_(sizes) {}
 
   // The next part must begin where the one before it ended.
   void take(int64_t update, int64_t begin, int64_t end) {
@@ -42,37 +42,37 @@ class StepContext {
 };
 
 // A part of one update, for a whole block.
-void take_part(StepContext& context, const Sizes& sizes, ChunkStart from, ChunkStart to) {
+void take_part(Coverage& coverage, const Sizes& sizes, ChunkStart from, ChunkStart to) {
   CHECK(from.element % cuda::kMinChunkElements == 0);
   const bool to_the_end = to.update != from.update;
-  context.take(from.update, from.element,
-               to_the_end ? sizes[static_cast<size_t>(from.update)] : to.element);
+  coverage.take(from.update, from.element,
+                to_the_end ? sizes[static_cast<size_t>(from.update)] : to.element);
   if (to_the_end) CHECK(to.element == 0);
 }
 
 // Several whole updates, one for each warp.
-void take_updates(StepContext& context, const Sizes& sizes, ChunkStart from, ChunkStart to) {
+void take_updates(Coverage& coverage, const Sizes& sizes, ChunkStart from, ChunkStart to) {
   CHECK(from.element == 0 && to.element == 0);
   CHECK(to.update - from.update <= kBlockWarps);
   for (int64_t update = from.update; update < to.update; ++update) {
     CHECK(sizes[static_cast<size_t>(update)] <= kWarpElements);
-    context.take(update, 0, sizes[static_cast<size_t>(update)]);
+    coverage.take(update, 0, sizes[static_cast<size_t>(update)]);
   }
 }
 
 // Returns the number of chunks.
 int64_t check_grid(const Sizes& sizes) {
   const std::vector<ChunkStart> starts = plan_grid(sizes);
-  StepContext context(sizes);
+  Coverage coverage(sizes);
   for (size_t chunk = 0; chunk + 1 < starts.size(); ++chunk) {
     const ChunkStart from = starts[chunk], to = starts[chunk + 1];
     const bool is_shared = to.update - from.update <= 1;
-    (is_shared ? take_part : take_updates)(context, sizes, from, to);
+    (is_shared ? take_part : take_updates)(coverage, sizes, from, to);
   }
-  CHECK(context.is_done());
-  CHECK(starts.back().update == context.count() && starts.back().element == 0);
+  CHECK(coverage.is_done());
+  CHECK(starts.back().update == coverage.count() && starts.back().element == 0);
   const auto count = static_cast<int64_t>(starts.size()) - 1;
-  CHECK(count <= cuda::kEnoughChunks + context.count());
+  CHECK(count <= cuda::kEnoughChunks + coverage.count());
   return count;
 }
 

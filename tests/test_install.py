@@ -69,7 +69,9 @@ def test_show_config(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"fusedopt {fusedopt.__version__} (")
     facts = {key.strip(): value for key, value in (line.split(":", 1) for line in lines[1:])}
-    assert facts.keys() == {"compiler", "torch", "CPU", "threads", "CUDA"}
+    assert facts.keys() == {"compiler", "torch", "CPU", "threads", "unchanged tensors", "CUDA"}
+    has_fingerprints = _C.build_info()["fingerprints"]
+    assert ("by fingerprints" in facts["unchanged tensors"]) == has_fingerprints
     assert torch.__version__ in facts["torch"]
     isas = _C.build_info()["isas"]
     assert facts["CPU"].strip() == f"{isas[-1]} (available: {', '.join(isas)})"

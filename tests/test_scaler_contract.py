@@ -234,7 +234,7 @@ def interrupted_walk(optimizer: Any) -> Any:
 
 
 class InterruptedPlan:
-    verdict = None
+    grad_status = None
 
     def step(self, *_: Any) -> None:
         raise KeyboardInterrupt

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from cases import values
+from device import STEPS_ON_DEVICE
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -91,6 +92,12 @@ def test_a_grad_that_is_another_params_memory_is_found() -> None:
         optimizer.step()
     first, second = (param.detach().clone() for param in params)
     params[0].grad, params[1].grad = torch.ones(SHAPE), params[0].detach()
+    if STEPS_ON_DEVICE:
+        with pytest.raises(ValueError, match="share memory"):
+            optimizer.step()
+        assert torch.equal(params[0], first)
+        assert torch.equal(params[1], second)
+        return
     optimizer.step()  # as if one after the other, in the order of the params
     assert torch.equal(params[0], first - 1)
     assert torch.equal(params[1], second - (first - 1))

@@ -115,3 +115,17 @@ def fingerprints_with(setting: str) -> bool:
 def test_fingerprints_can_be_switched_off() -> None:
     assert not fingerprints_with("0")
     assert _C.build_info()["fingerprints"] == (os.environ.get("FUSEDOPT_FINGERPRINTS") != "0")
+
+
+def test_grads_without_elements_from_step_to_step() -> None:
+    """DLPack knows no address for them, so where they lie in their storage cannot be told."""
+    params = [Parameter(values(0, 3)), Parameter(values(5))]
+    optimizer = fusedopt.AdamW(params, max_grad_norm=1.0)
+    for step in range(4):
+        for param in params:
+            room = torch.zeros(64 + param.numel())
+            param.grad = room[32 + step :][: param.numel()].view(param.shape).fill_(0.5)
+        optimizer.step()
+    assert optimizer.grad_norm is not None
+    assert float(optimizer.grad_norm) == pytest.approx(0.5 * 5**0.5)
+    assert [float(optimizer.state[param]["step"]) for param in params] == [4.0, 4.0]

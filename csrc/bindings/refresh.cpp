@@ -38,8 +38,9 @@ void Plan::read_param_and_grad(Operands& operands, ParamCache& cache) {
   PyObject* const grad = operands.tensors[kGrad];
   read_operand(operands, kGrad);
   if (operands.tensors[kGrad] != grad) cache.grad_form = kNoFingerprint;  // a copy of it
-  if (cache.grad_form != kNoFingerprint)
-    cache.grad_offset = static_cast<char*>(operands.views[kGrad].data) - storage_data(grad);
+  const char* const data = static_cast<char*>(operands.views[kGrad].data);
+  if (cache.grad_form != kNoFingerprint)  // DLPack has a null pointer for tensors without elements
+    cache.grad_offset = data != nullptr ? data - storage_data(grad) : 0;
   check_against_param(operands, kGrad);
   if (operands.rounding == StochasticRounding::kAll &&
       operands.views[kParam].dtype == DType::kFloat16)

@@ -154,6 +154,8 @@ def cpp_sources(build_dir: Path, with_cuda: bool) -> list[tuple[Path, list[str]]
     quick = (sanitized or ["-O2"]) if cuda_mode() == "emulated" else []
     # Without NDEBUG, pybind11 asks at every count of references whether the GIL is held.
     binding = ["-O1"] if SANITIZE else ["-O2", "-DNDEBUG"]
+    if cuda_mode() == "emulated":
+        binding.append("-DFUSEDOPT_EMULATED")
     return [
         (bindings, [*binding, *(f"-isystem{path}" for path in python)]),
         *(

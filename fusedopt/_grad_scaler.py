@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from ._optimizer import FusedOptimizer, forget_scaling, skip_flag
+from ._optimizer import FusedOptimizer, forget_scaling, status_field
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -46,9 +46,8 @@ class GradScaler(torch.amp.GradScaler):
             if optimizer._checks_grads:
                 optimizer._checks_grads = False
                 if optimizer._grad_status is not None:
-                    flag = skip_flag(
-                        optimizer._grad_status
-                    ).clone()  # torch adds those of others to it
+                    # A copy, for torch adds those of others to it.
+                    flag = status_field(optimizer._grad_status, "skip").clone()
                     self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {
                         flag.device: flag
                     }

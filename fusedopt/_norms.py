@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 
-def new_numbers(gpu: int, count: int, emulated: bool) -> Tensor:
-    """``count`` float64 numbers on that GPU, or on the CPU for a negative ``gpu``."""
-    on_cpu = emulated or gpu < 0
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", gpu)
+def new_numbers(device: str, count: int) -> Tensor:
+    """``count`` float64 numbers."""
     return torch.empty(count, dtype=torch.float64, device=device)
 
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from . import _C
 from ._config import cpu_isa
 from ._options import OWN_OPTIONS
+from ._state import Specs, create_state, drop_unused, new_entry
 from ._state_dict import export_all_states, load_state_dict
-from ._steps import is_on_gpu, place_steps, step_device, to_step
+from ._steps import step_device, to_step
 from ._types import ParamGroup, Params, State
-from ._weights import master_name, new_entry, read_weight, swapped, unused_entries, write_weight
+from ._weights import read_weight, swapped, write_weight
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -61,13 +62,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise
 
         return step
-
-    def _state_names(self, group: ParamGroup) -> tuple[list[str], list[str], bool]:
-        """Which states the parameters of a group have: names in use, names left out, ``step``.
-
-        Those left out are the states of torch's twin for which the group's options have no use.
-        """
-        return _C.state_names(self._row, group)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a param group, as ``torch.optim.Optimizer.add_param_group`` does.
@@ -121,45 +115,40 @@ class FusedOptimizer(torch.optim.Optimizer):
         # What is on a GPU stays there: the kernels look at it.
         found_inf = getattr(self, "found_inf", None)
         self._found_inf, self._grad_status = found_inf, None
-        if found_inf is not None and not is_on_gpu(found_inf):
+        if found_inf is not None and not _C.is_on_gpu(found_inf):
             if float(found_inf) > 0:
                 return loss
             found_inf = None
         grad_scale = getattr(self, "grad_scale", None)
         if grad_scale is None:
             grad_scale = 1.0
+        elif not _C.is_on_gpu(grad_scale):
+            grad_scale = float(grad_scale)
         plan = self._plan()
+        threads = torch.get_num_threads()
         try:
             changed = plan.step(
-                self.param_groups,
-                self.state,
-                grad_scale if is_on_gpu(grad_scale) else float(grad_scale),
-                found_inf,
-                self._create_state,
-                torch.get_num_threads(),
-                self._checks_grads,
+                self.param_groups, self.state, grad_scale, found_inf, threads, self._checks_grads
             )
+            if isinstance(changed, _C.PendingStep):
+                changed = self._create_state_and_run(changed)
         finally:
             self._grad_status = plan.grad_status
         if changed:
-            self._drop_unused(changed)
+            drop_unused(self, changed)
         return loss
 
-    def _drop_unused(self, changed: list[tuple[int, int]]) -> None:
-        """Of parameters whose settings have changed: what is no longer kept up to date."""
-        params = [tuple(group["params"]) for group in self.param_groups]
-        for group_index, index in changed:
-            if group_index >= len(params) or index >= len(params[group_index]):
-                continue  # since then, they have been replaced
-            group, param = self.param_groups[group_index], params[group_index][index]
-            if param not in self.state:
-                continue
-            state = self.state[param]
-            _, left_out, counts_steps = self._state_names(group)
-            for name in [*unused_entries(param, state, group), *left_out]:
-                state.pop(name, None)
-            if not counts_steps:
-                state.pop("step", None)
+    def _create_state_and_run(self, step: _C.PendingStep) -> list[tuple[int, int]] | None:
+        """The rest of a step that has found state missing; without it, none is created."""
+        try:
+            discard = create_state(self, step.missing, step.counts_on_gpu)
+            try:
+                return step.run()
+            finally:
+                if not step.has_run:
+                    discard()
+        finally:
+            step.close()
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -170,7 +159,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         ``fusedopt.GradScaler``.
         """
         status = self._grad_status  # once: another thread may be stepping
-        return None if status is None else status[0]
+        return None if status is None else status_field(status, "grad_norm")
 
     @property
     def nonfinite_grads(self) -> Tensor | None:
@@ -179,7 +168,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         An int64 tensor of one element on the parameters' device; None as ``grad_norm``.
         """
         status = self._grad_status
-        return None if status is None else status[1:2].view(torch.int64)[0]
+        return None if status is None else status_field(status, "nonfinite")
 
     @property
     def skipped(self) -> Tensor:
@@ -189,7 +178,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         status, found_inf = self._grad_status, self._found_inf
         if status is not None:
-            return skip_flag(status) > 0
+            return status_field(status, "skip") > 0
         return found_inf.sum() > 0 if isinstance(found_inf, Tensor) else torch.tensor(False)
 
     def fp32_params(self) -> list[Tensor]:
@@ -198,8 +187,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         In float32 where parameters are narrower: from the master weights if there are any.
         """
         self._refuse_swapped("fp32_params()")
+        specs = Specs(self)
         return [
-            read_weight(param, self.state.get(param, {}), group)
+            read_weight(param, self.state.get(param, {}), specs.of(param, group))
             for group in self.param_groups
             for param in group["params"]
         ]
@@ -226,11 +216,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"tensor {index} is of shape {tuple(weight.shape)}, but its parameter of shape "
                     f"{tuple(param.shape)}"
                 )
-        names = [master_name(param, group) for param, group in entries]
-        for (param, group), weight, name in zip(entries, weights, names, strict=True):
-            if name is not None and name not in self.state.get(param, {}):
-                self.state[param][name] = new_entry(name, param, {}, group)
-            write_weight(param, weight, self.state.get(param, {}), group)
+        specs = Specs(self)
+        all_specs = [specs.of(param, group) for param, group in entries]  # it may refuse some
+        for (param, _), weight, spec in zip(entries, weights, all_specs, strict=True):
+            for name, kind, dtype in spec.entries:
+                if kind in ("master", "remainder") and name not in self.state.get(param, {}):
+                    self.state[param][name] = new_entry(kind, dtype, param, {}, spec)
+            write_weight(param, weight, self.state.get(param, {}), spec)
 
     @contextmanager
     def swap_ema(self) -> Iterator[None]:
@@ -340,58 +332,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             plan = self.__dict__.setdefault("_plan_", _C.Plan(self._row, cpu_isa()))
         return plan
 
-    def _create_state(
-        self, missing: list[tuple[int, int]], steps_on_gpu: bool
-    ) -> Callable[[], None]:
-        """Fill in what the state of the parameters at these (group, index) lacks.
-
-        A ``step`` that is not where it belongs, on the GPU of its parameter or on the CPU, is moved
-        there. Returns a function that undoes it all.
-        """
-        created: list[tuple[Tensor, State | None, State]] = []
-        groups = {at: self.param_groups[at] for at in {at for at, _ in missing}}
-        params = {at: tuple(group["params"]) for at, group in groups.items()}
-        names = {at: self._state_names(group) for at, group in groups.items()}
-        for group_index, index in missing:
-            param = params[group_index][index]
-            before = _entries(self.state[param]) if param in self.state else None
-            created.append((param, before, {}))
-        place_steps(
-            [
-                (param, before or {}, new)
-                for (group_index, _), (param, before, new) in zip(missing, created, strict=True)
-                if names[group_index][2]
-            ],
-            steps_on_gpu,
-        )
-        for (group_index, _), (param, _, entries) in zip(missing, created, strict=True):
-            entries.update(self._missing_entries(param, groups[group_index], names[group_index][0]))
-        for param, _, entries in created:
-            self.state.setdefault(param, {}).update(entries)
-
-        def discard() -> None:
-            for param, before, _ in created:
-                if before is None:
-                    self.state.pop(param, None)
-                elif param in self.state:
-                    self.state[param].clear()
-                    self.state[param].update(before)
-
-        return discard
-
-    def _missing_entries(self, param: Tensor, group: ParamGroup, states: list[str]) -> State:
-        present = _entries(self.state.get(param, {}))
-        master = master_name(param, group)
-        names = [*states, *([master] if master else [])]
-        if group.get("ema_decay") is not None:
-            names.append("ema_param")
-        with torch.no_grad():
-            return {
-                name: new_entry(name, param, present, group)
-                for name in names
-                if present.get(name) is None
-            }
-
 
 def forget_scaling(optimizer: torch.optim.Optimizer) -> None:
     """Take off what torch.amp.GradScaler has handed over for one step."""
@@ -399,13 +339,11 @@ def forget_scaling(optimizer: torch.optim.Optimizer) -> None:
         optimizer.__dict__.pop(name, None)
 
 
-def skip_flag(status: Tensor) -> Tensor:
-    return status[2:3].view(torch.float32)[0]
-
-
-def _entries(state: Any) -> State:
-    """The entries of a parameter's state, whatever mapping it is, in a dict."""
-    return {name: state[name] for name in state}
+def status_field(status: Tensor, name: str) -> Tensor:
+    """One field of the extension's ``GradStatus``, which the memory of ``status`` begins with."""
+    offset, dtype = _C.GRAD_STATUS[name]
+    wanted: torch.dtype = getattr(torch, dtype)
+    return status.view(wanted)[offset // wanted.itemsize]
 
 
 def _refuse_duplicates(params: list[Any], group_index: int) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._state import Specs, new_entry
 from ._steps import to_step
-from ._weights import convert, new_entry
+from ._weights import convert
 
 if TYPE_CHECKING:
     from ._optimizer import FusedOptimizer
@@ -31,14 +32,21 @@ def export_all_states(optimizer: "FusedOptimizer") -> None:
 def _fill_in(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:
     """Put zeros in the place of states that are left out here, but that torch's twin reads."""
     state = state_dict["state"]
+    specs = Specs(optimizer)
     for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        used, left_out, _ = optimizer._state_names(group)
         for param, key in zip(group["params"], packed["params"], strict=True):
-            entries = state.get(key, {}) if left_out else {}
-            if all(entries.get(name) is not None for name in used):
-                absent = [name for name in left_out if entries and entries.get(name) is None]
-                if absent:
-                    zeros = {name: new_entry(name, param.detach(), {}, group) for name in absent}
+            entries = state.get(key)
+            spec = specs.of(param, group) if entries else None
+            if spec is None or not spec.left_out:
+                continue
+            in_use = [name for name, kind, _ in spec.entries if kind == "state"]
+            if all(entries.get(name) is not None for name in in_use):
+                zeros = {
+                    name: new_entry(kind, dtype, param.detach(), {}, spec)
+                    for name, kind, dtype in spec.left_out
+                    if entries.get(name) is None
+                }
+                if zeros:
                     state[key] = {**entries, **zeros}
 
 
@@ -67,6 +75,7 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
         else:  # of no parameter: kept as it is, as torch does
             state[key] = entries
     new_values: list[tuple[Tensor, Tensor]] = []
+    specs = Specs(optimizer)
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         saved["params"] = group["params"]
         for key in ("param_names", "capturable", "decoupled_weight_decay"):  # torch saves not all
@@ -78,20 +87,20 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
                 saved[key] = group[key]
         completed = optimizer._completed(saved)
         _C.check_group(optimizer._row, completed, index)
-        names, left_out, counts_steps = optimizer._state_names(completed)
         for at, param in enumerate(group["params"]):
             entries = state.get(param)
             if isinstance(entries, dict):
                 _C.check_state(optimizer._row, entries, completed, index, at)
                 place = _place(saved, index, at)
-                for name in left_out:
-                    entries.pop(name, None)
+                spec = specs.of(param, completed)
+                for name in spec.unused:
+                    if name not in _C.WEIGHTS_IN_STATE.values():  # which may be converted
+                        entries.pop(name, None)
+                names = [name for name, kind, _ in spec.entries if kind == "state"]
                 _check_shapes(entries, names, param, place)
-                if not counts_steps:
-                    entries.pop("step", None)
                 if entries.get("step") is not None:
                     entries["step"] = _checked_step(entries["step"], place)
-                values = convert(entries, param, saved, place)
+                values = convert(entries, param, saved.get("state_dtype"), spec, place)
                 if values is not None:
                     new_values.append((param, values))
     with torch.no_grad():

@@ -10,14 +10,9 @@ from . import _C
 from ._types import ParamGroup, State
 
 
-def is_on_gpu(value: Any) -> bool:
-    """Whether this is a tensor whose value only a GPU knows."""
-    return isinstance(value, Tensor) and (value.is_cuda or _C.is_emulated())
-
-
 def step_device(param: Tensor, group: ParamGroup) -> torch.device:
     """Where a param's step count belongs when nothing but its group is known."""
-    on_gpu = group.get("capturable", False) and is_on_gpu(param)
+    on_gpu = group.get("capturable", False) and _C.is_on_gpu(param)
     return param.device if on_gpu else torch.device("cpu")
 
 

@@ -60,16 +60,14 @@ def align(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     return aligned
 
 
-def allocate(gpu: int, size: int, kind: str, emulated: bool) -> torch.Tensor:
+def allocate(device: str, size: int, kind: str) -> torch.Tensor:
     """Memory of ``size`` bytes for the CUDA driver; ``kind`` as in ``Memory`` of core/gpu.h."""
     if kind == "page-locked":
-        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=not emulated)
-    device = torch.device("cpu") if emulated else torch.device("cuda", gpu)
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=device != "cpu")
     new = torch.zeros if kind == "zeros" else torch.empty
     return new(size, dtype=torch.uint8, device=device)
 
 
-def float_on_gpu(tensor: torch.Tensor, gpu: int, emulated: bool) -> torch.Tensor:
+def float_on_gpu(tensor: torch.Tensor, device: str) -> torch.Tensor:
     """The tensor as float32 on that GPU, itself if it is that already; nothing waits."""
-    device = torch.device("cpu") if emulated else torch.device("cuda", gpu)
     return tensor.detach().to(device, torch.float32, non_blocking=True)

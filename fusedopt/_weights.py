@@ -9,10 +9,7 @@ from torch import Tensor
 
 from . import _C
 from ._tensors import local
-from ._types import ParamGroup, State
-
-MASTERS = {"float32": "master_param", "split": "param_remainder"}
-EXTRAS = (*MASTERS.values(), "ema_param")
+from ._types import State
 
 
 def join(param: Tensor, remainder: Tensor) -> Tensor:
@@ -43,70 +40,35 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     return local(tensor.detach()).cpu().resolve_neg().contiguous()
 
 
-def is_narrow(param: Tensor) -> bool:
-    return param.is_floating_point() and param.element_size() == 2
+def master_in(state: State, spec: _C.StateSpec) -> tuple[str, Tensor] | None:
+    """The kind of master weight and the tensor that holds it, if the state has it."""
+    for name, kind, _ in spec.entries:
+        if kind in ("master", "remainder") and name in state:
+            return kind, state[name]
+    return None
 
 
-def master_name(param: Tensor, group: ParamGroup) -> str | None:
-    """Name of the master weight in the state of this parameter, or None if it has none.
-
-    Raises ValueError for a parameter that cannot have the kind that the group asks for.
-    """
-    kind = group.get("master_weights")
-    if kind is None or (kind == "float32" and not is_narrow(param)):
-        return None
-    if kind == "split" and param.dtype != torch.bfloat16:
-        raise ValueError(f"master_weights='split' is for torch.bfloat16, not for {param.dtype}")
-    return MASTERS[kind]
-
-
-def unused_entries(param: Tensor, state: State, group: ParamGroup) -> list[str]:
-    """Names of masters and averages that a state holds although the settings do not use them."""
-    used = {master_name(param, group), "ema_param" if group.get("ema_decay") is not None else None}
-    return [name for name in EXTRAS if name in state and name not in used]
-
-
-def ema_dtype(param: Tensor) -> torch.dtype:
-    return torch.float32 if is_narrow(param) else param.dtype
-
-
-def read_weight(param: Tensor, state: State, group: ParamGroup) -> Tensor:
+def read_weight(param: Tensor, state: State, spec: _C.StateSpec) -> Tensor:
     """A copy of a parameter's weights, in float32 if the parameter is narrower."""
     param = param.detach()
-    name = master_name(param, group)
-    if name is not None and name in state:
-        master: Tensor = state[name]
-        return join(param, master) if name == "param_remainder" else master.clone()
-    return param.to(ema_dtype(param), copy=True)
+    master = master_in(state, spec)
+    if master is None:
+        return param.to(spec.weight_dtype, copy=True)
+    return join(param, master[1]) if master[0] == "remainder" else master[1].clone()
 
 
-def write_weight(param: Tensor, weight: Tensor, state: State, group: ParamGroup) -> None:
+def write_weight(param: Tensor, weight: Tensor, state: State, spec: _C.StateSpec) -> None:
     """Make a parameter, and its master weight if the state has one, hold these weights."""
-    name = master_name(param, group)
-    weight = weight.to(param.device, ema_dtype(param))
-    if name == "param_remainder" and name in state:
+    master = master_in(state, spec)
+    weight = weight.to(param.device, spec.weight_dtype)
+    if master is not None and master[0] == "remainder":
         rounded, remainder = split(weight)
         param.copy_(rounded)
-        state[name].copy_(remainder)
+        master[1].copy_(remainder)
         return
-    if name is not None and name in state:
-        state[name].copy_(weight)
+    if master is not None:
+        master[1].copy_(weight)
     param.copy_(weight)
-
-
-def new_entry(name: str, param: Tensor, state: State, group: ParamGroup) -> Tensor:
-    """State that is not there yet."""
-    kwargs: dict[str, Any] = {"memory_format": torch.preserve_format}
-    if name == "param_remainder":
-        return torch.zeros_like(param, dtype=torch.int16, **kwargs)
-    if name in ("master_param", "ema_param"):
-        # In the params' layout: to() would keep it only where it is dense.
-        entry = torch.empty_like(param, dtype=ema_dtype(param), **kwargs)
-        return entry.copy_(read_weight(param, state, group) if name == "ema_param" else param)
-    dtype = group.get("state_dtype") or param.dtype
-    if param.is_complex() and not dtype.is_complex:
-        raise ValueError(f"state_dtype {dtype} is for real parameters, not for {param.dtype}")
-    return torch.zeros_like(param, dtype=dtype, **kwargs)
 
 
 @contextmanager
@@ -125,7 +87,9 @@ def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
                 param.copy_(own)
 
 
-def convert(entries: State, param: Tensor, group: ParamGroup, place: str) -> Tensor | None:
+def convert(
+    entries: State, param: Tensor, state_dtype: torch.dtype | None, spec: _C.StateSpec, place: str
+) -> Tensor | None:
     """Make saved state fit the settings of the group that it is loaded into.
 
     States take on ``state_dtype`` if that is set. A master weight of the other kind is converted;
@@ -134,37 +98,32 @@ def convert(entries: State, param: Tensor, group: ParamGroup, place: str) -> Ten
 
     Raises ValueError, with ``place``, for masters and averages of another shape than the parameter.
     """
-    saved = {name: entries.pop(name, None) for name in EXTRAS}
-    for name, entry in saved.items():
+    saved = {kind: entries.pop(name, None) for kind, name in _C.WEIGHTS_IN_STATE.items()}
+    for kind, entry in saved.items():
         if isinstance(entry, Tensor) and entry.shape != param.shape:
             raise ValueError(
-                f"{name} of {place} is of shape {tuple(entry.shape)} in the loaded state dict, but "
-                f"the parameter of shape {tuple(param.shape)}"
+                f"{_C.WEIGHTS_IN_STATE[kind]} of {place} is of shape {tuple(entry.shape)} in the "
+                f"loaded state dict, but the parameter of shape {tuple(param.shape)}"
             )
-    dtype = group.get("state_dtype")
     for name, entry in entries.items():
-        is_state = dtype is not None and name != "step" and isinstance(entry, Tensor)
+        is_state = state_dtype is not None and name != "step" and isinstance(entry, Tensor)
         if is_state and entry.is_floating_point():
-            entries[name] = entry.to(dtype)
-    average = saved["ema_param"]
-    if group.get("ema_decay") is not None and isinstance(average, Tensor):
-        entries["ema_param"] = average.to(ema_dtype(param))
-    wanted = master_name(param, group)
-    if wanted is None:
-        return None
-    if _is_of(saved[wanted], wanted):
-        entries[wanted] = saved[wanted]
-        return None
-    if wanted == "param_remainder" and _is_of(saved["master_param"], "master_param"):
-        rounded, entries[wanted] = split(saved["master_param"])
-        return rounded
-    remainder = saved["param_remainder"]
-    if param.dtype == torch.bfloat16 and _is_of(remainder, "param_remainder"):
-        entries[wanted] = weight = join(param.detach(), remainder)
-        return weight
-    return None
+            entries[name] = entry.to(state_dtype)
+    master, remainder = _of(saved["master"], torch.float32), _of(saved["remainder"], torch.int16)
+    values = None
+    for name, kind, dtype in spec.entries:
+        if kind == "average" and isinstance(saved["average"], Tensor):
+            entries[name] = saved["average"].to(dtype)
+        elif kind == "master" and master is not None:
+            entries[name] = master
+        elif kind == "remainder" and remainder is not None:
+            entries[name] = remainder
+        elif kind == "remainder" and master is not None:
+            values, entries[name] = split(master)
+        elif kind == "master" and remainder is not None and param.dtype == torch.bfloat16:
+            entries[name] = values = join(param.detach(), remainder)
+    return values
 
 
-def _is_of(entry: Any, name: str) -> bool:
-    dtype = torch.int16 if name == "param_remainder" else torch.float32
-    return isinstance(entry, Tensor) and entry.dtype == dtype
+def _of(entry: Any, dtype: torch.dtype) -> Tensor | None:
+    return entry if isinstance(entry, Tensor) and entry.dtype == dtype else None

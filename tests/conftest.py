@@ -21,7 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Before collection: tables of cases hold tensors, too."""
     if config.getoption("device") == "emulated":
-        _C.emulate(True)
+        if not hasattr(_C, "emulation"):
+            raise pytest.UsageError("--device emulated is for builds with FUSEDOPT_CUDA=emulated")
+        _C.emulation.use(True)
     if config.getoption("device") != "cuda":
         return
     if not torch.cuda.is_available():

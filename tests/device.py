@@ -11,7 +11,8 @@ DEVICE = torch.get_default_device().type
 
 # A driver for CUDA decides beside the host whether to skip a step for GradScaler: by then the host
 # has made state, moved `step` and bumped versions. The emulated driver does so with CPU tensors.
-STEPS_ON_DEVICE = DEVICE == "cuda" or _C.is_emulated()
+EMULATES = hasattr(_C, "emulation") and _C.emulation.is_used()
+STEPS_ON_DEVICE = DEVICE == "cuda" or EMULATES
 
 
 def on_host(data: Any, **options: Any) -> Tensor:

@@ -63,17 +63,17 @@ class Graph:
             with torch.cuda.graph(self._graph):
                 yield
             return
-        _C.begin_capture()
+        _C.emulation.begin_capture()
         try:
             yield
         finally:
-            _C.end_capture()
+            _C.emulation.end_capture()
 
     def replay(self) -> None:
         if self._graph is not None:
             self._graph.replay()
         else:
-            _C.replay()
+            _C.emulation.replay()
 
 
 @contextmanager
@@ -81,11 +81,11 @@ def _emulating(emulate: bool) -> Iterator[None]:
     if IS_CUDA:
         yield
         return
-    _C.emulate(emulate)
+    _C.emulation.use(emulate)
     try:
         yield
     finally:
-        _C.emulate(True)
+        _C.emulation.use(True)
 
 
 def on_both(run: Callable[[Side], Results]) -> tuple[Results, Results]:

@@ -18,19 +18,18 @@ from typing import Any
 import pytest
 import torch
 from api_helpers import CASES, Case, all_of, assert_equal, by_id, draw
-from device import DEVICE, on_host
+from device import DEVICE, EMULATES, on_host
 from test_api_grads import run_in_threads
 from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
-from fusedopt import _C
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a step returns before the GPU is done")
 
 # Where other programs keep the cores busy, a step may end before the other thread acts: so the next
 # one takes longer.
-SIZES = [1 << bits for bits in (range(14, 21) if _C.is_emulated() else range(18, 25)) for _ in "ab"]
+SIZES = [1 << bits for bits in (range(14, 21) if EMULATES else range(18, 25)) for _ in "ab"]
 
 
 @pytest.fixture(autouse=True)

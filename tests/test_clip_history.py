@@ -109,7 +109,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 if sys.argv[1] == "emulated":
-    fusedopt._C.emulate(True)
+    fusedopt._C.emulation.use(True)
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
 dist.all_reduce = lambda total, group=None: total.mul_(2)
 mesh = init_device_mesh("cpu", (2,))

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import Parameter
 
 import fusedopt
+from fusedopt._state import create_state
 
 INTERRUPTED = """
 import signal, torch, fusedopt
@@ -64,14 +66,13 @@ def test_failed_first_step_stays_the_first(monkeypatch: pytest.MonkeyPatch) -> N
     param = Parameter(torch.zeros(2))
     param.grad = torch.ones(2)
     optimizer = fusedopt.SGD([param], lr=1.0, momentum=0.9, dampening=0.5)
-    create = optimizer._create_state
 
-    def create_too_little(missing: list[tuple[int, int]], on_gpu: bool) -> object:
-        discard = create(missing, on_gpu)
+    def create_too_little(optimizer: Any, missing: Any, on_gpu: bool) -> object:
+        discard = create_state(optimizer, missing, on_gpu)
         del optimizer.state[param]["momentum_buffer"]
         return discard
 
-    monkeypatch.setattr(optimizer, "_create_state", create_too_little)
+    monkeypatch.setattr(fusedopt._optimizer, "create_state", create_too_little)
     with pytest.raises(RuntimeError, match="not there"):
         optimizer.step()
     assert not optimizer.state

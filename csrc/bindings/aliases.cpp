@@ -1,10 +1,9 @@
+#include "bindings/aliases.h"
+
 #include <algorithm>
 
-#include "bindings/plan.h"
-#include "core/overlap.h"
+#include "bindings/operands.h"
 
-// The part of Plan that finds memory which one step would write twice, or read for one element and
-// write for another.
 namespace py = pybind11;
 
 namespace fusedopt {
@@ -38,16 +37,11 @@ bool share_elements(const Region& a, const Region& b) {
 
 }  // namespace
 
-const Dims* Plan::dims_of(const ParamUpdate& update) const {
-  const auto layout = static_cast<size_t>(update.layout);
-  return update.layout == kDense || layout >= dims_.size() ? nullptr : &dims_[layout];
-}
-
 // The memory of one operand.
-Region Plan::region_of(size_t at, int operand) const {
-  const ParamUpdate& update = updates_[at];
+Region AliasCheck::region_of(size_t at, int operand) const {
+  const ParamUpdate& update = table_.updates[at];
   const int64_t item = item_size(update.formats.dtypes[operand]);
-  const Dims* const strided = dims_of(update);
+  const Dims* const strided = table_.dims_of(update);
   const int64_t elements = strided ? extent(*strided, operand) : update.numel;
   return {reinterpret_cast<uintptr_t>(update.data[operand]),
           item,
@@ -58,52 +52,39 @@ Region Plan::region_of(size_t at, int operand) const {
 }
 
 // "exp_avg of parameter 'fc.weight' (group 0, index 3)" for an owner of a region.
-std::string Plan::name_of(const StepContext& context, int64_t owner) const {
+std::string AliasCheck::name_of(const StepContext& context, int64_t owner) const {
   auto at = owner / kMaxOperands;
   const auto operand = static_cast<int>(owner % kMaxOperands);
   size_t g = 0;
-  for (; at >= PyTuple_GET_SIZE(context.groups[g].params.ptr()); ++g)
-    at -= PyTuple_GET_SIZE(context.groups[g].params.ptr());
-  const std::string param =
-      ParamId{context.groups[g].dict.ptr(), static_cast<int64_t>(g), at}.text();
+  for (; at >= context.groups[g].size(); ++g) at -= context.groups[g].size();
+  const Group& group = context.groups[g];
+  const std::string param = ParamId{group.dict.ptr(), static_cast<int64_t>(g), at}.text();
   if (operand == kParam) return param;
-  return name_of_state(updates_[static_cast<size_t>(owner / kMaxOperands)], operand) + " of " +
-         param;
+  return group.options.names[operand]->name() + (" of " + param);
 }
 
-std::string Plan::name_of_state(const ParamUpdate& update, int operand) const {
-  if (operand == kEma) return kEmaParam.name();
-  if (operand == kMaster) {
-    const bool is_split = master_of(update.formats.dtypes[kMaster]) == Master::kSplit;
-    return (is_split ? kParamRemainder : kMasterParam).name();
-  }
-  return row_.state_names[static_cast<size_t>(operand - kFirstState)].name();
-}
-
-// Raises ValueError if the step would write some memory twice. Parameters that rest this time are
-// looked at too if they have been before, so that the answer stands when their turn comes.
-void Plan::refuse_overlap(const StepContext& context) {
-  if (disjoint_) return;
-  ++overlap_checks_;
+void AliasCheck::refuse_overlap(const StepContext& context) {
+  if (table_.is_disjoint) return;
+  ++num_checks_;
   std::vector<Region> regions;
   const auto collect = [&](bool with_resting) {
     regions.clear();
-    for (size_t at = 0; at < updates_.size(); ++at) {
-      const ParamUpdate& update = updates_[at];
-      const bool counts = update.device != kIdle || (with_resting && caches_[at].is_disjoint);
+    for (size_t at = 0; at < table_.updates.size(); ++at) {
+      const ParamUpdate& update = table_.updates[at];
+      const bool counts = update.device != kIdle || (with_resting && table_.caches[at].is_disjoint);
       for (int k = 0; counts && update.numel > 0 && k < kMaxOperands; ++k)
         if (k != kGrad && update.data[k] != nullptr) regions.push_back(region_of(at, k));
     }
   };
   const auto is_resting = [&](int64_t owner) {
-    return updates_[static_cast<size_t>(owner / kMaxOperands)].device == kIdle;
+    return table_.updates[static_cast<size_t>(owner / kMaxOperands)].device == kIdle;
   };
   collect(/*with_resting=*/true);
   auto found = find_overlap(regions);
   if (found && (is_resting(found->first) || is_resting(found->second))) {
     // Its memory may be another's by now.
-    for (size_t at = 0; at < updates_.size(); ++at)
-      if (updates_[at].device == kIdle) caches_[at].is_disjoint = false;
+    for (size_t at = 0; at < table_.updates.size(); ++at)
+      if (table_.updates[at].device == kIdle) table_.caches[at].is_disjoint = false;
     collect(/*with_resting=*/false);
     found = find_overlap(regions);
   }
@@ -114,9 +95,9 @@ void Plan::refuse_overlap(const StepContext& context) {
     throw py::value_error(name_of(context, found->first) + " and " +
                           name_of(context, found->second) +
                           " share memory, so one step would update it twice");
-  for (size_t at = 0; at < updates_.size(); ++at) {
-    if (updates_[at].device != kIdle) caches_[at].is_disjoint = true;
-    caches_[at].checked_grad = nullptr;
+  for (size_t at = 0; at < table_.updates.size(); ++at) {
+    if (table_.updates[at].device != kIdle) table_.caches[at].is_disjoint = true;
+    table_.caches[at].checked_grad = nullptr;
   }
   written_.clear();
   written_.reserve(regions.size());
@@ -125,18 +106,15 @@ void Plan::refuse_overlap(const StepContext& context) {
     written_.push_back({static_cast<uint32_t>(region.owner), region.base >= end});
     end = std::max(end, end_of(region));
   }
-  disjoint_ = true;
+  table_.is_disjoint = true;
 }
 
-// Compares the grads' memory with what the step writes, unless that has been done for the same
-// memory before. Returns true if a grad is written to as another parameter's, so that the order of
-// the parameters counts. Raises ValueError if an element is written to before another has read it.
-bool Plan::check_grads(const StepContext& context) {
+bool AliasCheck::check_grads(const StepContext& context) {
   bool in_order = false;
   size_t guess = 0;
-  for (size_t at = 0; at < updates_.size(); ++at) {
-    const ParamUpdate& update = updates_[at];
-    ParamCache& cache = caches_[at];
+  for (size_t at = 0; at < table_.updates.size(); ++at) {
+    const ParamUpdate& update = table_.updates[at];
+    ParamCache& cache = table_.caches[at];
     if (update.device == kIdle || update.numel == 0) continue;
     if (cache.checked_grad != update.data[kGrad]) {
       cache.reads_others = meets_written(region_of(at, kGrad), guess) && reads_others(context, at);
@@ -149,7 +127,7 @@ bool Plan::check_grads(const StepContext& context) {
 
 // True if bytes of the region may be among those that the step writes. `guess`: where the region
 // before it would be in written_; grads often lie in the order of their parameters.
-bool Plan::meets_written(const Region& region, size_t& guess) const {
+bool AliasCheck::meets_written(const Region& region, size_t& guess) const {
   const auto at = [&](size_t i) {
     const auto owner = static_cast<size_t>(written_[i].owner);
     return region_of(owner / kMaxOperands, static_cast<int>(owner % kMaxOperands));
@@ -157,8 +135,8 @@ bool Plan::meets_written(const Region& region, size_t& guess) const {
   const uintptr_t end = end_of(region);
   const auto is_before = [&](size_t i) {
     const auto owner = static_cast<size_t>(written_[i].owner);
-    return reinterpret_cast<uintptr_t>(updates_[owner / kMaxOperands].data[owner % kMaxOperands]) <
-           end;
+    return reinterpret_cast<uintptr_t>(
+               table_.updates[owner / kMaxOperands].data[owner % kMaxOperands]) < end;
   };
   const bool good = guess <= written_.size() && (guess == 0 || is_before(guess - 1)) &&
                     (guess == written_.size() || !is_before(guess));
@@ -182,20 +160,21 @@ bool Plan::meets_written(const Region& region, size_t& guess) const {
 }
 
 // The exact answer for one grad: whether it is memory of another parameter's.
-bool Plan::reads_others(const StepContext& context, size_t at) {
+bool AliasCheck::reads_others(const StepContext& context, size_t at) {
   const Region grad = region_of(at, kGrad);
   bool others = false;
   for (const Written& written : written_) {
     const auto owner = static_cast<size_t>(written.owner) / kMaxOperands;
     const Region region = region_of(owner, static_cast<int>(written.owner % kMaxOperands));
     if (!have_common_bytes(grad, region)) continue;
-    if (updates_[owner].device == kIdle) {  // not written to; its memory may be the grad's by now
-      disjoint_ = caches_[owner].is_disjoint = false;
+    if (table_.updates[owner].device ==
+        kIdle) {  // not written to; its memory may be the grad's by now
+      table_.is_disjoint = table_.caches[owner].is_disjoint = false;
       continue;
     }
     if (owner == at && are_same_elements(grad, region)) continue;  // read before it is written
     if (!share_elements(grad, region)) continue;
-    if (owner == at || updates_[at].device != kCpu)
+    if (owner == at || table_.updates[at].device != kCpu)
       throw py::value_error(
           "grad of " + name_of(context, owner_of(at, kParam)) + " and " +
           (region.owner == owner_of(at, kParam) ? "the parameter itself"

@@ -1,11 +1,11 @@
+#include "bindings/grad_norm.h"
+
 #include <cmath>
 #include <cstring>
 
-#include "bindings/plan.h"
+#include "bindings/scalars.h"
 #include "bindings/torch_api.h"
 
-// The part of Plan that finds out about the grads before a step: their global norm, and whether all
-// of them are finite.
 namespace py = pybind11;
 
 namespace fusedopt {
@@ -32,51 +32,43 @@ GradStatus read_status(const py::object& numbers) {
 
 }  // namespace
 
-// Whether a GradScaler has found infinite grads itself, and asks for the step to be skipped.
-bool Plan::skips_for(const Scaling& scaling) {
-  return !scaling.found_inf.is_none() && py::float_(scaling.found_inf).cast<double>() > 0;
-}
-
-// Enters into the updates which sum their grads belong to. Returns what combine_totals() needs to
-// know of them, or None if there is just one sum, of this process.
-py::object Plan::classify_grads(const StepContext& context) {
-  if (!context.has_subclasses) return py::none();
+void GradNorm::classify(ParamTable& table, StepContext& context) {
+  if (!context.has_subclasses) return;
   py::list params;
   for (const Group& group : context.groups)
     for (const py::handle param : group.params) params.append(param);
-  const py::tuple classes = classify(params);
+  const py::tuple classes = classify_params(params);
   const py::list of_params = classes[0];
-  for (size_t at = 0; at < updates_.size(); ++at)
-    updates_[at].norm_class = of_params[at].cast<uint8_t>();
-  return classes[1];
+  for (size_t at = 0; at < table.updates.size(); ++at)
+    table.updates[at].norm_class = of_params[at].cast<uint8_t>();
+  context.reductions = classes[1];
 }
 
-void Plan::sum_on_cpu(int num_threads, double* totals, int64_t num_classes) {
+void GradNorm::sum_on_cpu(const ParamTable& table, int num_threads, double* totals,
+                          int64_t num_classes) {
   std::vector<int64_t> sizes;
-  for (const ParamUpdate& update : updates_)
+  for (const ParamUpdate& update : table.updates)
     sizes.push_back(update.device == kCpu ? update.numel : 0);
   if (leaves_.empty() || sizes != leaf_sizes_) {
     leaves_ = plan_leaves(sizes);
     leaves_.shrink_to_fit();
     leaf_sizes_.swap(sizes);
   }
-  std::vector<Layout> layouts;
-  for (const Dims& dims : dims_) layouts.push_back({dims.data(), static_cast<int>(dims.size())});
+  const std::vector<Layout> layouts = table.layouts();
   const py::gil_scoped_release release;
   const std::vector<PartialSum> sums =
-      cpu::sum_squares(updates_.data(), layouts.data(), leaves_, isa_, num_threads);
+      cpu::sum_squares(table.updates.data(), layouts.data(), leaves_, isa_, num_threads);
   for (int64_t c = 0; c < num_classes; ++c)
     sum_leaves(sums.data(), static_cast<int64_t>(sums.size()), static_cast<int32_t>(c),
                totals + 2 * c);
 }
 
-// Reads all grads. What GPUs find out stays there unless the host has to know. Returns whether the
-// step is to be skipped, as far as the host knows.
-bool Plan::sum_squares(StepContext& context, const py::object& reductions, const Scaling& scaling,
-                       Launches& launches, int num_threads, bool checks_grads) {
-  const int64_t num_classes = reductions.is_none() ? 1 : static_cast<int64_t>(py::len(reductions));
+bool GradNorm::measure(const ParamTable& table, StepRequest& request, const StepContext& context,
+                       GpuStep& step, Gpus& gpus) {
+  const int64_t num_classes =
+      context.reductions.is_none() ? 1 : static_cast<int64_t>(py::len(context.reductions));
   const bool is_alone =
-      reductions.is_none() && launches.device_steps.size() + (context.has_cpu ? 1 : 0) <= 1;
+      context.reductions.is_none() && step.devices.size() + (context.has_cpu ? 1 : 0) <= 1;
 
   // A tensor for each device, the CPU first.
   std::vector<py::object> numbers;
@@ -85,66 +77,80 @@ bool Plan::sum_squares(StepContext& context, const py::object& reductions, const
     data.push_back(nullptr);
     numbers.push_back(new_numbers(gpu, kStatusNumbers + 2 * num_classes, data.back()));
   };
-  const bool uses_cpu = context.has_cpu || launches.device_steps.empty();
+  const bool uses_cpu = context.has_cpu || step.devices.empty();
   if (uses_cpu) {
     add_device(-1);
-    sum_on_cpu(num_threads, data.back() + kStatusNumbers, num_classes);
+    sum_on_cpu(table, request.num_threads, data.back() + kStatusNumbers, num_classes);
   }
-  for (cuda::DeviceStep& device_step : launches.device_steps) {
-    add_device(device_step.gpu);
-    device_step.status = reinterpret_cast<GradStatus*>(data.back());
-    device_step.totals = data.back() + kStatusNumbers;
-    device_step.num_classes = num_classes;
-    device_step.finalizes = is_alone;
-    driver_->sum_squares(device_step);
+  for (cuda::DeviceStep& device : step.devices) {
+    add_device(device.gpu);
+    device.status = reinterpret_cast<GradStatus*>(data.back());
+    device.totals = data.back() + kStatusNumbers;
+    device.num_classes = num_classes;
+    device.finalizes = is_alone;
+    gpus.driver().sum_squares(device);
   }
-  if (!is_alone) combine(launches, reductions, numbers, data);
+  if (!is_alone) combine(context, step, gpus, numbers, data);
   if (uses_cpu) {
     const double* const totals = data.front() + kStatusNumbers;
     const GradStatus status =
-        finalize_norm(totals[0], static_cast<int64_t>(totals[1]), context.grads.scale,
+        finalize_norm(totals[0], static_cast<int64_t>(totals[1]), request.grads.scale,
                       /*found_inf=*/false, context.clips);
     std::memcpy(data.front(), &status, sizeof(status));
   }
   set_status(numbers.front());  // from now on, other threads may read it
-  for (const py::object& tensor : numbers) {
-    launches.kept.push_back(tensor);
-    if (launches.captured) captured_.push_back(tensor);
-  }
+  for (const py::object& tensor : numbers) gpus.keep(tensor, context, step);
 
-  const bool errs = std::any_of(context.groups.begin(), context.groups.end(),
-                                [](const Group& group) { return group.errs_if_nonfinite; });
+  const bool errs = context.any_group(&GroupOptions::errs_if_nonfinite);
   if (!uses_cpu && !errs) return false;
   const GradStatus status = read_status(numbers.front());
   const bool is_bad = status.nonfinite > 0 || is_nonfinite(status.grad_norm);
-  const bool is_overflow = checks_grads && status.nonfinite > 0;  // of a GradScaler's scale
-  if (errs && is_bad && !is_overflow && !skips_for(scaling)) raise_nonfinite(status);
-  context.grads.norm = status.grad_norm;
-  if (context.clips && context.has_cpu) rescale(context);
+  const bool is_overflow = request.checks_grads && status.nonfinite > 0;  // of a scaler's scale
+  if (errs && is_bad && !is_overflow && !request.has_found_inf()) raise_nonfinite(status);
+  request.grads.norm = status.grad_norm;
   return status.skip > 0;
 }
 
 // Puts what all devices, and all processes that share the params, have summed into the first class
 // of each.
-void Plan::combine(Launches& launches, const py::object& reductions,
-                   std::vector<py::object>& numbers, std::vector<double*>& data) {
+void GradNorm::combine(const StepContext& context, GpuStep& step, Gpus& gpus,
+                       const std::vector<py::object>& numbers, const std::vector<double*>& data) {
   py::list totals;
   for (const py::object& tensor : numbers)
     totals.append(tensor[py::slice(kStatusNumbers, py::len(tensor), 1)]);
-  const py::list combined = combine_totals(totals, reductions);
-  const bool uses_cpu = numbers.size() > launches.device_steps.size();
+  const py::list combined = combine_totals(totals, context.reductions);
+  const bool uses_cpu = numbers.size() > step.devices.size();
   for (size_t i = 0; i < numbers.size(); ++i) {
     const py::object total = combined[i];
     if (uses_cpu && i == 0) {
       std::memcpy(data[0] + kStatusNumbers, data_of_numbers(total), 2 * sizeof(double));
       continue;
     }
-    cuda::DeviceStep& device_step = launches.device_steps[i - (uses_cpu ? 1 : 0)];
-    launches.kept.push_back(total);
-    if (launches.captured) captured_.push_back(total);
-    device_step.totals = const_cast<double*>(data_of_numbers(total));
-    driver_->finalize_norm(device_step);
+    cuda::DeviceStep& device = step.devices[i - (uses_cpu ? 1 : 0)];
+    gpus.keep(total, context, step);
+    device.totals = const_cast<double*>(data_of_numbers(total));
+    gpus.driver().finalize_norm(device);
   }
+}
+
+py::dict GradNorm::status_fields() {
+  static_assert(sizeof(GradStatus::grad_norm) == 8 && sizeof(GradStatus::nonfinite) == 8 &&
+                sizeof(GradStatus::skip) == 4);
+  py::dict fields;
+  fields["grad_norm"] = py::make_tuple(offsetof(GradStatus, grad_norm), "float64");
+  fields["nonfinite"] = py::make_tuple(offsetof(GradStatus, nonfinite), "int64");
+  fields["skip"] = py::make_tuple(offsetof(GradStatus, skip), "float32");
+  return fields;
+}
+
+py::object GradNorm::status() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return status_;
+}
+
+void GradNorm::set_status(py::object status) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::swap(status_, status);
 }
 
 }  // namespace fusedopt

@@ -1,10 +1,15 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/fingerprint.h"
+#include "bindings/operands.h"
+#include "bindings/optimizers.h"
 #include "bindings/plan.h"
 #include "bindings/torch_api.h"
 #include "bindings/weights.h"
 #include "core/gpu.h"
+#if defined(FUSEDOPT_EMULATED)
+#include "core/emulation.h"
+#endif
 
 namespace py = pybind11;
 
@@ -36,43 +41,26 @@ void check_group(const std::string& optimizer, const py::dict& group, int64_t in
   fusedopt::find_optimizer(optimizer).read(reader);
 }
 
-// Reads a param group that has been checked.
-fusedopt::HyperParams read_group(const fusedopt::OptimizerRow& row, const py::object& group,
-                                 int64_t index) {
-  const py::object dict = fusedopt::as_dict(group.ptr(), "param group");
-  fusedopt::GroupReader reader(dict.ptr(), index, /*leave_on_gpu=*/true);
-  return row.read(reader).values;
-}
-
 void check_state(const std::string& optimizer, const py::dict& state, const py::dict& group,
                  int64_t group_index, int64_t index) {
   const fusedopt::OptimizerRow& row = fusedopt::find_optimizer(optimizer);
-  const fusedopt::States in_use = states_in_use(row, read_group(row, group, group_index));
-  fusedopt::refuse_partial(row, in_use, state.ptr(), {group.ptr(), group_index, index},
+  fusedopt::GroupReader reader(group.ptr(), group_index, /*leave_on_gpu=*/true);
+  const fusedopt::ParamId id = {group.ptr(), group_index, index};
+  fusedopt::refuse_partial(row, read_options(row, reader).states, state.ptr(), id.text(),
                            /*is_checkpoint=*/true);
 }
 
-// Names of the states that the group's options have a use for, of those that are left out because
-// they have none, and whether there is a "step".
-py::tuple state_names(const std::string& optimizer, const py::object& group) {
-  const fusedopt::OptimizerRow& row = fusedopt::find_optimizer(optimizer);
-  const fusedopt::HyperParams hyper = read_group(row, group, 0);
-  const fusedopt::States in_use = states_in_use(row, hyper);
-  py::list used, left_out;
-  for (size_t s = 0; s < row.state_names.size(); ++s) {
-    if ((in_use >> s & 1) != 0)
-      used.append(row.state_names[s].name());
-    else if ((row.omissible >> s & 1) != 0)
-      left_out.append(row.state_names[s].name());
-  }
-  return py::make_tuple(used, left_out, counts_steps(row, hyper));
+fusedopt::StateSpec state_spec(const std::string& optimizer, const py::object& group,
+                               const py::object& dtype) {
+  const py::object dict = fusedopt::as_dict(group.ptr(), "param group");
+  fusedopt::GroupReader reader(dict.ptr(), 0, /*leave_on_gpu=*/true);
+  return fusedopt::state_spec(fusedopt::find_optimizer(optimizer), reader, dtype);
 }
 
-// The controls of the emulated CUDA driver.
-const fusedopt::cuda::Emulation& emulation() {
-  if (fusedopt::cuda::emulation() == nullptr)
-    throw std::runtime_error("this is no build with FUSEDOPT_CUDA=emulated");
-  return *fusedopt::cuda::emulation();
+// Whether this is a tensor whose value only a GPU knows.
+bool is_on_gpu(const py::object& tensor) {
+  return fusedopt::is_tensor(tensor.ptr()) &&
+         (fusedopt::cuda::is_emulated() || tensor.attr("is_cuda").cast<bool>());
 }
 
 }  // namespace
@@ -84,24 +72,42 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def(py::init<const std::string&, const std::string&, int64_t>(), py::arg("optimizer"),
            py::arg("isa"), py::arg("chunk_elements") = 0)
       .def("step", &fusedopt::Plan::step, py::arg("param_groups"), py::arg("state"),
-           py::arg("grad_scale"), py::arg("found_inf"), py::arg("create_state"),
-           py::arg("num_threads"), py::arg("checks_grads"))
+           py::arg("grad_scale"), py::arg("found_inf"), py::arg("num_threads"),
+           py::arg("checks_grads"))
       .def_property_readonly("grad_status", &fusedopt::Plan::status)
       .def("bookkeeping_bytes", &fusedopt::Plan::bookkeeping_bytes)
       .def("overlap_checks", &fusedopt::Plan::overlap_checks);
+  py::class_<fusedopt::PendingStep>(m, "PendingStep")
+      .def_readonly("missing", &fusedopt::PendingStep::missing)
+      .def_readonly("counts_on_gpu", &fusedopt::PendingStep::counts_on_gpu)
+      .def_readonly("has_run", &fusedopt::PendingStep::has_run)
+      .def("run", &fusedopt::PendingStep::run)
+      .def("close", &fusedopt::PendingStep::close);
+  py::class_<fusedopt::StateSpec>(m, "StateSpec")
+      .def_readonly("entries", &fusedopt::StateSpec::entries)
+      .def_readonly("left_out", &fusedopt::StateSpec::left_out)
+      .def_readonly("unused", &fusedopt::StateSpec::unused)
+      .def_readonly("counts_steps", &fusedopt::StateSpec::counts_steps)
+      .def_readonly("weight_dtype", &fusedopt::StateSpec::weight_dtype);
+  m.attr("WEIGHTS_IN_STATE") = fusedopt::names_of_weights();
+  m.attr("GRAD_STATUS") = fusedopt::GradNorm::status_fields();
   m.def("check_group", &check_group, py::arg("optimizer"), py::arg("group"), py::arg("index"),
         py::arg("is_construction") = false);
   m.def("check_state", &check_state, py::arg("optimizer"), py::arg("state"), py::arg("group"),
         py::arg("group_index"), py::arg("index"));
-  m.def("state_names", &state_names, py::arg("optimizer"), py::arg("group"));
+  m.def("state_spec", &state_spec, py::arg("optimizer"), py::arg("group"), py::arg("dtype"));
   m.def("join_weights", &fusedopt::join_weights, py::arg("param"), py::arg("remainder"),
         py::arg("weight"));
   m.def("split_weights", &fusedopt::split_weights, py::arg("weight"), py::arg("param"),
         py::arg("remainder"));
   m.def("build_info", &build_info);
-  m.def("is_emulated", &fusedopt::cuda::is_emulated);
-  m.def("emulate", [](bool emulate) { emulation().use(emulate); }, py::arg("emulate"));
-  m.def("begin_capture", [] { emulation().begin_capture(); });
-  m.def("end_capture", [] { emulation().end_capture(); });
-  m.def("replay", [] { emulation().replay(); });
+  m.def("is_on_gpu", &is_on_gpu, py::arg("tensor"));
+#if defined(FUSEDOPT_EMULATED)
+  py::module_ emulation = m.def_submodule("emulation");
+  emulation.def("use", &fusedopt::cuda::emulation::use, py::arg("emulate"));
+  emulation.def("is_used", &fusedopt::cuda::is_emulated);
+  emulation.def("begin_capture", &fusedopt::cuda::emulation::begin_capture);
+  emulation.def("end_capture", &fusedopt::cuda::emulation::end_capture);
+  emulation.def("replay", &fusedopt::cuda::emulation::replay);
+#endif
 }

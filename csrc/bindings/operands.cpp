@@ -10,7 +10,7 @@ namespace fusedopt {
 namespace {
 
 std::string subject(const Operands& operands, int k) {
-  return subject(operands.id, k == kParam ? "" : operands.names[k]);
+  return subject(operands.id, k == kParam ? "" : operands.names[k]->name());
 }
 
 [[noreturn]] void raise_unreadable(const Operands& operands, int k) {

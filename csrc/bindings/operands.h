@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "bindings/python.h"
+#include "bindings/options.h"
 #include "bindings/torch_api.h"
 #include "core/hyper.h"
 #include "core/layout.h"
@@ -22,16 +22,22 @@ struct ParamId {
   std::string text() const;  // "parameter 'fc.weight' (group 0, index 3)"
 };
 
+// What names the params and grads among the operands.
+inline const Key kParamName("param"), kGradName("grad");
+
+// One parameter in one step: what is found in Python's objects, and then what is read of it.
 struct Operands {
   ParamId id;
   References& held;  // where what is found on the way to a tensor's memory is kept
   // Each in its place (core/layout.h), which is in use if it has a name.
-  PyObject* tensors[kMaxOperands] = {};  // borrowed; null for state that is missing
-  const char* names[kMaxOperands] = {"param", "grad"};
-  TensorView views[kMaxOperands];
-  PyObject* step = nullptr;  // borrowed, null for optimizers that do not count
+  PyObject* tensors[kMaxOperands] = {};  // borrowed from `held`; null for state that is missing
+  const Key* names[kMaxOperands] = {&kParamName, &kGradName};
+  TensorView views[kMaxOperands];  // of those that have been read
+  PyObject* state = nullptr;       // the dict they are from
+  PyObject* step = nullptr;        // null if it is missing, and for optimizers that do not count
   Master master = Master::kNone;
   StochasticRounding rounding = StochasticRounding::kNone;
+  bool is_complete = false;  // the state has all that is in use
 
   Operands(const ParamId& at, References& references) : id(at), held(references) {}
   bool has(int k) const { return names[k] != nullptr; }

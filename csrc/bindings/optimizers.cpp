@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "bindings/memory.h"
 #include "bindings/torch_api.h"
 
 namespace py = pybind11;
@@ -11,15 +10,12 @@ namespace py = pybind11;
 namespace fusedopt {
 namespace {
 
-const Key kParams("params"), kLr("lr"), kWeightDecay("weight_decay"), kMaximize("maximize");
-const Key kDifferentiable("differentiable");
+const Key kLr("lr"), kWeightDecay("weight_decay"), kMaximize("maximize");
 const Key kMomentum("momentum"), kDampening("dampening"), kNesterov("nesterov");
-const Key kBetas("betas"), kEps("eps"), kAmsgrad("amsgrad"), kCapturable("capturable");
+const Key kEps("eps"), kAmsgrad("amsgrad"), kDifferentiable("differentiable");
 const Key kDecoupledWeightDecay("decoupled_weight_decay");
 const Key kLrIndependent("lr_independent_weight_decay");
-const Key kStateDtype("state_dtype"), kMasterWeights("master_weights");
-const Key kStochasticRounding("stochastic_rounding"), kRoundingSeed("rounding_seed");
-const Key kMaxGradNorm("max_grad_norm"), kErrorIfNonfinite("error_if_nonfinite");
+const Key kRoundingSeed("rounding_seed"), kMaxGradNorm("max_grad_norm");
 const Key kEmaDecay("ema_decay"), kEmaBiasCorrection("ema_bias_correction");
 
 // What a group adds to torch's options: all that is off has no effect.
@@ -43,8 +39,8 @@ void read_additions(GroupReader& group, HyperParams& hyper) {
   group.require(seed >= 0 && seed <= UINT32_MAX && seed == std::floor(seed),
                 "rounding_seed must be a whole number from 0 to 2**32 - 1", seed);
   hyper.rounding_seed = static_cast<uint32_t>(seed);
-  group.check_state_dtype();
-  group.master_weights();  // checks it
+  group.state_dtype();  // checks it
+  group.master_weights();
 }
 
 void read_common(GroupReader& group, cuda::HyperParamsRef& source) {
@@ -106,149 +102,110 @@ const OptimizerRow kOptimizers[] = {
      read_adam},
 };
 
+// Calls visit(name) for all that a state with these options has no use for.
+template <class Visit>
+void visit_unused(const OptimizerRow& row, const GroupOptions& options, Master master,
+                  const Visit& visit) {
+  for (size_t s = 0; s < row.state_names.size(); ++s)
+    if ((row.omissible & ~options.states) >> s & 1) visit(row.state_names[s]);
+  if (master != Master::kFloat32) visit(kMasterParam);
+  if (master != Master::kSplit) visit(kParamRemainder);
+  if (!options.source.values.has_ema()) visit(kEmaParam);
+  if (!options.counts_steps) visit(kStep);
+}
+
 }  // namespace
 
-void GroupReader::fail(const std::string& what) const {
-  throw py::value_error(what + " (param group " + std::to_string(index_) + ")");
-}
-
-void GroupReader::require(bool holds, const char* what, double value) const {
-  if (!holds || !std::isfinite(value))
-    fail(std::string(what) + ": " + std::string(py::str(py::float_(value))));
-}
-
-py::object GroupReader::find(const Key& key) const { return lookup(group_, key.object()); }
-
-// Stands in for a number that stays on a GPU: within the range of every option.
-constexpr double kUnknownNumber = 0.5;
-
-bool GroupReader::find_on_gpu(py::handle value, const char* name, cuda::DeviceScalar& on_gpu) {
-  TensorView view;
-  try {
-    if (!is_tensor(value.ptr()) || !read_tensor(value.ptr(), view, held_)) return false;
-  } catch (const UnknownTensorType&) {
-    return false;  // item() will know
-  }
-  if (!is_on_gpu(view)) return false;
-  if (cuda::is_emulated() && !is_capturable()) return false;
-  if (!view.is_supported || view.is_complex || item_size(view.dtype) < 4 ||
-      count_elements(view) != 1)
-    fail(std::string(name) + " is " + describe(value.ptr()) +
-         ", but on a GPU it must be one float32 or float64 number");
-  if (scalars_gpu_ >= 0 && scalars_gpu_ != view.device_id)
-    fail(std::string(name) + " is on cuda:" + std::to_string(view.device_id) +
-         ", other options of the group are on cuda:" + std::to_string(scalars_gpu_));
-  held_.hold(py::reinterpret_borrow<py::object>(value));
-  scalars_gpu_ = view.device_id;
-  on_gpu = {view.data, view.dtype};
-  return true;
-}
-
-double GroupReader::to_number(py::handle value, const char* name, cuda::DeviceScalar* on_gpu) {
-  if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
-  if (PyLong_CheckExact(value.ptr())) {
-    const double number = PyLong_AsDouble(value.ptr());
-    if (number != -1 || !PyErr_Occurred()) return number;
-    PyErr_Clear();
-    fail(std::string(name) + " is too large");
-  }
-  if (leave_on_gpu_ && on_gpu && find_on_gpu(value, name, *on_gpu)) return kUnknownNumber;
-  const bool is_text = PyUnicode_Check(value.ptr()) || PyBytes_Check(value.ptr());
-  if (!is_text && py::hasattr(value, "numel") && value.attr("numel")().cast<int64_t>() != 1)
-    fail(std::string("Tensor ") + name + " must be 1-element");
-  // item() and not float(): a tensor that requires grad would warn.
-  const py::object item = py::hasattr(value, "item") ? py::object(value.attr("item")())
-                                                     : py::reinterpret_borrow<py::object>(value);
-  const double number = is_text ? -1 : PyFloat_AsDouble(item.ptr());
-  if (is_text || PyErr_Occurred()) {
-    PyErr_Clear();
-    throw py::type_error(std::string(name) + " must be a number or a tensor of one element, got " +
-                         std::string(py::repr(value)) + " (param group " + std::to_string(index_) +
-                         ")");
-  }
-  return number;
-}
-
-double GroupReader::number(const Key& key, cuda::DeviceScalar& on_gpu) {
-  const py::object value = find(key);
-  if (!value) fail(std::string("the group has no '") + key.name() + "'");
-  return to_number(value, key.name(), &on_gpu);
-}
-
-bool GroupReader::has(const Key& key) const {
-  const py::object value = find(key);
-  return value && !value.is_none();
-}
-
-double GroupReader::number_or(const Key& key, double otherwise) {
-  const py::object value = find(key);  // once: another thread may take it out
-  return value && !value.is_none() ? to_number(value, key.name(), nullptr) : otherwise;
-}
-
-Master GroupReader::master_weights() const {
-  const py::object value = find(kMasterWeights);
-  if (!value || value.is_none()) return Master::kNone;
-  if (PyUnicode_Check(value.ptr())) {
-    if (PyUnicode_CompareWithASCIIString(value.ptr(), "float32") == 0) return Master::kFloat32;
-    if (PyUnicode_CompareWithASCIIString(value.ptr(), "split") == 0) return Master::kSplit;
-  }
-  fail("master_weights must be 'float32', 'split' or None, got " + std::string(py::repr(value)));
-}
-
-void GroupReader::check_state_dtype() const {
-  const py::object value = find(kStateDtype);
-  if (value && !value.is_none() && !is_state_dtype(value.ptr()))
-    fail("state_dtype must be torch.float32, torch.bfloat16 or None, got " +
-         std::string(py::repr(value)));
-}
-
-bool GroupReader::errs_if_nonfinite() const { return flag(kErrorIfNonfinite); }
-
-bool GroupReader::flag(const Key& key) const {
-  const py::object value = find(key);
-  if (!value) return false;
-  const int truth = PyObject_IsTrue(value.ptr());
-  if (truth < 0) throw py::error_already_set();
-  return truth != 0;
-}
-
-StochasticRounding GroupReader::stochastic_rounding() const {
-  if (!has(kStochasticRounding)) return StochasticRounding::kSecondMoments;
-  return flag(kStochasticRounding) ? StochasticRounding::kAll : StochasticRounding::kNone;
-}
-
-py::object GroupReader::params() const {
-  const py::object params = find(kParams);
-  if (!params || is_tensor(params.ptr()) || !PyObject_HasAttrString(params.ptr(), "__iter__"))
-    throw py::type_error("params of param group " + std::to_string(index_) +
-                         " must be a list or another sequence of tensors");
-  return as_tuple(params.ptr());
-}
-
-bool GroupReader::is_capturable() const { return flag(kCapturable); }
-
-void GroupReader::betas(cuda::HyperParamsRef& source) {
-  const py::object pair = find(kBetas);
-  py::tuple values;
-  if (pair && !PyUnicode_Check(pair.ptr()) && py::hasattr(pair, "__iter__"))
-    values = as_tuple(pair.ptr());
-  if (values.size() != 2) fail("betas must be a pair of numbers");
-  source.values.beta1 = to_number(values[0], "betas[0]", &source.beta1);
-  source.values.beta2 = to_number(values[1], "betas[1]", &source.beta2);
-}
-
-States states_in_use(const OptimizerRow& row, const HyperParams& hyper) {
-  States in_use = 0;
+GroupOptions read_options(const OptimizerRow& row, GroupReader& reader) {
+  GroupOptions options = {};
+  options.source = row.read(reader);
+  options.scalars_gpu = reader.scalars_gpu();
+  options.capturable = reader.is_capturable();
+  options.errs_if_nonfinite = reader.errs_if_nonfinite();
+  options.master_weights = reader.master_weights();
+  const HyperParams& hyper = options.source.values;
   with_rule(row.rule, [&](auto rule) {
     const auto variant = rule.variant(hyper);
-    for (int s = 0; s < rule.kNumStates; ++s)
-      if (variant.uses(s)) in_use |= 1u << s;
+    options.variant = static_cast<uint8_t>(variant.number());
+    for (int s = 0; s < rule.kNumStates; ++s) {
+      if (!variant.uses(s)) continue;
+      options.states |= 1u << s;
+      options.names[kFirstState + s] = &row.state_names[static_cast<size_t>(s)];
+    }
   });
-  return in_use;
+  if (options.master_weights == Master::kFloat32) options.names[kMaster] = &kMasterParam;
+  if (options.master_weights == Master::kSplit) options.names[kMaster] = &kParamRemainder;
+  if (hyper.has_ema()) options.names[kEma] = &kEmaParam;
+  options.counts_steps =
+      row.always_counts || hyper.has_ema() || hyper.stochastic_rounding == StochasticRounding::kAll;
+  options.has_state =
+      options.counts_steps || std::any_of(std::begin(options.names), std::end(options.names),
+                                          [](const Key* name) { return name != nullptr; });
+  return options;
 }
 
-void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state, const ParamId& id,
-                    bool is_checkpoint) {
+std::optional<Master> master_for(Master wanted, DType param, bool is_complex) {
+  if (wanted == Master::kNone) return wanted;
+  if (wanted == Master::kFloat32 && item_size(param) > 2) return Master::kNone;
+  if (is_complex || (wanted == Master::kSplit && param != DType::kBFloat16)) return std::nullopt;
+  return wanted;
+}
+
+StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::object& dtype) {
+  const GroupOptions options = read_options(row, reader);
+  const TorchDType param = read_torch_dtype(dtype);
+  const std::optional<Master> master =
+      master_for(options.master_weights, param.dtype, param.is_complex);
+  if (!master)
+    throw py::value_error("master_weights='" +
+                          std::string(options.master_weights == Master::kSplit
+                                          ? "split' is for torch.bfloat16"
+                                          : "float32' is for real numbers") +
+                          ", not for " + std::string(py::str(dtype)));
+  const auto torch = py::module_::import("torch");
+  // Weights and averages of 16-bit params are wider than these.
+  const bool is_narrow = !param.is_complex && item_size(param.dtype) == 2;
+  const py::object wide = is_narrow ? torch.attr("float32") : dtype;
+  py::object state_dtype = reader.state_dtype();
+  if (state_dtype.is_none()) state_dtype = dtype;
+  StateSpec spec;
+  spec.counts_steps = options.counts_steps;
+  spec.weight_dtype = wide;
+  const auto add = [](py::list& list, const Key& name, const char* kind, const py::object& dtype) {
+    list.append(py::make_tuple(name.name(), kind, dtype));
+  };
+  for (size_t s = 0; s < row.state_names.size(); ++s) {
+    if ((options.states >> s & 1) != 0)
+      add(spec.entries, row.state_names[s], "state", state_dtype);
+    else if ((row.omissible >> s & 1) != 0)
+      add(spec.left_out, row.state_names[s], "state", state_dtype);
+  }
+  if (*master == Master::kFloat32) add(spec.entries, kMasterParam, "master", wide);
+  if (*master == Master::kSplit)
+    add(spec.entries, kParamRemainder, "remainder", torch.attr("int16"));
+  if (options.source.values.has_ema()) add(spec.entries, kEmaParam, "average", wide);
+  visit_unused(row, options, *master, [&](const Key& name) { spec.unused.append(name.name()); });
+  return spec;
+}
+
+py::dict names_of_weights() {
+  py::dict names;
+  names["master"] = kMasterParam.name();
+  names["remainder"] = kParamRemainder.name();
+  names["average"] = kEmaParam.name();
+  return names;
+}
+
+bool has_unused(const OptimizerRow& row, const GroupOptions& options, Master master,
+                PyObject* state) {
+  bool found = false;
+  visit_unused(row, options, master,
+               [&](const Key& name) { found = found || lookup(state, name.object()); });
+  return found;
+}
+
+void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state,
+                    const std::string& place, bool is_checkpoint) {
   const auto has = [&](const Key& key) {
     const py::object value = lookup(state, key.object());
     return value && !value.is_none();
@@ -278,15 +235,10 @@ void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state, con
     if (!is_master) others += (others.empty() ? "" : ", ") + std::string(py::repr(key));
   }
   if (others.empty()) return;  // a parameter that has not been stepped
-  throw py::value_error("the state of " + id.text() + " has no '" + missing->name() +
-                        "', but has " + others +
+  throw py::value_error("the state of " + place + " has no '" + missing->name() + "', but has " +
+                        others +
                         ": it is another optimizer's, or incomplete; load all of it, or delete the "
                         "parameter's state for a fresh start");
-}
-
-bool counts_steps(const OptimizerRow& row, const HyperParams& hyper) {
-  return row.always_counts || hyper.has_ema() ||
-         hyper.stochastic_rounding == StochasticRounding::kAll;
 }
 
 const OptimizerRow& find_optimizer(const std::string& name) {

@@ -2,84 +2,18 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "bindings/operands.h"
-#include "bindings/python.h"
-#include "core/gpu.h"
+#include "bindings/options.h"
+#include "core/layout.h"
+#include "core/rules.h"
 
 // The table of optimizers: for each, the names torch gives to its state and how a param group's
-// options become the rule's numbers. One row is what adding an optimizer takes here.
+// options become the rule's numbers. One row is what adding an optimizer takes here. It is also the
+// only source of what a parameter's state holds: fusedopt/_state.py asks for a StateSpec.
 namespace fusedopt {
-
-// A string that is looked up in dicts again and again.
-class Key {
- public:
-  explicit Key(const char* name) : name_(name), object_(PyUnicode_InternFromString(name)) {}
-  const char* name() const { return name_; }
-  PyObject* object() const { return object_; }  // borrowed
-
- private:
-  const char* name_;
-  PyObject* object_;  // interned, and kept for good
-};
-
-// What a state may have whatever the optimizer.
-inline const Key kStep("step");
-inline const Key kMasterParam("master_param"), kParamRemainder("param_remainder");
-inline const Key kEmaParam("ema_param");
-
-// Which values of options are refused. torch looks at an optimizer's defaults when it is made, and
-// at nothing later: schedules may leave the ranges, if only by rounding.
-enum class Ranges {
-  kOfTorch,
-  kSensible,  // what a step can compute with
-};
-
-// Reads options of one param group; raises ValueError or TypeError naming option and group.
-class GroupReader {
- public:
-  // Numbers on a GPU are left there if `leave_on_gpu`: a valid number then stands in for them.
-  GroupReader(PyObject* group, int64_t index, bool leave_on_gpu, Ranges ranges = Ranges::kSensible)
-      : group_(group), index_(index), leave_on_gpu_(leave_on_gpu), ranges_(ranges) {}
-
-  // A Python number or a tensor of one element; `on_gpu` tells where it is, if it was left there.
-  double number(const Key& key, cuda::DeviceScalar& on_gpu);
-  bool flag(const Key& key) const;  // false if the group lacks it
-  StochasticRounding stochastic_rounding() const;
-  // A Python number or a tensor of one element; `otherwise` if the group lacks it or it is None.
-  double number_or(const Key& key, double otherwise);
-  bool has(const Key& key) const;  // and it is not None
-  Master master_weights() const;
-  void betas(cuda::HyperParamsRef& source);
-  pybind11::object params() const;  // a tuple
-  bool is_capturable() const;
-  bool errs_if_nonfinite() const;
-  void check_state_dtype() const;
-  int scalars_gpu() const { return scalars_gpu_; }  // the GPU they were left on, or -1
-  [[noreturn]] void fail(const std::string& what) const;
-  // Fails for infinite and NaN values.
-  void require(bool holds, const char* what, double value) const;
-  // As require(), but only for values that torch refuses when an optimizer is made.
-  void require_at_first(bool holds, const char* what, double value) const {
-    require(holds || !is_strict(), what, value);
-  }
-  bool is_strict() const { return ranges_ == Ranges::kOfTorch; }
-  References& held() { return held_; }  // tensors whose memory the numbers on a GPU are in
-
- private:
-  pybind11::object find(const Key& key) const;  // a null object if it is not there
-  double to_number(pybind11::handle value, const char* name, cuda::DeviceScalar* on_gpu);
-  bool find_on_gpu(pybind11::handle value, const char* name, cuda::DeviceScalar& on_gpu);
-
-  PyObject* group_;
-  int64_t index_;
-  bool leave_on_gpu_;
-  Ranges ranges_;
-  int scalars_gpu_ = -1;
-  References held_;
-};
 
 // States of a rule, a bit for each.
 using States = unsigned;
@@ -94,19 +28,58 @@ struct OptimizerRow {
   cuda::HyperParamsRef (*read)(GroupReader& group);  // checks every value
 };
 
-// The states that a param group's options have a use for.
-States states_in_use(const OptimizerRow& row, const HyperParams& hyper);
+// What a state may have whatever the optimizer.
+inline const Key kStep("step");
+inline const Key kMasterParam("master_param"), kParamRemainder("param_remainder");
+inline const Key kEmaParam("ema_param");
 
-// Whether a parameter's state has "step".
-bool counts_steps(const OptimizerRow& row, const HyperParams& hyper);
+// What the options of a param group come to.
+struct GroupOptions {
+  cuda::HyperParamsRef source;
+  int scalars_gpu;  // where the numbers of `source` are that are on a GPU, or -1
+  uint8_t variant;  // of the rule, its number
+  bool capturable;
+  bool errs_if_nonfinite;
+  Master master_weights;
+  bool has_state;
+  bool counts_steps;  // the state has a "step"
+  States states;      // of the rule that are in use
+  // What the state has, in the places of the operands; nullptr for what it has not. Not every param
+  // has a master weight (master_for()).
+  const Key* names[kMaxOperands];
+};
+GroupOptions read_options(const OptimizerRow& row, GroupReader& reader);
+
+// The kind of master weight of a param of this dtype in a group that wants `wanted`. Params of 32
+// bits and more are their weights. nullopt: such a param cannot have it.
+std::optional<Master> master_for(Master wanted, DType param, bool is_complex);
+
+// What the state of a parameter of a dtype (a torch.dtype) is to hold.
+struct StateSpec {
+  // (name, kind, torch.dtype) of each tensor but "step". Kinds are "state", which begins as zeros,
+  // "master", "remainder" and "average".
+  pybind11::list entries;
+  pybind11::list left_out;        // of the optimizer, but the options have no use for them
+  pybind11::list unused;          // names of all that other options may have left in the state
+  bool counts_steps;              // there is a "step"
+  pybind11::object weight_dtype;  // of master weights, averages and copies of the weights
+};
+StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const pybind11::object& dtype);
+
+// The names in a state of the kinds "master", "remainder" and "average".
+pybind11::dict names_of_weights();
+
+// Whether a state has any of what StateSpec::unused lists.
+bool has_unused(const OptimizerRow& row, const GroupOptions& options, Master master,
+                PyObject* state);
 
 // Raises ValueError for a state that lacks some of what every step of the optimizer leaves there,
 // but holds other things: it is another optimizer's, or was cut short. What an option needs may be
 // missing, since it may have been switched on later. A state that some options have no use for
 // (exp_avg, with a beta1 of 0) may be missing if all else is there, but not from a checkpoint,
-// which is written with all of them.
-void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state, const ParamId& id,
-                    bool is_checkpoint);
+// which is written with all of them. `place`: the parameter, for the message.
+void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state,
+                    const std::string& place, bool is_checkpoint);
 
 // Raises ValueError for an unknown name.
 const OptimizerRow& find_optimizer(const std::string& name);

@@ -1,9 +1,9 @@
 #include "bindings/plan.h"
 
-#include <algorithm>
 #include <exception>
 #include <optional>
 
+#include "bindings/scalars.h"
 #include "bindings/torch_api.h"
 
 namespace py = pybind11;
@@ -18,228 +18,123 @@ cpu::Isa find_isa(const std::string& name) {
                         cpu::isa_name(cpu::best_isa()) + "' is the highest that is");
 }
 
-// Clears a flag and drops what a step holds, however it ends.
-template <class F>
-class AtExit {
- public:
-  explicit AtExit(F f) : f_(std::move(f)) {}
-  ~AtExit() { f_(); }
-  AtExit(const AtExit&) = delete;
-  AtExit& operator=(const AtExit&) = delete;
-
- private:
-  F f_;
-};
-
 }  // namespace
 
-Plan::Plan(const std::string& optimizer, const std::string& isa, int64_t chunk_elements)
-    : row_(find_optimizer(optimizer)), isa_(find_isa(isa)), chunk_elements_(chunk_elements) {
-  if (chunk_elements < 0) throw py::value_error("chunk_elements must not be negative");
-  with_rule(row_.rule, [&](auto rule) {
-    for (int s = 0; s < rule.kNumStates; ++s)
-      if (rule.is_second_moment(s)) second_moments_ |= 1u << s;
-  });
+Plan::Running::Running(Plan& plan) : plan_(&plan) {
+  if (plan.running_.test_and_set(std::memory_order_acquire))
+    throw std::runtime_error("step() of this optimizer is already running in another thread");
+  plan.held_.reserve(plan.num_held_);
 }
 
-// Of all that a plan does, one thing at a time. To be ended by running_.clear().
-void Plan::begin() {
-  if (running_.test_and_set(std::memory_order_acquire))
-    throw std::runtime_error("step() of this optimizer is already running in another thread");
+void Plan::Running::end() {
+  Plan* const plan = std::exchange(plan_, nullptr);
+  if (plan == nullptr) return;
+  plan->num_held_ = plan->held_.size();
+  const References done = plan->held_.take();  // to be let go of last, for that may run anything
+  plan->running_.clear(std::memory_order_release);
+}
+
+Plan::Plan(const std::string& optimizer, const std::string& isa, int64_t chunk_elements)
+    : row_(find_optimizer(optimizer)),
+      isa_(find_isa(isa)),
+      chunk_elements_(chunk_elements),
+      collector_(row_, table_, held_),
+      aliases_(table_),
+      norm_(isa_) {
+  if (chunk_elements < 0) throw py::value_error("chunk_elements must not be negative");
 }
 
 py::object Plan::step(const py::object& param_groups, const py::object& state,
-                      const py::object& grad_scale, const py::object& found_inf,
-                      const py::function& create_state, int num_threads, bool checks_grads) {
-  begin();
-  held_.reserve(num_held_);
-  const AtExit at_exit([this] {
-    num_held_ = held_.size();
-    const References done = held_.take();  // to be let go of last, for that may run anything
-    running_.clear(std::memory_order_release);
-  });
-  set_status(py::none());
-  Scaling scaling;
-  scaling.found_inf = found_inf;
-  if (is_tensor(grad_scale.ptr())) scaling.grad_scale = grad_scale;
-  GradInfo grads;
-  grads.scale = scaling.grad_scale.is_none() ? grad_scale.cast<double>() : 1.0;
-  if (!(grads.scale > 0)) throw py::value_error("grad_scale must be positive");
+                      const py::object& grad_scale, const py::object& found_inf, int num_threads,
+                      bool checks_grads) {
+  Running running(*this);
+  norm_.set_status(py::none());
+  const bool is_on_gpu = is_tensor(grad_scale.ptr());
+  StepRequest request = {param_groups, state, is_on_gpu ? grad_scale : py::none(),
+                         found_inf,    {},    num_threads,
+                         checks_grads};
+  if (!is_on_gpu) request.grads.scale = grad_scale.cast<double>();
+  if (!(request.grads.scale > 0)) throw py::value_error("grad_scale must be positive");
 
-  gpu_counts_ = gpu_counts_ || scaling.is_on_gpu();
-  StepContext context = collect(param_groups, state, grads, false);
-  const bool capturing = refuse_capture(context);
-  if (context.has_cpu && scaling.is_on_gpu()) {  // only now does the host need to know
-    if (!found_inf.is_none() && py::float_(found_inf).cast<double>() > 0) return py::none();
-    if (!scaling.grad_scale.is_none()) grads.scale = py::float_(grad_scale).cast<double>();
-    context = collect(param_groups, state, grads, false);
-  }
-  const bool reads_grads = context.clips || checks_grads;
-  const bool gpu_counts =
-      !context.gpus.empty() &&
-      (context.has_gpu_counts || scaling.is_on_gpu() || reads_grads ||
-       std::any_of(context.groups.begin(), context.groups.end(),
-                   [](const Group& group) { return group.capturable || group.scalars_gpu >= 0; }));
-  if (gpu_counts != context.gpu_counts) {
-    gpu_counts_ = gpu_counts;
-    context = collect(param_groups, state, grads, false);
-  }
-  if (capturing && !context.missing.empty())
+  StepContext context = collector_.collect(param_groups, state, /*is_second=*/false);
+  if (!check(request, context)) return py::none();
+  bool has_run = false;
+  if (context.missing.empty()) return run(request, context, has_run);
+  if (context.is_captured)
     throw std::runtime_error(
         "step() is captured into a CUDA graph, but the state of some parameters is not there or "
         "their step is on the CPU, and every replay would set them up again; make a step before "
         "the capture");
-  refuse_overlap(context);
-  in_order_ = check_grads(context);
-
-  Launches launches = {};
-  launches.captured = capturing;
-  py::object reductions = reads_grads ? classify_grads(context) : py::none();
-  if (reads_grads && context.gpus.empty() &&
-      sum_squares(context, reductions, scaling, launches, num_threads, checks_grads))
-    return py::none();  // before anything is created
-  py::object discard = py::none();
-  bool skips = false;
-  try {
-    if (!context.missing.empty()) {
-      discard = create_state(context.missing, context.gpu_counts);
-      context = collect(param_groups, state, context.grads, true);
-      if (!context.missing.empty())
-        throw std::runtime_error(
-            "state that was created is not there: another thread has taken it away");
-      if (context.gpu_counts && (reads_grads || !found_inf.is_none())) count_first_steps(context);
-      if (reads_grads) reductions = classify_grads(context);
-    }
-    prepare(context, scaling, reads_grads, launches);
-    if (reads_grads && !context.gpus.empty())
-      skips = sum_squares(context, reductions, scaling, launches, num_threads, checks_grads);
-    if (skips && !discard.is_none()) discard();
-  } catch (...) {
-    if (!discard.is_none()) discard();
-    throw;
+  // What the host can know about the grads, it knows before anything is created.
+  GpuStep none;
+  if (needs_grads(request, context) && context.gpus.empty()) {
+    norm_.classify(table_, context);
+    if (norm_.measure(table_, request, context, none, gpus_)) return py::none();
   }
-  if (!skips) run(context, launches, num_threads);
-  if (skips || changed_.empty()) return py::none();
-  const py::object changed = std::move(changed_);
-  changed_ = py::list();
-  return changed;
+  return py::cast(PendingStep(py::cast(this), std::move(running), std::move(request), context));
 }
 
-Plan::StepContext Plan::collect(const py::object& param_groups, const py::object& state,
-                                const GradInfo& grads, bool is_second) {
-  StepContext context{{}, state.ptr(), is_plain_dict(state.ptr()), grads, gpu_counts_, is_second};
-  if (!context.state_is_plain) refuse_unless_mapping(state.ptr(), "state");
-  const auto groups = as_tuple(param_groups.ptr()).cast<py::tuple>();
-  context.groups.reserve(groups.size());
-  context.scalars.reserve(groups.size());
-  for (const py::handle given : groups) {
-    const auto index = static_cast<int64_t>(context.groups.size());
-    const py::object group =
-        PyDict_CheckExact(given.ptr())
-            ? py::reinterpret_borrow<py::object>(given)
-            : as_dict(given.ptr(), ("param group " + std::to_string(index)).c_str());
-    GroupReader reader(group.ptr(), index, /*leave_on_gpu=*/true);
-    const cuda::HyperParamsRef source = row_.read(reader);
-    held_.hold(group);
-    uint8_t variant = 0;
-    with_rule(row_.rule, [&](auto rule) {
-      variant = static_cast<uint8_t>(rule.variant(source.values).number());
-    });
-    context.groups.push_back({group, reader.params(), source, reader.scalars_gpu(),
-                              states_in_use(row_, source.values), variant, reader.is_capturable(),
-                              reader.master_weights(), counts_steps(row_, source.values),
-                              reader.errs_if_nonfinite()});
-    name_states(context.groups.back());
-    held_.hold_all(std::move(reader.held()));
-    context.clips = context.clips || source.values.max_grad_norm > 0;
+// What is to be known before anything is written or created; false if the step is to be skipped.
+bool Plan::check(StepRequest& request, StepContext& context) {
+  context.is_captured = Gpus::is_captured(context);
+  if (context.has_cpu && request.is_scaled_on_gpu()) {  // only now does the host need to know
+    if (request.has_found_inf()) return false;
+    if (!request.grad_scale.is_none())
+      request.grads.scale = py::float_(request.grad_scale).cast<double>();
   }
-  collect_params(context);
-  return context;
+  const bool has_options_on_gpu =
+      std::any_of(context.groups.begin(), context.groups.end(),
+                  [](const Group& group) { return group.options.scalars_gpu >= 0; });
+  context.counts_on_gpu =
+      !context.gpus.empty() &&
+      (context.has_gpu_counts || request.is_scaled_on_gpu() || needs_grads(request, context) ||
+       has_options_on_gpu || context.any_group(&GroupOptions::capturable));
+  find_scalars(row_, request.grads, table_, context);
+  aliases_.refuse_overlap(context);
+  in_order_ = aliases_.check_grads(context);
+  return true;
 }
 
-// All that can fail of what the GPUs are to do.
-void Plan::prepare(const StepContext& context, const Scaling& scaling, bool reads_grads,
-                   Launches& launches) {
-  for (const Dims& dims : dims_)
-    launches.layouts.push_back({dims.data(), static_cast<int>(dims.size())});
-  if (context.gpu_counts)
-    for (const Group& group : context.groups) launches.groups.push_back(group.source);
-  for (int gpu = 0; gpu < static_cast<int>(context.gpus.size()); ++gpu) {
-    if (!context.gpus[static_cast<size_t>(gpu)]) continue;
-    cuda::DeviceStep device_step = {};
-    device_step.gpu = gpu;
-    device_step.stream = current_stream(gpu);
-    device_step.updates = updates_.data();
-    device_step.num_updates = static_cast<int64_t>(updates_.size());
-    device_step.layouts = launches.layouts.data();
-    device_step.num_layouts = static_cast<int64_t>(launches.layouts.size());
-    device_step.scalars = context.scalars.data();
-    device_step.num_scalars = static_cast<int64_t>(context.scalars.size());
-    device_step.counters = context.gpu_counts ? counters_.data() : nullptr;
-    device_step.groups = launches.groups.data();
-    device_step.num_groups = static_cast<int64_t>(launches.groups.size());
-    const auto read = [&](const py::object& tensor) -> const float* {
-      if (tensor.is_none()) return nullptr;
-      launches.kept.push_back(tensor);
-      return float_on_gpu(launches.kept.back(), gpu);
-    };
-    device_step.grad_scale = read(scaling.grad_scale);
-    device_step.found_inf = read(scaling.found_inf);
-    device_step.reads_grads = reads_grads;
-    device_step.clips = context.clips;
-    launches.device_steps.push_back(device_step);
-  }
-  if (launches.device_steps.empty()) return;
-  if (driver_ == nullptr) driver_ = cuda::make_driver(allocate);
-  for (const cuda::DeviceStep& device_step : launches.device_steps) driver_->prepare(device_step);
+// Whether all grads are read before the step.
+bool Plan::needs_grads(const StepRequest& request, const StepContext& context) const {
+  return context.clips || request.checks_grads;
 }
 
-void Plan::run(StepContext& context, const Launches& launches, int num_threads) {
-  if (!launches.device_steps.empty()) launch(context, launches);
-  write_steps(context);
-  if (context.has_cpu) return run_on_cpu(context, launches.layouts, num_threads);
-  try {
-    increment_versions(context.written.ptr());
-  } catch (...) {  // Ctrl-C, say
-    increment_versions(context.written.ptr());
-    throw;
-  }
+py::object Plan::run(StepRequest& request, StepContext& context, bool& has_run) {
+  const bool reads_grads = needs_grads(request, context);
+  if (reads_grads) norm_.classify(table_, context);
+  const std::vector<Layout> layouts = table_.layouts();
+  GpuStep on_gpus = gpus_.prepare(request, table_, context, layouts, reads_grads);
+  if (reads_grads && norm_.measure(table_, request, context, on_gpus, gpus_)) return py::none();
+  if (context.clips && context.has_cpu) rescale(row_, request.grads, context);
+
+  has_run = true;  // from here on, nothing fails but CUDA
+  if (!on_gpus.devices.empty()) gpus_.launch(on_gpus, context.written);
+  write_steps(table_, context);
+  run_on_cpu(context, layouts, request.num_threads);
+  return collector_.take_changed();
 }
 
-void Plan::launch(const StepContext& context, const Launches& launches) {
-  try {
-    const py::gil_scoped_release release;  // a full queue makes a launch wait
-    for (const cuda::DeviceStep& device_step : launches.device_steps) driver_->launch(device_step);
-  } catch (...) {
-    increment_versions(context.written.ptr());  // some may have been written to
-    throw;
-  }
-}
-
-// Chunks of the updates that are not on a GPU.
-void Plan::plan_cpu_chunks() {
-  if (chunked_) return;
-  std::vector<int64_t> sizes;
-  for (size_t at = 0; at < updates_.size(); ++at)
-    sizes.push_back(caches_[at].device < kFirstGpu ? updates_[at].numel : 0);
-  chunks_ = plan_chunks(sizes, chunk_elements_ > 0 ? chunk_elements_ : chunk_elements_for(sizes));
-  chunks_.shrink_to_fit();
-  chunked_ = true;
-}
-
-void Plan::run_on_cpu(StepContext& context, const std::vector<Layout>& layouts, int num_threads) {
-  plan_cpu_chunks();
-  const Step step = {updates_.data(), context.scalars.data(), layouts.data(), chunks_.data(),
-                     static_cast<int64_t>(chunks_.size()) - 1};
+// Runs what is on the CPU, and tells autograd of all that has been written.
+void Plan::run_on_cpu(const StepContext& context, const std::vector<Layout>& layouts,
+                      int num_threads) {
   std::exception_ptr error;  // Ctrl-C, say: the step is then done before it is raised
-  {
+  const auto tell_autograd = [&] {
+    try {
+      increment_versions(context.written.ptr());
+    } catch (...) {
+      error = std::current_exception();
+    }
+  };
+  if (!context.has_cpu) {
+    tell_autograd();
+  } else {
+    plan_chunks_on_cpu();
+    const Step step = {table_.updates.data(), context.scalars.data(), layouts.data(),
+                       chunks_.data(), static_cast<int64_t>(chunks_.size()) - 1};
     std::optional<py::gil_scoped_release> release;
     cpu::run(step, isa_, in_order_ ? 1 : num_threads, [&] {
-      try {
-        increment_versions(context.written.ptr());
-      } catch (...) {
-        error = std::current_exception();
-      }
+      tell_autograd();
       release.emplace();
     });
   }
@@ -248,80 +143,44 @@ void Plan::run_on_cpu(StepContext& context, const std::vector<Layout>& layouts, 
   std::rethrow_exception(error);
 }
 
-void Plan::write_steps(const StepContext& context) const {
-  for (size_t at = 0; at < updates_.size(); ++at) {
-    const ParamCache& cache = caches_[at];
-    if (updates_[at].device == kIdle || !cache.counts_steps) continue;
-    if (cache.device != kCpu && context.gpu_counts) continue;
-    if (cache.step_type == StepType::kFloat32)
-      *static_cast<float*>(cache.step) = static_cast<float>(cache.next_step);
-    else if (cache.step_type == StepType::kFloat64)
-      *static_cast<double*>(cache.step) = cache.next_step;
-    else
-      *static_cast<int64_t*>(cache.step) = static_cast<int64_t>(cache.next_step);
-  }
-}
-
-// True if the step is being captured into a CUDA graph; raises if it cannot be.
-bool Plan::refuse_capture(const StepContext& context) const {
-  bool capturing = false;
-  for (int gpu = 0; gpu < static_cast<int>(context.gpus.size()); ++gpu) {
-    if (!context.gpus[static_cast<size_t>(gpu)]) continue;
-    if (!cuda::is_capturing(gpu, current_stream(gpu))) continue;
-    capturing = true;
-    for (size_t g = 0; g < context.groups.size(); ++g) {
-      if (!context.groups[g].capturable)
-        throw std::runtime_error(
-            "step() is captured into a CUDA graph, but capturable is False in param group " +
-            std::to_string(g) + "; construct the optimizer with capturable=True or set it there");
-      if (context.groups[g].errs_if_nonfinite)
-        throw std::runtime_error(
-            "step() is captured into a CUDA graph, but error_if_nonfinite is True in param group " +
-            std::to_string(g) + ", for which the host would have to wait in every replay");
-    }
-    if (context.has_cpu)
-      throw std::runtime_error(
-          "step() is captured into a CUDA graph, but some parameters are on the CPU");
-  }
-  return capturing;
-}
-
-// An optimizer that counts no steps treats a parameter's first one differently if it has dampening.
-// Whether that step takes place under a GradScaler only the GPU knows, so it counts it.
-void Plan::count_first_steps(StepContext& context) {
-  for (size_t at = 0; at < updates_.size(); ++at) {
-    ParamCache& cache = caches_[at];
-    cuda::StepCounter& counter = counters_[at];
-    if (cache.counts_steps || !counter.active || !cache.is_first || cache.step != nullptr) continue;
-    if (context.groups[static_cast<size_t>(counter.group)].source.values.dampening == 0) continue;
-    first_steps_.push_back(allocate(cache.device - kFirstGpu, sizeof(float), cuda::Memory::kZeros));
-    counter.step = cache.step = first_steps_.back().get();
-    counter.is_fresh = cache.is_fresh = true;
-    cache.step_on_gpu = true;
-    cache.step_type = StepType::kFloat32;
-    counter.dtype = DType::kFloat32;
-  }
-}
-
-py::object Plan::status() const {
-  const std::lock_guard<std::mutex> lock(status_mutex_);
-  return status_;
-}
-
-void Plan::set_status(py::object status) {
-  const std::lock_guard<std::mutex> lock(status_mutex_);
-  std::swap(status_, status);
+// Chunks of the updates that are not on a GPU, of those that rest this time, too.
+void Plan::plan_chunks_on_cpu() {
+  if (table_.is_chunked) return;
+  std::vector<int64_t> sizes;
+  for (size_t at = 0; at < table_.updates.size(); ++at)
+    sizes.push_back(table_.caches[at].device < kFirstGpu ? table_.updates[at].numel : 0);
+  chunks_ = plan_chunks(sizes, chunk_elements_ > 0 ? chunk_elements_ : chunk_elements_for(sizes));
+  chunks_.shrink_to_fit();
+  table_.is_chunked = true;
 }
 
 int64_t Plan::bookkeeping_bytes() {
-  begin();
-  const AtExit at_exit([this] { running_.clear(std::memory_order_release); });
-  size_t bytes = sizeof(*this) + updates_.capacity() * sizeof(ParamUpdate) +
-                 caches_.capacity() * sizeof(ParamCache) +
-                 (chunks_.capacity() + leaves_.capacity()) * sizeof(ChunkStart) +
-                 leaf_sizes_.capacity() * sizeof(int64_t) + written_.capacity() * sizeof(Written);
-  for (const Dims& dims : dims_) bytes += sizeof(Dims) + dims.capacity() * sizeof(Dim);
+  const Running running(*this);
+  size_t bytes = sizeof(*this) + table_.updates.capacity() * sizeof(ParamUpdate) +
+                 table_.caches.capacity() * sizeof(ParamCache) +
+                 chunks_.capacity() * sizeof(ChunkStart) + norm_.bytes() + aliases_.bytes();
+  for (const Dims& dims : table_.dims) bytes += sizeof(Dims) + dims.capacity() * sizeof(Dim);
   return static_cast<int64_t>(bytes);
+}
+
+PendingStep::PendingStep(py::object plan, Plan::Running running, StepRequest request,
+                         const StepContext& context)
+    : missing(context.missing),
+      counts_on_gpu(context.counts_on_gpu),
+      plan_(std::move(plan)),
+      running_(std::move(running)),
+      request_(std::move(request)) {}
+
+py::object PendingStep::run() {
+  Plan& plan = plan_.cast<Plan&>();
+  if (!running_.is_on()) throw std::runtime_error("this step is over");
+  StepContext context =
+      plan.collector_.collect(request_.param_groups, request_.state, /*is_second=*/true);
+  if (!plan.check(request_, context)) return py::none();
+  if (!context.missing.empty())
+    throw std::runtime_error(
+        "state that was created is not there: another thread has taken it away");
+  return plan.run(request_, context, has_run);
 }
 
 }  // namespace fusedopt

@@ -1,12 +1,12 @@
 #include <algorithm>
 
+#include "bindings/collect.h"
 #include "bindings/dlpack_abi.h"
 #include "bindings/fingerprint.h"
 #include "bindings/memory.h"
-#include "bindings/plan.h"
 
-// The part of Plan that reads and checks tensors which are not what they were in the step before,
-// and enters them into the update.
+// The part of Collector that reads and checks tensors which are not what they were in the step
+// before, and enters them into the update.
 namespace py = pybind11;
 
 namespace fusedopt {
@@ -15,41 +15,11 @@ namespace {
 void check_alignment(const Operands& operands, int k) {
   const py::object aligned = align(operands.tensors[k], operands.tensors[kParam]);
   if (aligned.ptr() != operands.tensors[k])
-    throw py::value_error(subject(operands.id, operands.names[k]) +
+    throw py::value_error(subject(operands.id, operands.names[k]->name()) +
                           "laid out over devices unlike its parameter");
 }
 
-template <class T>
-void note(T& field, T value, bool& unchanged) {
-  unchanged = unchanged && field == value;
-  field = value;
-}
-
-}  // namespace
-
-void Plan::read_param_and_grad(Operands& operands, ParamCache& cache) {
-  cache.recognizable = false;  // until all of its tensors have been read and checked
-  read_operand(operands, kParam);
-  const uint8_t device = find_device(operands);
-  if (device != cache.device) chunked_ = cache.is_disjoint = false;
-  cache.device = device;
-  if (!is_plain(operands.tensors[kParam]) || !is_plain(operands.tensors[kGrad]))
-    align_grad(operands);
-  PyObject* const grad = operands.tensors[kGrad];
-  read_operand(operands, kGrad);
-  if (operands.tensors[kGrad] != grad) cache.grad_form = kNoFingerprint;  // a copy of it
-  const char* const data = static_cast<char*>(operands.views[kGrad].data);
-  if (cache.grad_form != kNoFingerprint)  // DLPack has a null pointer for tensors without elements
-    cache.grad_offset = data != nullptr ? data - storage_data(grad) : 0;
-  check_against_param(operands, kGrad);
-  if (operands.rounding == StochasticRounding::kAll &&
-      operands.views[kParam].dtype == DType::kFloat16)
-    throw py::value_error(subject(operands.id, "") + describe(operands.tensors[kParam]) +
-                          ", but stochastic_rounding=True is for torch.bfloat16; put it into a "
-                          "param group without");
-}
-
-void Plan::align_grad(Operands& operands) const {
+void align_grad(Operands& operands) {
   PyObject* const grad = operands.tensors[kGrad];
   read_operand(operands, kGrad);
   try {
@@ -61,35 +31,8 @@ void Plan::align_grad(Operands& operands) const {
   }
 }
 
-// Reads and checks the state and enters all operands into the update.
-void Plan::read_rest(StepContext& context, Operands& operands, bool found, ParamUpdate& update,
-                     ParamCache& cache) {
-  for (int k = kFirstState; k < kMaxOperands; ++k) {
-    if (!operands.has(k)) continue;
-    if (operands.tensors[k] == nullptr) {
-      cache.step_on_gpu = false;
-      operands.views[k] = operands.views[kParam];  // as it will be
-      operands.views[k].data = nullptr;
-      continue;
-    }
-    read_operand(operands, k);
-    check_against_param(operands, k);
-    if (k == kMaster) check_master(operands);
-    const bool is_other = update.data[k] != operands.views[k].data;
-    if (k < kMaster && is_other && !context.is_second) cache.is_fresh = false;  // it was loaded
-    if (!cache.counts_steps && is_other) {
-      cache.step = nullptr;  // it belonged to another state
-      cache.step_on_gpu = false;
-    }
-    if (!is_plain(operands.tensors[k])) check_alignment(operands, k);
-  }
-  if (operands.step != nullptr) find_step(operands, cache);
-  if (!found) context.missing.append(py::make_tuple(operands.id.group_index, operands.id.index));
-  fill(context, operands, update, cache);
-}
-
 // Finds the memory of a step count.
-void Plan::find_step(const Operands& operands, ParamCache& cache) const {
+void find_step(const Operands& operands, ParamCache& cache) {
   TensorView view;
   const TensorView& param = operands.views[kParam];
   // Only where it is needed: the words take longer than the reading.
@@ -116,15 +59,90 @@ void Plan::find_step(const Operands& operands, ParamCache& cache) const {
                           ", but must be one float32 or float64 number on the CPU or on the "
                           "parameter's device; load_state_dict() makes it that");
   cache.step = view.data;
-  cache.step_type = is_int                          ? StepType::kInt64
-                    : view.dtype == DType::kFloat32 ? StepType::kFloat32
-                                                    : StepType::kFloat64;
+  cache.step_type = is_int                          ? ParamCache::StepType::kInt64
+                    : view.dtype == DType::kFloat32 ? ParamCache::StepType::kFloat32
+                                                    : ParamCache::StepType::kFloat64;
   cache.step_on_gpu = view.device_type != kDlCpu;
+}
+
+template <class T>
+void assign(T& field, T value, bool& unchanged) {
+  unchanged = unchanged && field == value;
+  field = value;
+}
+
+}  // namespace
+
+void Collector::refresh(const Group& group, bool is_second, Unchanged unchanged, Operands& operands,
+                        ParamUpdate& update, ParamCache& cache) {
+  cache.recognizable = false;  // until all of its tensors have been read and checked
+  cache.rounding = operands.rounding;
+  if (cache.counts_steps && !group.options.counts_steps) {  // its count is gone, or will be
+    cache.step = nullptr;
+    cache.step_on_gpu = false;
+  }
+  cache.counts_steps = group.options.counts_steps;
+  read_param_and_grad(operands, cache);
+  const TensorView& grad = operands.views[kGrad];
+  if (unchanged == Unchanged::kAllButGrad && update.formats.dtypes[kGrad] == grad.dtype &&
+      is_contiguous(grad) && is_contiguous(operands.views[kParam])) {
+    update.data[kGrad] = grad.data;  // so AliasCheck looks at it again
+  } else {
+    read_state(is_second, operands, update, cache);
+    enter(operands, update, cache);
+  }
+  cache.recognizable = operands.is_complete && update.layout == kDense;
+}
+
+void Collector::read_param_and_grad(Operands& operands, ParamCache& cache) {
+  read_operand(operands, kParam);
+  const uint8_t device = find_device(operands);
+  if (device != cache.device) table_.is_chunked = cache.is_disjoint = false;
+  cache.device = device;
+  if (!is_plain(operands.tensors[kParam]) || !is_plain(operands.tensors[kGrad]))
+    align_grad(operands);
+  PyObject* const grad = operands.tensors[kGrad];
+  read_operand(operands, kGrad);
+  if (operands.tensors[kGrad] != grad) cache.grad_form = kNoFingerprint;  // a copy of it
+  const char* const data = static_cast<char*>(operands.views[kGrad].data);
+  if (cache.grad_form != kNoFingerprint)  // DLPack has a null pointer for tensors without elements
+    cache.grad_offset = data != nullptr ? data - storage_data(grad) : 0;
+  check_against_param(operands, kGrad);
+  if (operands.rounding == StochasticRounding::kAll &&
+      operands.views[kParam].dtype == DType::kFloat16)
+    throw py::value_error(subject(operands.id, "") + describe(operands.tensors[kParam]) +
+                          ", but stochastic_rounding=True is for torch.bfloat16; put it into a "
+                          "param group without");
+}
+
+// Reads and checks the state.
+void Collector::read_state(bool is_second, Operands& operands, const ParamUpdate& update,
+                           ParamCache& cache) const {
+  for (int k = kFirstState; k < kMaxOperands; ++k) {
+    if (!operands.has(k)) continue;
+    if (operands.tensors[k] == nullptr) {
+      cache.step_on_gpu = false;
+      operands.views[k] = operands.views[kParam];  // as it will be
+      operands.views[k].data = nullptr;
+      continue;
+    }
+    read_operand(operands, k);
+    check_against_param(operands, k);
+    if (k == kMaster) check_master(operands);
+    const bool is_other = update.data[k] != operands.views[k].data;
+    if (k < kMaster && is_other && !is_second) cache.is_fresh = false;  // it was loaded
+    if (!cache.counts_steps && is_other) {
+      cache.step = nullptr;  // it belonged to another state
+      cache.step_on_gpu = false;
+    }
+    if (!is_plain(operands.tensors[k])) check_alignment(operands, k);
+  }
+  if (operands.step != nullptr) find_step(operands, cache);
 }
 
 // Which operands are rounded stochastically: a bit for each. The average of a bfloat16 param is
 // float32; a param with a master weight is no more than its nearest bfloat16.
-uint8_t Plan::rounded_stochastically(const Operands& operands) const {
+uint8_t Collector::rounded_stochastically(const Operands& operands) const {
   unsigned wanted = 0;
   if (operands.rounding == StochasticRounding::kAll)
     wanted = (1u << kMaster) - 1 - (1u << kGrad) - (operands.has(kMaster) ? 1u << kParam : 0);
@@ -137,30 +155,28 @@ uint8_t Plan::rounded_stochastically(const Operands& operands) const {
 }
 
 // Enters the operands into the update and notices what is not where it was.
-void Plan::fill(StepContext& context, const Operands& operands, ParamUpdate& update,
-                ParamCache& cache) {
+void Collector::enter(const Operands& operands, ParamUpdate& update, ParamCache& cache) {
   const TensorView& param = operands.views[kParam];
-  bool same_memory = true, same_size = true;
-  note(update.numel, count_elements(param) * (param.is_complex ? 2 : 1), same_size);
+  bool same_memory = true, same_size = true, same_grad = true;
+  assign(update.numel, count_elements(param) * (param.is_complex ? 2 : 1), same_size);
   update.formats.stochastic = rounded_stochastically(operands);
-  bool same_grad = true;
   for (int k = 0; k < kMaxOperands; ++k) {
     bool& same = k == kGrad ? same_grad : same_memory;
     const bool is_there = operands.has(k);
-    note(update.data[k], is_there ? operands.views[k].data : nullptr, same);
-    note(update.formats.dtypes[k], is_there ? operands.views[k].dtype : DType::kAbsent, same);
+    assign(update.data[k], is_there ? operands.views[k].data : nullptr, same);
+    assign(update.formats.dtypes[k], is_there ? operands.views[k].dtype : DType::kAbsent, same);
   }
-  const Dims* const before = dims_of(update);
-  lay_out(context, operands, update);
+  const Dims* const before = table_.dims_of(update);
+  lay_out(operands, update);
   const Dims* const now =
-      update.layout == kDense ? nullptr : &context.dims[static_cast<size_t>(update.layout)];
+      update.layout == kDense ? nullptr : &dims_[static_cast<size_t>(update.layout)];
   const bool same_layout = before == nullptr ? now == nullptr : now != nullptr && *before == *now;
   cache.is_disjoint = cache.is_disjoint && same_memory && same_size && same_layout;
   if (!same_grad || !cache.is_disjoint) cache.checked_grad = nullptr;
-  chunked_ = chunked_ && same_size;
+  table_.is_chunked = table_.is_chunked && same_size;
 }
 
-void Plan::lay_out(StepContext& context, const Operands& operands, ParamUpdate& update) const {
+void Collector::lay_out(const Operands& operands, ParamUpdate& update) {
   bool contiguous = true;
   unsigned present = 0;
   for (int k = 0; k < kMaxOperands; ++k) {
@@ -173,8 +189,8 @@ void Plan::lay_out(StepContext& context, const Operands& operands, ParamUpdate& 
   Dims dims = make_dims(operands, update.formats.stochastic != 0);
   coalesce(dims);
   if (is_dense(dims, present)) return;
-  update.layout = static_cast<int32_t>(context.dims.size());
-  context.dims.push_back(std::move(dims));
+  update.layout = static_cast<int32_t>(dims_.size());
+  dims_.push_back(std::move(dims));
 }
 
 }  // namespace fusedopt

@@ -77,6 +77,11 @@ bool read_dtype(DLDataType dtype, TensorView& view) {
   return bits == 64 || bits == 32 || bits == 16;
 }
 
+// What torch calls that GPU, or the CPU for a negative number; emulated GPUs are the CPU.
+std::string torch_device(int gpu) {
+  return gpu < 0 || cuda::is_emulated() ? "cpu" : "cuda:" + std::to_string(gpu);
+}
+
 }  // namespace
 
 void connect_to_torch() {
@@ -137,8 +142,19 @@ bool is_state_dtype(PyObject* dtype) {
   return dtype == g_torch.float32 || dtype == g_torch.bfloat16;
 }
 
+TorchDType read_torch_dtype(const py::object& dtype) {
+  const bool is_complex = dtype.attr("is_complex").cast<bool>();
+  const auto bytes = dtype.attr("itemsize").cast<int>() / (is_complex ? 2 : 1);
+  if (dtype.ptr() == g_torch.bfloat16) return {DType::kBFloat16, false};
+  if (!is_complex && !dtype.attr("is_floating_point").cast<bool>()) return {DType::kFloat64, false};
+  return {bytes == 2   ? DType::kFloat16
+          : bytes == 4 ? DType::kFloat32
+                       : DType::kFloat64,
+          is_complex};
+}
+
 py::object new_numbers(int gpu, int64_t count, double*& data) {
-  py::object numbers = py::handle(g_torch.new_numbers)(gpu, count, cuda::is_emulated());
+  py::object numbers = py::handle(g_torch.new_numbers)(torch_device(gpu), count);
   data = const_cast<double*>(data_of_numbers(numbers));
   return numbers;
 }
@@ -153,7 +169,7 @@ py::list combine_totals(const py::list& totals, const py::object& reductions) {
   return py::handle(g_torch.combine_totals)(totals, reductions);
 }
 
-py::tuple classify(const py::list& params) { return py::handle(g_torch.classify)(params); }
+py::tuple classify_params(const py::list& params) { return py::handle(g_torch.classify)(params); }
 
 bool is_on_gpu(const TensorView& view) {
   return view.device_type == kDlCuda || (view.device_type == kDlCpu && cuda::is_emulated());
@@ -174,7 +190,7 @@ std::shared_ptr<void> allocate(int gpu, int64_t bytes, cuda::Memory kind) {
   const char* const name = kind == cuda::Memory::kDevice       ? "device"
                            : kind == cuda::Memory::kPageLocked ? "page-locked"
                                                                : "zeros";
-  py::object tensor = py::handle(g_torch.allocate)(gpu, bytes, name, cuda::is_emulated());
+  py::object tensor = py::handle(g_torch.allocate)(torch_device(gpu), bytes, name);
   DLTensor dl;
   if (g_torch.describe(tensor.ptr(), &dl) != 0) throw py::error_already_set();
   void* const data = static_cast<char*>(dl.data) + dl.byte_offset;
@@ -185,7 +201,7 @@ std::shared_ptr<void> allocate(int gpu, int64_t bytes, cuda::Memory kind) {
 }
 
 const float* float_on_gpu(py::object& tensor, int gpu) {
-  tensor = py::handle(g_torch.float_on_gpu)(tensor, gpu, cuda::is_emulated());
+  tensor = py::handle(g_torch.float_on_gpu)(tensor, torch_device(gpu));
   TensorView view;
   References held;
   if (!read_tensor(tensor.ptr(), view, held) || count_elements(view) != 1)

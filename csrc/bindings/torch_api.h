@@ -37,6 +37,13 @@ bool read_tensor(PyObject* tensor, TensorView& view, References& held);
 
 bool is_tensor(PyObject* object);
 
+// A torch.dtype, as far as it matters for weights: kFloat64 stands for integers, too.
+struct TorchDType {
+  DType dtype;  // of the real numbers
+  bool is_complex;
+};
+TorchDType read_torch_dtype(const pybind11::object& dtype);
+
 // Whether states may be of this torch.dtype: float32 or bfloat16.
 bool is_state_dtype(PyObject* dtype);
 
@@ -44,11 +51,11 @@ bool is_state_dtype(PyObject* dtype);
 pybind11::object new_numbers(int gpu, int64_t count, double*& data);
 
 // What all devices' and processes' [squares, nonfinite] of each class add up to, a tensor for each
-// of `totals`, on its device. `reductions`: as fusedopt._norms.classify() gave them.
+// of `totals`, on its device. `reductions`: as classify_params() gave them.
 pybind11::list combine_totals(const pybind11::list& totals, const pybind11::object& reductions);
 
 // (class of each param's grad in the global norm, what combine_totals() needs to know of them).
-pybind11::tuple classify(const pybind11::list& params);
+pybind11::tuple classify_params(const pybind11::list& params);
 
 const double* data_of_numbers(pybind11::handle numbers);
 

@@ -104,14 +104,4 @@ std::string architectures();
 // of CUDA tensors.
 bool is_emulated();
 
-// How tests control the emulation; nullptr in other builds.
-struct Emulation {
-  void (*use)(bool emulate);  // it is switched off at first
-  // Between these, kernels are recorded and not run, as when a stream is captured.
-  void (*begin_capture)();
-  void (*end_capture)();
-  void (*replay)();  // runs what the last capture has recorded
-};
-const Emulation* emulation();
-
 }  // namespace fusedopt::cuda

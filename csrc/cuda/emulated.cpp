@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "core/emulation.h"
 #include "core/flush.h"
 #include "cuda/runtime.h"
 
@@ -80,18 +81,22 @@ bool is_emulated() { return g_emulates; }
 
 bool is_capturing(int, void*) { return g_captures; }
 
-const Emulation* emulation() {
-  static constexpr Emulation kEmulation = {[](bool emulate) { g_emulates = emulate; },
-                                           [] {
-                                             g_recorded.clear();
-                                             g_captures = true;
-                                           },
-                                           [] { g_captures = false; },
-                                           [] {
-                                             for (const auto& update : g_recorded) update();
-                                           }};
-  return &kEmulation;
+namespace emulation {
+
+void use(bool emulate) { g_emulates = emulate; }
+
+void begin_capture() {
+  g_recorded.clear();
+  g_captures = true;
 }
+
+void end_capture() { g_captures = false; }
+
+void replay() {
+  for (const auto& update : g_recorded) update();
+}
+
+}  // namespace emulation
 
 namespace runtime {
 

@@ -153,8 +153,6 @@ std::string architectures() { return FUSEDOPT_CUDA_ARCHS; }
 
 bool is_emulated() { return false; }
 
-const Emulation* emulation() { return nullptr; }
-
 bool is_capturing(int gpu, void* stream) {
   const runtime::DeviceGuard on_gpu(gpu);
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

@@ -19,6 +19,4 @@ std::string architectures() { return ""; }
 
 bool is_emulated() { return false; }
 
-const Emulation* emulation() { return nullptr; }
-
 }  // namespace fusedopt::cuda

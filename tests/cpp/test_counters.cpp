@@ -3,6 +3,7 @@
 #include "check.h"
 #include "gpus.h"
 
+#include "core/emulation.h"
 #include "cuda/step_scalars.h"
 
 #include <cmath>
@@ -230,9 +231,9 @@ void test_capture() {
   counted.put_on_device(0);
   counted.put_on_device(counted.model().tensors.size() - 1);
   for (int warm_up = 0; warm_up < 2; ++warm_up) step_and_check(gpus, counted);
-  emulation()->begin_capture();
+  emulation::begin_capture();
   gpus.step(counted.model(), counted.options());
-  emulation()->end_capture();
+  emulation::end_capture();
   counted.check_values();                         // nothing has run yet
   CHECK(gpus.allocations(Memory::kDevice) == 2);  // a graph's table is not from torch
   for (int replay = 0; replay < 4; ++replay) {
@@ -240,7 +241,7 @@ void test_capture() {
     counted.grad_scale() = replay == 1 ? 8.0f : 1.0f;
     counted.found_inf() = replay == 2 ? 1.0f : 0.0f;
     counted.expect_step();
-    emulation()->replay();
+    emulation::replay();
     counted.check_values();
     counted.found_inf() = 0;
     Model moved = counted.model();  // a step of another model by the same driver
@@ -260,14 +261,14 @@ void test_capture() {
 void test_capture_first() {
   Gpus gpus;
   Counted counted;
-  emulation()->begin_capture();
+  emulation::begin_capture();
   gpus.step(counted.model(), counted.options());
-  emulation()->end_capture();
+  emulation::end_capture();
   for (int step = 0; step < 3; ++step) {
     // A parameter without a count would be updated as in a first step in every replay.
     if (step == 0) {
       counted.expect_step();
-      emulation()->replay();
+      emulation::replay();
       counted.check_values();
     }
     step_and_check(gpus, counted);
@@ -282,14 +283,14 @@ void test_capture_twice() {
   // Parameters without a count would be updated as in a first step both times.
   for (size_t i = 0; i < counted.model().tensors.size(); ++i)
     counted.model().tensors[i].idle = !counted.is_counted(i);
-  emulation()->begin_capture();
+  emulation::begin_capture();
   gpus.step(counted.model(), counted.options());
   gpus.step(counted.model(), counted.options());
-  emulation()->end_capture();
+  emulation::end_capture();
   for (int replay = 0; replay < 2; ++replay) {
     counted.expect_step();
     counted.expect_step();
-    emulation()->replay();
+    emulation::replay();
     counted.check_values();
   }
 }

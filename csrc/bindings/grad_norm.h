@@ -1,0 +1,53 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <mutex>
+#include <vector>
+
+#include "bindings/gpu_steps.h"
+#include "bindings/param_table.h"
+#include "core/chunks.h"
+#include "core/norm.h"
+
+// Finds out about the grads before a step: their global norm, and whether all of them are finite.
+namespace fusedopt {
+
+class GradNorm {
+ public:
+  explicit GradNorm(cpu::Isa isa) : isa_(isa) {}
+
+  // Enters into the updates, and context.reductions, over which processes their grads are summed.
+  void classify(ParamTable& table, StepContext& context);
+
+  // Reads all grads and sets request.grads.norm, if the host has to know. What GPUs find out stays
+  // there otherwise. Returns whether the step is to be skipped, as far as the host knows. Raises
+  // RuntimeError for grads that are not finite if a group has error_if_nonfinite.
+  bool measure(const ParamTable& table, StepRequest& request, const StepContext& context,
+               GpuStep& step, Gpus& gpus);
+
+  // What the latest step found out: a float64 tensor whose memory begins with a GradStatus; None if
+  // the grads were not read.
+  pybind11::object status() const;
+  void set_status(pybind11::object status);
+
+  // (offset in bytes, name of a torch.dtype) of each field of a GradStatus, by its name.
+  static pybind11::dict status_fields();
+
+  size_t bytes() const {
+    return leaves_.capacity() * sizeof(ChunkStart) + leaf_sizes_.capacity() * sizeof(int64_t);
+  }
+
+ private:
+  void sum_on_cpu(const ParamTable& table, int num_threads, double* totals, int64_t num_classes);
+  void combine(const StepContext& context, GpuStep& step, Gpus& gpus,
+               const std::vector<pybind11::object>& numbers, const std::vector<double*>& data);
+
+  const cpu::Isa isa_;
+  std::vector<ChunkStart> leaves_;   // if they were needed, for grads of
+  std::vector<int64_t> leaf_sizes_;  // these sizes
+  mutable std::mutex mutex_;
+  pybind11::object status_ = pybind11::none();
+};
+
+}  // namespace fusedopt

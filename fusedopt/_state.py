@@ -1,0 +1,108 @@
+"""The state of parameters: what it holds is the extension's to say; made and dropped here."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import _C
+from ._steps import place_steps
+from ._types import ParamGroup, State
+from ._weights import read_weight
+
+if TYPE_CHECKING:
+    from ._optimizer import FusedOptimizer
+
+
+class Specs:
+    """What the states of an optimizer's parameters hold, asked once for each group and dtype."""
+
+    def __init__(self, optimizer: "FusedOptimizer") -> None:
+        self._row = optimizer._row
+        self._known: dict[tuple[int, torch.dtype], _C.StateSpec] = {}
+        self._groups: list[ParamGroup] = []  # alive, so that their ids stay theirs
+
+    def of(self, param: Tensor, group: ParamGroup) -> _C.StateSpec:
+        key = id(group), param.dtype
+        if key not in self._known:
+            self._known[key] = _C.state_spec(self._row, group, param.dtype)
+            self._groups.append(group)
+        return self._known[key]
+
+
+def new_entry(
+    kind: str, dtype: torch.dtype, param: Tensor, state: State, spec: _C.StateSpec
+) -> Tensor:
+    """A tensor of a state that is not there yet, as ``_C.StateSpec.entries`` describes it."""
+    kwargs: dict[str, Any] = {"dtype": dtype, "memory_format": torch.preserve_format}
+    if kind in ("master", "average"):
+        # In the param's layout: to() would keep it only where it is dense.
+        entry = torch.empty_like(param, **kwargs)
+        return entry.copy_(param if kind == "master" else read_weight(param, state, spec))
+    if param.is_complex() and kind == "state" and not dtype.is_complex:
+        raise ValueError(f"state_dtype {dtype} is for real parameters, not for {param.dtype}")
+    return torch.zeros_like(param, **kwargs)
+
+
+def create_state(
+    optimizer: "FusedOptimizer", missing: list[tuple[int, int]], steps_on_gpu: bool
+) -> Callable[[], None]:
+    """Fill in what the state of the parameters at these (group, index) lacks.
+
+    A ``step`` that is not where it belongs, on the GPU of its parameter or on the CPU, is moved
+    there. Returns a function that undoes it all; undoes it if it raises.
+    """
+    groups = {at: optimizer.param_groups[at] for at in {at for at, _ in missing}}
+    params = {at: tuple(group["params"]) for at, group in groups.items()}
+    specs = Specs(optimizer)
+    created: list[tuple[Tensor, State | None, State, _C.StateSpec]] = []
+    for group_index, index in missing:
+        param = params[group_index][index]
+        before = _entries(optimizer.state[param]) if param in optimizer.state else None
+        created.append((param, before, {}, specs.of(param, groups[group_index])))
+    place_steps(
+        [(param, before or {}, new) for param, before, new, spec in created if spec.counts_steps],
+        steps_on_gpu,
+    )
+    with torch.no_grad():
+        for param, before, new, spec in created:
+            present = before or {}
+            for name, kind, dtype in spec.entries:
+                if present.get(name) is None:
+                    new[name] = new_entry(kind, dtype, param, present, spec)
+
+    def discard() -> None:
+        for param, before, _, _ in created:
+            if before is None:
+                optimizer.state.pop(param, None)
+            elif param in optimizer.state:
+                optimizer.state[param].clear()
+                optimizer.state[param].update(before)
+
+    try:
+        for param, _, new, _ in created:
+            optimizer.state.setdefault(param, {}).update(new)
+    except BaseException:
+        discard()
+        raise
+    return discard
+
+
+def drop_unused(optimizer: "FusedOptimizer", changed: list[tuple[int, int]]) -> None:
+    """Of parameters whose settings have changed: what is no longer kept up to date."""
+    params = [tuple(group["params"]) for group in optimizer.param_groups]
+    specs = Specs(optimizer)
+    for group_index, index in changed:
+        if group_index >= len(params) or index >= len(params[group_index]):
+            continue  # since then, they have been replaced
+        param = params[group_index][index]
+        if param in optimizer.state:
+            state = optimizer.state[param]
+            for name in specs.of(param, optimizer.param_groups[group_index]).unused:
+                state.pop(name, None)
+
+
+def _entries(state: Any) -> State:
+    """The entries of a parameter's state, whatever mapping it is, in a dict."""
+    return {name: state[name] for name in state}

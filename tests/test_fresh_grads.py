@@ -129,3 +129,13 @@ def test_grads_without_elements_from_step_to_step() -> None:
     assert optimizer.grad_norm is not None
     assert float(optimizer.grad_norm) == pytest.approx(0.5 * 5**0.5)
     assert [float(optimizer.state[param]["step"]) for param in params] == [4.0, 4.0]
+
+
+def test_keys_of_created_state_are_found_by_identity() -> None:
+    """Steps look for names that Python has interned; an equal string costs a lookup in each."""
+    param = Parameter(values(4, dtype=torch.bfloat16))
+    optimizer = fusedopt.AdamW([param], amsgrad=True, master_weights="float32", ema_decay=0.9)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert len(optimizer.state[param]) == 6
+    assert all(key is sys.intern(str(key)) for key in optimizer.state[param])

@@ -172,7 +172,7 @@ StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::obj
   spec.counts_steps = options.counts_steps;
   spec.weight_dtype = wide;
   const auto add = [](py::list& list, const Key& name, const char* kind, const py::object& dtype) {
-    list.append(py::make_tuple(name.name(), kind, dtype));
+    list.append(py::make_tuple(name.str(), kind, dtype));
   };
   for (size_t s = 0; s < row.state_names.size(); ++s) {
     if ((options.states >> s & 1) != 0)
@@ -184,7 +184,7 @@ StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::obj
   if (*master == Master::kSplit)
     add(spec.entries, kParamRemainder, "remainder", torch.attr("int16"));
   if (options.source.values.has_ema()) add(spec.entries, kEmaParam, "average", wide);
-  visit_unused(row, options, *master, [&](const Key& name) { spec.unused.append(name.name()); });
+  visit_unused(row, options, *master, [&](const Key& name) { spec.unused.append(name.str()); });
   return spec;
 }
 

@@ -9,6 +9,7 @@ class BuildInfo(TypedDict):
     openmp: int
     fingerprints: bool
     lazy_keys: bool
+    versions: bool
     cuda_unavailable: str | None
     cuda_archs: str
 

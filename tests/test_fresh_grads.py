@@ -139,3 +139,27 @@ def test_keys_of_created_state_are_found_by_identity() -> None:
     optimizer.step()
     assert len(optimizer.state[param]) == 6
     assert all(key is sys.intern(str(key)) for key in optimizer.state[param])
+
+
+def test_versions_are_shared_by_views_and_not_by_data() -> None:
+    """As torch counts writes: a view has the counter of its base, `.data` one of its own."""
+    base = torch.zeros(8)
+    param = base[2:6]
+    data, other = param.data, torch.zeros(4)
+    optimizer = fusedopt.SGD([param, other], lr=1.0)
+    before = base._version
+    for _ in range(3):
+        param.grad = torch.ones(4)
+        optimizer.step()
+    assert base._version == param._version == before + 3
+    assert (data._version, other._version) == (0, 0)
+
+
+def test_inference_tensors_are_left_to_torch() -> None:
+    """They have no version; outside of inference mode, torch refuses to write to them."""
+    with torch.inference_mode():
+        param = torch.zeros(4)
+        param.grad = torch.ones(4)
+        optimizer = fusedopt.SGD([param], lr=1.0)
+        optimizer.step()
+    assert param.tolist() == [-1.0] * 4

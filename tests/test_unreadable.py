@@ -378,3 +378,4 @@ def test_lazy_tensors_are_told_by_their_keys() -> None:
     is_on = os.environ.get("FUSEDOPT_FINGERPRINTS") != "0"
     assert _C.build_info()["fingerprints"] == is_on
     assert _C.build_info()["lazy_keys"] == is_on
+    assert _C.build_info()["versions"] == is_on  # and every param two

@@ -161,7 +161,6 @@ void Collector::collect_param(StepContext& context, const Group& group, StateWal
     note_gpu(context.gpus, update.device - kFirstGpu);
   context.has_gpu_counts = context.has_gpu_counts || cache.step_on_gpu;
   if (!cache.is_disjoint) table_.is_disjoint = false;
-  append(context.written.ptr(), param);
 }
 
 // Finds the dict of a parameter's state. State was created in the order of the parameters, as a

@@ -5,6 +5,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -41,6 +42,8 @@ struct Offsets {
   Kind kinds[kNumWords] = {};
   size_t num_kinds = 0;
   size_t keys = 0;
+  size_t version_counter = 0;  // a pointer, which views have from what they are views of
+  size_t version = 0;          // in the counter, an atomic uint32
   bool trusted = false;
 };
 
@@ -308,6 +311,67 @@ bool every_change_shows(const py::module_& torch) {
          shows(probe(), [&](py::object& t) { snapshot = torch.attr("_lazy_clone")(t); });
 }
 
+std::atomic<uint32_t>* version_of(PyObject* tensor) {
+  const void* const counter = pointer_at(description_of(tensor), g_offsets.version_counter);
+  if (counter == nullptr) return nullptr;
+  return reinterpret_cast<std::atomic<uint32_t>*>(reinterpret_cast<uintptr_t>(counter) +
+                                                  g_offsets.version);
+}
+
+// Finds the counter of writes to a tensor: the one word that a view always shares, but neither a
+// tensor of the same storage that is no view nor any other tensor; in the counter, the number that
+// torch says is the tensor's version.
+bool find_version(const py::module_& torch) {
+  std::vector<py::object> tensors, views, same_storage;
+  for (const int byte : {0x00, 0xff, 0x5a, 0x00}) {
+    litter(kNumWords * kWord, byte);  // words that torch leaves as they are differ
+    const py::object tensor = torch.attr("zeros")(6, 4);
+    for (size_t i = 0; i < 41 + tensors.size(); ++i) tensor.attr("zero_")();
+    litter(kNumWords * kWord, ~byte);
+    views.push_back(tensor.attr("view")(4, 6));
+    same_storage.push_back(tensor.attr("data"));
+    tensors.push_back(tensor);
+  }
+  const auto is_counter = [&](size_t offset) {
+    const auto word = [&](const py::object& of) {
+      return word_at(description_of(of.ptr()), offset);
+    };
+    for (size_t i = 0; i < tensors.size(); ++i)
+      if (word(tensors[i]) != word(views[i]) || word(tensors[i]) == word(same_storage[i]) ||
+          (i > 0 && word(tensors[i]) == word(tensors[0])))
+        return false;
+    return true;
+  };
+  size_t counter = 0;
+  for (size_t offset = kFirstWord * kWord; offset < kNumWords * kWord; offset += kWord) {
+    if (!is_counter(offset)) continue;
+    if (counter != 0) return false;
+    counter = offset;
+  }
+  if (counter == 0) return false;
+  constexpr size_t kMaxBytes = 4 * kWord;
+  const void* const counted = pointer_at(description_of(tensors[0].ptr()), counter);
+  size_t at = 0;
+  for (size_t offset = kWord; at == 0 && offset < kMaxBytes; offset += sizeof(uint32_t)) {
+    uint32_t number = 0;
+    if (!allocated_at_least(counted, offset + sizeof(number))) break;
+    memcpy(&number, static_cast<const char*>(counted) + offset, sizeof(number));
+    if (number == tensors[0].attr("_version").cast<uint32_t>()) at = offset;
+  }
+  if (at == 0) return false;
+  g_offsets.version_counter = counter;
+  g_offsets.version = at;
+  tensors.push_back(grad_of_backward(torch));
+  for (const py::object& tensor : tensors) {
+    const auto version = tensor.attr("_version").cast<uint32_t>();
+    std::atomic<uint32_t>* const found = version_of(tensor.ptr());
+    if (found == nullptr || found->load() != version) return false;
+    ++*found;
+    if (tensor.attr("_version").cast<uint32_t>() != version + 1) return false;
+  }
+  return views[0].attr("_version").cast<uint32_t>() == tensors[0].attr("_version").cast<uint32_t>();
+}
+
 bool is_one_bit(uint64_t bits) { return bits != 0 && (bits & (bits - 1)) == 0; }
 
 // Offset of the word in which conj() changes one bit, and a lazy negation another, whatever the
@@ -361,6 +425,7 @@ void learn_fingerprints() {
       g_offsets.trusted = forms_are_right(torch, tensors) && every_change_shows(torch);
     }
     if (g_offsets.trusted) g_offsets.keys = find_keys(torch);
+    if (g_offsets.trusted && !find_version(torch)) g_offsets.version = 0;
     grad_mode.attr("__exit__")(py::none(), py::none(), py::none());
   } catch (const py::error_already_set&) {
     g_offsets.trusted = false;
@@ -375,6 +440,16 @@ uint64_t dispatch_keys(PyObject* tensor) {
 }
 
 bool has_fingerprints() { return g_offsets.trusted; }
+
+bool has_versions() { return g_offsets.trusted && g_offsets.version != 0; }
+
+bool increment_version(PyObject* tensor) {
+  if (!has_versions()) return false;
+  std::atomic<uint32_t>* const version = version_of(tensor);
+  if (version == nullptr) return false;
+  version->fetch_add(1, std::memory_order_relaxed);
+  return true;
+}
 
 uint64_t form_fingerprint(PyObject* tensor) {
   return g_offsets.trusted ? mix_form(description_of(tensor)) : kNoFingerprint;

@@ -41,6 +41,11 @@ inline uint64_t join_fingerprints(uint64_t first, uint64_t second) {
   return both != kNoFingerprint ? both : 1;
 }
 
+// Counts a write to a tensor, so that autograd notices, as torch.autograd.graph.increment_version()
+// does. False if only torch can: for inference tensors, and if the place is not known.
+bool increment_version(PyObject* tensor);
+bool has_versions();
+
 // torch's dispatch keys of a tensor that wraps no other, a bit set; kNoKeys if they have not been
 // found. Being lazily negated or conjugated is one of them.
 inline constexpr uint64_t kNoKeys = 0;

@@ -78,14 +78,9 @@ GpuStep Gpus::prepare(const StepRequest& request, ParamTable& table, const StepC
   return step;
 }
 
-void Gpus::launch(const GpuStep& step, const py::list& written) {
-  try {
-    const py::gil_scoped_release release;  // a full queue makes a launch wait
-    for (const cuda::DeviceStep& device : step.devices) driver_->launch(device);
-  } catch (...) {
-    increment_versions(written.ptr());  // some may have been written to
-    throw;
-  }
+void Gpus::launch(const GpuStep& step) {
+  const py::gil_scoped_release release;  // a full queue makes a launch wait
+  for (const cuda::DeviceStep& device : step.devices) driver_->launch(device);
 }
 
 void Gpus::keep(const py::object& tensor, const StepContext& context, GpuStep& step) {

@@ -27,7 +27,7 @@ class Gpus {
   GpuStep prepare(const StepRequest& request, ParamTable& table, const StepContext& context,
                   const std::vector<Layout>& layouts, bool reads_grads);
 
-  void launch(const GpuStep& step, const pybind11::list& written);
+  void launch(const GpuStep& step);
 
   cuda::Driver& driver() { return *driver_; }
 

@@ -27,6 +27,7 @@ py::dict build_info() {
   info["openmp"] = cpu::openmp_version();
   info["fingerprints"] = has_fingerprints();
   info["lazy_keys"] = has_dispatch_keys();
+  info["versions"] = has_versions();
   const char* const reason = cuda::unavailable_reason();
   info["cuda_unavailable"] = reason == nullptr ? py::object(py::none()) : py::str(reason);
   info["cuda_archs"] = cuda::architectures();

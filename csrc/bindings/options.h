@@ -18,7 +18,8 @@ class Key {
   explicit Key(const char* name) : name_(name), object_(PyUnicode_InternFromString(name)) {}
   const char* name() const { return name_; }
   PyObject* object() const { return object_; }  // borrowed
-  // For dicts that will be searched by the key: an equal string of another identity is found slowly.
+  // For dicts that will be searched by the key: an equal string of another identity is found
+  // slowly.
   pybind11::str str() const { return pybind11::reinterpret_borrow<pybind11::str>(object_); }
 
  private:

@@ -107,7 +107,6 @@ struct StepContext {
   bool is_captured = false;     // into a CUDA graph
   std::vector<bool> gpus = {};  // with parameters to step, by number
   pybind11::list missing;       // (group, index) of params whose state lacks something
-  pybind11::list written;       // params
   // What combine_totals() (torch_api.h) needs to know of the sums of grads; None if there is one.
   pybind11::object reductions = pybind11::none();
   std::vector<Scalars> scalars = {};

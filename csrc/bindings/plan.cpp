@@ -3,6 +3,7 @@
 #include <exception>
 #include <optional>
 
+#include "bindings/fingerprint.h"
 #include "bindings/scalars.h"
 #include "bindings/torch_api.h"
 
@@ -109,7 +110,14 @@ py::object Plan::run(StepRequest& request, StepContext& context, bool& has_run) 
   if (context.clips && context.has_cpu) rescale(row_, request.grads, context);
 
   has_run = true;  // from here on, nothing fails but CUDA
-  if (!on_gpus.devices.empty()) gpus_.launch(on_gpus, context.written);
+  if (!on_gpus.devices.empty()) {
+    try {
+      gpus_.launch(on_gpus);
+    } catch (...) {
+      tell_autograd(context);  // some may have been written to
+      throw;
+    }
+  }
   write_steps(table_, context);
   run_on_cpu(context, layouts, request.num_threads);
   return collector_.take_changed();
@@ -118,29 +126,41 @@ py::object Plan::run(StepRequest& request, StepContext& context, bool& has_run) 
 // Runs what is on the CPU, and tells autograd of all that has been written.
 void Plan::run_on_cpu(const StepContext& context, const std::vector<Layout>& layouts,
                       int num_threads) {
+  if (!context.has_cpu) return tell_autograd(context);
+  plan_chunks_on_cpu();
+  const Step step = {table_.updates.data(), context.scalars.data(), layouts.data(), chunks_.data(),
+                     static_cast<int64_t>(chunks_.size()) - 1};
   std::exception_ptr error;  // Ctrl-C, say: the step is then done before it is raised
-  const auto tell_autograd = [&] {
-    try {
-      increment_versions(context.written.ptr());
-    } catch (...) {
-      error = std::current_exception();
-    }
-  };
-  if (!context.has_cpu) {
-    tell_autograd();
-  } else {
-    plan_chunks_on_cpu();
-    const Step step = {table_.updates.data(), context.scalars.data(), layouts.data(),
-                       chunks_.data(), static_cast<int64_t>(chunks_.size()) - 1};
+  {
     std::optional<py::gil_scoped_release> release;
     cpu::run(step, isa_, in_order_ ? 1 : num_threads, [&] {
-      tell_autograd();
+      try {
+        tell_autograd(context);
+      } catch (...) {
+        error = std::current_exception();
+      }
       release.emplace();
     });
   }
-  if (!error) return;
-  increment_versions(context.written.ptr());
-  std::rethrow_exception(error);
+  if (error) std::rethrow_exception(error);
+}
+
+void Plan::tell_autograd(const StepContext& context) const {
+  py::list others;  // whose versions only torch can count
+  size_t at = 0;
+  for (const Group& group : context.groups)
+    for (Py_ssize_t i = 0; i < group.size(); ++i) {
+      PyObject* const param = PyTuple_GET_ITEM(group.params.ptr(), i);
+      const bool is_written = table_.updates[at++].device != kIdle;
+      if (is_written && !(is_plain(param) && increment_version(param))) append(others.ptr(), param);
+    }
+  if (others.empty()) return;
+  try {
+    increment_versions(others.ptr());
+  } catch (...) {  // Ctrl-C, say
+    increment_versions(others.ptr());
+    throw;
+  }
 }
 
 // Chunks of the updates that are not on a GPU, of those that rest this time, too.

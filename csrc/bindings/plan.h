@@ -64,6 +64,7 @@ class Plan {
   pybind11::object run(StepRequest& request, StepContext& context, bool& has_run);
   void run_on_cpu(const StepContext& context, const std::vector<Layout>& layouts, int num_threads);
   void plan_chunks_on_cpu();
+  void tell_autograd(const StepContext& context) const;
 
   const OptimizerRow& row_;
   const cpu::Isa isa_;

@@ -14,6 +14,11 @@ const Key kParams("params"), kBetas("betas"), kCapturable("capturable");
 const Key kStateDtype("state_dtype"), kMasterWeights("master_weights");
 const Key kStochasticRounding("stochastic_rounding"), kErrorIfNonfinite("error_if_nonfinite");
 
+bool is_iterable(const py::object& object) {
+  return PyList_CheckExact(object.ptr()) || PyTuple_CheckExact(object.ptr()) ||
+         py::hasattr(object, "__iter__");
+}
+
 }  // namespace
 
 void GroupReader::fail(const std::string& what) const {
@@ -129,7 +134,7 @@ StochasticRounding GroupReader::stochastic_rounding() const {
 
 py::object GroupReader::params() const {
   const py::object params = find(kParams);
-  if (!params || is_tensor(params.ptr()) || !PyObject_HasAttrString(params.ptr(), "__iter__"))
+  if (!params || is_tensor(params.ptr()) || !is_iterable(params))
     throw py::type_error("params of param group " + std::to_string(index_) +
                          " must be a list or another sequence of tensors");
   return as_tuple(params.ptr());
@@ -140,7 +145,7 @@ bool GroupReader::is_capturable() const { return flag(kCapturable); }
 void GroupReader::betas(cuda::HyperParamsRef& source) {
   const py::object pair = find(kBetas);
   py::tuple values;
-  if (pair && !PyUnicode_Check(pair.ptr()) && py::hasattr(pair, "__iter__"))
+  if (pair && !PyUnicode_Check(pair.ptr()) && is_iterable(pair))
     values = as_tuple(pair.ptr());
   if (values.size() != 2) fail("betas must be a pair of numbers");
   source.values.beta1 = to_number(values[0], "betas[0]", &source.beta1);

@@ -155,7 +155,7 @@ struct Pieces {
 };
 
 // Pieces of whole blocks; an end is rounded up to one. Not inlined, so that there is one copy for
-// its three callers.
+// its two callers.
 template <class Rule, class T>
 __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
                                              const StepScalars<Rule, T>& scalars, Block<T> block,
@@ -180,8 +180,8 @@ __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
 template <class T>
 class Tile {
  public:
-  Tile(const Formats& formats, uint32_t rounding_key)
-      : formats_(formats), rounding_key_(rounding_key) {
+  Tile(const Formats& formats, DType one_format, uint32_t rounding_key)
+      : formats_(formats), one_format_(one_format), rounding_key_(rounding_key) {
     for (int k = 0; k < kMaxOperands; ++k) data_[k] = bytes_[k];
   }
 
@@ -234,7 +234,7 @@ class Tile {
 
   Block<T> block() const {
     // kAbsent: the elements are in order in the registers, as the draws are.
-    return {formats_, DType::kAbsent, draws_};
+    return {formats_, formats_.stochastic == 0 ? one_format_ : DType::kAbsent, draws_};
   }
   Piece piece(int64_t n) const { return {data_, 0, n}; }
 
@@ -285,6 +285,7 @@ class Tile {
   }
 
   const Formats formats_;
+  const DType one_format_;
   const uint32_t rounding_key_;
   void* data_[kMaxOperands];
   alignas(kCacheLine) char bytes_[kMaxOperands][kTileElements * sizeof(T)];
@@ -344,9 +345,9 @@ __attribute__((noinline)) Parts update_alike(const Step& step, Parts parts) {
   const auto variant = Rule::Variant::of(first.variant);
   const StepScalars<Rule, T> scalars =
       step.scalars[first.scalars].template of<Rule>().template as<T>();
-  const Block<T> block = {first.formats, first.formats.one_format(Block<T>::kSplitIsOneFormat),
-                          nullptr};
-  Tile<T> tile(first.formats, scalars.common.rounding_key);
+  const DType one_format = first.formats.one_format(Block<T>::kSplitIsOneFormat);
+  const Block<T> block = {first.formats, one_format, nullptr};
+  Tile<T> tile(first.formats, one_format, scalars.common.rounding_key);
   const auto update_tile = [&](int64_t n) {
     const Piece piece = tile.piece(n);
     update_blocks<Rule, T>(variant, scalars, tile.block(), &piece, 1);

@@ -42,6 +42,9 @@ struct Step {
   const Layout* layouts;
   const ChunkStart* chunks;
   int64_t num_chunks;
+  // Whether the order of the updates counts, since a grad is memory that another update writes:
+  // then each is done before the next one is begun, and there must be one thread.
+  bool in_order = true;
 };
 
 namespace cpu {

@@ -16,8 +16,10 @@ constexpr int kCount = 2;
 // every page, and a step walks through four or five pages at once.
 constexpr int64_t kPrefetchAhead = 256;
 constexpr int64_t kCacheLine = 64;
-// Elements of strided updates are gathered in tiles of so many.
+// Elements that do not lie as a block does are gathered in tiles of so many.
 constexpr int64_t kTileElements = 256;
+// Pieces that are updated at once, enough that the preparations for them do not count.
+constexpr int kMaxPieces = 64;
 
 template <class T>
 using Register = Vec<T, kRegisterBytes / static_cast<int>(sizeof(T))>;
@@ -40,11 +42,10 @@ struct Block {
 
   Formats stored_as;
   DType format;           // as Formats::one_format()
-  void* const* data;      // of each operand
-  int64_t at;             // elements from there to the block
-  uint64_t number;        // number in its tensor of the element at `data`
-  const uint32_t* draws;  // if not nullptr, the draws of the elements, and `number` is not used
-  int64_t ahead = 0;      // how far ahead to ask for memory, in elements
+  const uint32_t* draws;  // of the elements; nullptr if `at` is the number of one in its tensor
+  void* const* data = nullptr;  // of each operand
+  int64_t at = 0;               // elements from there to the block
+  int64_t ahead = 0;            // how far ahead to ask for memory, in elements
 
   FUSEDOPT_HD const Formats& formats() const { return stored_as; }
   FUSEDOPT_HD DType one_format() const { return format; }
@@ -110,7 +111,7 @@ struct Block {
     }
     // Blocks begin at multiples of their size, so all elements have the same upper half of the
     // number, and one key.
-    const uint64_t first = (number + static_cast<uint64_t>(at)) / 2;
+    const uint64_t first = static_cast<uint64_t>(at) / 2;
     const uint32_t key = draw_key(rounding_key, first);
     Raw lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
@@ -136,69 +137,112 @@ struct Block {
   }
 };
 
-// n elements from the block on, rounded up to whole blocks. Not inlined, so that there is one copy
-// for its three callers.
+// Elements [begin, end) of operands that are consecutive.
+struct Piece {
+  void* const* data;
+  int64_t begin, end;
+};
+
+struct Pieces {
+  Piece list[kMaxPieces];
+  int count = 0;
+  int64_t elements = 0;
+
+  void add(const Piece& piece) {
+    list[count++] = piece;
+    elements += piece.end - piece.begin;
+  }
+};
+
+// Pieces of whole blocks; an end is rounded up to one. Not inlined, so that there is one copy for
+// its two callers.
 template <class Rule, class T>
 __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
                                              const StepScalars<Rule, T>& scalars, Block<T> block,
-                                             int64_t n) {
-  for (; block.at < n; block.at += kBlock<T>) {
-    // No prefetch beyond the end: those cache lines may be another thread's.
-    block.ahead = block.at + kPrefetchAhead + kBlock<T> <= n ? kPrefetchAhead : 0;
-    Elements<Rule, T, typename Block<T>::Values, Block<T>> elements(block);
-    Ieee math;
-    elements.load();
-    elements.apply(variant, scalars.rule, math);
-    elements.finish(scalars.common);
+                                             const Piece* pieces, int count) {
+  for (int i = 0; i < count; ++i) {
+    const Piece piece = pieces[i];  // a copy, which the stores below cannot change
+    block.data = piece.data;
+    for (block.at = piece.begin; block.at < piece.end; block.at += kBlock<T>) {
+      // No prefetch beyond the end: those cache lines may be another thread's.
+      block.ahead = block.at + kPrefetchAhead + kBlock<T> <= piece.end ? kPrefetchAhead : 0;
+      Elements<Rule, T, typename Block<T>::Values, Block<T>> elements(block);
+      Ieee math;
+      elements.load();
+      elements.apply(variant, scalars.rule, math);
+      elements.finish(scalars.common);
+    }
   }
 }
 
-// Strided elements of each operand, gathered so that they are consecutive, and scattered again.
+// Elements that do not lie as a block does, gathered so that they are consecutive in each operand,
+// and scattered again: those of a strided update, or the last ones of several dense updates.
 template <class T>
 class Tile {
  public:
-  Tile(const ParamUpdate& update, uint32_t rounding_key)
-      : update_(update), rounding_key_(rounding_key) {
+  Tile(const Formats& formats, DType one_format, uint32_t rounding_key)
+      : formats_(formats), one_format_(one_format), rounding_key_(rounding_key) {
     for (int k = 0; k < kMaxOperands; ++k) data_[k] = bytes_[k];
   }
 
-  void load(Cursor& cursor, int64_t n) {
+  void load(const ParamUpdate& update, Cursor& cursor, int64_t n) {
     for_each_run(cursor, n, [&](int64_t offset, int64_t run, const Cursor& from) {
       for_each_operand([&](int k, auto item) {
         using Item = decltype(item);
-        const Item* const source = static_cast<const Item*>(update_.data[k]) + from.at(k);
+        const Item* const source = static_cast<const Item*>(update.data[k]) + from.at(k);
         copy(reinterpret_cast<Item*>(bytes_[k]) + offset, 1, source, from.stride(k), run);
       });
-      if (update_.formats.stochastic != 0) draw(offset, run, from);
+      draw(offset, run, from.at(kIndex), from.stride(kIndex));
     });
-    // Zeros fill the last block up. Their results are not stored.
-    for_each_operand([&](int k, auto item) {
-      const int64_t size = sizeof(item), end = (n + kBlock<T> - 1) / kBlock<T> * kBlock<T>;
-      __builtin_memset(bytes_[k] + n * size, 0, static_cast<size_t>((end - n) * size));
-    });
+    fill_up(n);
   }
 
-  void store(Cursor& cursor, int64_t n) const {
+  void store(const ParamUpdate& update, Cursor& cursor, int64_t n) const {
     for_each_run(cursor, n, [&](int64_t offset, int64_t run, const Cursor& to) {
       for_each_operand([&](int k, auto item) {
         using Item = decltype(item);
         if (k == kGrad) return;
-        Item* const target = static_cast<Item*>(update_.data[k]) + to.at(k);
+        Item* const target = static_cast<Item*>(update.data[k]) + to.at(k);
         copy(target, to.stride(k), reinterpret_cast<const Item*>(bytes_[k]) + offset, 1, run);
+      });
+    });
+  }
+
+  void load(const Pieces& pieces) {
+    for_each_operand([&](int k, auto item) {
+      for_each_place<decltype(item)>(pieces, k, [](char* here, char* there, size_t bytes) {
+        __builtin_memcpy(here, there, bytes);
+      });
+    });
+    int64_t offset = 0;
+    for (int i = 0; formats_.stochastic != 0 && i < pieces.count; ++i) {
+      const Piece& piece = pieces.list[i];
+      draw(offset, piece.end - piece.begin, piece.begin, 1);
+      offset += piece.end - piece.begin;
+    }
+    fill_up(pieces.elements);
+  }
+
+  void store(const Pieces& pieces) {
+    for_each_operand([&](int k, auto item) {
+      if (k == kGrad) return;
+      for_each_place<decltype(item)>(pieces, k, [](char* here, char* there, size_t bytes) {
+        __builtin_memcpy(there, here, bytes);
       });
     });
   }
 
   Block<T> block() const {
     // kAbsent: the elements are in order in the registers, as the draws are.
-    return {update_.formats, DType::kAbsent, data_, 0, 0, draws_};
+    return {formats_, formats_.stochastic == 0 ? one_format_ : DType::kAbsent, draws_};
   }
+  Piece piece(int64_t n) const { return {data_, 0, n}; }
 
  private:
   template <class F>
   FUSEDOPT_HD void for_each_operand(const F& f) const {
     for (int k = 0; k < kMaxOperands; ++k) {
-      const int64_t size = item_size(update_.formats.dtypes[k]);
+      const int64_t size = item_size(formats_.dtypes[k]);
       if (size == 2) f(k, uint16_t{});
       if (size == 4) f(k, uint32_t{});
       if (size == 8) f(k, uint64_t{});
@@ -213,74 +257,137 @@ class Tile {
       for (int64_t i = 0; i < n; ++i) to[i * to_stride] = from[i * from_stride];
   }
 
-  void draw(int64_t offset, int64_t n, const Cursor& from) {
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t number = from.at(kIndex) + i * from.stride(kIndex);
-      draws_[offset + i] = own_draw(rounding_key_, static_cast<uint64_t>(number));
+  // Calls f(here, there, bytes) for what a tile of the pieces has of an operand.
+  template <class Item, class F>
+  FUSEDOPT_HD void for_each_place(const Pieces& pieces, int operand, const F& f) {
+    char* here = bytes_[operand];
+    for (int i = 0; i < pieces.count; ++i) {
+      const Piece& piece = pieces.list[i];
+      const auto bytes = static_cast<size_t>(piece.end - piece.begin) * sizeof(Item);
+      f(here, reinterpret_cast<char*>(static_cast<Item*>(piece.data[operand]) + piece.begin),
+        bytes);
+      here += bytes;
     }
   }
 
-  const ParamUpdate& update_;
+  // Zeros fill the last block up. Their results are not stored.
+  void fill_up(int64_t n) {
+    for_each_operand([&](int k, auto item) {
+      const int64_t size = sizeof(item), end = (n + kBlock<T> - 1) / kBlock<T> * kBlock<T>;
+      __builtin_memset(bytes_[k] + n * size, 0, static_cast<size_t>((end - n) * size));
+    });
+  }
+
+  void draw(int64_t offset, int64_t n, int64_t number, int64_t stride) {
+    if (formats_.stochastic == 0) return;
+    for (int64_t i = 0; i < n; ++i)
+      draws_[offset + i] = own_draw(rounding_key_, static_cast<uint64_t>(number + i * stride));
+  }
+
+  const Formats formats_;
+  const DType one_format_;
   const uint32_t rounding_key_;
   void* data_[kMaxOperands];
   alignas(kCacheLine) char bytes_[kMaxOperands][kTileElements * sizeof(T)];
   alignas(kCacheLine) uint32_t draws_[kTileElements];
 };
 
-// The last elements of a dense update, fewer than a block: they are copied into a block and back.
-// What else is in the block is computed with, and the result is not stored.
-template <class Rule, class T>
-void update_rest(typename Rule::Variant variant, const StepScalars<Rule, T>& scalars,
-                 Block<T> block, int64_t n) {
-  alignas(kCacheLine) char bytes[kMaxOperands][kBlock<T> * sizeof(T)];
-  void* copies[kMaxOperands];
-  void* const* const data = block.data;
-  const auto size_of = [&](int k) {
-    return static_cast<size_t>(n * item_size(block.stored_as.dtypes[k]));
-  };
-  for (int k = 0; k < kMaxOperands; ++k) {
-    copies[k] = bytes[k];
-    if (block.stored_as.has(k)) __builtin_memcpy(bytes[k], data[k], size_of(k));
+// The parts of updates that make up a chunk, one after the other.
+class Parts {
+ public:
+  Parts(const Step& step, int64_t chunk) {
+    const ChunkStart from = step.chunks[chunk], to = step.chunks[chunk + 1];
+    update_ = step.updates + from.update;
+    begin_ = from.element;
+    cut_ = step.updates + to.update;
+    cut_at_ = to.element;
+    stop_ = cut_at_ > 0 ? cut_ + 1 : cut_;
+    skip();
   }
-  block.data = copies;
-  update_blocks<Rule, T>(variant, scalars, block, n);
-  for (int k = 0; k < kMaxOperands; ++k)
-    if (k != kGrad && block.stored_as.has(k)) __builtin_memcpy(data[k], bytes[k], size_of(k));
+
+  bool done() const { return update_ == stop_; }
+  const ParamUpdate& update() const { return *update_; }
+  int64_t begin() const { return begin_; }
+  int64_t end() const { return update_ == cut_ ? cut_at_ : update_->numel; }
+  void next() {
+    pass();
+    skip();
+  }
+
+ private:
+  void pass() {
+    ++update_;
+    begin_ = 0;
+  }
+  // Passes over what there is not to do.
+  void skip() {
+    while (!done() && (update_->device != kCpu || begin() >= end())) pass();
+  }
+
+  const ParamUpdate* update_;
+  int64_t begin_;
+  const ParamUpdate* cut_;  // of which the chunk has what is before `cut_at_`
+  int64_t cut_at_;
+  const ParamUpdate* stop_;
+};
+
+// Whether what has been prepared for one update does for the other.
+bool are_alike(const ParamUpdate& a, const ParamUpdate& b) {
+  return a.scalars == b.scalars && a.rule == b.rule && a.variant == b.variant &&
+         __builtin_memcmp(&a.formats, &b.formats, sizeof(Formats)) == 0;
 }
 
-// Elements [begin, end) of an update.
+// The part that is at hand and those after it that are like it. Returns what is left. Not inlined,
+// so that nothing is computed before the caller has set the mode.
 template <class Rule, class T>
-void update_elements(const Step& step, const ParamUpdate& update, int64_t begin, int64_t end) {
-  const auto variant = Rule::Variant::of(update.variant);
+__attribute__((noinline)) Parts update_alike(const Step& step, Parts parts) {
+  const ParamUpdate& first = parts.update();
+  const auto variant = Rule::Variant::of(first.variant);
   const StepScalars<Rule, T> scalars =
-      step.scalars[update.scalars].template of<Rule>().template as<T>();
-  if (update.layout == kDense) {
-    const Formats formats = update.formats;
-    void* data[kMaxOperands];
-    Block<T> block = {formats, formats.one_format(Block<T>::kSplitIsOneFormat), data, 0, 0,
-                      nullptr};
-    const auto go_to = [&](int64_t element) {
-      block.number = static_cast<uint64_t>(element);
-      for (int k = 0; k < kMaxOperands; ++k)
-        data[k] = static_cast<char*>(update.data[k]) + element * item_size(formats.dtypes[k]);
-    };
-    const int64_t whole = (end - begin) / kBlock<T> * kBlock<T>;
-    go_to(begin);
-    if (whole > 0) update_blocks<Rule, T>(variant, scalars, block, whole);
-    begin += whole;
-    go_to(begin);
-    if (begin < end) update_rest<Rule, T>(variant, scalars, block, end - begin);
-    return;
+      step.scalars[first.scalars].template of<Rule>().template as<T>();
+  const DType one_format = first.formats.one_format(Block<T>::kSplitIsOneFormat);
+  const Block<T> block = {first.formats, one_format, nullptr};
+  Tile<T> tile(first.formats, one_format, scalars.common.rounding_key);
+  const auto update_tile = [&](int64_t n) {
+    const Piece piece = tile.piece(n);
+    update_blocks<Rule, T>(variant, scalars, tile.block(), &piece, 1);
+  };
+  Pieces whole, rests;  // of blocks, and what is left
+  const auto update_pieces = [&] {
+    if (whole.count > 0) update_blocks<Rule, T>(variant, scalars, block, whole.list, whole.count);
+    if (rests.count > 0) {
+      tile.load(rests);
+      update_tile(rests.elements);
+      tile.store(rests);
+    }
+    whole.count = rests.count = 0;
+    rests.elements = 0;
+  };
+  for (; !parts.done() && are_alike(first, parts.update()); parts.next()) {
+    const ParamUpdate& update = parts.update();
+    int64_t begin = parts.begin();
+    const int64_t end = parts.end();
+    if (update.layout == kDense) {
+      static_assert(kChunkAlignment % kBlock<T> == 0, "`begin` is a multiple of a block");
+      const int64_t rest = end & -kBlock<T>;
+      if (begin < rest) whole.add({update.data, begin, rest});
+      if (rest < end) rests.add({update.data, rest, end});
+      const bool is_full = whole.count == kMaxPieces || rests.count == kMaxPieces ||
+                           rests.elements > kTileElements - kBlock<T>;
+      if (is_full || step.in_order) update_pieces();
+      continue;
+    }
+    const Layout& layout = step.layouts[update.layout];
+    Cursor source(layout, begin), target(layout, begin);
+    for (; begin < end; begin += kTileElements) {
+      const int64_t n = end - begin < kTileElements ? end - begin : kTileElements;
+      tile.load(update, source, n);
+      update_tile(n);
+      tile.store(update, target, n);
+    }
   }
-  const Layout& layout = step.layouts[update.layout];
-  Cursor source(layout, begin), target(layout, begin);
-  Tile<T> tile(update, scalars.common.rounding_key);
-  for (; begin < end; begin += kTileElements) {
-    const int64_t n = end - begin < kTileElements ? end - begin : kTileElements;
-    tile.load(source, n);
-    update_blocks<Rule, T>(variant, scalars, tile.block(), n);
-    tile.store(target, n);
-  }
+  update_pieces();
+  return parts;
 }
 
 }  // namespace

@@ -21,8 +21,12 @@ void drive(const Problem& problem, Buffers& buffers, cpu::Isa isa, int threads) 
   const auto chunks =
       plan_chunks({0, problem.numel, problem.numel, problem.numel}, threads > 1 ? 64 : 1000);
   const Layout layout = {problem.dims.data(), static_cast<int>(problem.dims.size())};
-  const Step step = {updates, &problem.scalars, &layout, chunks.data(),
-                     static_cast<int64_t>(chunks.size()) - 1};
+  const Step step = {updates,
+                     &problem.scalars,
+                     &layout,
+                     chunks.data(),
+                     static_cast<int64_t>(chunks.size()) - 1,
+                     /*in_order=*/false};
   cpu::run(step, isa, threads);
 }
 
@@ -244,6 +248,94 @@ void test_draws() {
     }
 }
 
+// One step of several problems. With `in_order`, the grad of each but the first is the param of the
+// one before it.
+void drive_all(const std::vector<Problem>& problems, std::vector<Buffers>& buffers, cpu::Isa isa,
+               bool in_order) {
+  std::vector<ParamUpdate> updates;
+  std::vector<Scalars> scalars;
+  std::vector<Layout> layouts;
+  std::vector<int64_t> sizes;
+  for (size_t i = 0; i < problems.size(); ++i) {
+    const Problem& problem = problems[i];
+    ParamUpdate update = make_update(problem, buffers[i]);
+    if (in_order && i > 0) update.data[kGrad] = updates[i - 1].data[kParam];
+    const auto is_own = [&](const Scalars& other) {
+      return std::memcmp(&other, &problem.scalars, sizeof(Scalars)) == 0;
+    };
+    const auto found = std::find_if(scalars.begin(), scalars.end(), is_own);
+    update.scalars = static_cast<int32_t>(found - scalars.begin());
+    if (found == scalars.end()) scalars.push_back(problem.scalars);
+    if (update.layout != kDense) {
+      update.layout = static_cast<int32_t>(layouts.size());
+      layouts.push_back({problem.dims.data(), static_cast<int>(problem.dims.size())});
+    }
+    updates.push_back(update);
+    sizes.push_back(problem.numel);
+  }
+  const auto chunks = plan_chunks(sizes, kMinChunkElements);
+  const Step step = {updates.data(),
+                     scalars.data(),
+                     layouts.data(),
+                     chunks.data(),
+                     static_cast<int64_t>(chunks.size()) - 1,
+                     in_order};
+  cpu::run(step, isa, 1);
+}
+
+void check_all(const std::vector<Problem>& problems, bool in_order) {
+  std::vector<Buffers> before;
+  for (size_t i = 0; i < problems.size(); ++i)
+    before.push_back(make_buffers(problems[i], static_cast<uint32_t>(i)));
+  std::vector<Buffers> expected = before;
+  for (size_t i = 0; i < problems.size(); ++i) {
+    if (in_order && i > 0) expected[i][kGrad] = expected[i - 1][kParam];
+    update_one_by_one(problems[i], expected[i]);
+    if (in_order) expected[i][kGrad] = before[i][kGrad];  // not used
+  }
+  for (const cpu::Isa isa : {cpu::Isa::kBaseline, cpu::Isa::kAvx2, cpu::Isa::kAvx512}) {
+    if (isa > cpu::best_isa()) continue;
+    std::vector<Buffers> buffers = before;
+    drive_all(problems, buffers, isa, in_order);
+    CHECK(buffers == expected);
+  }
+}
+
+// Tensors of several kinds in one step, mostly small and in runs of one kind: what does not fill
+// blocks is computed together.
+void test_many_tensors() {
+  std::mt19937 random(8);
+  const std::vector<Problem> all = all_problems();
+  for (int run = 0; run < 24; ++run) {
+    std::vector<Problem> kinds;
+    for (int i = 0; i < 3; ++i) kinds.push_back(in_any_formats(all[random() % all.size()], random));
+    kinds.push_back(kinds[0]);  // with other scalars
+    kinds.back().hyper.lr = 0.2;
+    kinds.back().scalars = scalars_at(kinds.back(), {3, false}, 2.0);
+    kinds.push_back(with_dims(kinds[0], strided_layouts()[random() % 4]));
+    std::vector<Problem> problems;
+    const uint32_t largest = run % 3 == 0 ? 1 : run % 3 == 1 ? 33 : 200;
+    size_t kind = 0;
+    for (int i = 0; i < 100; ++i) {
+      if (random() % 20 == 0) kind = random() % kinds.size();
+      problems.push_back(kinds[kind]);
+      if (problems.back().dims.empty()) problems.back().numel = 1 + random() % largest;
+      problems.back().guard = run % 2 == 0 ? 0 : kGuard;
+    }
+    check_all(problems, /*in_order=*/false);
+  }
+}
+
+// A grad that is the param of the tensor before it is read after that one's update.
+void test_order() {
+  for (const Problem& problem : all_problems())
+    for (const int64_t numel : {1, 31, 70}) {
+      Problem small = problem;
+      small.numel = numel;
+      check_all(std::vector<Problem>(70, small), /*in_order=*/true);
+    }
+}
+
 }  // namespace
 
 void test_driver() {
@@ -257,4 +349,6 @@ void test_driver() {
   test_every_rounding();
   test_roots();
   test_draws();
+  test_many_tensors();
+  test_order();
 }

@@ -128,8 +128,12 @@ void Plan::run_on_cpu(const StepContext& context, const std::vector<Layout>& lay
                       int num_threads) {
   if (!context.has_cpu) return tell_autograd(context);
   plan_chunks_on_cpu();
-  const Step step = {table_.updates.data(), context.scalars.data(), layouts.data(), chunks_.data(),
-                     static_cast<int64_t>(chunks_.size()) - 1};
+  const Step step = {table_.updates.data(),
+                     context.scalars.data(),
+                     layouts.data(),
+                     chunks_.data(),
+                     static_cast<int64_t>(chunks_.size()) - 1,
+                     in_order_};
   std::exception_ptr error;  // Ctrl-C, say: the step is then done before it is raised
   {
     std::optional<py::gil_scoped_release> release;

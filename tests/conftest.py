@@ -59,8 +59,9 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     dist = pytest.importorskip("torch.distributed")
     if not dist.is_available():
         pytest.skip("torch was built without torch.distributed")
-    from device import DEVICE
     from torch.distributed.device_mesh import init_device_mesh
+
+    from support.device import DEVICE
 
     backend = {"cpu": "gloo", "cuda": "nccl"}[DEVICE]
     file = tmp_path_factory.mktemp(backend) / "init"

@@ -1,0 +1,217 @@
+"""What the CUDA driver refuses: the cause is named, and nothing has changed."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from support.api_helpers import snapshot
+from support.cases import BY_ID, Case, some_cases
+from support.sides import (
+    GPU,
+    IS_CUDA,
+    Results,
+    Side,
+    assert_same_on_both,
+    draw,
+    give_grads,
+    needs_driver,
+    needs_gpu,
+    record,
+)
+
+pytestmark = needs_driver
+
+
+def make_optimizer(stepped: bool, **options: Any) -> Any:
+    params = draw([8, 4, 700], GPU.device)
+    optimizer = BY_ID["adamw"].fused([{"params": params[:1]}, {"params": params[1:]}], **options)
+    if stepped:
+        give_grads(params, 0)
+        optimizer.step()
+    give_grads(params, 1)
+    return optimizer
+
+
+def numbers_on_gpu(name: str, value: Any) -> Callable[[Any], None]:
+    def damage(optimizer: Any) -> None:
+        optimizer.param_groups[1][name] = value()
+
+    return damage
+
+
+def two_betas(optimizer: Any) -> None:
+    optimizer.param_groups[1]["betas"] = (0.9, torch.zeros(2, device=GPU.device))
+
+
+def overflow_of_two(optimizer: Any) -> None:
+    optimizer.found_inf = torch.zeros(2, device=GPU.device)
+
+
+def scale_of_two(optimizer: Any) -> None:
+    optimizer.grad_scale = torch.ones(2, device=GPU.device)
+
+
+def shared_params(optimizer: Any) -> None:
+    first, second = (group["params"][0] for group in optimizer.param_groups)
+    second.data = first.data[2:6]
+
+
+def shared_states(optimizer: Any) -> None:
+    first, second = (group["params"][0] for group in optimizer.param_groups)
+    optimizer.state[second]["exp_avg"] = optimizer.state[first]["exp_avg"][:4]
+
+
+def short_grad(optimizer: Any) -> None:
+    param = optimizer.param_groups[1]["params"][0]
+    param.data = torch.ones(5, device=GPU.device)
+
+
+def half_step(optimizer: Any) -> None:
+    param = optimizer.param_groups[1]["params"][0]
+    optimizer.state[param]["step"] = GPU.tensor(1.0, torch.float16)
+
+
+def param_on_cpu(optimizer: Any) -> None:
+    param = optimizer.param_groups[1]["params"][0]
+    param.data = param.data.cpu()
+
+
+def state_on_cpu(optimizer: Any) -> None:
+    state = optimizer.state[optimizer.param_groups[1]["params"][0]]
+    state["exp_avg_sq"] = state["exp_avg_sq"].cpu()
+
+
+ONE_NUMBER = "must be one float32 or float64 number"
+ONE_ELEMENT = "found_inf and grad_scale must be tensors of one element"
+integer = numbers_on_gpu("lr", lambda: GPU.tensor(1, torch.int64))
+half = numbers_on_gpu("lr", lambda: GPU.tensor(1.0, torch.float16))
+two = numbers_on_gpu("lr", lambda: GPU.tensor([0.1, 0.1]))
+no_decay = numbers_on_gpu("weight_decay", lambda: GPU.tensor([]))
+# What is wrong, and what the ValueError says.
+BAD = {
+    "integer lr": (integer, f"lr is torch.int64.*{ONE_NUMBER}.*group 1"),
+    "half lr": (half, f"lr is torch.float16.*{ONE_NUMBER}.*group 1"),
+    "two rates": (two, rf"lr is .*\[2\].*{ONE_NUMBER}.*group 1"),
+    "no decay": (no_decay, rf"weight_decay is .*\[0\].*{ONE_NUMBER}.*group 1"),
+    "two betas": (two_betas, rf"betas\[1\] is .*\[2\].*{ONE_NUMBER}.*group 1"),
+    "found_inf of two": (overflow_of_two, ONE_ELEMENT),
+    "grad_scale of two": (scale_of_two, ONE_ELEMENT),
+    "shared params": (shared_params, "group 0, index 0.*group 1, index 0.*share memory"),
+    "shared states": (shared_states, "exp_avg of .*exp_avg of .*share memory"),
+    "short grad": (short_grad, r"grad of .*group 1, index 0.*\[4\].*\[5\]"),
+    "half step": (half_step, "step of .*group 1, index 0.*float16"),
+}
+if IS_CUDA:
+    BAD |= {
+        "param on the CPU": (param_on_cpu, r"group 1, index 0.*on cuda:0.*on cpu"),
+        "state on the CPU": (state_on_cpu, r"exp_avg_sq of .*on cpu.*on cuda:0"),
+    }
+
+each_damage = pytest.mark.parametrize(("damage", "pattern"), BAD.values(), ids=BAD)
+
+
+def assert_refused(optimizer: Any, damage: Callable[[Any], None], pattern: str) -> None:
+    """And nothing changes."""
+    damage(optimizer)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=f"(?s){pattern}"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+
+
+@each_damage
+def test_refused(damage: Callable[[Any], None], pattern: str) -> None:
+    assert_refused(make_optimizer(stepped=True, capturable=True), damage, pattern)
+
+
+NEED_STATE = ("shared states", "half step", "state on the CPU")
+AT_FIRST = {name: row for name, row in BAD.items() if name not in NEED_STATE}
+
+
+@pytest.mark.parametrize(("damage", "pattern"), AT_FIRST.values(), ids=AT_FIRST)
+def test_refused_at_first(damage: Callable[[Any], None], pattern: str) -> None:
+    """No state is left behind."""
+    optimizer = make_optimizer(stepped=False, capturable=True)
+    assert_refused(optimizer, damage, pattern)
+    assert not optimizer.state
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", [name for name in BAD if name.endswith(("lr", "rates"))])
+def test_refused_without_capturable(name: str) -> None:
+    assert_refused(make_optimizer(stepped=True), *BAD[name])
+
+
+@some_cases("momentum", "adamw")
+def test_steps_after_an_error(case: Case) -> None:
+    """The refused step leaves no trace in the driver's tables."""
+
+    def train(side: Side) -> Results:
+        params = draw([8, 4, 700], side.device)
+        optimizer = case.fused(params)
+        for seed in range(4):
+            give_grads(params, seed)
+            if seed % 2:
+                good, params[1].data = params[1].data, params[0].data[:4]
+                with pytest.raises(ValueError, match="share memory"):
+                    optimizer.step()
+                params[1].data = good
+            optimizer.step()
+        return record(optimizer)
+
+    assert_same_on_both(train)
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("on_one", ["lr", "weight_decay"])
+def test_option_on_another_gpu(on_one: str) -> None:
+    optimizer = make_optimizer(stepped=False, capturable=True)
+    optimizer.param_groups[1][on_one] = torch.tensor(0.1, device="cuda:1")
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"param group 1 .*cuda:1.*is on cuda:0"):
+        optimizer.step()
+    assert snapshot(optimizer) == before
+
+
+# A kernel of torch's fails; after that every call must, too.
+ASYNCHRONOUS = """
+import sys, time, torch, fusedopt
+param = torch.ones(64, device="cuda")
+param.grad = torch.ones_like(param)
+optimizer = fusedopt.AdamW([param], capturable=sys.argv[1] == "capturable")
+optimizer.step()
+torch.cuda.synchronize()
+index = torch.full((1,), 1 << 20, device="cuda")
+torch.ones(4, device="cuda")[index]
+if sys.argv[2] == "noticed by the step":
+    time.sleep(3)
+try:
+    optimizer.step()
+    if sys.argv[2] == "noticed by the step":
+        print("swallowed")
+    torch.cuda.synchronize()
+except RuntimeError as error:
+    print("raised", error)
+else:
+    print("swallowed")
+"""
+
+
+@needs_gpu
+@pytest.mark.parametrize("when", ["noticed by the step", "noticed later"])
+@pytest.mark.parametrize("kind", ["plain", "capturable"])
+def test_asynchronous_errors_are_not_swallowed(kind: str, when: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ASYNCHRONOUS, kind, when],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stdout.startswith("raised"), done.stdout + done.stderr
+    if when == "noticed by the step":
+        assert "failed on cuda:" in done.stdout
+        assert "device-side assert" in done.stdout
+        assert "an earlier kernel of the program" in done.stdout

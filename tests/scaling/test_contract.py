@@ -1,0 +1,374 @@
+"""Who unscales under a GradScaler, and that no step obeys a scaler that is gone.
+
+`_step_supports_amp_scaling` is torch's private word for "step() unscales and skips by itself". What
+stands between scaler and optimizer (wrappers, trainers) often knows the usual way only, so it is
+said of optimizers made with fused=True alone, as in torch.
+"""
+
+import contextlib
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+import fusedopt
+from support.api_helpers import (
+    MAIN_CASES,
+    NAMES,
+    Case,
+    all_of,
+    assert_equal,
+    assert_same_math,
+    by_id,
+    make_params,
+    params_of,
+    set_grads,
+    train,
+)
+from support.device import DEVICE, STEPS_ON_DEVICE
+
+MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
+each_name = pytest.mark.parametrize("name", NAMES)
+SCALERS: dict[str, Any] = {"fusedopt": fusedopt.GradScaler, "torch": torch.amp.GradScaler}
+each_scaler = pytest.mark.parametrize("scaler_type", **by_id(SCALERS))
+FUSED: dict[str, dict[str, Any]] = {"default": {}, "fused": {"fused": True}}
+each_fused = pytest.mark.parametrize("options", **by_id(FUSED))
+each_outcome = pytest.mark.parametrize("overflows", [False, True], ids=["finite", "overflow"])
+SCALE = 2.0**10
+
+
+def new_scaler(scaler_type: Any) -> Any:
+    return scaler_type(DEVICE, init_scale=SCALE, growth_interval=1000)
+
+
+def scale_grads(scaler: Any, optimizer: Any, seed: int, overflows: bool = False) -> None:
+    params = optimizer.param_groups[0]["params"]
+    scaler.scale(torch.zeros(()))
+    set_grads(params, seed)
+    for param in params:
+        param.grad *= scaler.get_scale()
+    if overflows:
+        params[4].grad[-1, -1, -1] = math.inf
+
+
+def through_pickle(optimizer: Any) -> Any:
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+def through_torch_save(optimizer: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(optimizer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def after_a_load(optimizer: Any, fused: bool) -> Any:
+    """Of a checkpoint whose groups say otherwise: how the optimizer was made is what counts."""
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["fused"] = fused
+    optimizer.load_state_dict(saved)
+    return optimizer
+
+
+def after_a_scaled_step(optimizer: Any) -> Any:
+    scaler = new_scaler(fusedopt.GradScaler)
+    scale_grads(scaler, optimizer, 0)
+    scaler.step(optimizer)
+    return optimizer
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda optimizer: optimizer,
+    "pickled": through_pickle,
+    "saved": through_torch_save,
+    "deep copy": copy.deepcopy,
+    "loaded fused": lambda optimizer: after_a_load(optimizer, True),
+    "loaded unfused": lambda optimizer: after_a_load(optimizer, False),
+    "stepped by our scaler": after_a_scaled_step,
+}
+
+
+@each_name
+@pytest.mark.parametrize("copied", **by_id(COPIES))
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_who_claims_support(name: str, copied: Any, fused: bool | None) -> None:
+    optimizer = copied(getattr(fusedopt, name)(make_params(), fused=fused))
+    claimed = getattr(optimizer, "_step_supports_amp_scaling", False)
+    assert claimed is bool(fused)
+    twin = getattr(torch.optim, name)(make_params(), fused=fused)
+    assert claimed is getattr(twin, "_step_supports_amp_scaling", False)
+
+
+@each_name
+def test_fused_with_foreach(name: str) -> None:
+    messages = []
+    for library in (fusedopt, torch.optim):
+        with pytest.raises(RuntimeError) as caught:
+            getattr(library, name)(make_params(), fused=True, foreach=True)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+@MAIN_CASE
+@each_fused
+def test_our_scaler_borrows_the_claim(case: Case, options: dict[str, Any]) -> None:
+    """For its own steps, unless hooks look at the grads before."""
+    optimizer, scaler, seen = (
+        case.ours(make_params(), **options),
+        new_scaler(fusedopt.GradScaler),
+        [],
+    )
+    optimizer.register_step_post_hook(lambda o, *_: seen.append(o._step_supports_amp_scaling))
+    for has_pre_hook in (False, True):
+        if has_pre_hook:
+            optimizer.register_step_pre_hook(lambda *_: None)
+        scale_grads(scaler, optimizer, 0)
+        scaler.step(optimizer)
+        scaler.update()
+        set_grads(optimizer.param_groups[0]["params"], 1)
+        optimizer.step()
+    claims = bool(options)
+    assert seen == [True, claims, claims, claims]
+
+
+class Wrapper:
+    """Passes on what it does not know, as optimizers of trainers do."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.step(*args, **kwargs)
+
+
+@MAIN_CASE
+@each_scaler
+def test_wrapped(case: Case, scaler_type: Any) -> None:
+    """A scaler that set attributes on the wrapper would leave the step with scaled grads."""
+    results = []
+    for build, each in ((case.ours, scaler_type), (case.torchs, torch.amp.GradScaler)):
+        optimizer, scaler = build(make_params()), new_scaler(each)
+        for seed in range(5):
+            scale_grads(scaler, optimizer, seed, overflows=seed in (0, 3))
+            scaler.step(Wrapper(optimizer))
+            scaler.update()
+        assert all(param.isfinite().all() for param in params_of(optimizer))
+        results.append((params_of(optimizer), scaler.get_scale()))
+    assert_same_math(*results)
+
+
+def find_skipped(optimizer: Any, scaler: Any, overflows: tuple[int, ...]) -> list[Any]:
+    """As Accelerate does it: a step was skipped if the scaler has not called the method."""
+    schedule, log = ExponentialLR(optimizer, 0.5), []
+    called, step = [], optimizer.step
+    optimizer.step = lambda *args, **kwargs: [called.append(True), step(*args, **kwargs)][1]
+    for seed in range(5):
+        called.clear()
+        scale_grads(scaler, optimizer, seed, overflows=seed in overflows)
+        scaler.step(optimizer)
+        scaler.update()
+        if called:
+            schedule.step()
+        log.append((not called, optimizer.param_groups[0]["lr"], scaler.get_scale()))
+    return log
+
+
+@MAIN_CASE
+@pytest.mark.parametrize("overflows", [(), (0,), (2, 3), (4,)], ids=str)
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning")
+def test_skipped_steps_are_noticed(case: Case, overflows: tuple[int, ...]) -> None:
+    logs = []
+    for build in (case.ours, case.torchs):
+        optimizer = build(make_params())
+        logs.append(find_skipped(optimizer, new_scaler(torch.amp.GradScaler), overflows))
+    assert logs[0] == logs[1]
+    assert [seed for seed, (skipped, *_) in enumerate(logs[0]) if skipped] == list(overflows)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def hooked(register: Callable[[Any], Any]) -> Any:
+    handle = register(interrupt)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def broken_state(optimizer: Any) -> Any:
+    """ValueError of the step itself, before it writes."""
+    state = optimizer.state[optimizer.param_groups[0]["params"][1]]
+    name = next(name for name in state if name != "step")
+    good, state[name] = state[name], torch.ones(2, dtype=torch.float64)
+    try:
+        yield
+    finally:
+        state[name] = good
+
+
+@contextlib.contextmanager
+def interrupted_walk(optimizer: Any) -> Any:
+    """Ctrl-C while the extension calls Python."""
+    optimizer._plan_, plan = InterruptedPlan(), optimizer._plan_
+    try:
+        yield
+    finally:
+        optimizer._plan_ = plan
+
+
+class InterruptedPlan:
+    grad_status = None
+
+    def step(self, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+
+# Where the exception comes from, and whether the step is done by then.
+ENDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
+    "pre-hook": (lambda optimizer: hooked(optimizer.register_step_pre_hook), False),
+    "global pre-hook": (lambda _: hooked(register_optimizer_step_pre_hook), False),
+    "error": (broken_state, False),
+    "interrupt": (interrupted_walk, False),
+    "post-hook": (lambda optimizer: hooked(optimizer.register_step_post_hook), True),
+    "global post-hook": (lambda _: hooked(register_optimizer_step_post_hook), True),
+}
+
+
+@MAIN_CASE
+@each_scaler
+@each_fused
+@each_outcome
+@pytest.mark.parametrize(("ending", "is_done"), **by_id(ENDS))
+@pytest.mark.parametrize("goes_on", ["without a scaler", "with it"])
+def test_exception_in_a_scaled_step(
+    case: Case,
+    scaler_type: Any,
+    options: dict[str, Any],
+    overflows: bool,
+    ending: Any,
+    is_done: bool,
+    goes_on: str,
+) -> None:
+    """Nothing of the scaler stays on the optimizer: the next step is as if there had been none."""
+    optimizer, scaler = case.ours(make_params(), **options), new_scaler(scaler_type)
+    train(optimizer, steps=1)
+    scale_grads(scaler, optimizer, 1, overflows)
+    raised = False
+    with ending(optimizer):
+        try:
+            scaler.step(optimizer)
+        except (KeyboardInterrupt, ValueError):
+            raised = True
+    is_pre_hook = ending in (ENDS["pre-hook"][0], ENDS["global pre-hook"][0])
+    ours_takes_over = scaler_type is fusedopt.GradScaler and not is_pre_hook
+    is_called = bool(options) or ours_takes_over or not overflows
+    reads_found_inf_first = ending in (broken_state, interrupted_walk) and (
+        bool(options) and scaler_type is torch.amp.GradScaler and overflows and not STEPS_ON_DEVICE
+    )
+    assert raised is (is_called and not reads_found_inf_first)
+    assert not {"grad_scale", "found_inf"} & optimizer.__dict__.keys()
+    assert optimizer._step_supports_amp_scaling is bool(options)
+    assert not optimizer._checks_grads
+    if goes_on == "with it":
+        scaler.update()
+        scale_grads(scaler, optimizer, 2)
+        scaler.step(optimizer)
+    else:
+        train(optimizer, steps=1, first=2)
+    plain = case.ours(make_params())
+    train(plain, steps=1)
+    if is_done and not overflows:
+        train(plain, steps=1, first=1)
+    train(plain, steps=1, first=2)
+    look = params_of if STEPS_ON_DEVICE else all_of  # `step` may have moved
+    assert_equal(look(optimizer), look(plain))
+
+
+@MAIN_CASE
+@each_outcome
+def test_exception_in_a_closure(case: Case, overflows: bool) -> None:
+    optimizer, plain = case.ours(make_params()), case.ours(make_params())
+    optimizer.grad_scale = torch.tensor(SCALE)
+    optimizer.found_inf = torch.tensor(float(overflows))
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(interrupt)
+    for each in (optimizer, plain):
+        train(each, steps=2)
+    assert_equal(all_of(optimizer), all_of(plain))
+
+
+# Code of the user's that runs in a step and reads the grads there.
+
+
+def clip(optimizer: Any, *_: Any) -> None:
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+
+
+def with_hook(optimizer: Any) -> Callable[[], None]:
+    return optimizer.register_step_pre_hook(clip).remove
+
+
+def with_global_hook(optimizer: Any) -> Callable[[], None]:
+    def clip_this(other: Any, *_: Any) -> None:
+        if other is optimizer:
+            clip(other)
+
+    return register_optimizer_step_pre_hook(clip_this).remove
+
+
+def with_subclass(optimizer: Any) -> Callable[[], None]:
+    class Clipping(type(optimizer)):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> Any:
+            clip(self)
+            return super().step(closure)
+
+    optimizer.__class__ = Clipping
+    return lambda: None
+
+
+READERS: dict[str, Callable[[Any], Callable[[], None]]] = {
+    "hook": with_hook,
+    "global hook": with_global_hook,
+    "subclass": with_subclass,
+}
+
+
+@MAIN_CASE
+@each_scaler
+@pytest.mark.parametrize("overflows", [(), (1,)], ids=["finite", "overflow"])
+@pytest.mark.parametrize("add_reader", **by_id(READERS))
+def test_code_in_a_step_sees_unscaled_grads(
+    case: Case, scaler_type: Any, overflows: tuple[int, ...], add_reader: Any
+) -> None:
+    """Grads that still have the scale would be clipped to nothing."""
+    results = []
+    for build, scalers in ((case.ours, scaler_type), (case.torchs, torch.amp.GradScaler)):
+        optimizer = build(make_params())
+        remove = add_reader(optimizer)
+        scaler = new_scaler(scalers)
+        try:
+            for seed in range(3):
+                scale_grads(scaler, optimizer, seed, overflows=seed in overflows)
+                scaler.step(optimizer)
+                scaler.update()
+        finally:
+            remove()
+        results.append([params_of(optimizer), scaler.get_scale()])
+    assert_same_math(*results)

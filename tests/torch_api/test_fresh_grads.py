@@ -1,0 +1,131 @@
+"""Grads that are new tensors in every step, in the form of the step before or in another."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import fusedopt
+from fusedopt import _C
+from support.cases import values
+from support.device import STEPS_ON_DEVICE
+
+SHAPE = (6, 4)
+
+
+def in_form(kind: str, grad: Tensor) -> Tensor:
+    """The same values, lying in memory as `kind` says."""
+    if kind == "new":
+        return grad.clone()
+    if kind == "detached":
+        return grad.clone().detach()
+    if kind == "view of a bucket":
+        bucket = grad.new_zeros(100)
+        return bucket[7 : 7 + grad.numel()].view(SHAPE).copy_(grad)
+    if kind == "further in a bucket":
+        bucket = grad.new_zeros(100)
+        return bucket[32 : 32 + grad.numel()].view(SHAPE).copy_(grad)
+    if kind == "transposed":
+        return grad.t().contiguous().t()
+    if kind == "with gaps":
+        return grad.new_zeros(6, 8)[:, ::2].copy_(grad)
+    if kind == "lazily negated":
+        return torch.complex(torch.zeros_like(grad), -grad).conj().imag
+    assert kind == "of backward"
+    x = torch.ones(SHAPE, dtype=grad.dtype, requires_grad=True)
+    (x * grad).sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+KINDS = [
+    *("new", "detached", "view of a bucket", "further in a bucket", "transposed", "with gaps"),
+    *("lazily negated", "of backward"),
+]
+
+
+@pytest.mark.parametrize("second", KINDS)
+@pytest.mark.parametrize("first", KINDS)
+def test_forms_may_change_from_step_to_step(first: str, second: str) -> None:
+    start = values(*SHAPE)
+    param, expected = Parameter(start.clone()), Parameter(start.clone())
+    ours, theirs = fusedopt.AdamW([param]), fusedopt.AdamW([expected])
+    for step, kind in enumerate([first, first, second, second, first, second]):
+        grad = values(*SHAPE, seed=step)
+        param.grad = in_form(kind, grad)
+        if expected.grad is None:
+            expected.grad = grad.clone()
+        else:
+            expected.grad.copy_(grad)
+        ours.step()
+        theirs.step()
+        assert torch.equal(param, expected), (step, kind)
+
+
+def test_a_freed_grad_of_the_same_form_is_refused() -> None:
+    param = Parameter(values(*SHAPE))
+    optimizer = fusedopt.AdamW([param])
+    for _ in range(2):
+        param.grad = values(*SHAPE)
+        optimizer.step()
+    before = param.detach().clone()
+    param.grad = values(*SHAPE)
+    param.grad.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="its storage has been emptied"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    param.grad = values(*SHAPE)
+    optimizer.step()
+    assert not torch.equal(param, before)
+
+
+def test_a_grad_that_is_another_params_memory_is_found() -> None:
+    params = [Parameter(values(*SHAPE, seed=seed)) for seed in range(2)]
+    optimizer = fusedopt.SGD(params, lr=1.0)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.zeros(*SHAPE)
+        optimizer.step()
+    first, second = (param.detach().clone() for param in params)
+    params[0].grad, params[1].grad = torch.ones(SHAPE), params[0].detach()
+    if STEPS_ON_DEVICE:
+        with pytest.raises(ValueError, match="share memory"):
+            optimizer.step()
+        assert torch.equal(params[0], first)
+        assert torch.equal(params[1], second)
+        return
+    optimizer.step()  # as if one after the other, in the order of the params
+    assert torch.equal(params[0], first - 1)
+    assert torch.equal(params[1], second - (first - 1))
+
+
+def fingerprints_with(setting: str) -> bool:
+    code = "from fusedopt import _C; print(_C.build_info()['fingerprints'])"
+    environment = {**os.environ, "FUSEDOPT_FINGERPRINTS": setting}
+    command = [sys.executable, "-c", code]
+    return subprocess.check_output(command, env=environment, text=True).strip() == "True"
+
+
+@pytest.mark.cpu_only
+@pytest.mark.unsanitized  # a process of its own
+def test_fingerprints_can_be_switched_off() -> None:
+    assert not fingerprints_with("0")
+    assert _C.build_info()["fingerprints"] == (os.environ.get("FUSEDOPT_FINGERPRINTS") != "0")
+
+
+def test_grads_without_elements_from_step_to_step() -> None:
+    """DLPack knows no address for them, so where they lie in their storage cannot be told."""
+    params = [Parameter(values(0, 3)), Parameter(values(5))]
+    optimizer = fusedopt.AdamW(params, max_grad_norm=1.0)
+    for step in range(4):
+        for param in params:
+            room = torch.zeros(64 + param.numel())
+            param.grad = room[32 + step :][: param.numel()].view(param.shape).fill_(0.5)
+        optimizer.step()
+    assert optimizer.grad_norm is not None
+    assert float(optimizer.grad_norm) == pytest.approx(0.5 * 5**0.5)
+    assert [float(optimizer.state[param]["step"]) for param in params] == [4.0, 4.0]

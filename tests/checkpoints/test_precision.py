@@ -8,14 +8,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
-from support.api_helpers import NAMES, snapshot, through_a_file
-from support.cases import Case, bits, dtype_id, some_cases, step_with, values
+from support.optimizers import NAMES, Case, each_name, some_cases, step_with
 from support.settings import (
-    BFLOAT16,
     EMAS,
-    FLOAT16,
-    FLOAT32,
-    FLOAT64,
     ROWS,
     WEIGHTS,
     Row,
@@ -27,6 +22,8 @@ from support.settings import (
     entries,
     suited,
 )
+from support.snapshots import refused, snapshot, through_a_file
+from support.tensors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, bits, dtype_id, values
 
 SHAPE = (5, 61)
 OURS = (  # options that torch lacks: an optimizer keeps its own
@@ -90,7 +87,7 @@ def test_resume_gives_the_same_bits(case: Case, steps: int, ema: Any, row: Row) 
 @main_cases
 def test_from_torch_and_back(case: Case, ema: dict[str, Any], row: Row) -> None:
     setting, dtype = row
-    theirs = suited(case, row).unfused([values(*SHAPE, dtype=dtype)])
+    theirs = suited(case, row).theirs([values(*SHAPE, dtype=dtype)])
     step_with(theirs, grads(row, 1, 2))
     ours = resumed(case, row, theirs, **ema)
     assert torch.equal(param_of(ours), param_of(theirs))
@@ -102,7 +99,7 @@ def test_from_torch_and_back(case: Case, ema: dict[str, Any], row: Row) -> None:
     assert_one_step(ours, case, row, ema, grads(row, 3)[0], count)
     setting.but(**ema).assert_state_of(ours, case, param_of(ours))
 
-    back = suited(case, row).unfused([param_of(ours).detach().clone()])
+    back = suited(case, row).theirs([param_of(ours).detach().clone()])
     back.load_state_dict(through_a_file(ours.state_dict()))
     for name, value in everything(ours).items():
         if name not in (*WEIGHTS, "ema_param", "step"):
@@ -193,10 +190,8 @@ def test_a_refused_checkpoint_changes_nothing(kind: str, wanted: str, wrong: Any
         checkpoint["param_groups"][1]["lr"] = NAN
     else:
         checkpoint["state"][1]["master_param" if kind == "float32" else "param_remainder"] = wrong
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=r"param group 1|group 1, index 0"):
+    with refused(optimizer, ValueError, r"param group 1|group 1, index 0"):
         optimizer.load_state_dict(checkpoint)
-    assert snapshot(optimizer) == before
 
 
 BAD: dict[str, dict[str, Any]] = {
@@ -239,12 +234,10 @@ def test_bad_options(name: str, options: dict[str, Any], where: str) -> None:
     optimizer.step()
     if where == "edited":
         optimizer.param_groups[1].update(options)
-    before = snapshot(optimizer)
-    with pytest.raises(Refused, match=f"({match}).*param group 1"):
+    with refused(optimizer, Refused, f"({match}).*param group 1"):
         optimizer.step() if where == "edited" else optimizer.add_param_group(
             {"params": [second], **options}
         )
-    assert snapshot(optimizer) == before
 
 
 BAD_DTYPES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
@@ -258,7 +251,7 @@ BAD_DTYPES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
 
 @pytest.mark.parametrize("edited", [False, True], ids=["from-the-start", "set-later"])
 @pytest.mark.parametrize(("options", "dtype"), BAD_DTYPES.values(), ids=BAD_DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+@each_name
 def test_bad_dtypes(name: str, options: dict[str, Any], dtype: torch.dtype, edited: bool) -> None:
     # The first param is fine, and not stepped either.
     params = two_params(dtype)

@@ -12,31 +12,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
-from support.api_helpers import (
-    CASES,
-    MAIN_CASES,
-    Case,
-    all_of,
-    assert_equal,
-    assert_same_math,
-    by_id,
-    copy_params,
-    make_params,
-    params_of,
-    resumed,
-    set_grads,
-    snapshot,
-    through_a_file,
-    train,
-)
 from support.device import on_host
+from support.optimizers import Case, main_cases, take_step, train, varied_cases
+from support.snapshots import copy_params, record, refused, resumed, through_a_file
+from support.tensors import assert_equal, assert_same_math, by_id, make_params, params_of, set_grads
 
-EVERY_CASE = pytest.mark.parametrize("case", **by_id(CASES))
-MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@EVERY_CASE
+@varied_cases
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_resume_gives_the_same_bits(case: Case, dtype: torch.dtype, steps: int) -> None:
@@ -45,19 +29,19 @@ def test_resume_gives_the_same_bits(case: Case, dtype: torch.dtype, steps: int) 
     other = resumed(case.ours, original)
     for optimizer in (original, other):
         train(optimizer, first=steps)
-    assert_equal(all_of(other), all_of(original))
+    assert_equal(record(other), record(original))
 
 
-@EVERY_CASE
+@varied_cases
 def test_same_dict_as_torch(case: Case) -> None:
     dicts = []
-    for build in (case.ours, case.torchs):
+    for build in (case.ours, case.theirs):
         optimizer = build([(f"p{i}", param) for i, param in enumerate(make_params())])
         train(optimizer)
         dicts.append(optimizer.state_dict())
     ours, theirs = dicts
     theirs["param_groups"][0]["foreach"] = None
-    if case.name == "SGD":  # torch's cannot be captured
+    if case.optimizer == "SGD":  # torch's cannot be captured
         assert ours["param_groups"][0].pop("capturable") is False
     assert list(ours) == list(theirs)
     assert ours["param_groups"] == theirs["param_groups"]
@@ -65,15 +49,15 @@ def test_same_dict_as_torch(case: Case) -> None:
     assert_same_math(ours["state"], theirs["state"])
 
 
-@EVERY_CASE
+@varied_cases
 @pytest.mark.parametrize("direction", ["from torch", "to torch", "there and back"])
 def test_moves_between_us_and_torch(case: Case, direction: str) -> None:
     first, *others = {
-        "from torch": [case.torchs, case.ours],
-        "to torch": [case.ours, case.torchs],
-        "there and back": [case.ours, case.torchs, case.ours],
+        "from torch": [case.theirs, case.ours],
+        "to torch": [case.ours, case.theirs],
+        "there and back": [case.ours, case.theirs, case.ours],
     }[direction]
-    reference = case.torchs(make_params())
+    reference = case.theirs(make_params())
     train(reference, steps=6)
     optimizer = first(make_params())
     train(optimizer, steps=2)
@@ -81,7 +65,7 @@ def test_moves_between_us_and_torch(case: Case, direction: str) -> None:
         optimizer = resumed(build, optimizer)
         train(optimizer, steps=2, first=2 + 2 * seed)
     train(optimizer, steps=4 - 2 * len(others), first=2 + 2 * len(others))
-    assert_same_math(all_of(optimizer), all_of(reference))
+    assert_same_math(record(optimizer), record(reference))
 
 
 def test_an_adam_checkpoint_makes_no_l2_penalty_of_adamws_decay() -> None:
@@ -95,15 +79,15 @@ def test_an_adam_checkpoint_makes_no_l2_penalty_of_adamws_decay() -> None:
 
 
 # torch.optim's implementations write different things (devices and dtypes of step, None buffers).
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}], ids=str)
 def test_from_either_implementation(case: Case, options: dict[str, bool]) -> None:
-    theirs = case.torchs(make_params(), **options)
+    theirs = case.theirs(make_params(), **options)
     train(theirs, steps=2)
     ours = resumed(case.ours, theirs)
     for optimizer in (ours, theirs):
         train(optimizer, first=2)
-    assert_same_math(all_of(ours), all_of(theirs))
+    assert_same_math(record(ours), record(theirs))
 
 
 def strip(optimizer: Any, group_keys: list[str], step: Callable[[float], Any]) -> dict[str, Any]:
@@ -179,7 +163,7 @@ def test_old_sgd_without_momentum_has_none_buffers() -> None:
     ours, theirs = fusedopt.SGD(params, lr=0.1), torch.optim.SGD(make_params(), lr=0.1)
     ours.load_state_dict(saved)
     for optimizer in (ours, theirs):
-        train(optimizer, steps=1)
+        take_step(optimizer, 0)
         optimizer.param_groups[0]["momentum"] = 0.9
         train(optimizer, first=1)
     assert_same_math(params_of(ours), params_of(theirs))
@@ -195,12 +179,12 @@ def test_adamw_stays_adamw() -> None:
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
 
 
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize("param_dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_load_keeps_the_dtypes_of_the_state(case: Case, param_dtype: torch.dtype) -> None:
     """torch casts them to the parameter's; peers then read them with the old width (DESIGN, 4)."""
     original = case.ours(make_params(param_dtype))
-    train(original, steps=1)
+    take_step(original, 0)
     for entries in original.state.values():
         for key in entries.keys() - {"step"}:
             entries[key] = entries[key].float() + 1e-6  # not a number of 16 bits
@@ -210,10 +194,10 @@ def test_load_keeps_the_dtypes_of_the_state(case: Case, param_dtype: torch.dtype
         assert_equal(ours, theirs)
     for optimizer in (original, other):
         train(optimizer, first=1)
-    assert_equal(all_of(other), all_of(original))
+    assert_equal(record(other), record(original))
 
 
-@MAIN_CASE
+@main_cases
 def test_float32_state_of_a_16_bit_param_is_used_in_full(case: Case) -> None:
     """Its update is that of a float32 parameter of the same values, rounded once a step."""
     grads = torch.linspace(-1, 1, 40)
@@ -236,7 +220,7 @@ def test_float32_state_of_a_16_bit_param_is_used_in_full(case: Case) -> None:
     assert_equal(list(loaded.state.values()), list(optimizers[1].state.values()))
 
 
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize(
     ("counts", "message"),
     [([6, 1], "number of parameter groups"), ([6], "size of"), ([8], "size of")],
@@ -246,14 +230,12 @@ def test_wrong_sizes(case: Case, counts: list[int], message: str) -> None:
     params = [*make_params(), *make_params(seed=1)]
     groups = [{"params": [params.pop() for _ in range(count)]} for count in counts]
     optimizer = case.ours(make_params())
-    train(optimizer, steps=1)
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=message):
+    take_step(optimizer, 0)
+    with refused(optimizer, ValueError, message):
         optimizer.load_state_dict(case.ours(groups).state_dict())
-    assert snapshot(optimizer) == before
 
 
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize(
     "options", [{"lr": math.inf}, {"lr": math.nan}, {"weight_decay": -math.inf}], ids=str
 )
@@ -261,14 +243,12 @@ def test_bad_options_are_refused(case: Case, options: dict[str, Any]) -> None:
     saved = case.ours(make_params()).state_dict()
     saved["param_groups"][0].update(options)
     optimizer = case.ours(make_params())
-    train(optimizer, steps=1)
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match="param group 0"):
+    take_step(optimizer, 0)
+    with refused(optimizer, ValueError, "param group 0"):
         optimizer.load_state_dict(saved)
-    assert snapshot(optimizer) == before
 
 
-@EVERY_CASE
+@varied_cases
 def test_unknown_entries_are_kept(case: Case) -> None:
     """Of groups, of parameters and of nobody. (torch turns text in nested state into nonsense.)"""
     optimizer, plain = case.ours(make_params()), case.ours(make_params())
@@ -287,12 +267,12 @@ def test_unknown_entries_are_kept(case: Case) -> None:
     assert_equal(params_of(optimizer), params_of(plain))
 
 
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize("saved_named", [False, True], ids=["saved unnamed", "saved named"])
 @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
 def test_param_names(case: Case, saved_named: bool, named: bool) -> None:
     results = []
-    for build in (case.ours, case.torchs):
+    for build in (case.ours, case.theirs):
         first, second = (
             build([(f"{prefix}{i}", p) for i, p in enumerate(make_params())] if with_names
                   else make_params())
@@ -304,15 +284,15 @@ def test_param_names(case: Case, saved_named: bool, named: bool) -> None:
     assert (results[0] is not None) == (saved_named or named)
 
 
-@EVERY_CASE
+@varied_cases
 def test_hooks(case: Case) -> None:
     """All four kinds, in torch's order and with torch's rights to replace the dict."""
     logs = []
-    for build in (case.ours, case.torchs):
+    for build in (case.ours, case.theirs):
         log: list[Any] = []
         logs.append(log)
         optimizer = build(make_params())
-        train(optimizer, steps=1)
+        take_step(optimizer, 0)
 
         def replace(_: Any, saved: dict[str, Any], log: list[Any] = log) -> dict[str, Any]:
             log.append(("load pre", list(saved)))
@@ -336,11 +316,11 @@ def test_hooks(case: Case) -> None:
     assert logs[0][3][1] == 0.75
 
 
-@MAIN_CASE
+@main_cases
 def test_loading_leaves_the_dict_alone(case: Case) -> None:
     """Neither loading nor later steps with other options change what was loaded from."""
     original = case.ours(make_params(), lr=on_host(0.1))
-    train(original, steps=1)
+    take_step(original, 0)
     saved = copy.deepcopy(original.state_dict())
     groups, keys = copy.deepcopy(saved["param_groups"]), list(saved["state"])
     optimizer = case.ours(make_params())
@@ -373,7 +353,7 @@ def test_loading_is_linear() -> None:
     assert optimizer.state[params[-1]]["step"].item() == 2
 
 
-@MAIN_CASE
+@main_cases
 def test_distributed_checkpoint_state_dict(case: Case) -> None:
     """torch.distributed.checkpoint names the state by parameter; it needs no process group."""
     dcp = pytest.importorskip("torch.distributed.checkpoint.state_dict")
@@ -385,7 +365,7 @@ def test_distributed_checkpoint_state_dict(case: Case) -> None:
     assert set(saved["state"]) == {name for name, _ in models[0].named_parameters()}
     models[1].load_state_dict(models[0].state_dict())
     dcp.set_optimizer_state_dict(models[1], second, through_a_file(saved))
-    assert_equal(all_of(second), all_of(first))
+    assert_equal(record(second), record(first))
     for optimizer in (first, second):
         train(optimizer, first=2)
-    assert_equal(all_of(second), all_of(first))
+    assert_equal(record(second), record(first))

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from support.files import ROOT
+
 # It runs compilers, and brings sanitizers of its own.
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
-ROOT = Path(__file__).parents[2]
 HEADERS = sorted(str(path.relative_to(ROOT / "csrc")) for path in ROOT.glob("csrc/**/*.h"))
 SUITES = [
     *("dtypes", "rules", "step_scalars", "power", "branch_free", "chunks", "layout"),

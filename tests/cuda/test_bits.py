@@ -10,26 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.cases import (
-    DTYPES,
-    Case,
-    constant,
-    dtype_id,
-    each_case,
-    each_dtype,
-    some_cases,
-)
+from support.device import needs_driver
+from support.files import constant
 from support.layouts import GRADS, LAYOUTS
-from support.sides import (
-    Results,
-    Side,
+from support.optimizers import Case, each_case, some_cases
+from support.sides import Results, Side, on_both_drivers
+from support.snapshots import record
+from support.tensors import (
+    BFLOAT16,
+    DTYPES,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
     around,
-    assert_same_on_both,
     draw,
-    give_grads,
+    dtype_id,
+    each_dtype,
     misaligned,
-    needs_driver,
-    record,
+    set_grads,
 )
 
 pytestmark = needs_driver
@@ -66,9 +64,9 @@ def train(side: Side, case: Case, dtype: torch.dtype, sizes: list[int], steps: i
     """The last tensor meets numbers of every kind, in the param and in a grad."""
     params = draw(sizes, side.device, dtype)
     plant_edges(params[-1], 0)
-    optimizer = case.fused(params)
+    optimizer = case.ours(params)
     for step in range(steps):
-        give_grads(params, step)
+        set_grads(params, step)
         if step == 1:
             plant_edges(params[-1].grad, 5)
         optimizer.step()
@@ -77,8 +75,9 @@ def train(side: Side, case: Case, dtype: torch.dtype, sizes: list[int], steps: i
 
 @each_dtype
 @each_case
-def test_sizes(case: Case, dtype: torch.dtype) -> None:
-    assert_same_on_both(lambda side: train(side, case, dtype, SIZES))
+@on_both_drivers
+def test_sizes(side: Side, case: Case, dtype: torch.dtype) -> Results:
+    return train(side, case, dtype, SIZES)
 
 
 # Which tensors of a parameter start at an odd address.
@@ -97,9 +96,9 @@ def train_misaligned(
 
     params = moved("param", draw(sizes, side.device, dtype))
     views = [param for param in params if param._base is not None]
-    optimizer = case.fused(params)
+    optimizer = case.ours(params)
     for step in range(4):
-        give_grads(params, step)
+        set_grads(params, step)
         for param, grad in zip(params, moved("grad", [p.grad for p in params]), strict=True):
             param.grad = grad
         optimizer.step()
@@ -115,13 +114,12 @@ def train_misaligned(
 @each_dtype
 @pytest.mark.parametrize("who", MISALIGNED)
 @some_cases("momentum", "adamw-amsgrad")
-def test_misaligned(case: Case, who: str, dtype: torch.dtype) -> None:
-    assert_same_on_both(lambda side: train_misaligned(side, case, dtype, who, FEW_SIZES))
+@on_both_drivers
+def test_misaligned(side: Side, case: Case, who: str, dtype: torch.dtype) -> Results:
+    return train_misaligned(side, case, dtype, who, FEW_SIZES)
 
 
 # Formats of param, grad and states; vectors of a mixed work have 16, 8 or 4 bytes.
-FLOAT32, FLOAT64 = torch.float32, torch.float64
-BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 MIXED = {
     "wide grad": (BFLOAT16, FLOAT32, BFLOAT16),
     "wide grad and states": (FLOAT16, FLOAT32, FLOAT32),
@@ -158,9 +156,9 @@ def train_mixed(
     side: Side, case: Case, dtypes: tuple[torch.dtype, ...], offset: int, sizes: list[int]
 ) -> Results:
     params = draw(sizes, side.device, dtypes[0])
-    optimizer = case.fused(params)
+    optimizer = case.ours(params)
     for seed in range(4):
-        give_grads(params, seed)
+        set_grads(params, seed)
         change_grads(params, dtypes[1], offset)
         optimizer.step()
         change_states(optimizer, dtypes[2])
@@ -170,8 +168,11 @@ def train_mixed(
 @each_mix
 @pytest.mark.parametrize("offset", [0, 1, 2], ids=["aligned", "off by one", "off by two"])
 @some_cases("sgd-l2", "nesterov", "adam-amsgrad-l2")
-def test_mixed_dtypes(case: Case, offset: int, dtypes: tuple[torch.dtype, ...]) -> None:
-    assert_same_on_both(lambda side: train_mixed(side, case, dtypes, offset, FEW_SIZES))
+@on_both_drivers
+def test_mixed_dtypes(
+    side: Side, case: Case, offset: int, dtypes: tuple[torch.dtype, ...]
+) -> Results:
+    return train_mixed(side, case, dtypes, offset, FEW_SIZES)
 
 
 def train_strided(side: Side, case: Case, dtype: torch.dtype, grad_layout: str) -> Results:
@@ -179,7 +180,7 @@ def train_strided(side: Side, case: Case, dtype: torch.dtype, grad_layout: str) 
     storages = [layout.storage(dtype, seed=i).to(side.device) for i, layout in enumerate(LAYOUTS)]
     params = [layout.view(storage) for layout, storage in zip(LAYOUTS, storages, strict=True)]
     params += draw([513], side.device, dtype)
-    optimizer = case.fused(params)
+    optimizer = case.ours(params)
     for seed in range(3):
         for param in params:
             param.grad = GRADS[grad_layout](tuple(param.shape), dtype, seed).to(side.device)
@@ -190,8 +191,9 @@ def train_strided(side: Side, case: Case, dtype: torch.dtype, grad_layout: str) 
 @each_dtype
 @pytest.mark.parametrize("grad_layout", GRADS)
 @some_cases("momentum-l2", "adamw-amsgrad")
-def test_layouts(case: Case, grad_layout: str, dtype: torch.dtype) -> None:
-    assert_same_on_both(lambda side: train_strided(side, case, dtype, grad_layout))
+@on_both_drivers
+def test_layouts(side: Side, case: Case, grad_layout: str, dtype: torch.dtype) -> Results:
+    return train_strided(side, case, dtype, grad_layout)
 
 
 each_of_two = some_cases("nesterov-l2", "adamw-amsgrad")
@@ -199,35 +201,42 @@ each_of_two = some_cases("nesterov-l2", "adamw-amsgrad")
 
 @each_of_two
 @pytest.mark.parametrize("dtype", DTYPES[:5], ids=dtype_id)
-def test_sanitizer_sizes(case: Case, dtype: torch.dtype) -> None:
-    assert_same_on_both(lambda side: train(side, case, dtype, TINY_SIZES, steps=2))
+@on_both_drivers
+def test_sanitizer_sizes(side: Side, case: Case, dtype: torch.dtype) -> Results:
+    return train(side, case, dtype, TINY_SIZES, steps=2)
 
 
 @each_of_two
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=dtype_id)
-def test_sanitizer_strided(case: Case, dtype: torch.dtype) -> None:
-    assert_same_on_both(lambda side: train_strided(side, case, dtype, "sliced"))
+@on_both_drivers
+def test_sanitizer_strided(side: Side, case: Case, dtype: torch.dtype) -> Results:
+    return train_strided(side, case, dtype, "sliced")
 
 
 @each_of_two
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=dtype_id)
-def test_sanitizer_misaligned(case: Case, dtype: torch.dtype) -> None:
-    assert_same_on_both(lambda side: train_misaligned(side, case, dtype, "all", TINY_SIZES))
+@on_both_drivers
+def test_sanitizer_misaligned(side: Side, case: Case, dtype: torch.dtype) -> Results:
+    return train_misaligned(side, case, dtype, "all", TINY_SIZES)
 
 
 @each_of_two
 @pytest.mark.parametrize("mix", ["all differ", "double grad"])
-def test_sanitizer_mixed(case: Case, mix: str) -> None:
-    assert_same_on_both(lambda side: train_mixed(side, case, MIXED[mix], 0, TINY_SIZES))
+@on_both_drivers
+def test_sanitizer_mixed(side: Side, case: Case, mix: str) -> Results:
+    return train_mixed(side, case, MIXED[mix], 0, TINY_SIZES)
 
 
-def train_on_device(side: Side, case: Case, scaled: bool) -> Results:
+@each_of_two
+@pytest.mark.parametrize("scaled", [False, True], ids=["capturable", "scaler"])
+@on_both_drivers
+def test_sanitizer_numbers_on_the_device(side: Side, case: Case, scaled: bool) -> Results:
     """Step counts and scalars are the device's, as with capturable=True and with a GradScaler."""
     options = {} if scaled else {"capturable": side.is_gpu, "lr": side.tensor(0.01)}
     params = draw(TINY_SIZES, side.device)
-    optimizer = replace(case, options={**case.options, **options}).fused(params)
+    optimizer = replace(case, options={**case.options, **options}).ours(params)
     for seed, found_inf in enumerate((0.0, 1.0, 0.0)):
-        give_grads(params, seed)
+        set_grads(params, seed)
         if scaled:
             optimizer.found_inf = side.tensor(found_inf)
             optimizer.grad_scale = side.tensor(4.0)
@@ -236,22 +245,13 @@ def train_on_device(side: Side, case: Case, scaled: bool) -> Results:
 
 
 @each_of_two
-@pytest.mark.parametrize("scaled", [False, True], ids=["capturable", "scaler"])
-def test_sanitizer_numbers_on_the_device(case: Case, scaled: bool) -> None:
-    assert_same_on_both(lambda side: train_on_device(side, case, scaled))
-
-
-def train_many_groups(side: Side, case: Case) -> Results:
+@on_both_drivers
+def test_sanitizer_many_groups(side: Side, case: Case) -> Results:
+    """More scalars than a kernel's arguments hold."""
     params = draw([3] * 100, side.device)
     groups = [{"params": [param], "lr": 0.001 * (1 + i)} for i, param in enumerate(params)]
-    optimizer = case.fused(groups)
+    optimizer = case.ours(groups)
     for seed in range(2):
-        give_grads(params, seed)
+        set_grads(params, seed)
         optimizer.step()
     return record(optimizer)
-
-
-@each_of_two
-def test_sanitizer_many_groups(case: Case) -> None:
-    """More scalars than a kernel's arguments hold."""
-    assert_same_on_both(lambda side: train_many_groups(side, case))

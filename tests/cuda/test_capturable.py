@@ -6,56 +6,37 @@ from typing import Any
 import pytest
 import torch
 
-from support.cases import BY_ID, Case, dtype_id, each_case, some_cases
-from support.sides import (
-    DTYPES,
-    SIZES,
-    Results,
-    Side,
-    assert_same_on_both,
-    capturable,
-    draw,
-    give_grads,
-    needs_driver,
-    params_of,
-    record,
-    warmed_up,
-    write_grads,
-)
+from support.device import needs_driver
+from support.optimizers import CASES, Case, each_case, some_cases, take_step, train
+from support.sides import SIZES, WORK_DTYPES, Results, Side, capturable, on_both_drivers, warmed_up
+from support.snapshots import record
+from support.tensors import draw, dtype_id, params_of, set_grads
 
 pytestmark = needs_driver
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("dtype", WORK_DTYPES, ids=dtype_id)
 @each_case
-def test_eager_steps(case: Case, dtype: torch.dtype) -> None:
-    def train(side: Side) -> Results:
-        optimizer = capturable(side, case, dtype)
-        for seed in range(4):
-            give_grads(params_of(optimizer), seed)
-            optimizer.step()
-        for param, state in optimizer.state.items():
-            assert state.get("step", param).device == param.device
-        return record(optimizer)
-
-    assert_same_on_both(train)
+@on_both_drivers
+def test_eager_steps(side: Side, case: Case, dtype: torch.dtype) -> Results:
+    optimizer = capturable(side, case, dtype)
+    train(optimizer, 4)
+    for param, state in optimizer.state.items():
+        assert state.get("step", param).device == param.device
+    return record(optimizer)
 
 
 @some_cases("momentum-damped", "adamw")
-def test_capturable_switched_on_and_off(case: Case) -> None:
+@on_both_drivers
+def test_capturable_switched_on_and_off(side: Side, case: Case) -> Results:
     """Counts move to the GPU, and stay there; checkpoints carry them."""
-
-    def train(side: Side) -> Results:
-        optimizer = case.fused(draw(SIZES, side.device))
-        for seed in range(6):
-            optimizer.param_groups[0]["capturable"] = side.is_gpu and seed in (2, 3)
-            give_grads(params_of(optimizer), seed)
-            optimizer.step()
-            if seed in (3, 4):
-                optimizer.load_state_dict(optimizer.state_dict())
-        return record(optimizer)
-
-    assert_same_on_both(train)
+    optimizer = case.ours(draw(SIZES, side.device))
+    for seed in range(6):
+        optimizer.param_groups[0]["capturable"] = side.is_gpu and seed in (2, 3)
+        take_step(optimizer, seed)
+        if seed in (3, 4):
+            optimizer.load_state_dict(optimizer.state_dict())
+    return record(optimizer)
 
 
 # Options that are one-element tensors on the GPU, and what they hold in one step after the other.
@@ -110,45 +91,39 @@ class Numbers:
             optimizer.param_groups[0].update(self.options(case))
 
 
-def train_with_numbers(
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize("row", ON_GPU.values(), ids=ON_GPU)
+@on_both_drivers
+def test_options_on_the_gpu(
     side: Side, row: tuple[str, list[str]], dtype: torch.dtype, captured: bool
 ) -> Results:
-    case, names = BY_ID[row[0]], row[1]
+    case, names = CASES[row[0]], row[1]
     numbers = Numbers(side, names, dtype)
     case = replace(case, options={**case.options, **numbers.options(case)})
     optimizer = warmed_up(side, case)
     step = side.replayable(optimizer.step) if captured else optimizer.step
     for index in range(1, 5):
         numbers.change(index, optimizer, case)
-        write_grads(optimizer, index + 1)
+        set_grads(optimizer, index + 1, in_place=True)
         step()
     return record(optimizer)
 
 
-@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
-@pytest.mark.parametrize("row", ON_GPU.values(), ids=ON_GPU)
-def test_options_on_the_gpu(row: tuple[str, list[str]], dtype: torch.dtype, captured: bool) -> None:
-    assert_same_on_both(lambda side: train_with_numbers(side, row, dtype, captured))
-
-
 @some_cases("momentum-damped", "adamw")
-def test_groups_of_both_kinds(case: Case) -> None:
+@on_both_drivers
+def test_groups_of_both_kinds(side: Side, case: Case) -> Results:
     """One group's options are on the GPU, another's are numbers; counts differ, too."""
-
-    def train(side: Side) -> Results:
-        lr = side.tensor(0.25)
-        groups = [
-            {"params": draw(SIZES, side.device), "lr": lr if side.is_gpu else 0.25},
-            {"params": draw(SIZES, side.device, torch.bfloat16), "lr": 0.5, "weight_decay": 0.0},
-        ]
-        optimizer = case.fused(groups, capturable=side.is_gpu)
-        for seed in range(4):
-            params = params_of(optimizer)
-            give_grads(params, seed)
-            for param in params[:: seed % 2 + 2]:
-                param.grad = None
-            optimizer.step()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+    lr = side.tensor(0.25)
+    groups = [
+        {"params": draw(SIZES, side.device), "lr": lr if side.is_gpu else 0.25},
+        {"params": draw(SIZES, side.device, torch.bfloat16), "lr": 0.5, "weight_decay": 0.0},
+    ]
+    optimizer = case.ours(groups, capturable=side.is_gpu)
+    for seed in range(4):
+        params = params_of(optimizer)
+        set_grads(params, seed)
+        for param in params[:: seed % 2 + 2]:
+            param.grad = None
+        optimizer.step()
+    return record(optimizer)

@@ -1,8 +1,6 @@
 """Steps in CUDA graphs, and captures that are refused."""
 
 import gc
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,128 +8,110 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.api_helpers import snapshot
-from support.cases import Case, dtype_id, each_case, some_cases, values
+from support.device import IS_CUDA, needs_driver, needs_gpu
+from support.files import run_python
+from support.optimizers import Case, each_case, some_cases, take_step
 from support.sides import (
-    DTYPES,
     GPU,
-    IS_CUDA,
     SIZES,
+    WORK_DTYPES,
     Graph,
     Results,
     Side,
-    assert_same_on_both,
     capturable,
-    draw,
-    give_grads,
-    needs_driver,
-    needs_gpu,
-    params_of,
-    record,
+    on_both_drivers,
     warmed_up,
-    write_grads,
 )
+from support.snapshots import record, snapshot
+from support.tensors import draw, dtype_id, params_of, set_grads, values
 
 pytestmark = needs_driver
 
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+each_dtype = pytest.mark.parametrize("dtype", WORK_DTYPES, ids=dtype_id)
 
 
 @each_dtype
 @each_case
-def test_replays(case: Case, dtype: torch.dtype) -> None:
-    def train(side: Side) -> Results:
-        optimizer = warmed_up(side, case, dtype)
-        replay = side.replayable(optimizer.step)
-        for seed in range(2, 6):
-            write_grads(optimizer, seed)
-            replay()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+@on_both_drivers
+def test_replays(side: Side, case: Case, dtype: torch.dtype) -> Results:
+    optimizer = warmed_up(side, case, dtype)
+    replay = side.replayable(optimizer.step)
+    for seed in range(2, 6):
+        set_grads(optimizer, seed, in_place=True)
+        replay()
+    return record(optimizer)
 
 
 @some_cases("momentum-damped", "adamw")
-def test_eager_steps_between_replays(case: Case) -> None:
+@on_both_drivers
+def test_eager_steps_between_replays(side: Side, case: Case) -> Results:
     """And a second capture, of other grads."""
-
-    def train(side: Side) -> Results:
-        optimizer = warmed_up(side, case)
-        replay = side.replayable(optimizer.step)
-        for seed in range(2, 8):
-            write_grads(optimizer, seed)
-            (replay if seed % 2 else optimizer.step)()
-        give_grads(params_of(optimizer), 8)
-        replay = side.replayable(optimizer.step)
-        for seed in range(9, 12):
-            write_grads(optimizer, seed)
-            (replay if seed % 2 else optimizer.step)()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+    optimizer = warmed_up(side, case)
+    replay = side.replayable(optimizer.step)
+    for seed in range(2, 8):
+        set_grads(optimizer, seed, in_place=True)
+        (replay if seed % 2 else optimizer.step)()
+    set_grads(optimizer, 8)
+    replay = side.replayable(optimizer.step)
+    for seed in range(9, 12):
+        set_grads(optimizer, seed, in_place=True)
+        (replay if seed % 2 else optimizer.step)()
+    return record(optimizer)
 
 
 @needs_gpu
 @some_cases("momentum-damped", "adamw")
-def test_two_graphs_in_turn(case: Case) -> None:
+@on_both_drivers
+def test_two_graphs_in_turn(side: Side, case: Case) -> Results:
     """Each has a table of its own, which neither capture, eager step nor new memory disturbs."""
-
-    def train(side: Side) -> Results:
-        optimizer = warmed_up(side, case)
-        params = params_of(optimizer)
-        first = [param.grad for param in params]
-        replays = [side.replayable(optimizer.step)]
-        give_grads(params, 1)
-        second = [param.grad for param in params]
-        replays.append(side.replayable(optimizer.step))
-        torch.cuda.empty_cache()
-        for seed in range(8):
-            junk = [torch.full((64 << i,), torch.nan, device=side.device) for i in range(16)]
-            for param, grad in zip(params, (first, second)[seed % 2], strict=True):
-                param.grad = grad
-            write_grads(optimizer, seed)
-            (optimizer.step if seed in (3, 6) else replays[seed % 2])()
-            del junk
-        return record(optimizer)
-
-    assert_same_on_both(train)
+    optimizer = warmed_up(side, case)
+    params = params_of(optimizer)
+    first = [param.grad for param in params]
+    replays = [side.replayable(optimizer.step)]
+    set_grads(params, 1)
+    second = [param.grad for param in params]
+    replays.append(side.replayable(optimizer.step))
+    torch.cuda.empty_cache()
+    for seed in range(8):
+        junk = [torch.full((64 << i,), torch.nan, device=side.device) for i in range(16)]
+        for param, grad in zip(params, (first, second)[seed % 2], strict=True):
+            param.grad = grad
+        set_grads(optimizer, seed, in_place=True)
+        (optimizer.step if seed in (3, 6) else replays[seed % 2])()
+        del junk
+    return record(optimizer)
 
 
 @some_cases("momentum", "adamw")
-def test_several_steps_in_one_graph(case: Case) -> None:
-    def train(side: Side) -> Results:
-        optimizer = warmed_up(side, case)
+@on_both_drivers
+def test_several_steps_in_one_graph(side: Side, case: Case) -> Results:
+    optimizer = warmed_up(side, case)
 
-        def three_steps() -> None:
-            for _ in range(3):
-                optimizer.step()
+    def three_steps() -> None:
+        for _ in range(3):
+            optimizer.step()
 
-        replay = side.replayable(three_steps)
-        for seed in range(2, 4):
-            write_grads(optimizer, seed)
-            replay()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+    replay = side.replayable(three_steps)
+    for seed in range(2, 4):
+        set_grads(optimizer, seed, in_place=True)
+        replay()
+    return record(optimizer)
 
 
 @some_cases("momentum-damped", "adam-amsgrad", "adamw")
-def test_scaler_in_a_graph(case: Case) -> None:
+@on_both_drivers
+def test_scaler_in_a_graph(side: Side, case: Case) -> Results:
     """Whether a replay does its step is decided on the device, too."""
-
-    def train(side: Side) -> Results:
-        optimizer = warmed_up(side, case)
-        found_inf, scale = side.tensor(0.0), side.tensor(1.0)
-        optimizer.found_inf, optimizer.grad_scale = found_inf, scale
-        replay = side.replayable(optimizer.step)
-        for seed in range(2, 7):
-            write_grads(optimizer, seed)
-            found_inf.fill_(float(seed in (3, 4)))
-            scale.fill_(seed / 2)
-            replay()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+    optimizer = warmed_up(side, case)
+    found_inf, scale = side.tensor(0.0), side.tensor(1.0)
+    optimizer.found_inf, optimizer.grad_scale = found_inf, scale
+    replay = side.replayable(optimizer.step)
+    for seed in range(2, 7):
+        set_grads(optimizer, seed, in_place=True)
+        found_inf.fill_(float(seed in (3, 4)))
+        scale.fill_(seed / 2)
+        replay()
+    return record(optimizer)
 
 
 @needs_gpu
@@ -142,7 +122,7 @@ def test_whole_iteration_in_a_graph(case: Case) -> None:
 
     def train(captured: bool) -> Tensor:
         param = torch.nn.Parameter(values(700).cuda())
-        optimizer = case.fused([param], capturable=True)
+        optimizer = case.ours([param], capturable=True)
         inputs = values(700, seed=1).cuda()
 
         def iteration() -> None:
@@ -166,42 +146,36 @@ def test_whole_iteration_in_a_graph(case: Case) -> None:
 
 
 @some_cases("sgd", "sgd-l2")
-def test_capture_without_a_step_before(case: Case) -> None:
+@on_both_drivers
+def test_capture_without_a_step_before(side: Side, case: Case) -> Results:
     """Without state there is nothing that an eager step would have to make."""
-
-    def train(side: Side) -> Results:
-        optimizer = capturable(side, case)
-        give_grads(params_of(optimizer), 0)
-        replay = side.replayable(optimizer.step)
-        for seed in range(3):
-            write_grads(optimizer, seed)
-            replay()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+    optimizer = capturable(side, case)
+    set_grads(optimizer, 0)
+    replay = side.replayable(optimizer.step)
+    for seed in range(3):
+        set_grads(optimizer, seed, in_place=True)
+        replay()
+    return record(optimizer)
 
 
 @needs_gpu
 @some_cases("momentum", "adamw")
-def test_another_optimizer_dies_during_a_capture(case: Case) -> None:
+@on_both_drivers
+def test_another_optimizer_dies_during_a_capture(side: Side, case: Case) -> Results:
     """The garbage collector may come at any time; waiting then would spoil the graph."""
+    optimizer = warmed_up(side, case)
+    others = [warmed_up(side, case)]
 
-    def train(side: Side) -> Results:
-        optimizer = warmed_up(side, case)
-        others = [warmed_up(side, case)]
+    def step() -> None:
+        optimizer.step()
+        others.clear()
+        gc.collect()
 
-        def step() -> None:
-            optimizer.step()
-            others.clear()
-            gc.collect()
-
-        replay = side.replayable(step)
-        for seed in range(2, 4):
-            write_grads(optimizer, seed)
-            replay()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+    replay = side.replayable(step)
+    for seed in range(2, 4):
+        set_grads(optimizer, seed, in_place=True)
+        replay()
+    return record(optimizer)
 
 
 # Argument: the momentum. With it, one eager step that leaves the counting to the host.
@@ -227,9 +201,7 @@ print(*param.unique().tolist())
 @pytest.mark.parametrize(("momentum", "expected"), [(0.0, "-1.0"), (0.5, "-2.125")])
 def test_code_comes_to_the_gpu_during_a_capture(momentum: float, expected: str) -> None:
     """CUDA loads kernels when they are first asked for, so this takes a new process."""
-    command = [sys.executable, "-c", CAPTURED_FIRST, str(momentum)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.strip() == expected, done.stdout + done.stderr
+    assert run_python("-c", CAPTURED_FIRST, momentum).strip() == expected
 
 
 def one_group_is_not_capturable(optimizer: Any) -> None:
@@ -243,13 +215,13 @@ def one_has_no_state(optimizer: Any) -> None:
 def one_is_new(optimizer: Any) -> None:
     params = draw([3], GPU.device)
     optimizer.add_param_group({"params": params})
-    give_grads(params, 0)
+    set_grads(params, 0)
 
 
 def one_is_on_the_cpu(optimizer: Any) -> None:
     params = draw([3], torch.device("cpu"))
     optimizer.add_param_group({"params": params})
-    give_grads(params, 0)
+    set_grads(params, 0)
 
 
 CAPTURABLE_IS_FALSE = "capturable is False in param group 1.*capturable=True"
@@ -266,9 +238,8 @@ if IS_CUDA:
 @some_cases("momentum", "adamw")
 def test_refused_capture(case: Case, damage: Callable[[Any], None], pattern: str) -> None:
     groups = [{"params": draw(SIZES, GPU.device, seed=seed)} for seed in (1, 2)]
-    optimizer = case.fused(groups, capturable=True)
-    give_grads(params_of(optimizer), 0)
-    optimizer.step()
+    optimizer = case.ours(groups, capturable=True)
+    take_step(optimizer, 0)
     damage(optimizer)
     before = snapshot(optimizer)
     with Graph().capture():
@@ -280,18 +251,16 @@ def test_refused_capture(case: Case, damage: Callable[[Any], None], pattern: str
 
 
 @some_cases("momentum", "adamw")
-def test_step_after_a_refused_capture(case: Case) -> None:
-    def train(side: Side) -> Results:
-        optimizer = case.fused(draw(SIZES, side.device))
-        for seed in range(4):
-            give_grads(params_of(optimizer), seed)
-            if side.is_gpu and seed != 1:
-                with Graph().capture():
-                    torch.zeros(3, device=side.device).add_(1)
-                    with pytest.raises(RuntimeError, match="capturable is False in param group 0"):
-                        optimizer.step()
-                assert len(optimizer.state) == (0 if seed == 0 else len(SIZES))
-            optimizer.step()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+@on_both_drivers
+def test_step_after_a_refused_capture(side: Side, case: Case) -> Results:
+    optimizer = case.ours(draw(SIZES, side.device))
+    for seed in range(4):
+        set_grads(optimizer, seed)
+        if side.is_gpu and seed != 1:
+            with Graph().capture():
+                torch.zeros(3, device=side.device).add_(1)
+                with pytest.raises(RuntimeError, match="capturable is False in param group 0"):
+                    optimizer.step()
+            assert len(optimizer.state) == (0 if seed == 0 else len(SIZES))
+        optimizer.step()
+    return record(optimizer)

@@ -8,18 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.cases import Case, some_cases, values
-from support.sides import (
-    Results,
-    Side,
-    assert_same_on_both,
-    draw,
-    give_grads,
-    misaligned,
-    needs_driver,
-    params_of,
-    record,
-)
+from support.device import needs_driver
+from support.optimizers import Case, some_cases
+from support.sides import Results, Side, on_both_drivers
+from support.snapshots import record
+from support.tensors import draw, misaligned, params_of, set_grads, values
 
 pytestmark = needs_driver
 
@@ -125,7 +118,7 @@ def make_varied(side: Side, case: Case) -> torch.optim.Optimizer:
     params = draw([3, 257, 0, 1000, 64], side.device)
     params += draw([5, 520], side.device, torch.bfloat16)
     params += [values(31, 17).to(side.device), values(8, 9, dtype=torch.float64).to(side.device)]
-    return case.fused([{"params": params[:4]}, {"params": params[4:], "weight_decay": 0.0}])
+    return case.ours([{"params": params[:4]}, {"params": params[4:], "weight_decay": 0.0}])
 
 
 def train_through(side: Side, case: Case, events: list[Event], seed: int, steps: int) -> Results:
@@ -133,7 +126,7 @@ def train_through(side: Side, case: Case, events: list[Event], seed: int, steps:
     rng = random.Random(seed)
     optimizer = make_varied(side, case)
     for step in range(steps):
-        give_grads(params_of(optimizer), step)
+        set_grads(optimizer, step)
         if step > 0:
             rng.choice(events)(optimizer, rng)
         optimizer.step()
@@ -142,22 +135,26 @@ def train_through(side: Side, case: Case, events: list[Event], seed: int, steps:
 
 @pytest.mark.parametrize("event", EVENTS)
 @some_cases("momentum-damped", "adamw")
-def test_between_steps(case: Case, event: str) -> None:
-    assert_same_on_both(lambda side: train_through(side, case, [EVENTS[event]], 0, 4))
+@on_both_drivers
+def test_between_steps(side: Side, case: Case, event: str) -> Results:
+    return train_through(side, case, [EVENTS[event]], 0, 4)
 
 
 @pytest.mark.parametrize("seed", range(6))
 @some_cases("sgd-l2", "momentum-damped", "adam-amsgrad-l2", "adamw")
-def test_whatever_happens(case: Case, seed: int) -> None:
+@on_both_drivers
+def test_whatever_happens(side: Side, case: Case, seed: int) -> Results:
     events = list(EVENTS.values())
-    assert_same_on_both(lambda side: train_through(side, case, events, seed, 15))
+    return train_through(side, case, events, seed, 15)
 
 
-def train_with_static_grads(side: Side, case: Case) -> Results:
+@some_cases("sgd", "momentum-damped", "adam", "adamw-amsgrad")
+@on_both_drivers
+def test_static_grads(side: Side, case: Case) -> Results:
     """Nothing moves, so nothing is sent; grads are written in place."""
     params = draw([5, 2000, 33], side.device)
-    optimizer = case.fused(params)
-    give_grads(params, 0)
+    optimizer = case.ours(params)
+    set_grads(params, 0)
     grads: list[Tensor] = [param.grad for param in params]
     for seed in range(5):
         for grad in grads:
@@ -166,17 +163,14 @@ def train_with_static_grads(side: Side, case: Case) -> Results:
     return record(optimizer)
 
 
-@some_cases("sgd", "momentum-damped", "adam", "adamw-amsgrad")
-def test_static_grads(case: Case) -> None:
-    assert_same_on_both(lambda side: train_with_static_grads(side, case))
-
-
-def train_with_reused_memory(side: Side, case: Case) -> Results:
+@some_cases("momentum", "adamw")
+@on_both_drivers
+def test_memory_is_free_again_after_the_step(side: Side, case: Case) -> Results:
     """What a step reads is freed and written to as soon as step() has returned."""
     params = draw([5, 70000, 33, 4097], side.device)
-    optimizer = case.fused(params)
+    optimizer = case.ours(params)
     for seed in range(8):
-        give_grads(params, seed)
+        set_grads(params, seed)
         optimizer.step()
         for param in params:
             param.grad = None
@@ -185,33 +179,27 @@ def train_with_reused_memory(side: Side, case: Case) -> Results:
     return record(optimizer)
 
 
-@some_cases("momentum", "adamw")
-def test_memory_is_free_again_after_the_step(case: Case) -> None:
-    assert_same_on_both(lambda side: train_with_reused_memory(side, case))
-
-
 @pytest.mark.parametrize("default", ["cpu", "meta"])
 @some_cases("momentum", "adam", "adamw")
-def test_default_device_is_another(case: Case, default: str) -> None:
+@on_both_drivers
+def test_default_device_is_another(side: Side, case: Case, default: str) -> Results:
     """What the driver allocates belongs to the params' device."""
-
-    def train(side: Side) -> Results:
-        params = draw([5, 700], side.device)
-        with torch.device(default):
-            optimizer = case.fused(params, capturable=side.is_gpu)
-            for _ in range(3):
-                for param in params:
-                    param.grad = param * 0.5
-                optimizer.step()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+    params = draw([5, 700], side.device)
+    with torch.device(default):
+        optimizer = case.ours(params, capturable=side.is_gpu)
+        for _ in range(3):
+            for param in params:
+                param.grad = param * 0.5
+            optimizer.step()
+    return record(optimizer)
 
 
-def train_growing_layouts(side: Side, case: Case) -> Results:
+@some_cases("momentum", "adamw")
+@on_both_drivers
+def test_more_layouts_in_every_step(side: Side, case: Case) -> Results:
     """More and more strided grads; mixed formats, so that a strided one needs no other kernel."""
     params = [values(3, 4, 5, seed=i).to(side.device, torch.bfloat16) for i in range(40)]
-    optimizer = case.fused(params)
+    optimizer = case.ours(params)
     for step in range(6):
         for index, param in enumerate(params):
             grad = values(5, 4, 3, seed=40 * step + index).to(side.device)
@@ -220,8 +208,3 @@ def train_growing_layouts(side: Side, case: Case) -> Results:
             param.grad = permuted if index < 8 * step else permuted.contiguous()
         optimizer.step()
     return record(optimizer)
-
-
-@some_cases("momentum", "adamw")
-def test_more_layouts_in_every_step(case: Case) -> None:
-    assert_same_on_both(lambda side: train_growing_layouts(side, case))

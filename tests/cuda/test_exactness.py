@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.sides import needs_gpu
+from support.device import needs_gpu
+from support.files import ROOT
 
-ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests/cuda/branch_free.cu"
 
 

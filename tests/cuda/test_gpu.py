@@ -8,21 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from support.cases import Case, bits, each_dtype, results, some_cases, values
-from support.sides import (
-    CPU,
-    GPU,
-    SIZES,
-    Results,
-    Side,
-    assert_same_bits,
-    assert_same_on_both,
-    draw,
-    give_grads,
-    needs_gpu,
-    params_of,
-    record,
-)
+from support.device import needs_gpu
+from support.optimizers import Case, some_cases, take_step
+from support.sides import CPU, GPU, SIZES, Results, Side, assert_same_bits, on_both_drivers
+from support.snapshots import record, results
+from support.tensors import bits, draw, each_dtype, params_of, set_grads, values
 
 pytestmark = needs_gpu
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -34,10 +24,10 @@ def train_on_devices(devices: list[str], case: Case, kind: str) -> Results:
     params = draw(sizes, CPU.device)
     params = [param.to(devices[i % len(devices)]) for i, param in enumerate(params)]
     options = {"capturable": True} if kind == "capturable" and len(set(devices)) > 1 else {}
-    optimizer = case.fused([{"params": params[:3]}, {"params": params[3:], "lr": 0.5}], **options)
+    optimizer = case.ours([{"params": params[:3]}, {"params": params[3:], "lr": 0.5}], **options)
     scaled = torch.device(devices[-1])
     for step in range(5):
-        give_grads(params, step)
+        set_grads(params, step)
         if step > 0 and kind == "scaler":
             optimizer.found_inf = torch.tensor(float(step == 2), device=scaled)
             optimizer.grad_scale = torch.tensor(3.0, device=scaled)
@@ -75,82 +65,74 @@ def test_gpu_that_is_not_the_current_one(case: Case) -> None:
 
 
 @some_cases("momentum", "adamw")
-def test_step_waits_its_turn_in_a_side_stream(case: Case) -> None:
+@on_both_drivers
+def test_step_waits_its_turn_in_a_side_stream(side: Side, case: Case) -> Results:
     """The grads are written half a second after step() was called, in the same stream."""
-
-    def train(side: Side) -> Results:
-        params = draw(SIZES, side.device)
-        optimizer = case.fused(params)
-        give_grads(params, 0)
+    params = draw(SIZES, side.device)
+    optimizer = case.ours(params)
+    set_grads(params, 0)
+    optimizer.step()
+    kept = [param.grad for param in params]
+    set_grads(params, 1)
+    grads = [param.grad for param in params]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        if side.is_gpu:
+            torch.cuda._sleep(500_000_000)
+        for param, old, new in zip(params, kept, grads, strict=True):
+            param.grad = old.copy_(new)
         optimizer.step()
-        kept = [param.grad for param in params]
-        give_grads(params, 1)
-        grads = [param.grad for param in params]
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            if side.is_gpu:
-                torch.cuda._sleep(500_000_000)
-            for param, old, new in zip(params, kept, grads, strict=True):
-                param.grad = old.copy_(new)
-            optimizer.step()
-            return record(optimizer)  # waits for this stream only
-
-    assert_same_on_both(train)
+        return record(optimizer)  # waits for this stream only
 
 
 @some_cases("momentum", "adamw")
-def test_another_stream_in_every_step(case: Case) -> None:
-    def train(side: Side) -> Results:
-        streams = [torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
-        params = draw(SIZES, side.device)
-        optimizer = case.fused(params)
-        for step in range(7):
-            torch.cuda.synchronize()
-            with torch.cuda.stream(streams[step % 3]):
-                give_grads(params, step)
-                if side.is_gpu:
-                    torch.cuda._sleep(10_000_000)
-                optimizer.step()
+@on_both_drivers
+def test_another_stream_in_every_step(side: Side, case: Case) -> Results:
+    streams = [torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+    params = draw(SIZES, side.device)
+    optimizer = case.ours(params)
+    for step in range(7):
         torch.cuda.synchronize()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+        with torch.cuda.stream(streams[step % 3]):
+            set_grads(params, step)
+            if side.is_gpu:
+                torch.cuda._sleep(10_000_000)
+            optimizer.step()
+    torch.cuda.synchronize()
+    return record(optimizer)
 
 
 @pytest.mark.parametrize("capturable", [False, True], ids=["plain", "capturable"])
 @some_cases("momentum", "adamw")
-def test_host_runs_ahead(case: Case, capturable: bool) -> None:
+@on_both_drivers
+def test_host_runs_ahead(side: Side, case: Case, capturable: bool) -> Results:
     """New grads and rates for every step, all steps asked for before the first is done."""
-
-    def train(side: Side) -> Results:
-        params = draw(SIZES, side.device)
-        # More groups than scalars fit in a kernel's arguments: those are sent, too.
-        params += draw([3] * 100, side.device)
-        groups = [{"params": [param], "lr": 0.001 * (1 + i)} for i, param in enumerate(params)]
-        optimizer = case.fused(groups, capturable=capturable and side.is_gpu)
-        grads = []
-        for seed in range(30):
-            give_grads(params, seed)
-            grads.append([param.grad for param in params])
-        if side.is_gpu:
-            torch.cuda._sleep(500_000_000)
-        for step_grads in grads:
-            for param, grad in zip(params, step_grads, strict=True):
-                param.grad = grad
-            for group in optimizer.param_groups:
-                group["lr"] *= 1.01
-            optimizer.step()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+    params = draw(SIZES, side.device)
+    # More groups than scalars fit in a kernel's arguments: those are sent, too.
+    params += draw([3] * 100, side.device)
+    groups = [{"params": [param], "lr": 0.001 * (1 + i)} for i, param in enumerate(params)]
+    optimizer = case.ours(groups, capturable=capturable and side.is_gpu)
+    grads = []
+    for seed in range(30):
+        set_grads(params, seed)
+        grads.append([param.grad for param in params])
+    if side.is_gpu:
+        torch.cuda._sleep(500_000_000)
+    for step_grads in grads:
+        for param, grad in zip(params, step_grads, strict=True):
+            param.grad = grad
+        for group in optimizer.param_groups:
+            group["lr"] *= 1.01
+        optimizer.step()
+    return record(optimizer)
 
 
 @pytest.mark.parametrize("capturable", [False, True], ids=["plain", "capturable"])
 @some_cases("sgd", "momentum", "adamw")
 def test_memory_does_not_grow(case: Case, capturable: bool) -> None:
     params = draw(SIZES, GPU.device)
-    optimizer = case.fused(params, capturable=capturable)
-    give_grads(params, 0)
+    optimizer = case.ours(params, capturable=capturable)
+    set_grads(params, 0)
     gc.collect()  # what other tests left is not to be freed in between
     grads = [(param.grad, param.grad.clone()) for param in params]
     for step in range(120):
@@ -166,8 +148,8 @@ def test_memory_does_not_grow(case: Case, capturable: bool) -> None:
 def test_memory_is_given_back(case: Case) -> None:
     def train() -> None:
         params = draw([5000] * 50, GPU.device)
-        optimizer = case.fused(params, capturable=True)
-        give_grads(params, 0)
+        optimizer = case.ours(params, capturable=True)
+        set_grads(params, 0)
         optimizer.step()
 
     train()
@@ -179,27 +161,23 @@ def test_memory_is_given_back(case: Case) -> None:
 
 
 @some_cases("momentum", "adamw")
-def test_copies_and_checkpoints_on_the_gpu(case: Case) -> None:
+@on_both_drivers
+def test_copies_and_checkpoints_on_the_gpu(side: Side, case: Case) -> Results:
     """A copy has a driver of its own; a checkpoint goes over the CPU and comes back."""
-
-    def train(side: Side) -> Results:
-        params = [Parameter(param) for param in draw(SIZES, side.device)]
-        optimizer = case.fused(params, capturable=side.is_gpu)
-        for seed in range(6):
-            give_grads(params_of(optimizer), seed)
-            optimizer.step()
-            if seed == 2:
-                optimizer = copy.deepcopy(optimizer)
-            if seed == 4:
-                saved = copy.deepcopy(optimizer.state_dict())
-                for entries in saved["state"].values():
-                    entries.update({name: entry.cpu() for name, entry in entries.items()})
-                params = params_of(optimizer)
-                optimizer = case.fused(params, capturable=side.is_gpu)
-                optimizer.load_state_dict(saved)
-        return record(optimizer)
-
-    assert_same_on_both(train)
+    params = [Parameter(param) for param in draw(SIZES, side.device)]
+    optimizer = case.ours(params, capturable=side.is_gpu)
+    for seed in range(6):
+        take_step(optimizer, seed)
+        if seed == 2:
+            optimizer = copy.deepcopy(optimizer)
+        if seed == 4:
+            saved = copy.deepcopy(optimizer.state_dict())
+            for entries in saved["state"].values():
+                entries.update({name: entry.cpu() for name, entry in entries.items()})
+            params = params_of(optimizer)
+            optimizer = case.ours(params, capturable=side.is_gpu)
+            optimizer.load_state_dict(saved)
+    return record(optimizer)
 
 
 def train_periodic(case: Case, shape: tuple[int, int], how: str, dtype: torch.dtype) -> None:
@@ -218,7 +196,7 @@ def train_periodic(case: Case, shape: tuple[int, int], how: str, dtype: torch.dt
         param.grad = grad_row.expand(rows, width)
     small = row.cpu()
     small.grad = grad_row.cpu()
-    optimizers = [case.fused([param]), case.fused([small])]
+    optimizers = [case.ours([param]), case.ours([small])]
     for optimizer in optimizers:
         optimizer.step()
         optimizer.step()
@@ -254,9 +232,9 @@ def test_more_than_31_bits_of_elements(case: Case, how: str) -> None:
 def test_same_bits_in_every_run(case: Case, dtype: torch.dtype) -> None:
     def train() -> Results:
         params = draw([100_003, 17], GPU.device, dtype)
-        optimizer = case.fused(params)
+        optimizer = case.ours(params)
         for seed in range(3):
-            give_grads(params, seed)
+            set_grads(params, seed)
             optimizer.step()
         return record(optimizer)
 

@@ -7,22 +7,14 @@ import pytest
 import torch
 
 import fusedopt
-from support.cases import Case, some_cases
-from support.sides import (
-    Results,
-    Side,
-    assert_same_on_both,
-    draw,
-    give_grads,
-    needs_driver,
-    params_of,
-    record,
-)
+from support.device import needs_driver
+from support.optimizers import Case, each_name, some_cases
+from support.sides import Results, Side, on_both_drivers
+from support.snapshots import record
+from support.tensors import draw, params_of, set_grads
 
 pytestmark = needs_driver
 
-NAMES = ["SGD", "Adam", "AdamW"]
-each_optimizer = pytest.mark.parametrize("name", NAMES)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
@@ -49,45 +41,40 @@ def make_grouped(side: Side, name: str, count: int, sizes: list[int]) -> torch.o
     return getattr(fusedopt, name)(groups)
 
 
-def train_groups(side: Side, name: str, count: int) -> Results:
+# The scalars of 32 groups of Adam and of 76 of SGD fit in a kernel's arguments in double.
+@each_name
+@pytest.mark.parametrize("count", [1, 2, 32, 33, 64, 65, 76, 77, 153, 154])
+@on_both_drivers
+def test_many_groups(side: Side, name: str, count: int) -> Results:
     optimizer = make_grouped(side, name, count, [3, 130])
     for step in range(3):
-        give_grads(params_of(optimizer), step)
+        set_grads(optimizer, step)
         for g, group in enumerate(optimizer.param_groups):
             group["lr"] *= 1.5 + g / 10
         optimizer.step()
     return record(optimizer)
 
 
-# The scalars of 32 groups of Adam and of 76 of SGD fit in a kernel's arguments in double.
-@each_optimizer
-@pytest.mark.parametrize("count", [1, 2, 32, 33, 64, 65, 76, 77, 153, 154])
-def test_many_groups(name: str, count: int) -> None:
-    assert_same_on_both(lambda side: train_groups(side, name, count))
-
-
-def train_late(side: Side, name: str) -> Results:
+@each_name
+@on_both_drivers
+def test_late_unfrozen_params(side: Side, name: str) -> Results:
     """One more parameter takes part in every step, so that no two are at the same step."""
     optimizer = make_grouped(side, name, 3, [5] * 30)
     params = params_of(optimizer)
     for step in range(50):
-        give_grads(params, step)
+        set_grads(params, step)
         for param in params[: len(params) - 2 * step]:
             param.grad = None
         optimizer.step()
     return record(optimizer)
 
 
-@each_optimizer
-def test_late_unfrozen_params(name: str) -> None:
-    assert_same_on_both(lambda side: train_late(side, name))
-
-
-def train_apart(side: Side) -> Results:
+@on_both_drivers
+def test_params_that_drift_apart(side: Side) -> Results:
     """First all params are at the same step, in the end no two of a group: 40 scalars, then 160."""
     optimizer = make_grouped(side, "Adam", 40, [5] * 4)
     for step in range(6):
-        give_grads(params_of(optimizer), step)
+        set_grads(optimizer, step)
         for group in optimizer.param_groups:
             for param in group["params"][step:] if step > 0 else []:
                 param.grad = None
@@ -95,68 +82,55 @@ def train_apart(side: Side) -> Results:
     return record(optimizer)
 
 
-def test_params_that_drift_apart() -> None:
-    assert_same_on_both(train_apart)
-
-
-def train_with_gaps(side: Side, name: str) -> Results:
+@each_name
+@on_both_drivers
+def test_params_without_grad(side: Side, name: str) -> Results:
     rng = random.Random(0)
     optimizer = make_grouped(side, name, 7, [300, 2, 0, 700])
     params = params_of(optimizer)
     for step in range(12):
-        give_grads(params, step)
+        set_grads(params, step)
         for param in rng.sample(params, rng.choice([0, 3, 20, len(params)])):
             param.grad = None
         optimizer.step()
     return record(optimizer)
 
 
-@each_optimizer
-def test_params_without_grad(name: str) -> None:
-    assert_same_on_both(lambda side: train_with_gaps(side, name))
-
-
 @some_cases("momentum", "adamw")
-def test_all_grads_none(case: Case) -> None:
-    def train(side: Side) -> Results:
-        params = draw([5, 300], side.device)
-        optimizer = case.fused(params)
-        optimizer.step()
-        assert not optimizer.state
-        give_grads(params, 0)
-        optimizer.step()
-        optimizer.zero_grad()
-        optimizer.step()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+@on_both_drivers
+def test_all_grads_none(side: Side, case: Case) -> Results:
+    params = draw([5, 300], side.device)
+    optimizer = case.ours(params)
+    optimizer.step()
+    assert not optimizer.state
+    set_grads(params, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.step()
+    return record(optimizer)
 
 
 @some_cases("sgd", "adam")
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0, 0]], ids=["no param", "empty", "three empty"])
-def test_nothing_to_do(case: Case, sizes: list[int]) -> None:
-    def train(side: Side) -> Results:
-        params = draw(sizes, side.device)
-        optimizer = case.fused([{"params": []}, {"params": params}])
-        give_grads(params, 0)
-        optimizer.step()
-        optimizer.step()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+@on_both_drivers
+def test_nothing_to_do(side: Side, case: Case, sizes: list[int]) -> Results:
+    params = draw(sizes, side.device)
+    optimizer = case.ours([{"params": []}, {"params": params}])
+    set_grads(params, 0)
+    optimizer.step()
+    optimizer.step()
+    return record(optimizer)
 
 
 @some_cases("nesterov", "adamw")
-def test_ten_thousand_tensors(case: Case) -> None:
-    def train(side: Side) -> Results:
-        params = draw([1 + i % 70 for i in range(10000)], side.device)
-        optimizer = case.fused([{"params": params[:6000]}, {"params": params[6000:], "lr": 0.5}])
-        for step in range(2):
-            give_grads(params, step)
-            optimizer.step()
-        found = {"params": torch.cat(params)}
-        for name in optimizer.state[params[0]].keys() - {"step"}:
-            found[name] = torch.cat([optimizer.state[param][name] for param in params])
-        return found
-
-    assert_same_on_both(train)
+@on_both_drivers
+def test_ten_thousand_tensors(side: Side, case: Case) -> Results:
+    params = draw([1 + i % 70 for i in range(10000)], side.device)
+    optimizer = case.ours([{"params": params[:6000]}, {"params": params[6000:], "lr": 0.5}])
+    for step in range(2):
+        set_grads(params, step)
+        optimizer.step()
+    found = {"params": torch.cat(params)}
+    for name in optimizer.state[params[0]].keys() - {"step"}:
+        found[name] = torch.cat([optimizer.state[param][name] for param in params])
+    return found

@@ -6,22 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from support.api_helpers import tensor_bytes
-from support.cases import Case, dtype_id, each_case, some_cases
-from support.sides import (
-    GPU,
-    SIZES,
-    Results,
-    Side,
-    assert_same_on_both,
-    draw,
-    give_grads,
-    needs_driver,
-    needs_gpu,
-    params_of,
-    record,
-    without_waiting,
-)
+from support.device import needs_driver, needs_gpu
+from support.optimizers import Case, each_case, some_cases
+from support.sides import GPU, SIZES, Results, Side, on_both_drivers, without_waiting
+from support.snapshots import record
+from support.tensors import draw, dtype_id, params_of, set_grads, tensor_bytes
 
 pytestmark = needs_driver
 
@@ -51,10 +40,10 @@ def train_scaled(
     side: Side, case: Case, dtype: torch.dtype, skipped: tuple[int, ...], **more: Any
 ) -> Results:
     """Scales are no powers of two, so that a grad scaled at another place would round otherwise."""
-    optimizer = case.fused(draw(SIZES, side.device, dtype), **more)
+    optimizer = case.ours(draw(SIZES, side.device, dtype), **more)
     for step in range(5):
         params = params_of(optimizer)
-        give_grads(params, step)
+        set_grads(params, step)
         before = [tensor_bytes(param.grad) for param in params]
         scaled_step(side, optimizer, float(step in skipped), 3.0 + step)
         assert [tensor_bytes(param.grad) for param in params] == before
@@ -64,24 +53,25 @@ def train_scaled(
 @each_pattern
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
 @each_case
-def test_skipped_steps(case: Case, dtype: torch.dtype, skipped: tuple[int, ...]) -> None:
-    assert_same_on_both(lambda side: train_scaled(side, case, dtype, skipped))
+@on_both_drivers
+def test_skipped_steps(
+    side: Side, case: Case, dtype: torch.dtype, skipped: tuple[int, ...]
+) -> Results:
+    return train_scaled(side, case, dtype, skipped)
 
 
 @each_pattern
 @some_cases("momentum-damped", "adamw")
-def test_skipped_capturable_steps(case: Case, skipped: tuple[int, ...]) -> None:
-    def train(side: Side) -> Results:
-        return train_scaled(side, case, torch.float32, skipped, capturable=side.is_gpu)
-
-    assert_same_on_both(train)
+@on_both_drivers
+def test_skipped_capturable_steps(side: Side, case: Case, skipped: tuple[int, ...]) -> Results:
+    return train_scaled(side, case, torch.float32, skipped, capturable=side.is_gpu)
 
 
 @some_cases("momentum-damped", "adamw")
 def test_skipped_step_changes_nothing(case: Case) -> None:
     """The counts included, which are on the GPU by then."""
-    optimizer = case.fused(draw(SIZES, GPU.device))
-    give_grads(params_of(optimizer), 0)
+    optimizer = case.ours(draw(SIZES, GPU.device))
+    set_grads(optimizer, 0)
     scaled_step(GPU, optimizer, 0.0)
     before = record(optimizer)
     for found_inf in (1.0, 0.25, 8.0, torch.inf):
@@ -89,12 +79,15 @@ def test_skipped_step_changes_nothing(case: Case) -> None:
     assert all(torch.equal(before[name], found) for name, found in record(optimizer).items())
 
 
-def train_with_changes(side: Side, case: Case, skipped: tuple[int, ...]) -> Results:
+@pytest.mark.parametrize("skipped", [(), (0,), (2, 5), (0, 1, 3, 5, 6)], ids=str)
+@some_cases("sgd", "momentum-damped", "nesterov", "adam-amsgrad", "adamw")
+@on_both_drivers
+def test_params_of_other_ages(side: Side, case: Case, skipped: tuple[int, ...]) -> Results:
     """Params that join late, have no grad in between, and steps without a scaler."""
     params = draw([5, 300, 64, 1], side.device)
-    optimizer = case.fused([{"params": params[:2]}, {"params": params[2:], "lr": 0.5}])
+    optimizer = case.ours([{"params": params[:2]}, {"params": params[2:], "lr": 0.5}])
     for step in range(9):
-        give_grads(params, step)
+        set_grads(params, step)
         params[1].grad = params[1].grad if step > 1 else None
         params[2].grad = params[2].grad if step % 3 else None
         params[3].grad = params[3].grad if step > 4 else None
@@ -105,35 +98,29 @@ def train_with_changes(side: Side, case: Case, skipped: tuple[int, ...]) -> Resu
     return record(optimizer)
 
 
-@pytest.mark.parametrize("skipped", [(), (0,), (2, 5), (0, 1, 3, 5, 6)], ids=str)
-@some_cases("sgd", "momentum-damped", "nesterov", "adam-amsgrad", "adamw")
-def test_params_of_other_ages(case: Case, skipped: tuple[int, ...]) -> None:
-    assert_same_on_both(lambda side: train_with_changes(side, case, skipped))
-
-
 @some_cases("momentum", "adamw")
 @pytest.mark.parametrize("name", ["found_inf", "grad_scale"])
-def test_one_of_the_two(case: Case, name: str) -> None:
-    def train(side: Side) -> Results:
-        optimizer = case.fused(draw(SIZES, side.device))
-        for step in range(3):
-            give_grads(params_of(optimizer), step)
-            value = float(step == 1) if name == "found_inf" else 7.0
-            setattr(optimizer, name, side.tensor([value], torch.float64))
-            optimizer.step()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+@on_both_drivers
+def test_one_of_the_two(side: Side, case: Case, name: str) -> Results:
+    optimizer = case.ours(draw(SIZES, side.device))
+    for step in range(3):
+        set_grads(optimizer, step)
+        value = float(step == 1) if name == "found_inf" else 7.0
+        setattr(optimizer, name, side.tensor([value], torch.float64))
+        optimizer.step()
+    return record(optimizer)
 
 
-def train_with_scaler(side: Side, case: Case) -> Results:
+@some_cases("sgd", "momentum-damped", "adam", "adamw")
+@on_both_drivers
+def test_grad_scaler(side: Side, case: Case) -> Results:
     """torch's own, with an overflow; on a GPU nothing may wait from the first step on."""
     params = draw(SIZES, side.device)
-    optimizer = case.fused(params, fused=True)  # else the scaler reads its verdict
+    optimizer = case.ours(params, fused=True)  # else the scaler reads its verdict
     scaler = torch.amp.GradScaler(side.device.type, init_scale=2.0**10, growth_interval=2)
     grads = []
     for step in range(6):
-        give_grads(params, step)
+        set_grads(params, step)
         grads.append([param.grad * 2.0**10 for param in params])
     grads[2][3][200] = torch.inf
     loss = torch.zeros((), device=side.device)
@@ -145,11 +132,6 @@ def train_with_scaler(side: Side, case: Case) -> Results:
             scaler.step(optimizer)
             scaler.update()
     return record(optimizer) | {"scale": torch.tensor(scaler.get_scale(), device="cpu")}
-
-
-@some_cases("sgd", "momentum-damped", "adam", "adamw")
-def test_grad_scaler(case: Case) -> None:
-    assert_same_on_both(lambda side: train_with_scaler(side, case))
 
 
 # The ways to step, each from an optimizer's first step on.
@@ -164,9 +146,9 @@ KINDS: dict[str, Callable[[Any], None]] = {
 @each_case
 def test_torch_does_not_wait(case: Case, kind: str) -> None:
     """None of the host's synchronisations that torch knows of, and it knows of its own only."""
-    optimizer = case.fused(draw(SIZES, GPU.device), capturable=kind == "capturable")
+    optimizer = case.ours(draw(SIZES, GPU.device), capturable=kind == "capturable")
     scaling = GPU.tensor(0.0), GPU.tensor(2.0)
-    give_grads(params_of(optimizer), 0)
+    set_grads(optimizer, 0)
     if kind == "scaler":
         optimizer.found_inf, optimizer.grad_scale = scaling
     with without_waiting():
@@ -181,11 +163,11 @@ def test_torch_does_not_wait(case: Case, kind: str) -> None:
 def test_steps_return_while_the_gpu_is_busy(case: Case, moving: bool, kind: str) -> None:
     """From the first step on, once the code is on the GPU and torch has memory to give."""
     for rehearsal in (True, False):
-        optimizer = case.fused(draw(SIZES, GPU.device), capturable=kind == "capturable")
+        optimizer = case.ours(draw(SIZES, GPU.device), capturable=kind == "capturable")
         params = params_of(optimizer)
         grads = []
         for seed in range(5):
-            give_grads(params, seed if moving else 0)
+            set_grads(params, seed if moving else 0)
             grads.append([param.grad for param in params] if moving or not grads else grads[0])
         scaling = GPU.tensor(0.0), GPU.tensor(2.0)
         if kind == "scaler":

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from support.cases import Case, dtype_id, results, step_with, values
+from support.optimizers import Case, step_with
+from support.snapshots import results
+from support.tensors import dtype_id, values
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)
 
@@ -28,7 +30,7 @@ def sgd_cases(draw: st.DrawFn) -> Case:
         options["nesterov"] = True
     else:
         options["dampening"] = draw(st.sampled_from([0.0, 1.0]) | st.floats(-1.0, 2.0))
-    return Case("sgd", "SGD", options)
+    return Case("SGD", options)
 
 
 @st.composite
@@ -44,7 +46,7 @@ def adam_cases(draw: st.DrawFn) -> Case:
     name = draw(st.sampled_from(["Adam", "AdamW"]))
     if name == "Adam":
         options["decoupled_weight_decay"] = draw(st.booleans())
-    return Case(name.lower(), name, options)
+    return Case(name, options)
 
 
 cases = sgd_cases() | adam_cases()
@@ -79,7 +81,7 @@ def test_any_step_is_torchs(dtype: torch.dtype, data: st.DataObject) -> None:
     grads = [data.draw(laid_out(shape, dtype)) for _ in range(3)]
     wide = torch.complex128 if dtype.is_complex else torch.float64
     twin = param.to("cpu", wide, copy=True)
-    optimizer, unfused = case.fused([param]), case.unfused([twin])
+    optimizer, unfused = case.ours([param]), case.theirs([twin])
     step_with(optimizer, grads)
     step_with(unfused, [grad.to("cpu", wide) for grad in grads])
     for name, expected in results(unfused, twin).items():
@@ -96,6 +98,6 @@ def test_any_layout_gives_the_same_bits(dtype: torch.dtype, data: st.DataObject)
     param = data.draw(laid_out(shape, dtype))
     grads = [data.draw(laid_out(shape, dtype)) for _ in range(2)]
     dense = param.clone(memory_format=torch.contiguous_format)
-    step_with(case.fused([param]), grads)
-    step_with(case.fused([dense]), [grad.contiguous() for grad in grads])
+    step_with(case.ours([param]), grads)
+    step_with(case.ours([dense]), [grad.contiguous() for grad in grads])
     torch.testing.assert_close(param, dense, rtol=0, atol=0, equal_nan=True)

@@ -2,27 +2,16 @@
 is cut, spread over threads, ordered, grouped, laid out or vectorised."""
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from support.cases import (
-    DTYPES,
-    Case,
-    bits,
-    dtype_id,
-    each_case,
-    each_dtype,
-    results,
-    same_bits,
-    some_cases,
-    step_with,
-    values,
-)
 from support.layouts import Layout, each_layout
+from support.optimizers import Case, each_case, some_cases, step_with
 from support.plans import MANY, best_isa, each_isa, require, use_plan
+from support.snapshots import results
+from support.tensors import DTYPES, bits, dtype_id, each_dtype, same_bits, values
 
 SIZES = [
     1,
@@ -36,13 +25,6 @@ SIZES = [
     3,
     0,
 ]  # ends in an empty tensor: see PEERS' pack loops
-
-
-@pytest.fixture(autouse=True)
-def _restore_modes() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(
@@ -62,7 +44,7 @@ def train(
     ]
     order = order or list(range(len(SIZES)))
     groups = [order[at : at + group_size] for at in range(0, len(order), group_size)]
-    optimizer = case.fused([{"params": [params[index] for index in group]} for group in groups])
+    optimizer = case.ours([{"params": [params[index] for index in group]} for group in groups])
     if chunk_elements is not None:
         use_plan(optimizer, best_isa(), chunk_elements)
     torch.set_num_threads(threads)
@@ -87,7 +69,7 @@ def test_a_tensor_of_one_value_keeps_one_value(case: Case, dtype: torch.dtype) -
     start = complex(0.7, -1.3) if dtype.is_complex else 0.7
     param = torch.full((size,), start, dtype=dtype)
     grads = [torch.full((size,), start * factor, dtype=dtype) for factor in (0.3, -1.1, 2.3, 0.1)]
-    optimizer = case.fused([param], stochastic_rounding=False)
+    optimizer = case.ours([param], stochastic_rounding=False)
     step_with(optimizer, grads)
     for name, value in results(optimizer, param).items():
         assert not torch.equal(value[0], torch.tensor(start, dtype=dtype)), name
@@ -128,7 +110,7 @@ def test_one_param_or_its_parts(case: Case, dtype: torch.dtype) -> None:
     whole = values(20011, dtype=dtype)
     parts = [part.clone() for part in whole.split([1, 10, 16000, 4000])]
     # Draws depend on the place in the tensor, so to the nearest.
-    optimizer, split = (case.fused(p, stochastic_rounding=False) for p in ([whole], parts))
+    optimizer, split = (case.ours(p, stochastic_rounding=False) for p in ([whole], parts))
     for seed in (1, 2, 3):
         whole.grad = values(20011, dtype=dtype, seed=seed)
         for part, grad in zip(parts, whole.grad.split([1, 10, 16000, 4000]), strict=True):
@@ -147,7 +129,7 @@ def test_strided_or_dense(case: Case, dtype: torch.dtype, layout: Layout) -> Non
     strided = layout.view(layout.storage(dtype))
     dense = strided.clone(memory_format=torch.contiguous_format)
     grads = [values(*layout.shape, dtype=dtype, seed=seed) for seed in (1, 2, 3)]
-    optimizers = [case.fused([strided]), case.fused([dense])]
+    optimizers = [case.ours([strided]), case.ours([dense])]
     for optimizer in optimizers:
         step_with(optimizer, grads)
     assert same_bits(results(optimizers[0], strided), results(optimizers[1], dense))
@@ -160,7 +142,7 @@ def run_isa(case: Case, dtype: torch.dtype, stride: int) -> dict[str, Tensor]:
     storage = values(2 * 700, dtype=dtype)
     storage[: len(EDGES)] = torch.tensor(EDGES, dtype=torch.float64)
     param = storage[::stride]
-    optimizer = case.fused([param])
+    optimizer = case.ours([param])
     grads = [values(2 * 700, dtype=dtype, seed=seed) for seed in (1, 2, 3)]
     grads[1][5 : 5 + len(EDGES)] = torch.tensor(EDGES, dtype=torch.float64)
     step_with(optimizer, [grad[::stride] for grad in grads])

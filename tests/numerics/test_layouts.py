@@ -7,17 +7,12 @@ packages write outside a slice or update a contiguous copy. Each would fail here
 import pytest
 import torch
 
-from support.cases import (
-    Case,
-    assert_rounded_once,
-    constant,
-    dtype_id,
-    results,
-    some_cases,
-    step_with,
-    values,
-)
+from support.files import constant
 from support.layouts import GRADS, Layout, each_grad, each_layout
+from support.optimizers import Case, some_cases, step_with
+from support.oracles import assert_rounded_once
+from support.snapshots import results
+from support.tensors import dtype_id, values
 
 CHUNK = constant("core/chunks.h", "kMinChunkElements")
 BOUNDARIES = {
@@ -48,7 +43,7 @@ def test_sizes(case: Case, size: int, stride: int, offset: int, dtype: torch.dty
     room = slice(offset, offset + size * stride, stride)
     storage, grad_storage = (values(size * stride + 40, dtype=dtype, seed=s) for s in (1, 2))
     before = storage.clone()
-    optimizer = case.fused([storage[room]], stochastic_rounding=False)
+    optimizer = case.ours([storage[room]], stochastic_rounding=False)
     oracle = case.oracle(storage[room])
     param = optimizer.param_groups[0]["params"][0]
     step_with(optimizer, [grad_storage[room]])
@@ -69,7 +64,7 @@ def test_layouts(case: Case, layout: Layout, grad_layout: str, dtype: torch.dtyp
     before, param = storage.clone(), layout.view(storage)
     twin = param.cpu().clone(memory_format=torch.contiguous_format)
     grads = [GRADS[grad_layout](layout.shape, dtype, seed) for seed in (1, 2, 3)]
-    optimizer, unfused = case.fused([param]), case.unfused([twin])
+    optimizer, unfused = case.ours([param]), case.theirs([twin])
     step_with(optimizer, grads)
     step_with(unfused, [grad.cpu().contiguous() for grad in grads])
     for name, expected in results(unfused, twin).items():
@@ -86,7 +81,7 @@ def test_state_of_another_layout(case: Case, layout: Layout) -> None:
     # As after load_state_dict of a checkpoint that was saved in another memory format.
     param = layout.view(layout.storage(torch.float64))
     twin = param.cpu().clone(memory_format=torch.contiguous_format)
-    optimizer, unfused = case.fused([param]), case.unfused([twin])
+    optimizer, unfused = case.ours([param]), case.theirs([twin])
     for step in range(3):
         grad = values(*layout.shape, dtype=torch.float64, seed=step)
         step_with(optimizer, [grad])
@@ -107,8 +102,8 @@ def test_lazy_grads(case: Case) -> None:
     assert pairs.imag.is_neg()
     for grad in (pairs, pairs.imag):
         lazy, plain = (values(9, dtype=grad.dtype, seed=1) for _ in range(2))
-        step_with(case.fused([lazy]), [grad])
-        step_with(case.fused([plain]), [grad.resolve_conj().resolve_neg().clone()])
+        step_with(case.ours([lazy]), [grad])
+        step_with(case.ours([plain]), [grad.resolve_conj().resolve_neg().clone()])
         assert torch.equal(lazy, plain)
 
 
@@ -121,6 +116,6 @@ def test_two_slices_of_one_buffer(case: Case) -> None:
     for params in ([left, right], twins):
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
-        case.fused(params).step()
+        case.ours(params).step()
     assert torch.equal(left, twins[0])
     assert torch.equal(right, twins[1])

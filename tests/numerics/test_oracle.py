@@ -8,19 +8,10 @@ import torch
 from torch import Tensor
 
 from support import oracles
-from support.cases import (
-    CASES,
-    TOLERANCES,
-    Case,
-    assert_rounded_once,
-    dtype_id,
-    each_case,
-    each_dtype,
-    results,
-    some_cases,
-    step_with,
-    values,
-)
+from support.optimizers import Case, each_case, some_cases, step_with
+from support.oracles import TOLERANCES, assert_rounded_once
+from support.snapshots import results
+from support.tensors import dtype_id, each_dtype, values
 
 STEPS = 12
 
@@ -38,7 +29,7 @@ def run_three(
 ) -> tuple[dict, dict, oracles.Oracle]:
     """Errors of fusedopt and of unfused torch (on the CPU) after the same steps, and the oracle."""
     ours, theirs, oracle = start.clone(), start.to("cpu", copy=True), case.oracle(start)
-    fused, unfused = case.fused([ours], **more), case.unfused([theirs])
+    fused, unfused = case.ours([ours], **more), case.theirs([theirs])
     step_with(fused, grads)
     step_with(unfused, [grad.cpu() for grad in grads])
     for grad in grads:
@@ -74,7 +65,7 @@ def test_mean_error_over_1000_steps(case: Case, dtype: torch.dtype) -> None:
     drift = 0.1 * values(size, seed=1)
     grads = [(values(size, seed=2 + step) + drift).to(dtype) for step in range(1000)]
     # At a beta2 of 0.7 nothing stands still, and single second moments are nearer to the nearest.
-    more = {"stochastic_rounding": False} if case.id == "adam-low-betas" else {}
+    more = {"stochastic_rounding": False} if case.options.get("betas") == (0.3, 0.7) else {}
     ours, theirs, _ = run_three(case, values(size, dtype=dtype), grads, **more)
     for name in ours:
         assert ours[name].mean() <= 1.05 * theirs[name].mean(), name
@@ -85,16 +76,16 @@ def test_float16_stays_finite_with_the_default_eps(case: Case) -> None:
     # Computed in float16, as unfused torch does, eps and small second moments are 0: NaN.
     param = values(4096, dtype=torch.float16)
     grads = [1e-3 * values(4096, dtype=torch.float16, seed=1 + step) for step in range(20)]
-    step_with(case.fused([param]), grads)
+    step_with(case.ours([param]), grads)
     assert param.isfinite().all()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@each_case
 @pytest.mark.parametrize("frozen_steps", [0, 3], ids=["from-the-start", "unfrozen-later"])
 def test_each_param_counts_its_own_steps(case: Case, frozen_steps: int) -> None:
     # One step count shared by all was wrong in DeepSpeed (#8471) and TransformerEngine (#1986).
     early, late = values(9, dtype=torch.float64), values(9, dtype=torch.float64, seed=1)
-    optimizer, oracle = case.fused([early, late]), case.oracle(late)
+    optimizer, oracle = case.ours([early, late]), case.oracle(late)
     for step in range(6):
         early.grad = values(9, dtype=torch.float64, seed=2 + step)
         late.grad = early.grad if step >= frozen_steps else None
@@ -118,12 +109,12 @@ MIXED = [
 
 def warm_states(case: Case, param: Tensor, dtype: torch.dtype) -> torch.optim.Optimizer:
     """An optimizer after three steps, with its states loaded in another dtype."""
-    trained = case.fused([param], stochastic_rounding=False)
+    trained = case.ours([param], stochastic_rounding=False)
     step_with(trained, [values(*param.shape, dtype=param.dtype, seed=s) for s in (1, 2, 3)])
     saved = trained.state_dict()
     for state in saved["state"].values():
         state.update({k: v.to(dtype) for k, v in state.items() if k != "step"})
-    optimizer = case.fused([param], stochastic_rounding=False)
+    optimizer = case.ours([param], stochastic_rounding=False)
     optimizer.load_state_dict(saved)
     return optimizer
 
@@ -160,7 +151,7 @@ def test_mixed_dtypes(case: Case, param_dtype: torch.dtype, state_dtype: torch.d
 def test_grad_of_another_dtype(case: Case, dtype: torch.dtype) -> None:
     param = torch.nn.Parameter(values(5, 61, dtype=dtype))
     param.grad_dtype = torch.float32
-    optimizer, oracle = case.fused([param], stochastic_rounding=False), case.oracle(param)
+    optimizer, oracle = case.ours([param], stochastic_rounding=False), case.oracle(param)
     grad = values(5, 61, dtype=torch.float32, seed=1)
     step_with(optimizer, [grad])
     oracle.step(grad)

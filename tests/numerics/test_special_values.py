@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.cases import Case, dtype_id, each_case, results, some_cases, step_with, values
+from support.optimizers import Case, each_case, some_cases, step_with
+from support.snapshots import results
+from support.tensors import dtype_id, values
 
 SPECIAL = (0.0, -0.0, 1.0, -2.5, torch.inf, -torch.inf, torch.nan)
 REAL_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -21,7 +23,7 @@ def kinds(tensor: Tensor) -> list[str]:
 def run_both(case: Case, start: Tensor, grads: list[Tensor]) -> tuple[dict, dict]:
     """What fusedopt makes of it, and unfused torch on the CPU."""
     ours, theirs = start.clone(), start.to("cpu", copy=True)
-    fused, unfused = case.fused([ours]), case.unfused([theirs])
+    fused, unfused = case.ours([ours]), case.theirs([theirs])
     step_with(fused, grads)
     step_with(unfused, [grad.cpu() for grad in grads])
     return results(fused, ours), results(unfused, theirs)
@@ -53,7 +55,7 @@ def test_decay_keeps_an_infinite_param_infinite(case: Case, dtype: torch.dtype) 
     # keep * p with 1 - keep on the side would be -inf + inf.
     case = case.suited_to(dtype)
     param = torch.tensor([-torch.inf, torch.inf, 1.0], dtype=dtype)
-    step_with(case.fused([param]), [torch.zeros(3, dtype=dtype)] * 5)
+    step_with(case.ours([param]), [torch.zeros(3, dtype=dtype)] * 5)
     assert kinds(param) == ["-inf", "inf", "finite"]
 
 
@@ -62,7 +64,7 @@ def test_decay_keeps_an_infinite_param_infinite(case: Case, dtype: torch.dtype) 
 def test_an_overflowed_second_moment_stops_the_param(case: Case, dtype: torch.dtype) -> None:
     # v = inf makes the step m / inf = 0; v + (1 - b2) (g^2 - v) would turn it into NaN.
     param = values(40, dtype=dtype)
-    optimizer = case.fused([param])
+    optimizer = case.ours([param])
     step_with(optimizer, [torch.full_like(param, 1e30)])
     assert optimizer.state[param]["exp_avg_sq"].isinf().all()
     after_one = param.clone()
@@ -78,7 +80,7 @@ def test_an_overflowed_second_moment_stops_the_param(case: Case, dtype: torch.dt
 def test_no_decay_reads_no_param(case: Case, dtype: torch.dtype) -> None:
     # 0 * inf is NaN: a term that torch skips must not be computed with a factor of 0.
     param = torch.full((40,), torch.inf, dtype=dtype)
-    optimizer = case.fused([param])
+    optimizer = case.ours([param])
     step_with(optimizer, [values(40, dtype=dtype, seed=seed) for seed in (1, 2)])
     for name, value in results(optimizer, param).items():
         assert value.isinf().all() if name == "param" else value.isfinite().all(), name
@@ -90,7 +92,7 @@ def test_nan_stays_nan_in_16_bits(dtype: torch.dtype, pattern: int) -> None:
     # A float32 NaN whose bits are rounded like a number's carries into the sign: -0.0, or it loses
     # its only bit: inf. It gets into a 16-bit param through a float32 state.
     param = torch.ones(40, dtype=dtype)
-    optimizer = Case("momentum", "SGD", {"lr": 0.1, "momentum": 0.9}).fused([param])
+    optimizer = Case("SGD", {"lr": 0.1, "momentum": 0.9}).ours([param])
     step_with(optimizer, [param.clone()])
     nan = torch.full((40,), pattern, dtype=torch.int32).view(torch.float32)
     optimizer.state[param]["momentum_buffer"] = nan
@@ -104,7 +106,7 @@ def test_nan_of_bfloat16_stays_nan_where_all_is_bfloat16(pattern: int, place: st
     # Such steps round without a look for NaNs: what lies below their 16 bits must be 0.
     nan = torch.full((70,), pattern, dtype=torch.int16).view(torch.bfloat16)
     param, grad = (torch.ones(70, dtype=torch.bfloat16) for _ in range(2))
-    optimizer = Case("adamw", "AdamW", {"lr": 0.1, "stochastic_rounding": False}).fused([param])
+    optimizer = Case("AdamW", {"lr": 0.1, "stochastic_rounding": False}).ours([param])
     step_with(optimizer, [grad])
     tensors = {"param": param, "grad": grad, **optimizer.state[param]}
     tensors[place].copy_(nan)

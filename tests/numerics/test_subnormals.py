@@ -1,15 +1,15 @@
 """Subnormal numbers: where a step computes in float32 they count as zero, where it does in float64
 they are numbers as all others, whatever the caller's threads are set to; and they stay set so."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 import fusedopt
-from support.cases import Case, dtype_id, results, same_bits, some_cases, step_with, values
+from support.optimizers import Case, some_cases, step_with
 from support.plans import best_isa, use_plan
+from support.snapshots import results
+from support.tensors import dtype_id, same_bits, values
 
 TINY = float(torch.finfo(torch.float32).tiny)
 SCALES = {
@@ -19,14 +19,6 @@ SCALES = {
     torch.float64: 1e-308,
 }
 each_dtype = pytest.mark.parametrize("dtype", SCALES, ids=dtype_id)
-
-
-@pytest.fixture(autouse=True)
-def _restore_modes() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
 
 
 def set_flush(flushes: bool) -> None:
@@ -41,7 +33,7 @@ def small_numbers(size: int, dtype: torch.dtype, seed: int) -> Tensor:
 def train(case: Case, dtype: torch.dtype, threads: int, flushes: bool) -> dict[str, Tensor]:
     params = [small_numbers(5000, dtype, seed) for seed in range(8)]
     grads = [small_numbers(5000, dtype, seed) for seed in (10, 11)]
-    optimizer = case.fused(params)
+    optimizer = case.ours(params)
     use_plan(optimizer, best_isa(), 64)  # many chunks, so that each thread takes some
     torch.set_num_threads(threads)
     set_flush(flushes)

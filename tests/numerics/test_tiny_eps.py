@@ -3,7 +3,6 @@
 With the bias correction folded in, eps sqrt(1 - beta2^t) may be subnormal although eps is not.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor
 
 import fusedopt
-from support.cases import dtype_id, values
+from support.optimizers import each_adam
+from support.tensors import BFLOAT16, FLOAT32, FLOAT64, dtype_id, values
 
-FLOAT32, BFLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float64
 EPS: dict[str, float] = {
     "float32's smallest normal": 2.0**-126,
     "float32's smallest": 2.0**-149,
@@ -33,12 +32,6 @@ each_dtype = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT64], ids=
 each_mode = pytest.mark.parametrize("flushes", [False, True], ids=["subnormals kept", "flushed"])
 
 
-@pytest.fixture(autouse=True)
-def _restore_mode() -> Iterator[None]:
-    yield
-    torch.set_flush_denormal(False)
-
-
 def train(name: str, param: Tensor, grads: list[Tensor], flushes: bool, **options: Any) -> None:
     optimizer = getattr(fusedopt, name)([param], lr=0.125, weight_decay=0, **options)
     if flushes and not torch.set_flush_denormal(True):
@@ -51,7 +44,7 @@ def train(name: str, param: Tensor, grads: list[Tensor], flushes: bool, **option
 
 @each_dtype
 @each_mode
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@each_adam
 @pytest.mark.parametrize("eps", EPS.values(), ids=EPS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("maximize", [False, True], ids=["min", "max"])

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fusedopt
-from support.cases import step_with, values
+from support.optimizers import step_with
+from support.tensors import values
 
 Grad = Callable[[Tensor], Tensor]
 

@@ -1,7 +1,7 @@
 """max_grad_norm: what clip_grad_norm_ before the step does, without writing to the grads."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,48 +11,28 @@ from torch import Tensor
 
 import fusedopt
 from support import oracles
-from support.api_helpers import tensor_bytes
-from support.cases import (
-    TOLERANCES,
-    Case,
-    bits,
-    constant,
-    dtype_id,
-    each_case,
-    results,
-    same_bits,
-    some_cases,
-    values,
-)
 from support.device import DEVICE
-from support.layouts import GRADS as GRAD_LAYOUTS
-from support.layouts import Layout, each_grad, each_layout
-from support.sides import (
-    SIZES,
-    Results,
-    Side,
-    assert_same_on_both,
+from support.files import constant
+from support.layouts import GRADS, Layout, each_grad, each_layout
+from support.optimizers import Case, each_case, some_cases
+from support.oracles import TOLERANCES
+from support.sides import SIZES, Results, Side, on_both_drivers, warmed_up, without_waiting
+from support.snapshots import record, results
+from support.tensors import (
+    bits,
     draw,
-    give_grads,
+    dtype_id,
     misaligned,
-    needs_driver,
     params_of,
-    record,
-    warmed_up,
-    without_waiting,
-    write_grads,
+    same_bits,
+    set_grads,
+    tensor_bytes,
+    values,
 )
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 some_optimizers = some_cases("sgd-l2", "nesterov", "adam-l2", "adamw-amsgrad")
-
-
-@pytest.fixture(autouse=True)
-def _restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def wide(grad: Tensor) -> Tensor:
@@ -88,7 +68,7 @@ def clip_with_torch(params: list[Tensor], grads: list[Tensor], limit: float) -> 
 def test_as_torch(case: Case, limit: float) -> None:
     ours = [values(size, dtype=torch.float64, seed=size) for size in SIZES]
     theirs = [param.cpu().clone() for param in ours]
-    fused, unfused = case.fused(ours, max_grad_norm=limit), case.unfused(theirs)
+    fused, unfused = case.ours(ours, max_grad_norm=limit), case.theirs(theirs)
     for seed in range(3):
         grads = new_grads(ours, seed)
         before = [tensor_bytes(grad) for grad in grads]
@@ -110,7 +90,7 @@ def test_error_is_at_most_that_of_torch(case: Case, dtype: torch.dtype, limit: f
     ours = values(3, 67, dtype=dtype, seed=1)
     theirs, oracle, tolerance = ours.cpu().clone(), case.oracle(ours), TOLERANCES[dtype]
     exact = torch.zeros(3, 67, dtype=torch.float64, device="cpu")
-    fused, unfused = case.fused([ours], max_grad_norm=limit), case.unfused([theirs])
+    fused, unfused = case.ours([ours], max_grad_norm=limit), case.theirs([theirs])
     for seed in range(6):
         grad = values(3, 67, dtype=dtype, seed=2 + seed)
         assert step_on(fused, [grad]) == pytest.approx(norm_of([grad]), rel=1e-6)
@@ -134,7 +114,7 @@ def test_groups(case: Case, missing: tuple[int, ...]) -> None:
     params = [values(40, dtype=torch.float64, seed=seed) for seed in range(len(LIMITS))]
     theirs = [param.cpu().clone() for param in params]
     groups = [{"params": [p], "max_grad_norm": x} for p, x in zip(params, LIMITS, strict=True)]
-    fused, unfused = case.fused(groups), case.unfused(theirs)
+    fused, unfused = case.ours(groups), case.theirs(theirs)
     for seed in range(3):
         grads = new_grads(params, seed)
         present = [grad for index, grad in enumerate(grads) if index not in missing]
@@ -153,12 +133,12 @@ def test_groups(case: Case, missing: tuple[int, ...]) -> None:
 
 @some_optimizers
 def test_no_grads_at_all(case: Case) -> None:
-    optimizer = case.fused([values(3), values(0)], max_grad_norm=1.0)
+    optimizer = case.ours([values(3), values(0)], max_grad_norm=1.0)
     optimizer.step()
     assert optimizer.grad_norm is None or float(optimizer.grad_norm) == 0
-    optimizer = case.fused([values(0)], max_grad_norm=1.0)
+    optimizer = case.ours([values(0)], max_grad_norm=1.0)
     assert step_on(optimizer, [values(0)]) == 0
-    assert step_on(case.fused([values(3)], max_grad_norm=1.0), [torch.zeros(3)]) == 0
+    assert step_on(case.ours([values(3)], max_grad_norm=1.0), [torch.zeros(3)]) == 0
 
 
 @each_grad
@@ -166,12 +146,12 @@ def test_no_grads_at_all(case: Case) -> None:
 @some_cases("momentum-l2", "adamw")
 def test_grad_layouts(case: Case, dtype: torch.dtype, grad_layout: str) -> None:
     starts = [values(6, 10, dtype=dtype), values(33, dtype=dtype), values(70, 130, dtype=dtype)]
-    make = GRAD_LAYOUTS[grad_layout]
+    make = GRADS[grad_layout]
     grads = [make(tuple(s.shape), dtype, seed) for seed, s in enumerate(starts)]
     found = []
     for each in (grads, [grad.contiguous() for grad in grads]):
         params = [start.clone() for start in starts]
-        optimizer = case.fused(params, max_grad_norm=1.0)
+        optimizer = case.ours(params, max_grad_norm=1.0)
         norm = step_on(optimizer, each)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-6
         assert norm == pytest.approx(norm_of(grads), rel=tolerance)
@@ -188,7 +168,7 @@ def test_param_layouts(case: Case, dtype: torch.dtype, layout: Layout) -> None:
     for seed in (1, 2):
         grad = values(*layout.shape, dtype=dtype, seed=seed)
         for param in (strided, dense):
-            norm = step_on(case.fused([param], max_grad_norm=0.1), [grad])
+            norm = step_on(case.ours([param], max_grad_norm=0.1), [grad])
             assert norm == pytest.approx(norm_of([grad]), rel=1e-6)
     torch.testing.assert_close(strided, dense)
 
@@ -201,7 +181,7 @@ def test_mixed_dtypes(case: Case) -> None:
         param.grad_dtype = None
     grads = new_grads(params, 1)
     grads[4], grads[5] = grads[4].to(torch.bfloat16), grads[5].to(torch.float64)
-    optimizer = case.fused(params, max_grad_norm=1.0)
+    optimizer = case.ours(params, max_grad_norm=1.0)
     assert step_on(optimizer, grads) == pytest.approx(norm_of(grads), rel=1e-6)
 
 
@@ -303,9 +283,9 @@ def test_infinite_limit_only_measures(case: Case, dtype: torch.dtype) -> None:
     found = []
     for more in ({}, {"max_grad_norm": math.inf}, {"max_grad_norm": 1e30}):
         params = draw(SIZES, torch.device(DEVICE), dtype)
-        optimizer = case.fused(params, **more)
+        optimizer = case.ours(params, **more)
         for seed in range(3):
-            give_grads(params, seed)
+            set_grads(params, seed)
             optimizer.step()
             assert (optimizer.grad_norm is None) is (not more)
             assert optimizer.skipped.dtype == torch.bool
@@ -318,41 +298,37 @@ def test_infinite_limit_only_measures(case: Case, dtype: torch.dtype) -> None:
             assert torch.equal(bits(other[name]), bits(found[0][name])), name
 
 
-@needs_driver
 @pytest.mark.parametrize("skipped", [(), (0,), (2,), (0, 1, 3)], ids=str)
 @each_dtype
 @some_cases("sgd", "momentum-damped", "nesterov-l2", "adam-amsgrad-l2", "adamw")
-def test_on_both_drivers(case: Case, dtype: torch.dtype, skipped: tuple[int, ...]) -> None:
-    def train(side: Side) -> Results:
-        params = draw([*SIZES, 20000], side.device, dtype)
-        groups = [{"params": params[:4], "max_grad_norm": 0.7}, {"params": params[4:]}]
-        optimizer, seen = case.fused(groups), {}
-        for seed in range(5):
-            give_grads(params, seed)
-            if seed in skipped:
-                params[-1].grad[seed] = math.inf
-            with without_waiting():
-                optimizer.step()
-            for name in ("grad_norm", "nonfinite_grads", "skipped"):
-                seen[f"{name} {seed}"] = getattr(optimizer, name).cpu().clone()
-        return record(optimizer) | seen
+@on_both_drivers
+def test_on_both_drivers(
+    side: Side, case: Case, dtype: torch.dtype, skipped: tuple[int, ...]
+) -> Results:
+    params = draw([*SIZES, 20000], side.device, dtype)
+    groups = [{"params": params[:4], "max_grad_norm": 0.7}, {"params": params[4:]}]
+    optimizer, seen = case.ours(groups), {}
+    for seed in range(5):
+        set_grads(params, seed)
+        if seed in skipped:
+            params[-1].grad[seed] = math.inf
+        with without_waiting():
+            optimizer.step()
+        for name in ("grad_norm", "nonfinite_grads", "skipped"):
+            seen[f"{name} {seed}"] = getattr(optimizer, name).cpu().clone()
+    return record(optimizer) | seen
 
-    assert_same_on_both(train)
 
-
-@needs_driver
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
 @some_cases("sgd", "momentum-damped", "adam-amsgrad", "adamw")
-def test_replays(case: Case, dtype: torch.dtype) -> None:
-    def train(side: Side) -> Results:
-        clipping = Case(case.id, case.optimizer, {**case.options, "max_grad_norm": 0.7})
-        optimizer = warmed_up(side, clipping, dtype)
-        replay = side.replayable(optimizer.step)
-        for seed in range(2, 8):
-            write_grads(optimizer, seed)
-            if seed in (3, 4):
-                params_of(optimizer)[3].grad[7] = math.nan
-            replay()
-        return record(optimizer) | {"norm": optimizer.grad_norm, "skipped": optimizer.skipped}
-
-    assert_same_on_both(train)
+@on_both_drivers
+def test_replays(side: Side, case: Case, dtype: torch.dtype) -> Results:
+    clipping = case.but(max_grad_norm=0.7)
+    optimizer = warmed_up(side, clipping, dtype)
+    replay = side.replayable(optimizer.step)
+    for seed in range(2, 8):
+        set_grads(optimizer, seed, in_place=True)
+        if seed in (3, 4):
+            params_of(optimizer)[3].grad[7] = math.nan
+        replay()
+    return record(optimizer) | {"norm": optimizer.grad_norm, "skipped": optimizer.skipped}

@@ -1,9 +1,5 @@
 """Norms and settings that must not depend on what was before: resumed runs repeat their bits."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,27 +8,22 @@ from torch import Tensor
 
 import fusedopt
 from fusedopt import _C, _norms
-from support.cases import values
 from support.device import DEVICE
-
-
-def draw(count: int) -> list[Tensor]:
-    return [values(5 + index, dtype=torch.float64, seed=index) for index in range(count)]
-
-
-def give_grads(params: list[Tensor], frozen: set[int], seed: int) -> None:
-    for index, param in enumerate(params):
-        grad = values(*param.shape, dtype=torch.float64, seed=100 * seed + index)
-        param.grad = None if index in frozen else grad
+from support.files import run_python
+from support.optimizers import take_step
+from support.tensors import draw, params_of, set_grads, values
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_params_that_had_grads_once_do_not_move_the_sum(seed: int) -> None:
-    used, fresh = (fusedopt.SGD(draw(70), max_grad_norm=1.0) for _ in range(2))
-    give_grads(used.param_groups[0]["params"], set(), seed)
-    used.step()
+    used, fresh = (
+        fusedopt.SGD(draw(range(5, 75), dtype=torch.float64), max_grad_norm=1.0) for _ in range(2)
+    )
+    take_step(used, seed)
     for optimizer in (used, fresh):
-        give_grads(optimizer.param_groups[0]["params"], {3, 40}, 50 + seed)
+        set_grads(optimizer, 50 + seed)
+        for frozen in (3, 40):
+            params_of(optimizer)[frozen].grad = None
         optimizer.step()
     assert used.grad_norm == fresh.grad_norm
 
@@ -56,7 +47,7 @@ def test_flags_of_two_optimizers_stay_apart() -> None:
     # torch's update() adds one optimizer's flag to the other's, in place.
     params = [values(4), values(4, seed=1)]
     optimizers = [fusedopt.SGD([param]) for param in params]
-    scaler = fusedopt.GradScaler(DEVICE if DEVICE == "cuda" else "cpu", init_scale=2.0)
+    scaler = fusedopt.GradScaler(DEVICE, init_scale=2.0)
     scaler.scale(torch.zeros((), device=params[0].device))
     params[0].grad = values(4, seed=2)
     params[1].grad = torch.full_like(params[1], torch.inf)
@@ -125,18 +116,10 @@ assert optimizer.grad_norm == 8**0.5, optimizer.grad_norm
 
 @pytest.mark.unsanitized
 @pytest.mark.skipif(DEVICE == "cuda", reason="the mesh is of CPUs")
-def test_shards_on_either_driver(tmp_path: Path) -> None:
+def test_shards_on_either_driver() -> None:
     """Of a second process that is not there, whose shard would have equal grads."""
     driver = "emulated" if _C.build_info()["cuda_archs"] == "emulated" else "cpu"
-    done = subprocess.run(
-        [sys.executable, "-c", FAKE_MESH, driver],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,  # the same fusedopt as here, not the one in this folder
-        env={**os.environ, "PYTHONPATH": str(Path(fusedopt.__file__).parent.parent)},
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-c", FAKE_MESH, driver)
 
 
 def test_sharded_grads_are_summed_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,7 @@
 
 import copy
 import math
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +11,30 @@ import torch
 from torch.nn import Parameter
 
 import fusedopt
-from support.api_helpers import (
-    MAIN_CASES,
+from support.device import DEVICE, STEPS_ON_DEVICE
+from support.files import run_ranks
+from support.optimizers import Case, main_cases, some_cases, train
+from support.sides import SIZES
+from support.snapshots import record, snapshot
+from support.tensors import (
     assert_equal,
     assert_same_math,
+    bits,
     by_id,
+    draw,
+    dtype_id,
     make_params,
+    params_of,
+    same_bits,
     set_grads,
-    snapshot,
-    train,
+    values,
 )
-from support.api_helpers import Case as ApiCase
-from support.api_helpers import params_of as values_of
-from support.cases import Case, bits, dtype_id, same_bits, some_cases, values
-from support.device import DEVICE, STEPS_ON_DEVICE
-from support.sides import SIZES, draw, give_grads, params_of, record
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 BAD = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 each_bad = pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 each_real = pytest.mark.parametrize("dtype", DTYPES[:4], ids=dtype_id)
 some_optimizers = some_cases("sgd-l2", "nesterov", "adam-l2", "adamw-amsgrad")
-MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
 
 
 @each_bad
@@ -47,13 +46,13 @@ def test_nonfinite_step_is_skipped(case: Case, dtype: torch.dtype, bad: float, w
     device = torch.device(DEVICE)
     found = []
     for skips in (True, False):
-        optimizer = case.fused(draw(SIZES, device, dtype), max_grad_norm=1.0)
+        optimizer = case.ours(draw(SIZES, device, dtype), max_grad_norm=1.0)
         params = params_of(optimizer)
         if warm:
-            give_grads(params, 0)
+            set_grads(params, 0)
             optimizer.step()
         if skips:
-            give_grads(params, 1)
+            set_grads(params, 1)
             params[3].grad[100] = params[4].grad[-1] = bad
             before = snapshot(optimizer, values_only=STEPS_ON_DEVICE)
             optimizer.step()
@@ -68,7 +67,7 @@ def test_nonfinite_step_is_skipped(case: Case, dtype: torch.dtype, bad: float, w
             assert optimizer.nonfinite_grads.dtype == torch.int64
             assert optimizer.nonfinite_grads == 2
         for seed in (2, 3):
-            give_grads(params, seed)
+            set_grads(params, seed)
             optimizer.step()
             assert not optimizer.skipped
             assert optimizer.nonfinite_grads == 0
@@ -87,7 +86,7 @@ def test_nonfinite_anywhere(dtype: torch.dtype, bad: float) -> None:
     by_size = {param.numel(): param for param in params}
     optimizer = fusedopt.SGD(params, lr=0.1, max_grad_norm=1.0)
     before = [param.clone() for param in params]
-    give_grads(params, 0)
+    set_grads(params, 0)
     for size, at in places:
         grad = by_size[size].grad
         kept, grad[at] = grad[at].clone(), bad
@@ -117,8 +116,8 @@ def test_every_grad_nonfinite(bad: float) -> None:
 def test_error_if_nonfinite(case: Case, bad: float, group: int, warm: bool) -> None:
     params = [values(30), values(30)]
     groups = [{"params": [params[0]], "max_grad_norm": 1.0}, {"params": [params[1]]}]
-    optimizer = case.fused(groups, error_if_nonfinite=True)
-    give_grads(params, 0)
+    optimizer = case.ours(groups, error_if_nonfinite=True)
+    set_grads(params, 0)
     if warm:
         optimizer.step()
     params[group].grad[-1] = bad
@@ -128,7 +127,7 @@ def test_error_if_nonfinite(case: Case, bad: float, group: int, warm: bool) -> N
             optimizer.step()
         if warm or not STEPS_ON_DEVICE:
             assert snapshot(optimizer, values_only=STEPS_ON_DEVICE) == before
-    give_grads(params, 1)
+    set_grads(params, 1)
     optimizer.step()
     assert not optimizer.skipped
 
@@ -145,30 +144,30 @@ CHANGES: dict[str, list[float | None]] = {
 def clip_and_step(optimizer: Any, limit: float | None) -> None:
     """torch's way."""
     if limit is not None:
-        params = [param for group in optimizer.param_groups for param in group["params"]]
+        params = params_of(optimizer)
         torch.nn.utils.clip_grad_norm_(params, limit)
     optimizer.step()
 
 
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize("limits", **by_id(CHANGES))
-def test_limit_changes(case: ApiCase, limits: list[float | None]) -> None:
-    ours, theirs = case.ours(make_params()), case.torchs(make_params())
+def test_limit_changes(case: Case, limits: list[float | None]) -> None:
+    ours, theirs = case.ours(make_params()), case.theirs(make_params())
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(each, 0.5) for each in (ours, theirs)]
     for seed, limit in enumerate(limits):
         ours.param_groups[0]["max_grad_norm"] = limit
         for each, scheduler in zip((ours, theirs), schedulers, strict=True):
-            set_grads(each.param_groups[0]["params"], seed)
+            set_grads(each, seed)
             clip_and_step(each, limit if each is theirs else None)
             scheduler.step()
         assert (ours.grad_norm is None) is (limit is None)
         assert (ours.nonfinite_grads is None) is (limit is None)
-    assert_same_math(values_of(ours), values_of(theirs))
+    assert_same_math(params_of(ours), params_of(theirs))
 
 
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize("own", [{}, {"max_grad_norm": 0.2}], ids=["default", "own"])
-def test_add_param_group(case: ApiCase, own: dict[str, float]) -> None:
+def test_add_param_group(case: Case, own: dict[str, float]) -> None:
     """A late group counts in the norm of all."""
     first, second = make_params(), make_params(seed=1)
     optimizer = case.ours(first, max_grad_norm=1.5)
@@ -177,22 +176,22 @@ def test_add_param_group(case: ApiCase, own: dict[str, float]) -> None:
     assert optimizer.param_groups[1]["max_grad_norm"] == own.get("max_grad_norm", 1.5)
     train(optimizer, first=3)
     twins = make_params(), make_params(seed=1)
-    torchs = case.torchs(twins[0])
+    torchs = case.theirs(twins[0])
     for seed in range(6):
         if seed == 3:
             torchs.add_param_group({"params": twins[1]})
-        params = [param for group in torchs.param_groups for param in group["params"]]
+        params = params_of(torchs)
         set_grads(params, seed)
         norm = torch.nn.utils.clip_grad_norm_(params, math.inf)
         for group, limits in zip(torchs.param_groups, ({}, own), strict=False):
             for param in group["params"]:
                 param.grad *= min(1, limits.get("max_grad_norm", 1.5) / (norm + 1e-6))
         torchs.step()
-    assert_same_math(values_of(optimizer), values_of(torchs))
+    assert_same_math(params_of(optimizer), params_of(torchs))
 
 
-@MAIN_CASE
-def test_closure(case: ApiCase) -> None:
+@main_cases
+def test_closure(case: Case) -> None:
     """Its grads are the ones that are measured; the loss is returned of a skipped step, too."""
     params = make_params()
     optimizer, plain = case.ours(params, max_grad_norm=0.5), case.ours(make_params())
@@ -205,14 +204,14 @@ def test_closure(case: ApiCase) -> None:
 
         assert optimizer.step(closure) == 2.5
     train(plain)
-    assert_equal(values_of(optimizer), values_of(plain))
+    assert_equal(params_of(optimizer), params_of(plain))
     params[0].grad[0] = math.nan
     assert optimizer.step(lambda: 3.5) == 3.5
     assert optimizer.skipped
 
 
-@MAIN_CASE
-def test_hooks(case: ApiCase) -> None:
+@main_cases
+def test_hooks(case: Case) -> None:
     """What a pre-hook does to the grads counts; a post-hook sees the norm."""
     optimizer, seen = case.ours(make_params(), max_grad_norm=0.5), []
     params = optimizer.param_groups[0]["params"]
@@ -224,14 +223,14 @@ def test_hooks(case: ApiCase) -> None:
     assert seen == [pytest.approx(3 * norm, rel=1e-12)]
 
 
-@MAIN_CASE
-def test_before_the_first_step(case: ApiCase) -> None:
+@main_cases
+def test_before_the_first_step(case: Case) -> None:
     assert case.ours(make_params()).grad_norm is None
     assert case.ours(make_params(), max_grad_norm=1.0).grad_norm is None
 
 
-@MAIN_CASE
-def test_what_happened_is_kept(case: ApiCase) -> None:
+@main_cases
+def test_what_happened_is_kept(case: Case) -> None:
     """A tensor that was read stays what it was, as a log of norms needs it."""
     optimizer, norms = case.ours(make_params(), max_grad_norm=0.5), []
     params = optimizer.param_groups[0]["params"]
@@ -243,13 +242,13 @@ def test_what_happened_is_kept(case: ApiCase) -> None:
         assert float(found) == pytest.approx(float(expected), rel=1e-12)
 
 
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
-def test_copies_go_on_alike(case: ApiCase, way: str) -> None:
+def test_copies_go_on_alike(case: Case, way: str) -> None:
     optimizer = case.ours(make_params(), max_grad_norm=0.5)
     train(optimizer)
     if way == "state_dict":
-        params = [Parameter(p.detach().clone()) for p in values_of(optimizer)]
+        params = [Parameter(p.detach().clone()) for p in params_of(optimizer)]
         other = case.ours(params, max_grad_norm=0.5)
         other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     else:
@@ -258,36 +257,36 @@ def test_copies_go_on_alike(case: ApiCase, way: str) -> None:
     for each in (optimizer, other):
         train(each, first=3)
     assert other.grad_norm == optimizer.grad_norm
-    assert_equal(values_of(other), values_of(optimizer))
+    assert_equal(params_of(other), params_of(optimizer))
     assert_equal(list(other.state.values()), list(optimizer.state.values()))
 
 
-@MAIN_CASE
-def test_checkpoints_of_torch(case: ApiCase) -> None:
+@main_cases
+def test_checkpoints_of_torch(case: Case) -> None:
     """There and back; the limit is the optimizer's own, for torch's groups know of none."""
-    torchs = case.torchs(make_params())
+    torchs = case.theirs(make_params())
     train(torchs)
-    ours = case.ours([Parameter(p.clone()) for p in values_of(torchs)], max_grad_norm=0.5)
+    ours = case.ours([Parameter(p.clone()) for p in params_of(torchs)], max_grad_norm=0.5)
     ours.load_state_dict(copy.deepcopy(torchs.state_dict()))
     assert ours.param_groups[0]["max_grad_norm"] == 0.5
-    back = case.torchs([Parameter(p.clone()) for p in values_of(torchs)])
+    back = case.theirs([Parameter(p.clone()) for p in params_of(torchs)])
     for seed in (3, 4):
         for each in (ours, torchs):
-            set_grads(each.param_groups[0]["params"], seed)
+            set_grads(each, seed)
             clip_and_step(each, 0.5 if each is torchs else None)
-    assert_same_math(values_of(ours), values_of(torchs))
+    assert_same_math(params_of(ours), params_of(torchs))
     with torch.no_grad():
-        for param, value in zip(back.param_groups[0]["params"], values_of(ours), strict=True):
+        for param, value in zip(back.param_groups[0]["params"], params_of(ours), strict=True):
             param.copy_(value)
     back.load_state_dict(copy.deepcopy(ours.state_dict()))
     train(back, first=5)
     train(torchs, first=5)
-    assert_same_math(values_of(back), values_of(torchs))
+    assert_same_math(params_of(back), params_of(torchs))
 
 
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize(("saved", "own"), [(0.5, 2.0), (None, 2.0), (0.5, None)], ids=str)
-def test_loading_keeps_the_own_limit(case: ApiCase, saved: Any, own: Any) -> None:
+def test_loading_keeps_the_own_limit(case: Case, saved: Any, own: Any) -> None:
     optimizer = case.ours(make_params(), max_grad_norm=saved, error_if_nonfinite=True)
     train(optimizer)
     other = case.ours(make_params(), max_grad_norm=own)
@@ -363,35 +362,13 @@ os._exit(0)  # gloo's threads may abort a process that ends while they do
 """
 
 
-def run_ranks(folder: Path, world: int) -> list[dict[str, str]]:
-    script = folder / "ranks.py"
-    script.write_text(SHARDED)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(folder / "init"), str(world)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:  # one that failed leaves the others waiting
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert not any(process.returncode for process in processes), outputs
-    return [dict(line.split(": ", 1) for line in out.splitlines()) for out, _ in outputs]
-
-
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("world", [1, 2], ids=["one process", "two processes"])
 def test_dtensors(world: int, tmp_path: Path) -> None:
     """Or the step is refused; a norm of one rank's part alone is wrong."""
     pytest.importorskip("torch.distributed.tensor")
-    for rank in run_ranks(tmp_path, world):
-        assert rank.keys() >= {"shard", "nan in shard"}
-        assert len(rank) == 12
-        assert set(rank.values()) <= ({"equal"} if world == 1 else {"equal", "refused"}), rank
+    for out in run_ranks(tmp_path, SHARDED, world):
+        verdicts = dict(line.split(": ", 1) for line in out.splitlines())
+        assert verdicts.keys() >= {"shard", "nan in shard"}
+        assert len(verdicts) == 12
+        assert set(verdicts.values()) <= ({"equal"} if world == 1 else {"equal", "refused"}), out

@@ -10,62 +10,32 @@ from torch import Tensor
 
 import fusedopt
 from support import oracles
-from support.cases import TOLERANCES, Case, bits, dtype_id, results, same_bits, step_with, values
 from support.device import DEVICE, on_host
-from support.sides import (
-    DTYPES,
-    SIZES,
-    Results,
-    Side,
-    assert_same_on_both,
-    draw,
-    give_grads,
-    needs_driver,
-    params_of,
-    record,
-    warmed_up,
-    write_grads,
-)
+from support.optimizers import Case, step_with, train
+from support.oracles import TOLERANCES
+from support.sides import SIZES, WORK_DTYPES, Results, Side, on_both_drivers, warmed_up
+from support.snapshots import record, results
+from support.tensors import bits, by_id, draw, dtype_id, params_of, same_bits, set_grads, values
 
 DECOUPLED = {"decoupled_weight_decay": True}
 MOMENTUM = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, **DECOUPLED}
 # Options with decoupled decay; each also runs with the decay independent of lr.
-CASES = [
-    Case("sgdw", "SGD", {"lr": 0.05, "weight_decay": 0.1, **DECOUPLED}),
-    Case("sgdw-maximize", "SGD", {"lr": 0.05, "weight_decay": 0.1, "maximize": True, **DECOUPLED}),
-    Case("sgdw-momentum", "SGD", MOMENTUM),
-    Case("sgdw-damped", "SGD", {**MOMENTUM, "momentum": 0.8, "dampening": 0.3}),
-    Case("sgdw-nesterov", "SGD", {**MOMENTUM, "nesterov": True}),
-    Case("sgdw-strong", "SGD", {**MOMENTUM, "weight_decay": 0.9, "maximize": True}),
-    Case("adam-decoupled", "Adam", {"lr": 0.01, "weight_decay": 0.1, **DECOUPLED}),
-    Case("adamw", "AdamW", {"lr": 0.01, "weight_decay": 0.05}),
-    Case("adamw-amsgrad", "AdamW", {"lr": 0.01, "weight_decay": 0.3, "amsgrad": True}),
-    Case("adamw-maximize", "AdamW", {"lr": 0.01, "weight_decay": 0.3, "maximize": True}),
-]
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+CASES = {
+    "sgdw": Case("SGD", {"lr": 0.05, "weight_decay": 0.1, **DECOUPLED}),
+    "sgdw-maximize": Case("SGD", {"lr": 0.05, "weight_decay": 0.1, "maximize": True, **DECOUPLED}),
+    "sgdw-momentum": Case("SGD", MOMENTUM),
+    "sgdw-damped": Case("SGD", {**MOMENTUM, "momentum": 0.8, "dampening": 0.3}),
+    "sgdw-nesterov": Case("SGD", {**MOMENTUM, "nesterov": True}),
+    "sgdw-strong": Case("SGD", {**MOMENTUM, "weight_decay": 0.9, "maximize": True}),
+    "adam-decoupled": Case("Adam", {"lr": 0.01, "weight_decay": 0.1, **DECOUPLED}),
+    "adamw": Case("AdamW", {"lr": 0.01, "weight_decay": 0.05}),
+    "adamw-amsgrad": Case("AdamW", {"lr": 0.01, "weight_decay": 0.3, "amsgrad": True}),
+    "adamw-maximize": Case("AdamW", {"lr": 0.01, "weight_decay": 0.3, "maximize": True}),
+}
+each_case = pytest.mark.parametrize("case", **by_id(CASES))
 INDEPENDENT = {"lr_independent_weight_decay": True}
 each_kind = pytest.mark.parametrize("more", [{}, INDEPENDENT], ids=["times lr", "independent"])
 SMALL = [torch.float32, torch.bfloat16, torch.float16, torch.complex64]
-
-
-class Plain:
-    """torch's optimizer without decay, and the decay by hand before each of its steps."""
-
-    def __init__(self, case: Case, params: list[Tensor], independent: bool) -> None:
-        options = {k: v for k, v in case.options.items() if k != "decoupled_weight_decay"}
-        self.decay = options.pop("weight_decay")
-        self.independent, self.params = independent, params
-        # Adam, which without decay is AdamW
-        type_ = torch.optim.SGD if case.optimizer == "SGD" else torch.optim.Adam
-        self.optimizer = type_(params, **options, weight_decay=0, foreach=False)
-
-    def step(self) -> None:
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        rate = 1.0 if self.independent and lr != 0 else lr
-        for param in self.params:
-            if param.grad is not None:
-                param.mul_(1 - rate * self.decay)
-        self.optimizer.step()
 
 
 def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -73,37 +43,35 @@ def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-12, atol=1e-14)
 
 
-def run_beside(
-    case: Case, more: dict[str, Any], rates: list[float], **other: Any
-) -> tuple[Any, list[Tensor], Plain, list[Tensor]]:
+def run_beside(case: Case, more: dict[str, Any], rates: list[float]) -> tuple[Any, Any]:
     """Ours and torch's, with one learning rate after the other."""
-    ours = draw(SIZES, torch.device(DEVICE), torch.float64)
-    theirs = draw(SIZES, torch.device("cpu"), torch.float64)
-    fused, plain = case.fused(ours, **more, **other), Plain(case, theirs, bool(more))
+    ours = case.ours(draw(SIZES, dtype=torch.float64), **more)
+    theirs = case.theirs(draw(SIZES, torch.device("cpu"), torch.float64), **more)
     for seed, lr in enumerate(rates):
-        fused.param_groups[0]["lr"] = plain.optimizer.param_groups[0]["lr"] = lr
-        give_grads(ours, seed)
-        give_grads(theirs, seed)
-        fused.step()
-        plain.step()
-    return fused, ours, plain, theirs
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["lr"] = lr
+            train(optimizer, 1, seed)
+    return ours, theirs
 
 
 @each_kind
 @each_case
 def test_formula(case: Case, more: dict[str, Any]) -> None:
-    fused, ours, plain, theirs = run_beside(case, more, [case.options["lr"]] * 5)
-    assert_close(ours, theirs)
+    ours, theirs = run_beside(case, more, [case.options["lr"]] * 5)
+    assert_close(params_of(ours), params_of(theirs))
     for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-        expected = [s[name] for s in plain.optimizer.state.values() if name in s]
-        assert_close([s[name] for s in fused.state.values() if name in s], expected)
+        found, expected = (
+            [state[name] for state in optimizer.state.values() if name in state]
+            for optimizer in (ours, theirs)
+        )
+        assert_close(found, expected)
 
 
 @each_kind
 @each_case
 def test_learning_rates_that_change(case: Case, more: dict[str, Any]) -> None:
-    _, ours, _, theirs = run_beside(case, more, [0.1, 0.0, 0.03, 0.5, 0.0])
-    assert_close(ours, theirs)
+    ours, theirs = run_beside(case, more, [0.1, 0.0, 0.03, 0.5, 0.0])
+    assert_close(params_of(ours), params_of(theirs))
 
 
 @each_kind
@@ -112,7 +80,7 @@ def test_no_learning_rate(case: Case, more: dict[str, Any]) -> None:
     """Nothing changes: torch.distributed.checkpoint makes such steps to have states created."""
     params = [values(1000, dtype=torch.float64)]
     before = params[0].clone()
-    optimizer = case.fused(params, **more)
+    optimizer = case.ours(params, **more)
     optimizer.param_groups[0]["lr"] = 0.0
     step_with(optimizer, [values(1000, dtype=torch.float64, seed=seed) for seed in (1, 2, 3)])
     assert torch.equal(params[0], before)
@@ -124,7 +92,7 @@ def test_scheduler(case: Case) -> None:
     found = []
     for schedule in (None, torch.optim.lr_scheduler.ExponentialLR):
         param = values(500, dtype=torch.float64)
-        optimizer = case.fused([param], **INDEPENDENT)
+        optimizer = case.ours([param], **INDEPENDENT)
         scheduler = schedule(optimizer, 0.1) if schedule else None
         for _ in range(5):
             step_with(optimizer, [torch.zeros_like(param)])
@@ -144,15 +112,15 @@ def test_error_is_at_most_that_of_torch(case: Case, dtype: torch.dtype, more: An
     ours, tolerance = values(3, 67, dtype=dtype, seed=1), TOLERANCES[dtype]
     theirs = ours.cpu().clone()
     exact = theirs.to(torch.complex128 if dtype.is_complex else torch.float64)
-    fused = case.fused([ours], **more)
-    plain, oracle = (Plain(case, [param], bool(more)) for param in (theirs, exact))
+    fused = case.ours([ours], **more)
+    plain, oracle = (case.theirs([param], **more) for param in (theirs, exact))
     for seed in range(8):
         ours.grad = values(3, 67, dtype=dtype, seed=2 + seed)
         theirs.grad, exact.grad = ours.grad.cpu(), ours.grad.cpu().to(exact.dtype)
         for each in (fused, plain, oracle):
             each.step()
-    expected = results(oracle.optimizer, exact)
-    honest, found = results(plain.optimizer, theirs), results(fused, ours)
+    expected = results(oracle, exact)
+    honest, found = results(plain, theirs), results(fused, ours)
     for name in expected:
         truth = oracles.exact(expected[name])
         limit = tolerance.factor * np.abs(oracles.exact(honest[name]) - truth).max()
@@ -185,8 +153,8 @@ def test_groups() -> None:
     optimizer = fusedopt.SGD(groups, lr=0.1, weight_decay=0.2, momentum=0.9)
     torchs = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, foreach=False)
     for seed in range(4):
-        give_grads(params, seed)
-        give_grads(theirs, seed)
+        set_grads(params, seed)
+        set_grads(theirs, seed)
         optimizer.step()
         theirs[0].grad += 0.2 * theirs[0]
         theirs[1].mul_(1 - 0.1 * 0.2)
@@ -199,7 +167,7 @@ def test_groups() -> None:
 @each_case
 def test_params_without_grads_do_not_decay(case: Case, more: dict[str, Any]) -> None:
     params = [values(30), values(30)]
-    optimizer = case.fused(params, **more)
+    optimizer = case.ours(params, **more)
     before = params[1].clone()
     for seed in range(2):
         params[0].grad = values(30, seed=seed)
@@ -228,11 +196,11 @@ def test_options_as_tensors(case: Case, more: dict[str, Any], dtype: torch.dtype
     """Of one element, on the CPU: the same bits as numbers. Those here are exact in both dtypes."""
     found = []
     for wrap in (float, lambda number: on_host(number, dtype=dtype)):
-        options = {**case.options, "lr": wrap(0.0625), "weight_decay": wrap(0.125)}
+        options = {"lr": wrap(0.0625), "weight_decay": wrap(0.125)}
         if case.optimizer != "SGD":
             options["betas"] = (wrap(0.875), wrap(0.96875))
         param = values(400)
-        optimizer = Case(case.id, case.optimizer, options).fused([param], **more)
+        optimizer = case.ours([param], **options, **more)
         step_with(optimizer, [values(400, seed=seed) for seed in (1, 2, 3)])
         found.append(results(optimizer, param))
     assert same_bits(*found)
@@ -244,11 +212,11 @@ def test_checkpoints(case: Case, more: dict[str, Any]) -> None:
     """A group of torch's, which knows nothing of it, leaves this optimizer's kind of decay."""
     ours = values(60, dtype=torch.float64)
     theirs = ours.cpu().clone()
-    optimizer, plain = case.fused([ours], **more), Plain(case, [theirs], bool(more))
+    optimizer, plain = case.ours([ours], **more), case.theirs([theirs], **more)
     ours.grad, theirs.grad = (values(60, dtype=torch.float64).to(p.device) for p in (ours, theirs))
     plain.step()
     ours.copy_(theirs)
-    saved = copy.deepcopy(plain.optimizer.state_dict())
+    saved = copy.deepcopy(plain.state_dict())
     group = saved["param_groups"][0]
     group["weight_decay"] = case.options["weight_decay"]
     if "decoupled_weight_decay" in group:  # torch's Adam has it, its SGD has not
@@ -257,51 +225,44 @@ def test_checkpoints(case: Case, more: dict[str, Any]) -> None:
     for each in (optimizer, plain):
         each.step()
     assert_close([ours], [theirs])
-    again = case.fused([ours.clone()], **more)
+    again = case.ours([ours.clone()], **more)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for each in (again, optimizer):
         step_with(each, [values(60, dtype=torch.float64, seed=3)])
     assert torch.equal(bits(params_of(again)[0]), bits(ours))
 
 
-@needs_driver
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("dtype", [*WORK_DTYPES, torch.float16], ids=dtype_id)
 @each_kind
 @each_case
-def test_on_both_drivers(case: Case, more: Any, dtype: torch.dtype, captured: bool) -> None:
-    case = Case(case.id, case.optimizer, {**case.suited_to(dtype).options, **more})
+@on_both_drivers
+def test_on_both_drivers(
+    side: Side, case: Case, more: Any, dtype: torch.dtype, captured: bool
+) -> Results:
+    case = case.suited_to(dtype).but(**more)
+    optimizer = warmed_up(side, case, dtype)
+    step = side.replayable(optimizer.step) if captured else optimizer.step
+    for seed in range(2, 5):
+        set_grads(optimizer, seed, in_place=True)
+        step()
+    return record(optimizer)
 
-    def train(side: Side) -> Results:
-        optimizer = warmed_up(side, case, dtype)
-        step = side.replayable(optimizer.step) if captured else optimizer.step
-        for seed in range(2, 5):
-            write_grads(optimizer, seed)
-            step()
-        return record(optimizer)
 
-    assert_same_on_both(train)
-
-
-@needs_driver
 @each_kind
 @each_case
-def test_numbers_on_the_gpu(case: Case, more: dict[str, Any]) -> None:
+@on_both_drivers
+def test_numbers_on_the_gpu(side: Side, case: Case, more: dict[str, Any]) -> Results:
     """lr and decay that are tensors there change between replays."""
-
-    def train(side: Side) -> Results:
-        numbers = {"lr": side.tensor(0.0625), "weight_decay": side.tensor(0.125)}
-        at_first = numbers if side.is_gpu else {"lr": 0.0625, "weight_decay": 0.125}
-        options = {**case.options, **more, **at_first}
-        optimizer = warmed_up(side, Case(case.id, case.optimizer, options))
-        step = side.replayable(optimizer.step)
-        for seed, (lr, decay) in enumerate([(0.5, 0.25), (0.0, 0.5), (0.125, 0.0625)], 2):
-            numbers["lr"].fill_(lr)
-            numbers["weight_decay"].fill_(decay)
-            if not side.is_gpu:
-                optimizer.param_groups[0].update({"lr": lr, "weight_decay": decay})
-            write_grads(optimizer, seed)
-            step()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+    numbers = {"lr": side.tensor(0.0625), "weight_decay": side.tensor(0.125)}
+    at_first = numbers if side.is_gpu else {"lr": 0.0625, "weight_decay": 0.125}
+    optimizer = warmed_up(side, case.but(**more, **at_first))
+    step = side.replayable(optimizer.step)
+    for seed, (lr, decay) in enumerate([(0.5, 0.25), (0.0, 0.5), (0.125, 0.0625)], 2):
+        numbers["lr"].fill_(lr)
+        numbers["weight_decay"].fill_(decay)
+        if not side.is_gpu:
+            optimizer.param_groups[0].update({"lr": lr, "weight_decay": decay})
+        set_grads(optimizer, seed, in_place=True)
+        step()
+    return record(optimizer)

@@ -13,32 +13,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fusedopt
 from support import oracles
-from support.api_helpers import snapshot
-from support.cases import (
-    BY_ID,
-    Case,
-    bits,
-    dtype_id,
-    each_case,
-    same_bits,
-    some_cases,
-    step_with,
-    values,
-)
 from support.device import DEVICE, STEPS_ON_DEVICE
-from support.sides import (
-    SIZES,
-    Results,
-    Side,
-    assert_same_on_both,
-    draw,
-    give_grads,
-    needs_driver,
-    params_of,
-    record,
-    warmed_up,
-    write_grads,
-)
+from support.optimizers import CASES, Case, each_case, some_cases, step_with, take_step, train
+from support.sides import SIZES, Results, Side, on_both_drivers, warmed_up
+from support.snapshots import record, refused
+from support.tensors import bits, draw, dtype_id, params_of, same_bits, set_grads, values
 
 DEVICE_ = torch.device(DEVICE)
 some_optimizers = some_cases("sgd", "momentum-l2", "adam-l2", "adamw-amsgrad")
@@ -94,10 +73,8 @@ def averages(optimizer: Any) -> list[Tensor]:
 def trained(case: Case, setting: Any, steps: int = 3, sizes: list[int] = SIZES, **more: Any) -> Any:
     dtype, options, *_ = setting
     options = {"ema_decay": 0.75, **options, **more}
-    optimizer = case.suited_to(dtype).fused(draw(sizes, DEVICE_, dtype), **options)
-    for seed in range(steps):
-        give_grads(params_of(optimizer), seed)
-        optimizer.step()
+    optimizer = case.suited_to(dtype).ours(draw(sizes, DEVICE_, dtype), **options)
+    train(optimizer, steps)
     return optimizer
 
 
@@ -107,11 +84,11 @@ def test_as_averaged_model(case: Case, decay: float) -> None:
     """Which starts as a copy of the weights, as the average does with the first step's."""
     theirs = nn.ParameterList(values(size, dtype=torch.float64, seed=size).cpu() for size in SIZES)
     ours = [param.detach().to(DEVICE_, copy=True) for param in theirs]
-    fused, unfused = case.fused(ours, ema_decay=decay), case.unfused(theirs.parameters())
+    fused, unfused = case.ours(ours, ema_decay=decay), case.theirs(theirs.parameters())
     model = AveragedModel(theirs, multi_avg_fn=get_ema_multi_avg_fn(decay))
     for seed in range(5):
-        give_grads(ours, seed)
-        give_grads(theirs.parameters(), seed)
+        set_grads(ours, seed)
+        set_grads(theirs.parameters(), seed)
         fused.step()
         unfused.step()
         model.update_parameters(theirs)
@@ -127,8 +104,7 @@ def test_follows_the_weights(case: Case, setting: Any, corrected: bool) -> None:
     optimizer = trained(case, setting, 0, ema_bias_correction=corrected)
     expected = [Average(0.75, corrected) for _ in SIZES]
     for seed in range(6):
-        give_grads(params_of(optimizer), seed)
-        optimizer.step()
+        take_step(optimizer, seed)
         for average, weight in zip(expected, weights(optimizer), strict=True):
             average.update(weight)
         for found, average in zip(averages(optimizer), expected, strict=True):
@@ -142,9 +118,7 @@ def test_follows_the_weights(case: Case, setting: Any, corrected: bool) -> None:
 def test_off_is_off(case: Case) -> None:
     with_ema, without = trained(case, SETTINGS["float32"]), trained(case, SETTINGS["float32"], 0)
     without.param_groups[0]["ema_decay"] = None
-    for seed in range(3):
-        give_grads(params_of(without), seed)
-        without.step()
+    train(without, 3)
     assert not any("ema_param" in state for state in without.state.values())
     ours, plain = record(with_ema), record(without)
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
@@ -192,8 +166,7 @@ def test_swap(case: Case, setting: Any) -> None:
     assert same_bits(record(optimizer), before)
     twin = trained(case, setting)
     for each in (optimizer, twin):
-        give_grads(params_of(each), 9)
-        each.step()
+        take_step(each, 9)
     assert same_bits(record(optimizer), record(twin))
 
 
@@ -246,16 +219,14 @@ def test_refused_inside(case: Case, setting: Any, call: Any) -> None:
 def test_swap_without_an_average(case: Case, setting: Any) -> None:
     for options in ({}, {"ema_decay": None}):
         optimizer = trained(case, setting, 0 if not options else 2, **options)
-        before = snapshot(optimizer)
-        with pytest.raises(RuntimeError, match="average"), optimizer.swap_ema():
+        with refused(optimizer, RuntimeError, "average"), optimizer.swap_ema():
             pass
-        assert snapshot(optimizer) == before
 
 
 @main_settings
 def test_swap_that_fails_on_entry(setting: Any) -> None:
     """An average that somebody replaced by something else: no param is left swapped."""
-    optimizer = trained(BY_ID["adamw"], setting)
+    optimizer = trained(CASES["adamw"], setting)
     optimizer.state[params_of(optimizer)[3]]["ema_param"] = torch.zeros(99)
     before = record(optimizer)
     with pytest.raises((RuntimeError, ValueError)), optimizer.swap_ema():
@@ -268,7 +239,7 @@ def test_swap_is_known_to_autograd() -> None:
     param = nn.Parameter(torch.ones(3))
     optimizer = fusedopt.SGD([param], lr=0.1, ema_decay=0.5)
     for seed in range(2):
-        give_grads([param], seed)
+        set_grads([param], seed)
         optimizer.step()
     loss = (param**2).sum()
     with optimizer.swap_ema(), pytest.raises(RuntimeError, match="modified by an inplace"):
@@ -284,7 +255,7 @@ def test_swap_is_known_to_autograd() -> None:
 @main_settings
 def test_swap_and_inference_mode(setting: Any, outside: bool) -> None:
     """In either order, as evaluation has it."""
-    optimizer, before = trained(BY_ID["momentum"], setting), []
+    optimizer, before = trained(CASES["momentum"], setting), []
     for seed in (3, 4):
         before.append(record(optimizer))
         modes = [torch.inference_mode(), optimizer.swap_ema()]
@@ -293,8 +264,7 @@ def test_swap_and_inference_mode(setting: Any, outside: bool) -> None:
         for param, average in zip(inside, averages(optimizer), strict=True):
             assert torch.equal(param, average.to(param.dtype))
         assert same_bits(record(optimizer), before[-1])
-        give_grads(params_of(optimizer), seed)
-        optimizer.step()
+        take_step(optimizer, seed)
 
 
 @main_settings
@@ -303,10 +273,10 @@ def test_frozen_and_late_params(case: Case, setting: Any) -> None:
     """A param without a step has no average and keeps its values; each counts its own steps."""
     dtype, options, _, tolerance = setting
     params = draw([5, 300, 8], DEVICE_, dtype)
-    optimizer = case.fused(params, ema_decay=0.75, **options)
+    optimizer = case.ours(params, ema_decay=0.75, **options)
     averaged = Average(0.75, False)
     for seed in range(6):
-        give_grads(params, seed)
+        set_grads(params, seed)
         params[1].grad = params[1].grad if seed > 2 else None
         params[2].grad = None
         optimizer.step()
@@ -329,8 +299,7 @@ def test_enabled_late(case: Case, setting: Any) -> None:
     optimizer.param_groups[0]["ema_decay"] = 0.75
     old = weights(optimizer)[0]
     for seed in (4, 5):
-        give_grads(params_of(optimizer), seed)
-        optimizer.step()
+        take_step(optimizer, seed)
         average = oracles.exact(averages_of(optimizer)[0])
         new = weights(optimizer)[0]
         if seed == 4:  # the weights before the step or after it
@@ -364,8 +333,7 @@ def test_resume_gives_the_same_bits(case: Case, setting: Any, way: str) -> None:
         other = copied(optimizer)
     for each in (optimizer, other):
         for seed in (3, 4):
-            give_grads(params_of(each), seed)
-            each.step()
+            take_step(each, seed)
     assert same_bits(record(other), record(optimizer))
 
 
@@ -376,17 +344,15 @@ def test_checkpoints_without_an_average_and_back(case: Case) -> None:
     saved = copy.deepcopy(averaging.state_dict())
     averaging.load_state_dict(copy.deepcopy(plain.state_dict()))
     assert averaging.param_groups[0]["ema_decay"] == 0.75
-    give_grads(params_of(averaging), 3)
-    averaging.step()
+    take_step(averaging, 3)
     with averaging.swap_ema():
         pass
     plain.load_state_dict(saved)
     assert plain.param_groups[0]["ema_decay"] is None
     assert not averages_of(plain)
-    torchs = case.unfused(params_of(plain))
+    torchs = case.theirs(params_of(plain))
     torchs.load_state_dict(saved)
-    give_grads(params_of(torchs), 3)
-    torchs.step()
+    take_step(torchs, 3)
 
 
 @each_setting
@@ -394,41 +360,37 @@ def test_checkpoints_without_an_average_and_back(case: Case) -> None:
 def test_skipped_step(case: Case, setting: Any) -> None:
     optimizer = trained(case, setting, max_grad_norm=1.0)
     before = record(optimizer)
-    give_grads(params_of(optimizer), 3)
+    set_grads(optimizer, 3)
     params_of(optimizer)[4].grad[-1] = math.nan
     optimizer.step()
     assert same_bits(record(optimizer), before)
     first = trained(case, setting, 0, max_grad_norm=1.0)
     for seed in range(2):
-        give_grads(params_of(first), seed)
+        set_grads(first, seed)
         params_of(first)[4].grad[-1] = math.nan
         first.step()
     assert STEPS_ON_DEVICE or not first.state
     expected = trained(case, setting, max_grad_norm=1.0)
-    for seed in range(3):
-        give_grads(params_of(first), seed)
-        first.step()
+    train(first, 3)
     assert same_bits(record(first), record(expected))
 
 
-@needs_driver
 @pytest.mark.parametrize("corrected", [False, True], ids=["plain", "corrected"])
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
 @each_setting
 @some_optimizers
-def test_on_both_drivers(case: Case, setting: Any, corrected: bool, captured: bool) -> None:
+@on_both_drivers
+def test_on_both_drivers(
+    side: Side, case: Case, setting: Any, corrected: bool, captured: bool
+) -> Results:
     dtype, options, *_ = setting
     options = {"ema_decay": 0.875, "ema_bias_correction": corrected, **options}
-    case = Case(case.id, case.optimizer, {**case.suited_to(dtype).options, **options})
-
-    def train(side: Side) -> Results:
-        optimizer = warmed_up(side, case, dtype)
-        step = side.replayable(optimizer.step) if captured else optimizer.step
-        for seed in range(2, 6):
-            write_grads(optimizer, seed)
-            step()
-        with optimizer.swap_ema():
-            inside = [param.cpu().clone() for param in params_of(optimizer)]
-        return record(optimizer) | {f"inside {i}": value for i, value in enumerate(inside)}
-
-    assert_same_on_both(train)
+    case = case.suited_to(dtype).but(**options)
+    optimizer = warmed_up(side, case, dtype)
+    step = side.replayable(optimizer.step) if captured else optimizer.step
+    for seed in range(2, 6):
+        set_grads(optimizer, seed, in_place=True)
+        step()
+    with optimizer.swap_ema():
+        inside = [param.cpu().clone() for param in params_of(optimizer)]
+    return record(optimizer) | {f"inside {i}": value for i, value in enumerate(inside)}

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from support import oracles
-from support.cases import Case, bits, each_case, some_cases, step_with, values
 from support.layouts import Layout, each_layout
+from support.optimizers import Case, each_case, some_cases, step_with, train
 from support.plans import MANY, each_isa, require, use_plan
 from support.settings import (
     EMAS,
-    FLOAT16,
-    FLOAT32,
     ROWS,
     Honest,
     Row,
@@ -28,18 +26,18 @@ from support.settings import (
     rms,
     suited,
 )
-from support.sides import (
-    Results,
-    Side,
+from support.sides import Results, Side, on_both_drivers
+from support.snapshots import record
+from support.tensors import (
+    FLOAT16,
+    FLOAT32,
     around,
-    assert_same_on_both,
+    bits,
     draw,
-    give_grads,
     misaligned,
-    needs_driver,
     params_of,
-    record,
-    write_grads,
+    set_grads,
+    values,
 )
 
 SHAPE = (5, 61)
@@ -133,7 +131,7 @@ def cut(case: Case, row: Row, isa: str, chunk_elements: int, threads: int) -> Re
     use_plan(optimizer, isa, chunk_elements)
     torch.set_num_threads(threads)
     for step in range(3):
-        give_grads(params, step)
+        set_grads(params, step)
         optimizer.step()
     return record(optimizer)
 
@@ -166,12 +164,12 @@ def test_groups_of_all_settings(case: Case, unfrozen_at: int) -> None:
     # Each group ends with the bits that it has in an optimizer of its own, begun when it began.
     case = case.suited_to(FLOAT16)
     params = [values(301, dtype=dtype, seed=i) for i, (_, dtype) in enumerate(ROWS)]
-    together: Any = case.fused(different_groups(params))
-    alone: list[Any] = [case.fused([g]) for g in different_groups([p.clone() for p in params])]
+    together: Any = case.ours(different_groups(params))
+    alone: list[Any] = [case.ours([g]) for g in different_groups([p.clone() for p in params])]
     for step in range(5):
         for index, optimizer in enumerate(alone):
             if index % 3 == 0 or step >= unfrozen_at:
-                give_grads(params_of(optimizer), step)
+                set_grads(optimizer, step)
                 (twin,) = params_of(optimizer)
                 params[index].grad = twin.grad
                 optimizer.step()
@@ -188,83 +186,68 @@ def test_groups_of_all_settings(case: Case, unfrozen_at: int) -> None:
 SIZES = [0, 1, 3, 31, 33, 128, 255, 256, 257, 511, 1024, 2047, 2049, 5000]
 
 
-@needs_driver
 @some_cases("sgd", "momentum-damped", "adam-amsgrad", "adamw")
-def test_groups_on_both_drivers(case: Case) -> None:
+@on_both_drivers
+def test_groups_on_both_drivers(side: Side, case: Case) -> Results:
     case = case.suited_to(FLOAT16)
-
-    def train(side: Side) -> Results:
-        params = [draw([300 + i], side.device, row[1])[0] for i, row in enumerate(ROWS)]
-        optimizer = case.fused(different_groups(params))
-        for step in range(5):
-            give_grads(params, step)
-            for param in params[:: step % 3 + 2] if step < 3 else ():
-                param.grad = None
-            optimizer.step()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+    params = [draw([300 + i], side.device, row[1])[0] for i, row in enumerate(ROWS)]
+    optimizer = case.ours(different_groups(params))
+    for step in range(5):
+        set_grads(params, step)
+        for param in params[:: step % 3 + 2] if step < 3 else ():
+            param.grad = None
+        optimizer.step()
+    return record(optimizer)
 
 
-@needs_driver
 @each_row
 @each_ema
 @some_cases(
     *("sgd", "sgdw", "momentum-damped", "nesterov-l2", "sgdw-lr-independent"),
     *("adam-l2", "adam-amsgrad", "adam-low-betas", "adamw", "adamw-maximize"),
 )
-def test_both_drivers(case: Case, ema: dict[str, Any], row: Row) -> None:
-    def train(side: Side) -> Results:
-        optimizer = build(case, row, draw(SIZES, side.device, row[1]), **ema)
-        for step in range(3):
-            give_grads(params_of(optimizer), step)
-            optimizer.step()
-        weights = {f"w {index}": weight for index, weight in enumerate(optimizer.fp32_params())}
-        return record(optimizer) | weights
-
-    assert_same_on_both(train)
+@on_both_drivers
+def test_both_drivers(side: Side, case: Case, ema: dict[str, Any], row: Row) -> Results:
+    optimizer = build(case, row, draw(SIZES, side.device, row[1]), **ema)
+    train(optimizer, 3)
+    weights = {f"w {index}": weight for index, weight in enumerate(optimizer.fp32_params())}
+    return record(optimizer) | weights
 
 
-@needs_driver
 @each_row
 @pytest.mark.parametrize("who", ["params", "states", "strided", "wide-grads"])
 @some_cases("momentum-l2", "adamw-amsgrad")
-def test_both_drivers_off_the_vectors(case: Case, who: str, row: Row) -> None:
-    def train(side: Side) -> Results:
-        params = draw(SIZES[:11], side.device, row[1])
-        if who == "params":
-            params = [misaligned(param, 1 + i % 5) for i, param in enumerate(params)]
-        elif who == "strided":
-            params = [torch.stack([param, param], dim=-1)[:, 1] for param in params]
-        optimizer = build(case, row, params, ema_decay=0.9)
-        for step in range(3):
-            give_grads(params, step)
-            for param in params if who == "wide-grads" else ():
-                param.grad_dtype = None  # whatever is assigned
-                param.grad = param.grad.to(FLOAT32)
-            optimizer.step()
-            for state in optimizer.state.values() if who == "states" else ():
-                moved = {k: misaligned(v, 1 + i % 3) for i, (k, v) in enumerate(state.items())}
-                state.update({k: v for k, v in moved.items() if k != "step"})
-        return record(optimizer) | (around(params) if who == "params" else {})
-
-    assert_same_on_both(train)
+@on_both_drivers
+def test_both_drivers_off_the_vectors(side: Side, case: Case, who: str, row: Row) -> Results:
+    params = draw(SIZES[:11], side.device, row[1])
+    if who == "params":
+        params = [misaligned(param, 1 + i % 5) for i, param in enumerate(params)]
+    elif who == "strided":
+        params = [torch.stack([param, param], dim=-1)[:, 1] for param in params]
+    optimizer = build(case, row, params, ema_decay=0.9)
+    for step in range(3):
+        set_grads(params, step)
+        for param in params if who == "wide-grads" else ():
+            param.grad_dtype = None  # whatever is assigned
+            param.grad = param.grad.to(FLOAT32)
+        optimizer.step()
+        for state in optimizer.state.values() if who == "states" else ():
+            moved = {k: misaligned(v, 1 + i % 3) for i, (k, v) in enumerate(state.items())}
+            state.update({k: v for k, v in moved.items() if k != "step"})
+    return record(optimizer) | (around(params) if who == "params" else {})
 
 
-@needs_driver
 @each_row
 @each_ema
 @some_cases("sgd-l2", "sgdw-momentum", "adam-amsgrad", "adamw")
-def test_replays(case: Case, ema: dict[str, Any], row: Row) -> None:
-    def train(side: Side) -> Results:
-        params = draw(SIZES[:9], side.device, row[1])
-        optimizer = build(case, row, params, capturable=side.is_gpu, **ema)
-        give_grads(params, 0)
-        optimizer.step()
-        replay = side.replayable(optimizer.step)
-        for seed in range(2, 6):
-            write_grads(optimizer, seed)
-            (optimizer.step if seed == 3 else replay)()
-        return record(optimizer)
-
-    assert_same_on_both(train)
+@on_both_drivers
+def test_replays(side: Side, case: Case, ema: dict[str, Any], row: Row) -> Results:
+    params = draw(SIZES[:9], side.device, row[1])
+    optimizer = build(case, row, params, capturable=side.is_gpu, **ema)
+    set_grads(params, 0)
+    optimizer.step()
+    replay = side.replayable(optimizer.step)
+    for seed in range(2, 6):
+        set_grads(optimizer, seed, in_place=True)
+        (optimizer.step if seed == 3 else replay)()
+    return record(optimizer)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
-from support.cases import Case, some_cases, step_with, values
+from support.optimizers import Case, some_cases, step_with
 from support.plans import MANY, each_isa, require, use_plan
-from support.settings import BFLOAT16, FLOAT32, FLOAT64
+from support.tensors import BFLOAT16, FLOAT32, FLOAT64, values
 
 DRAWS = 10**6
 
@@ -221,7 +221,7 @@ SIZES = [1, 0, 64, 1000, 16385, 40001, 7]
 
 def train(case: Case, *, threads: int, isa: str, chunk_elements: int | None) -> list[Tensor]:
     params = [values(size, dtype=BFLOAT16, seed=index) for index, size in enumerate(SIZES)]
-    optimizer = case.fused(params, stochastic_rounding=True, rounding_seed=3)
+    optimizer = case.ours(params, stochastic_rounding=True, rounding_seed=3)
     use_plan(optimizer, isa, chunk_elements or MANY)
     torch.set_num_threads(threads)
     for step in range(3):

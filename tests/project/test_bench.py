@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from support.files import ROOT
+
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from support.files import ROOT
+
 # Of the sources and the build alone.
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
-ROOT = Path(__file__).parents[2]
 LISTED = "compute_75\ncompute_80\ncompute_90\ncompute_100\n"
 
 

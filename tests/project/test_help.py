@@ -12,10 +12,8 @@ import pytest
 import torch
 
 import fusedopt
-from support.api_helpers import NAMES
-from support.cases import values
-
-each_name = pytest.mark.parametrize("name", NAMES)
+from support.optimizers import NAMES, each_name
+from support.tensors import values
 
 ENTRY = re.compile(r"^ {4}(\w+) \((.*), default (.*?)\): (.*(?:\n {8}.*)*)$", re.MULTILINE)
 # All else that several classes have is described in the same words.

@@ -1,10 +1,8 @@
 """The installed package: versions, configuration, what importing it loads, threads, the stub."""
 
 import ast
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,24 +12,14 @@ import torch
 
 import fusedopt
 from fusedopt import _C, _config
+from support.files import PACKAGE, ROOT, run_python
 
 pytestmark = pytest.mark.cpu_only
 
-ROOT = Path(__file__).parents[2]
-PACKAGE = Path(fusedopt.__file__).parent
 
-
-def run_python(code: str, **environment: str) -> str:
+def run_strictly(code: str, **environment: str) -> str:
     """Standard output of a fresh process in which warnings are errors."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_python("-W", "error", "-c", code, **environment)
 
 
 def project() -> dict[str, Any]:
@@ -159,7 +147,7 @@ def test_threads() -> None:
     """A step of n threads uses the caller and n - 1 workers, which it shares with torch."""
     if not _C.build_info()["openmp"]:
         pytest.skip("built without OpenMP")
-    out = run_python(THREADS, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+    out = run_strictly(THREADS, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
     facts = {name: int(value) for name, value in (line.rsplit(" ", 1) for line in out.splitlines())}
     assert facts == {
         "one": 0, "three": 2, "torch": 2, "woken": 1, "left alone": 1, "runtimes": 1,
@@ -183,7 +171,7 @@ print(*sorted(set(sys.modules) - before))
 @pytest.mark.unsanitized  # imports, and no more
 def test_import_is_light_and_checks_torch_first() -> None:
     """Importing takes in nothing heavy: dynamo alone costs a second."""
-    error, modules = run_python(IMPORTS).splitlines()
+    error, modules = run_strictly(IMPORTS).splitlines()
     assert re.search(r"needs torch >= 2\.10.*2\.9\.1.*pip install -U torch", error)
     assert "fusedopt._C" in modules.split()
     assert [name for name in modules.split() if not name.startswith("fusedopt")] == []
@@ -196,7 +184,7 @@ def test_import_without_torch_says_what_to_do() -> None:
         "try:\n    import fusedopt\n"
         "except ImportError as error:\n    print(error)"
     )
-    assert re.search(r"needs torch >= 2\.10; run: pip install torch", run_python(code))
+    assert re.search(r"needs torch >= 2\.10; run: pip install torch", run_strictly(code))
 
 
 @pytest.mark.parametrize("kind", ["sources", "installed"])
@@ -214,10 +202,7 @@ def test_import_without_a_build_says_what_to_do(kind: str, tmp_path: Path) -> No
         "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)]\n"
         "try:\n    import fusedopt\nexcept ImportError as error:\n    print(error)"
     )
-    said = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+    said = run_python("-c", code, PYTHONPATH=str(tmp_path))
     advice = rf"run `pip install -e {tmp_path}`" if kind == "sources" else "again with pip"
     assert re.search(rf"^fusedopt is not built: .*{advice}", said), said
     assert "partially initialized" not in said

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 import fusedopt
+from support.files import ROOT
 
 # Of the sources and the build alone.
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
-ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for path in ROOT.glob("csrc/**/*") if path.is_file())
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from support import readme_tables
+from support.files import ROOT
 
-ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
 ONE_TENSOR = "one-256Mi"

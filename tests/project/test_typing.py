@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fusedopt
+from support.files import ROOT
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
@@ -173,7 +174,7 @@ def test_mypy_strict(tmp_path: Path) -> None:
         shutil.copy(path, tmp_path / "fusedopt")
     (tmp_path / "user.py").write_text(SENSIBLE + "\n".join(WRONG) + "\n")
     first = SENSIBLE.count("\n") + 1
-    cache = Path(__file__).parents[2] / ".mypy_cache" / "user"  # of torch, mostly
+    cache = ROOT / ".mypy_cache" / "user"  # of torch, mostly
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", f"--cache-dir={cache}", "user.py"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from support.api_helpers import MAIN_CASES, Case, Wrapper, by_id, set_grads, snapshot, train
 from support.device import on_host
+from support.optimizers import CASES, Case, some_cases, take_step, train
+from support.snapshots import snapshot
+from support.tensors import Wrapper, by_id, params_of, set_grads
 
 NAMES = ["first", "broken", "last"]
-WITH_STATE = {name: MAIN_CASES[name] for name in ("sgd-momentum", "adamw")}
+two_cases = some_cases("momentum-l2", "adamw")
 
 
 def free_grad(param: Parameter, grad: Tensor) -> None:
@@ -109,7 +111,7 @@ def assert_refused(
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
-@pytest.mark.parametrize("case", **by_id(WITH_STATE))
+@two_cases
 @pytest.mark.parametrize(("damage", "exception", "pattern"), **by_id(TENSORS))
 @pytest.mark.parametrize("stepped", [False, True], ids=["first step", "later step"])
 def test_bad_tensor(
@@ -121,22 +123,22 @@ def test_bad_tensor(
     stepped: bool,
 ) -> None:
     optimizer = make_optimizer(case, named)
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = params_of(optimizer)
     if stepped:
-        train(optimizer, steps=1)
+        take_step(optimizer, 0)
     set_grads(params, 7)
     damage(params[1])
     assert_refused(optimizer, exception, pattern, named)
 
 
-@pytest.mark.parametrize("case", **by_id(WITH_STATE))
+@two_cases
 def test_optimizer_goes_on_after_an_error(case: Case) -> None:
     """The refused step has left no trace: the next one is what it would have been without it."""
     results = []
     for refuse in (False, True):
         optimizer = make_optimizer(case, named=True)
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        train(optimizer, steps=1)
+        params = params_of(optimizer)
+        take_step(optimizer, 0)
         if refuse:
             sparse_grad(params[1])
             assert_refused(optimizer, TypeError, "sparse")
@@ -155,7 +157,7 @@ PARAMS: dict[str, tuple[Callable[[], Tensor], str]] = {
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
-@pytest.mark.parametrize("case", **by_id(WITH_STATE))
+@two_cases
 @pytest.mark.parametrize(("make", "pattern"), **by_id(PARAMS))
 def test_bad_param(make: Callable[[], Tensor], pattern: str, case: Case, named: bool) -> None:
     param = Parameter(make(), requires_grad=False)
@@ -191,7 +193,7 @@ STATES: dict[str, tuple[str, Any, type[Exception], str]] = {
 def test_bad_state(
     key: str, value: Any, exception: type[Exception], pattern: str, named: bool
 ) -> None:
-    optimizer = make_optimizer(MAIN_CASES["adamw"], named)
+    optimizer = make_optimizer(CASES["adamw"], named)
     train(optimizer, steps=2)
     optimizer.state[optimizer.param_groups[1]["params"][0]][key] = value
     assert_refused(optimizer, exception, pattern, named)
@@ -218,7 +220,7 @@ def test_state_that_went_bad_in_place(
     damage: Callable[[Tensor], Any], exception: type[Exception], pattern: str, key: str
 ) -> None:
     """What the plan remembers of a state must not stand in for a look at it."""
-    optimizer = make_optimizer(MAIN_CASES["adamw"], named=True)
+    optimizer = make_optimizer(CASES["adamw"], named=True)
     train(optimizer, steps=3)
     damage(optimizer.state[optimizer.param_groups[1]["params"][0]][key])
     assert_refused(optimizer, exception, f"{key} of .*{pattern}", named=True)
@@ -226,7 +228,7 @@ def test_state_that_went_bad_in_place(
 
 def test_param_that_went_bad_in_place() -> None:
     """Param and grad reshaped together no longer fit the state, though nothing has moved."""
-    optimizer = make_optimizer(MAIN_CASES["adamw"], named=True)
+    optimizer = make_optimizer(CASES["adamw"], named=True)
     train(optimizer, steps=3)
     param = optimizer.param_groups[1]["params"][0]
     param.data = param.data.view(2, 2)
@@ -236,16 +238,16 @@ def test_param_that_went_bad_in_place() -> None:
 
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
 def test_state_shared_by_two_params(key: str) -> None:
-    optimizer = make_optimizer(MAIN_CASES["adamw"], named=True)
-    train(optimizer, steps=1)
+    optimizer = make_optimizer(CASES["adamw"], named=True)
+    take_step(optimizer, 0)
     first, second = (group["params"][0] for group in optimizer.param_groups)
     optimizer.state[second][key] = optimizer.state[first][key]
     assert_refused(optimizer, ValueError, f"(?s){key} of .*'first'.*{key} of .*'broken'.*share")
 
 
 def test_closure_that_raises() -> None:
-    optimizer = make_optimizer(MAIN_CASES["adamw"], named=True)
-    train(optimizer, steps=1)
+    optimizer = make_optimizer(CASES["adamw"], named=True)
+    take_step(optimizer, 0)
     before = snapshot(optimizer)
 
     def closure() -> float:
@@ -258,8 +260,8 @@ def test_closure_that_raises() -> None:
 
 def test_state_is_not_created_when_it_cannot_be_used() -> None:
     """A default device must not send ``step`` to where no step is read."""
-    optimizer = make_optimizer(MAIN_CASES["adamw"], named=True)
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    optimizer = make_optimizer(CASES["adamw"], named=True)
+    params = params_of(optimizer)
     set_grads(params, 1)
     with torch.device("meta"):
         optimizer.step()

@@ -1,13 +1,11 @@
 """Steps that are interrupted or fail half-way: wholly or not at all, and no memory of it."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.nn import Parameter
 
 import fusedopt
+from support.files import run_python
 
 INTERRUPTED = """
 import signal, torch, fusedopt
@@ -36,10 +34,7 @@ assert seen > 0
 @pytest.mark.cpu_only
 def test_interrupt() -> None:
     """Ctrl-C arrives between the walk and the work, where Python code runs; it must not abort."""
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-c", INTERRUPTED)
 
 
 def test_state_that_was_gone_in_a_failed_step() -> None:

@@ -16,16 +16,10 @@ from torch.nn import Parameter
 from torch.optim.lr_scheduler import ConstantLR, LinearLR, SequentialLR
 
 import fusedopt
-from support.api_helpers import (
-    NAMES,
-    all_of,
-    assert_equal,
-    assert_same_math,
-    by_id,
-    set_grads,
-    snapshot,
-)
 from support.device import DEVICE, on_host
+from support.optimizers import each_name
+from support.snapshots import record, refused
+from support.tensors import assert_equal, assert_same_math, by_id, params_of, set_grads
 
 Options = dict[str, Any]
 
@@ -84,7 +78,6 @@ AT_FIRST: dict[str, tuple[str, Options, str]] = {
     ),
 }
 each_row = pytest.mark.parametrize(("name", "options", "words"), **by_id(AT_FIRST))
-each_name = pytest.mark.parametrize("name", NAMES)
 LIBRARIES: dict[str, Any] = {"ours": fusedopt, "theirs": torch.optim}
 
 
@@ -98,7 +91,7 @@ def make(library: Any, name: str, groups: Any, **options: Any) -> Any:
 
 
 def step(optimizer: Any, seed: int) -> None:
-    set_grads([p for group in optimizer.param_groups for p in group["params"]], seed)
+    set_grads(params_of(optimizer), seed)
     optimizer.step()
 
 
@@ -159,8 +152,8 @@ def test_taken_later(place: Any, name: str, options: Options, words: str) -> Non
             step(optimizer, seed)
     if place in (in_a_group, added) and options.get("betas", (0, 0))[1] == 1:
         # There is no second moment and never will be: 0 / 0 in torch, a param at rest here.
-        assert all(param.isfinite().all() for param in all_of(ours)[0])
-        assert not all(param.isfinite().all() for param in all_of(theirs)[0])
+        assert all(param.isfinite().all() for param in params_of(ours))
+        assert not all(param.isfinite().all() for param in params_of(theirs))
         return
     assert_same_math_or_nan(params_and_moments(ours), params_and_moments(theirs))
 
@@ -169,9 +162,8 @@ def assert_same_math_or_nan(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-14, equal_nan=True)
 
 
-def params_and_moments(optimizer: Any) -> list[Any]:
-    params, states = all_of(optimizer)
-    return [params, [{k: v for k, v in state.items() if k != "step"} for state in states]]
+def params_and_moments(optimizer: Any) -> dict[str, Any]:
+    return {name: t for name, t in record(optimizer).items() if not name.startswith("step")}
 
 
 # Options that change during a run, one entry for each step; torch takes all of them.
@@ -258,7 +250,7 @@ def test_linear_decay_to_zero(name: str, start: float, schedule: Any) -> None:
         for library in LIBRARIES.values():
             optimizer = make(library, name, two_params(), lr=1e-3)
             scheduler = schedule(optimizer, start, length)
-            set_grads(optimizer.param_groups[0]["params"], 0)
+            set_grads(optimizer, 0)
             for _ in range(length + 4):
                 optimizer.step()
                 scheduler.step()
@@ -267,7 +259,7 @@ def test_linear_decay_to_zero(name: str, start: float, schedule: Any) -> None:
             resumed.load_state_dict(optimizer.state_dict())
             assert resumed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
             step(resumed, 1)
-            made.append(all_of(optimizer)[0] + all_of(resumed)[0])
+            made.append(params_of(optimizer) + params_of(resumed))
         assert_same_math(*made)
     assert negative or start in (0.5, 1.0)
 
@@ -280,7 +272,7 @@ def test_lr_taken_down_by_hand(name: str, length: int) -> None:
         for optimizer in made:
             step(optimizer, seed)
             optimizer.param_groups[0]["lr"] -= 1e-3 / length
-    assert_same_math(*(all_of(optimizer)[0] for optimizer in made))
+    assert_same_math(*(params_of(optimizer) for optimizer in made))
 
 
 # What no place takes: how groups contradict themselves, and what has no meaning in any step.
@@ -307,30 +299,24 @@ def test_refused_everywhere(place: Any, name: str, options: Options, words: str)
             optimizer = in_a_group(fusedopt, name, {})
             saved = optimizer.state_dict()
             saved["param_groups"][1].update(options)
-            before = snapshot(optimizer)
-            with pytest.raises(ValueError, match=words):
+            with refused(optimizer, ValueError, words):
                 optimizer.load_state_dict(saved)
-            assert snapshot(optimizer) == before
         elif place is not loaded:  # torch lacks the others, and they are not loaded
             with pytest.raises(ValueError, match=words):
                 place(fusedopt, name, options)
         return
     optimizer = edited(fusedopt, name, options)
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=words):
+    with refused(optimizer, ValueError, words):
         optimizer.step()
-    assert snapshot(optimizer) == before
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@each_name
 def test_nothing_is_added_if_a_group_is_refused(name: str) -> None:
     first, second = two_params()
     optimizer = make(fusedopt, name, [first])
     step(optimizer, 0)
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match="param group 1"):
+    with refused(optimizer, ValueError, "param group 1"):
         optimizer.add_param_group({"params": [second], "lr": float("nan")})
-    assert snapshot(optimizer) == before
     optimizer.add_param_group({"params": [second], "lr": -0.5})
     twin = make(fusedopt, name, [{"params": [Parameter(second.detach().clone())], "lr": -0.5}])
     for each in (optimizer, twin):

@@ -15,9 +15,10 @@ from torch.nn import Parameter
 
 import fusedopt
 from fusedopt import _C
-from support.api_helpers import MAIN_CASES, Case, Wrapper, assert_equal, by_id, photograph, snapshot
+from support.optimizers import Case, main_cases
+from support.snapshots import photograph, snapshot
+from support.tensors import Wrapper, assert_equal, by_id
 
-EVERY_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
 SHAPE = (4, 3)
 
 
@@ -94,7 +95,7 @@ def compare(
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=["plain", "clipped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@EVERY_CASE
+@main_cases
 @pytest.mark.parametrize("make", **by_id(GRADS))
 def test_grad(
     make: Callable[[Parameter], Tensor], case: Case, dtype: torch.dtype, options: dict[str, Any]
@@ -102,7 +103,7 @@ def test_grad(
     compare(case, dtype, make, **options)
 
 
-@EVERY_CASE
+@main_cases
 @pytest.mark.parametrize("make", **by_id(COMPLEX_GRADS))
 def test_complex_grad(make: Callable[[Parameter], Tensor], case: Case) -> None:
     compare(case, torch.complex64, make)
@@ -137,7 +138,7 @@ def refused(optimizer: Any, error: type[Exception], pattern: str, *others: Tenso
 
 
 @pytest.mark.parametrize("stepped", [False, True], ids=["first step", "later step"])
-@EVERY_CASE
+@main_cases
 @pytest.mark.parametrize(("make", "pattern"), **by_id(UNREADABLE))
 def test_param_is_refused(
     make: Callable[[Tensor], Tensor], pattern: str, case: Case, stepped: bool
@@ -151,7 +152,7 @@ def test_param_is_refused(
     refused(optimizer, ValueError, f"'second'.* is .*{pattern}", first)
 
 
-@EVERY_CASE
+@main_cases
 @pytest.mark.parametrize(("make", "pattern"), **by_id(UNREADABLE))
 def test_state_is_refused(make: Callable[[Tensor], Tensor], pattern: str, case: Case) -> None:
     first, second = Parameter(numbers()), Parameter(numbers())
@@ -164,7 +165,7 @@ def test_state_is_refused(make: Callable[[Tensor], Tensor], pattern: str, case: 
 
 
 @pytest.mark.parametrize("stepped", [False, True], ids=["first step", "later step"])
-@EVERY_CASE
+@main_cases
 def test_freed_grad_is_refused(case: Case, stepped: bool) -> None:
     first, second = Parameter(numbers()), Parameter(numbers())
     optimizer = case.ours([("first", first), ("second", second)])
@@ -182,7 +183,7 @@ def test_empty_tensors_need_no_memory() -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch, "_lazy_clone"), reason="this torch copies at once")
-@EVERY_CASE
+@main_cases
 @pytest.mark.parametrize("of", ["param", "state", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_snapshot_that_is_copied_on_write(case: Case, of: str, dtype: torch.dtype) -> None:
@@ -223,7 +224,7 @@ def pending(tensor: Tensor) -> Any:
 
 
 @pytest.mark.parametrize("which", ["param", "grad", "state"])
-@EVERY_CASE
+@main_cases
 def test_wrapper_inside_a_dtensor_is_refused(case: Case, which: str, mesh: Any) -> None:
     first, second = Parameter(numbers()), Parameter(shard(mesh, numbers()))
     optimizer = case.ours([("first", first), ("second", second)])
@@ -261,7 +262,7 @@ def test_fake_tensor_inside_a_dtensor_is_refused(mesh: Any) -> None:
         optimizer.step()
 
 
-@EVERY_CASE
+@main_cases
 @pytest.mark.parametrize("sharded", [False, True], ids=["plain", "dtensor"])
 @pytest.mark.parametrize("kind", ["pending", "pending and negated", "pending twice"])
 def test_pending_collective_is_waited_for(

@@ -22,23 +22,11 @@ from torch.optim.optimizer import (
 )
 
 import fusedopt
-from support.api_helpers import (
-    MAIN_CASES,
-    NAMES,
-    Case,
-    all_of,
-    assert_equal,
-    assert_same_math,
-    by_id,
-    make_params,
-    params_of,
-    set_grads,
-    train,
-)
 from support.device import DEVICE, STEPS_ON_DEVICE
+from support.optimizers import Case, each_name, main_cases, take_step, train
+from support.snapshots import record
+from support.tensors import assert_equal, assert_same_math, by_id, make_params, params_of, set_grads
 
-MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
-each_name = pytest.mark.parametrize("name", NAMES)
 SCALERS: dict[str, Any] = {"fusedopt": fusedopt.GradScaler, "torch": torch.amp.GradScaler}
 each_scaler = pytest.mark.parametrize("scaler_type", **by_id(SCALERS))
 FUSED: dict[str, dict[str, Any]] = {"default": {}, "fused": {"fused": True}}
@@ -119,7 +107,7 @@ def test_fused_with_foreach(name: str) -> None:
     assert messages[0] == messages[1]
 
 
-@MAIN_CASE
+@main_cases
 @each_fused
 def test_our_scaler_borrows_the_claim(case: Case, options: dict[str, Any]) -> None:
     """For its own steps, unless hooks look at the grads before."""
@@ -135,8 +123,7 @@ def test_our_scaler_borrows_the_claim(case: Case, options: dict[str, Any]) -> No
         scale_grads(scaler, optimizer, 0)
         scaler.step(optimizer)
         scaler.update()
-        set_grads(optimizer.param_groups[0]["params"], 1)
-        optimizer.step()
+        take_step(optimizer, 1)
     claims = bool(options)
     assert seen == [True, claims, claims, claims]
 
@@ -154,12 +141,12 @@ class Wrapper:
         return self.inner.step(*args, **kwargs)
 
 
-@MAIN_CASE
+@main_cases
 @each_scaler
 def test_wrapped(case: Case, scaler_type: Any) -> None:
     """A scaler that set attributes on the wrapper would leave the step with scaled grads."""
     results = []
-    for build, each in ((case.ours, scaler_type), (case.torchs, torch.amp.GradScaler)):
+    for build, each in ((case.ours, scaler_type), (case.theirs, torch.amp.GradScaler)):
         optimizer, scaler = build(make_params()), new_scaler(each)
         for seed in range(5):
             scale_grads(scaler, optimizer, seed, overflows=seed in (0, 3))
@@ -186,12 +173,12 @@ def find_skipped(optimizer: Any, scaler: Any, overflows: tuple[int, ...]) -> lis
     return log
 
 
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize("overflows", [(), (0,), (2, 3), (4,)], ids=str)
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning")
 def test_skipped_steps_are_noticed(case: Case, overflows: tuple[int, ...]) -> None:
     logs = []
-    for build in (case.ours, case.torchs):
+    for build in (case.ours, case.theirs):
         optimizer = build(make_params())
         logs.append(find_skipped(optimizer, new_scaler(torch.amp.GradScaler), overflows))
     assert logs[0] == logs[1]
@@ -251,7 +238,7 @@ ENDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
 }
 
 
-@MAIN_CASE
+@main_cases
 @each_scaler
 @each_fused
 @each_outcome
@@ -268,7 +255,7 @@ def test_exception_in_a_scaled_step(
 ) -> None:
     """Nothing of the scaler stays on the optimizer: the next step is as if there had been none."""
     optimizer, scaler = case.ours(make_params(), **options), new_scaler(scaler_type)
-    train(optimizer, steps=1)
+    take_step(optimizer, 0)
     scale_grads(scaler, optimizer, 1, overflows)
     raised = False
     with ending(optimizer):
@@ -291,17 +278,17 @@ def test_exception_in_a_scaled_step(
         scale_grads(scaler, optimizer, 2)
         scaler.step(optimizer)
     else:
-        train(optimizer, steps=1, first=2)
+        take_step(optimizer, 2)
     plain = case.ours(make_params())
-    train(plain, steps=1)
+    take_step(plain, 0)
     if is_done and not overflows:
-        train(plain, steps=1, first=1)
-    train(plain, steps=1, first=2)
-    look = params_of if STEPS_ON_DEVICE else all_of  # `step` may have moved
+        take_step(plain, 1)
+    take_step(plain, 2)
+    look = params_of if STEPS_ON_DEVICE else record  # `step` may have moved
     assert_equal(look(optimizer), look(plain))
 
 
-@MAIN_CASE
+@main_cases
 @each_outcome
 def test_exception_in_a_closure(case: Case, overflows: bool) -> None:
     optimizer, plain = case.ours(make_params()), case.ours(make_params())
@@ -311,7 +298,7 @@ def test_exception_in_a_closure(case: Case, overflows: bool) -> None:
         optimizer.step(interrupt)
     for each in (optimizer, plain):
         train(each, steps=2)
-    assert_equal(all_of(optimizer), all_of(plain))
+    assert_equal(record(optimizer), record(plain))
 
 
 # Code of the user's that runs in a step and reads the grads there.
@@ -350,7 +337,7 @@ READERS: dict[str, Callable[[Any], Callable[[], None]]] = {
 }
 
 
-@MAIN_CASE
+@main_cases
 @each_scaler
 @pytest.mark.parametrize("overflows", [(), (1,)], ids=["finite", "overflow"])
 @pytest.mark.parametrize("add_reader", **by_id(READERS))
@@ -359,7 +346,7 @@ def test_code_in_a_step_sees_unscaled_grads(
 ) -> None:
     """Grads that still have the scale would be clipped to nothing."""
     results = []
-    for build, scalers in ((case.ours, scaler_type), (case.torchs, torch.amp.GradScaler)):
+    for build, scalers in ((case.ours, scaler_type), (case.theirs, torch.amp.GradScaler)):
         optimizer = build(make_params())
         remove = add_reader(optimizer)
         scaler = new_scaler(scalers)

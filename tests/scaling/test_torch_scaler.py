@@ -9,24 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from support.api_helpers import (
-    CASES,
-    MAIN_CASES,
-    Case,
-    assert_equal,
-    assert_same_math,
-    by_id,
-    make_params,
-    params_of,
-    photograph,
-    set_grads,
-    snapshot,
-    train,
-)
 from support.device import DEVICE, STEPS_ON_DEVICE
+from support.optimizers import Case, main_cases, take_step, train, varied_cases
+from support.snapshots import photograph, snapshot
+from support.tensors import assert_equal, assert_same_math, by_id, make_params, params_of, set_grads
 
-EVERY_CASE = pytest.mark.parametrize("case", **by_id(CASES))
-MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
 WAYS: dict[str, dict[str, Any]] = {"in the step": {"fused": True}, "before it": {}}
 EACH_WAY = pytest.mark.parametrize("options", **by_id(WAYS))
 OVERFLOWS = pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
@@ -59,13 +46,13 @@ def scaled_step(
     scaler.update()
 
 
-@EVERY_CASE
+@varied_cases
 @EACH_WAY
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "unscaled and clipped by the user"])
 def test_scaled_training(case: Case, options: dict[str, Any], clip: float | None) -> None:
     """With an overflow in the middle, which shrinks the scale; torch's twin is unfused."""
     results = []
-    for build, more in ((case.ours, options), (case.torchs, {})):
+    for build, more in ((case.ours, options), (case.theirs, {})):
         optimizer, scaler = build(make_params(), **more), new_scaler()
         for seed in range(6):
             scaled_step(scaler, optimizer, seed, float("inf") if seed == 3 else None, clip)
@@ -74,7 +61,7 @@ def test_scaled_training(case: Case, options: dict[str, Any], clip: float | None
     assert results[0][1:] == results[1][1:]
 
 
-@EVERY_CASE
+@varied_cases
 @EACH_WAY
 @OVERFLOWS
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "clipped"])
@@ -96,7 +83,7 @@ def test_overflow_on_the_first_step(
     assert_equal(params_of(optimizer), params_of(plain))  # powers of two: unscaling is exact
 
 
-@EVERY_CASE
+@varied_cases
 @EACH_WAY
 @OVERFLOWS
 def test_overflow_on_a_later_step(case: Case, options: dict[str, Any], value: float) -> None:
@@ -109,7 +96,7 @@ def test_overflow_on_a_later_step(case: Case, options: dict[str, Any], value: fl
     scaled_step(scaler, optimizer, 3)
     plain = case.ours(make_params())
     train(plain, steps=2)
-    train(plain, steps=1, first=3)
+    take_step(plain, 3)
     assert_equal(params_of(optimizer), params_of(plain))
 
 
@@ -118,14 +105,14 @@ def without_grads(optimizer: Any) -> dict[str, Any]:
     return {k: v for k, v in photo.items() if not k.startswith("grad")}
 
 
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize("found_inf", [1.0, 2.0, 8.0, 0.5])
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1-dim"])
 def test_any_positive_found_inf_skips(case: Case, found_inf: float, shape: Any) -> None:
     """It is a sum over devices and processes; a peer compared it with exactly 1."""
     optimizer = case.ours(make_params())
-    train(optimizer, steps=1)
-    set_grads(optimizer.param_groups[0]["params"], 1)
+    take_step(optimizer, 0)
+    set_grads(optimizer, 1)
     optimizer.found_inf = torch.full(shape, found_inf)
     optimizer.grad_scale = torch.full(shape, 4.0)
     before = snapshot(optimizer, values_only=STEPS_ON_DEVICE)
@@ -133,14 +120,14 @@ def test_any_positive_found_inf_skips(case: Case, found_inf: float, shape: Any) 
     assert snapshot(optimizer, values_only=STEPS_ON_DEVICE) == before
 
 
-@MAIN_CASE
+@main_cases
 def test_skipped_step_returns_the_loss(case: Case) -> None:
     optimizer = case.ours(make_params())
     optimizer.found_inf = torch.ones(1)
     assert optimizer.step(lambda: 3.5) == 3.5
 
 
-@EVERY_CASE
+@varied_cases
 @pytest.mark.parametrize(
     ("dtype", "scale"),
     [
@@ -171,34 +158,33 @@ def test_grad_scale_divides_the_grads(case: Case, dtype: torch.dtype, scale: flo
     (assert_equal if exact else assert_same_math)(params_of(optimizer), params_of(plain))
 
 
-@MAIN_CASE
+@main_cases
 @EACH_WAY
 def test_scaler_leaves_no_attributes_behind(case: Case, options: dict[str, Any]) -> None:
     optimizer, scaler = case.ours(make_params(), **options), new_scaler()
     scaled_step(scaler, optimizer, 0)
     assert not hasattr(optimizer, "found_inf")
     assert not hasattr(optimizer, "grad_scale")
-    set_grads(optimizer.param_groups[0]["params"], 1)
-    optimizer.step()
+    take_step(optimizer, 1)
     plain = case.ours(make_params())
     train(plain, steps=2)
     assert_equal(params_of(optimizer), params_of(plain))
 
 
-@MAIN_CASE
+@main_cases
 @EACH_WAY
 def test_disabled_scaler(case: Case, options: dict[str, Any]) -> None:
     optimizer, plain = case.ours(make_params(), **options), case.ours(make_params())
     scaler = new_scaler(enabled=False)
     for seed in range(3):
-        set_grads(optimizer.param_groups[0]["params"], seed)
+        set_grads(optimizer, seed)
         scaler.step(optimizer)
         scaler.update()
     train(plain)
     assert_equal(params_of(optimizer), params_of(plain))
 
 
-@MAIN_CASE
+@main_cases
 @EACH_WAY
 def test_amp_training_end_to_end(case: Case, options: dict[str, Any]) -> None:
     """Autocast, backward, scaler; float16 grads overflow in the first step by the scale alone."""
@@ -208,7 +194,7 @@ def test_amp_training_end_to_end(case: Case, options: dict[str, Any]) -> None:
         inputs, targets = torch.randn(16, 4), torch.randn(16, 1)
     first, inputs, targets = first.to(DEVICE), inputs.to(DEVICE), targets.to(DEVICE)
     results = []
-    for build, more in ((case.ours, options), (case.torchs, {})):
+    for build, more in ((case.ours, options), (case.theirs, {})):
         model = copy.deepcopy(first)
         optimizer = build(model.parameters(), **more)
         scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**24)

@@ -2,16 +2,23 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from fusedopt import _C
 
 DEVICE = torch.get_default_device().type
+IS_CUDA = DEVICE == "cuda"
 
 # A driver for CUDA decides beside the host whether to skip a step for GradScaler: by then the host
 # has made state, moved `step` and bumped versions. The emulated driver does so with CPU tensors.
-STEPS_ON_DEVICE = DEVICE == "cuda" or _C.is_emulated()
+STEPS_ON_DEVICE = IS_CUDA or _C.is_emulated()
+
+needs_driver = pytest.mark.skipif(
+    not STEPS_ON_DEVICE, reason="about the CUDA driver: --device cuda or emulated"
+)
+needs_gpu = pytest.mark.skipif(not IS_CUDA, reason="only a real GPU can tell: --device cuda")
 
 
 def on_host(data: Any, **options: Any) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.cases import values
+from support.tensors import values
 
 
 @dataclass(frozen=True)

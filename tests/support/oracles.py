@@ -4,6 +4,7 @@ Nothing is rearranged for speed or accuracy, so that a slip in csrc/ cannot be r
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,6 +37,7 @@ class Oracle:
 
     param: Array
     ema_param: Array
+    counts_steps = False  # in an entry of its state, beside those of results()
 
     def __init__(
         self, param: Tensor, ema_decay: float | None = None, ema_bias_correction: bool = False
@@ -125,6 +127,8 @@ class SgdOracle(Oracle):
 class AdamOracle(Oracle):
     """Algorithm 1 of Kingma and Ba (2014); AMSGrad as torch has it; decay as L2 or decoupled."""
 
+    counts_steps = True
+
     def __init__(
         self,
         param: Tensor,
@@ -183,3 +187,32 @@ BY_NAME: dict[str, Callable[..., Oracle]] = {
     "Adam": AdamOracle,
     "AdamW": adamw_oracle,
 }
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Against float64 an error may be `factor` times unfused torch's, plus `floor`."""
+
+    factor: float
+    floor: float
+
+
+TOLERANCES = {
+    torch.float32: Tolerance(1.5, 2 * 2.0**-24),
+    torch.float64: Tolerance(1.5, 8 * 2.0**-53),
+    torch.bfloat16: Tolerance(2, 2.0**-9),
+    torch.float16: Tolerance(2, 2.0**-12),
+    torch.complex64: Tolerance(1.5, 2 * 2.0**-24),
+    torch.complex128: Tolerance(1.5, 8 * 2.0**-53),
+}
+
+
+def assert_rounded_once(value: Tensor, expected: Array, units: float = 0.5) -> None:
+    """Half a unit in the last place of the storage format, and what computing cost before that.
+
+    Stochastic rounding may be off by one unit.
+    """
+    finfo = torch.finfo(value.dtype)
+    compute = 2 * min(finfo.eps, torch.finfo(torch.float32).eps) * np.abs(expected).max(initial=0)
+    rounding = units * finfo.eps * np.maximum(np.abs(expected), finfo.smallest_normal)
+    assert (np.abs(exact(value) - expected) <= rounding + compute).all()

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from support import oracles
-from support.cases import Case, assert_rounded_once, dtype_id, step_with
+from support.optimizers import Case, step_with
+from support.oracles import assert_rounded_once
+from support.tensors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, dtype_id
 
-FLOAT32, FLOAT64 = torch.float32, torch.float64
-BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 FLOATS = (FLOAT32, BFLOAT16, FLOAT16, FLOAT64)
 SECOND_MOMENT = "exp_avg_sq"  # which is rounded stochastically by default
 WEIGHTS = ("master_param", "param_remainder")  # what master weights add to the state
@@ -53,7 +53,7 @@ class Setting:
             found["master_param"] = FLOAT32
         if self.masters(dtype) == "split":
             found["param_remainder"] = torch.int16
-        counts = case.optimizer != "SGD" or averages or self.options.get("stochastic_rounding")
+        counts = oracle.counts_steps or averages or self.options.get("stochastic_rounding")
         return {**found, "step": FLOAT32} if counts else found
 
     def assert_state_of(
@@ -120,7 +120,7 @@ def suited(case: Case, row: Row) -> Case:
 
 def build(case: Case, row: Row, params: Any, **more: Any) -> Any:
     """The optimizer of a row; any, because torch's class lacks the methods of ours."""
-    return suited(case, row).fused(params, **row[0].but(**more).options)
+    return suited(case, row).ours(params, **row[0].but(**more).options)
 
 
 class Honest:
@@ -129,7 +129,7 @@ class Honest:
     def __init__(self, case: Case, row: Row, param: Tensor, decay: float) -> None:
         self.setting, self.dtype = row
         self.weight = param.to("cpu", FLOAT64 if self.dtype == FLOAT64 else FLOAT32, copy=True)
-        self.twin, self.decay = suited(case, row).unfused([self.weight]), decay
+        self.twin, self.decay = suited(case, row).theirs([self.weight]), decay
         self.ema_param = self.weight
         self.generator = torch.Generator().manual_seed(1)
 

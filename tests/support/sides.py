@@ -4,25 +4,21 @@ A test is a function of a Side that returns tensors; both sides must give the sa
 `--device emulated` both are on the CPU, and the side decides which driver steps them.
 """
 
+import functools
+import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import pytest
 import torch
 from torch import Tensor
 
 from fusedopt import _C
-from support.cases import Case, bits, values
-from support.device import DEVICE, STEPS_ON_DEVICE
-
-IS_CUDA = DEVICE == "cuda"
-needs_driver = pytest.mark.skipif(
-    not STEPS_ON_DEVICE, reason="about the CUDA driver: --device cuda or emulated"
-)
-needs_gpu = pytest.mark.skipif(not IS_CUDA, reason="only a real GPU can tell: --device cuda")
+from support.device import DEVICE, IS_CUDA, needs_driver
+from support.optimizers import Case
+from support.tensors import BFLOAT16, FLOAT32, FLOAT64, bits, draw, set_grads
 
 Results: TypeAlias = dict[str, Tensor]
 
@@ -120,49 +116,18 @@ def assert_same_on_both(run: Callable[[Side], Results]) -> None:
     assert_same_bits(*on_both(run))
 
 
-def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
+def on_both_drivers(run: Callable[..., Results]) -> Callable[..., None]:
+    """Makes a test of a function of a side, and of what else a test may ask for."""
 
+    @needs_driver
+    @functools.wraps(run)
+    def test(**given: Any) -> None:
+        assert_same_on_both(lambda side: run(side, **given))
 
-def record(optimizer: torch.optim.Optimizer) -> Results:
-    """Copies of all params and of all of their state, step counts included."""
-    found = {}
-    for index, param in enumerate(params_of(optimizer)):
-        entries = optimizer.state.get(param, {})
-        for name, entry in {"param": param, **entries}.items():
-            found[f"{name} {index}"] = entry.detach().cpu().clone()
-    return found
-
-
-def draw(
-    sizes: Sequence[int], device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> list[Tensor]:
-    """A tensor of each size, in memory of its own."""
-    numbers = values(sum(sizes), dtype=dtype, seed=seed).to(device)
-    return [part.clone() for part in numbers.split(list(sizes))]
-
-
-def give_grads(params: Iterable[Tensor], seed: int) -> None:
-    """New grads, in new memory."""
-    params = list(params)
-    sizes = [param.numel() for param in params]
-    dtype = torch.complex128 if any(p.is_complex() for p in params) else torch.float64
-    numbers = values(sum(sizes), dtype=dtype, seed=1000 + seed)
-    for param, part in zip(params, numbers.split(sizes), strict=True):
-        param.grad = None
-        param.grad = part.view(param.shape).to(param.dtype).to(param.device, copy=True)
-
-
-def misaligned(tensor: Tensor, offset: int = 1) -> Tensor:
-    """A copy that starts `offset` elements behind an aligned address, with numbers around it."""
-    storage = torch.full((tensor.numel() + offset + 9,), 7, dtype=tensor.dtype).to(tensor.device)
-    view = storage[offset : offset + tensor.numel()].view(tensor.shape)
-    return view.copy_(tensor.detach())
-
-
-def around(tensors: Iterable[Tensor]) -> Results:
-    """All of the memory that misaligned tensors are views of."""
-    return {f"around {i}": t._base.cpu().clone() for i, t in enumerate(tensors)}
+    signature = inspect.signature(run)
+    others = [p for name, p in signature.parameters.items() if name != "side"]
+    test.__signature__ = signature.replace(parameters=others)  # which pytest reads
+    return test
 
 
 @contextmanager
@@ -181,28 +146,19 @@ def without_waiting() -> Iterator[None]:
 
 
 SIZES = [0, 1, 33, 257, 3000]
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]  # of each kind of work
+WORK_DTYPES = [FLOAT32, BFLOAT16, FLOAT64, torch.complex64]  # of each kind of work
 
 
-def capturable(
-    side: Side, case: Case, dtype: torch.dtype = torch.float32, **more: Any
-) -> torch.optim.Optimizer:
+def capturable(side: Side, case: Case, dtype: torch.dtype = FLOAT32, **more: Any) -> Any:
     """On the GPU: elsewhere the option has no meaning."""
-    return case.fused(draw(SIZES, side.device, dtype), capturable=side.is_gpu, **more)
+    return case.ours(draw(SIZES, side.device, dtype), capturable=side.is_gpu, **more)
 
 
-def write_grads(optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """Into the grads that are there, as a captured backward pass does."""
-    for index, param in enumerate(params_of(optimizer)):
-        numbers = values(*param.shape, dtype=param.dtype, seed=100 * seed + index)
-        param.grad.copy_(numbers)
-
-
-def warmed_up(side: Side, case: Case, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
+def warmed_up(side: Side, case: Case, dtype: torch.dtype = FLOAT32) -> Any:
     """Ready to be captured: with state and grads."""
     optimizer = capturable(side, case, dtype)
-    give_grads(params_of(optimizer), 0)
-    for seed in range(2):
-        write_grads(optimizer, seed)
-        optimizer.step()
+    set_grads(optimizer, 0)
+    optimizer.step()
+    set_grads(optimizer, 1, in_place=True)
+    optimizer.step()
     return optimizer

@@ -2,8 +2,7 @@
 
 import copy
 import inspect
-import io
-import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,35 +12,30 @@ from torch.nn import Parameter
 from torch.optim import optimizer as torch_optimizer
 
 import fusedopt
-from support.api_helpers import (
-    CASES,
-    MAIN_CASES,
-    NAMES,
+from support.optimizers import (
+    Build,
     Case,
-    assert_equal,
-    assert_same_math,
-    by_id,
-    make_params,
-    params_of,
-    set_grads,
+    assert_params_after,
+    each_adam,
+    each_name,
+    like_torch,
+    main_cases,
+    take_step,
     train,
+    varied_cases,
 )
+from support.snapshots import COPIES, copy_params
+from support.tensors import assert_equal, make_params, params_of, set_grads
 
-EVERY_CASE = pytest.mark.parametrize("case", **by_id(CASES))
-MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 
 
 def pair(case: Case, **options: Any) -> tuple[Any, Any]:
     """Ours and torch's over equal parameters."""
-    return case.ours(make_params(), **options), case.torchs(make_params(), **options)
+    return case.ours(make_params(), **options), case.theirs(make_params(), **options)
 
 
-def assert_pair_agrees(ours: Any, theirs: Any) -> None:
-    assert_same_math(params_of(ours), params_of(theirs))
-
-
-@pytest.mark.parametrize("name", NAMES)
+@each_name
 def test_signature(name: str) -> None:
     """Names, order, kinds and defaults; what torch lacks may only be keyword-only and last."""
     ours = inspect.signature(getattr(fusedopt, name)).parameters
@@ -57,7 +51,7 @@ def test_signature(name: str) -> None:
     assert all(ours[k].kind is inspect.Parameter.KEYWORD_ONLY for k in set(ours) - positional)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_name
 @pytest.mark.parametrize("method", ["step", "zero_grad", "state_dict", "load_state_dict"])
 def test_signature_of_methods(name: str, method: str) -> None:
     def describe(cls: type) -> list[Any]:
@@ -67,7 +61,7 @@ def test_signature_of_methods(name: str, method: str) -> None:
     assert describe(getattr(fusedopt, name)) == describe(getattr(torch.optim, name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_name
 def test_class_relations(name: str) -> None:
     cls = getattr(fusedopt, name)
     assert issubclass(cls, torch.optim.Optimizer)
@@ -76,12 +70,12 @@ def test_class_relations(name: str) -> None:
     assert name in fusedopt.__all__
 
 
-@EVERY_CASE
+@varied_cases
 def test_groups_and_defaults(case: Case) -> None:
     ours, theirs = pair(case)
     theirs.param_groups[0]["foreach"] = theirs.defaults["foreach"] = None
     params = ours.param_groups[0].pop("params"), theirs.param_groups[0].pop("params")
-    if case.name == "SGD":  # torch's cannot be captured
+    if case.optimizer == "SGD":  # torch's cannot be captured
         assert ours.param_groups[0].pop("capturable") is ours.defaults.pop("capturable") is False
     assert ours.param_groups == theirs.param_groups
     assert list(ours.param_groups[0]) == list(theirs.param_groups[0])
@@ -89,10 +83,10 @@ def test_groups_and_defaults(case: Case) -> None:
     assert len(params[0]) == len(params[1])
 
 
-@EVERY_CASE
+@varied_cases
 def test_repr(case: Case) -> None:
     ours, theirs = pair(case)
-    ours_alone = "    capturable: False\n" if case.name == "SGD" else ""
+    ours_alone = "    capturable: False\n" if case.optimizer == "SGD" else ""
     assert repr(ours).replace(ours_alone, "") == repr(theirs).replace(
         "foreach: False", "foreach: None"
     )
@@ -101,34 +95,31 @@ def test_repr(case: Case) -> None:
     assert "lr: 0.5" in repr(ours)
 
 
-@EVERY_CASE
+@varied_cases
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_state(case: Case, dtype: torch.dtype) -> None:
+@like_torch
+def test_state(build: Build, case: Case, dtype: torch.dtype) -> Any:
     """Keys in torch's order, shapes, dtypes, devices, strides: a checkpoint moves both ways."""
     shapes = [(3, 4), (), (0,), (2, 3, 4, 5)]
-    described = []
-    for build in (case.ours, case.torchs):
-        params = [Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
-        images = torch.ones(2, 3, 4, 5, dtype=dtype)
-        params.append(Parameter(images.to(memory_format=torch.channels_last)))
-        params.append(Parameter(torch.ones(4, 6, dtype=dtype).t()))
-        optimizer = build(params)
-        assert len(optimizer.state) == 0
-        for param in params:
-            param.grad = torch.ones_like(param)
-        optimizer.step()
-        described.append([describe_state(optimizer.state.get(param, {})) for param in params])
-    assert described[0] == described[1]
-    assert {key for key, *_ in described[0][0]} == case.state_names
-
-
-def describe_state(entries: dict[str, Tensor]) -> list[Any]:
-    return [
-        (key, t.shape, t.dtype, t.device, t.stride(), t.requires_grad) for key, t in entries.items()
+    params = [Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+    images = torch.ones(2, 3, 4, 5, dtype=dtype)
+    params.append(Parameter(images.to(memory_format=torch.channels_last)))
+    params.append(Parameter(torch.ones(4, 6, dtype=dtype).t()))
+    optimizer = build(params)
+    assert len(optimizer.state) == 0
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    described = [
+        (key, t.shape, t.dtype, t.device, t.stride(), t.requires_grad)
+        for param in params
+        for key, t in optimizer.state.get(param, {}).items()
     ]
+    assert {key for key, *_ in described} == case.state_names
+    return described
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@each_adam
 def test_step_is_double_when_that_is_the_default_dtype(name: str) -> None:
     torch.set_default_dtype(torch.float64)
     try:
@@ -140,48 +131,45 @@ def test_step_is_double_when_that_is_the_default_dtype(name: str) -> None:
     assert [entry["step"].item() for entry in optimizer.state.values()] == [2.0] * 7
 
 
-@EVERY_CASE
+@varied_cases
 @pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
-def test_same_training(case: Case, maximize: bool) -> None:
-    ours, theirs = pair(case, maximize=maximize)
-    for optimizer in (ours, theirs):
-        train(optimizer, steps=5)
-    assert_pair_agrees(ours, theirs)
+@like_torch
+def test_same_training(build: Build, maximize: bool) -> Any:
+    optimizer = build(make_params(), maximize=maximize)
+    train(optimizer, steps=5)
+    return params_of(optimizer)
 
 
-@EVERY_CASE
+@varied_cases
 @pytest.mark.parametrize("value", [True, False])
 @pytest.mark.parametrize("option", ["foreach", "fused", "capturable"])
 def test_implementation_options_change_nothing(case: Case, option: str, value: bool) -> None:
-    plain, other = case.ours(make_params()), case.ours(make_params(), **{option: value})
-    assert other.param_groups[0][option] is value
-    for optimizer in (plain, other):
-        train(optimizer)
-    assert_equal(params_of(other), params_of(plain))
+    optimizer = case.ours(make_params(), **{option: value})
+    assert optimizer.param_groups[0][option] is value
+    train(optimizer)
+    assert_params_after(optimizer, case, 0, 1, 2)
 
 
-@EVERY_CASE
-def test_closure(case: Case) -> None:
-    ours, theirs = pair(case)
-    losses = []
-    for optimizer in (ours, theirs):
-        params = optimizer.param_groups[0]["params"]
+@varied_cases
+@like_torch
+def test_closure(build: Build) -> Any:
+    params = make_params()
+    optimizer = build(params)
 
-        def closure(optimizer: Any = optimizer, params: Any = params) -> Tensor:
-            assert torch.is_grad_enabled()
-            optimizer.zero_grad()
-            loss = torch.stack([(param**2).sum() for param in params]).sum()
-            loss.backward()
-            return loss
+    def closure() -> Tensor:
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = torch.stack([(param**2).sum() for param in params]).sum()
+        loss.backward()
+        return loss
 
-        with torch.no_grad():
-            losses.append([optimizer.step(closure) for _ in range(3)])
-    assert_same_math(losses[0], losses[1])
-    assert losses[0][0] > losses[0][2]
-    assert_pair_agrees(ours, theirs)
+    with torch.no_grad():
+        losses = [optimizer.step(closure) for _ in range(3)]
+    assert losses[0] > losses[2]
+    return losses, params
 
 
-@MAIN_CASE
+@main_cases
 def test_step_without_closure_returns_none(case: Case) -> None:
     optimizer = case.ours(make_params())
     assert optimizer.step() is None  # no grads at all
@@ -190,22 +178,21 @@ def test_step_without_closure_returns_none(case: Case) -> None:
     assert len(optimizer.state) == 0
 
 
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_step_in_grad_modes(case: Case, guard: Any) -> None:
     """State made under inference_mode must serve outside of it too."""
-    plain, guarded = case.ours(make_params()), case.ours(make_params())
-    train(plain, steps=3)
+    optimizer = case.ours(make_params())
     for seed in range(2):
-        set_grads(guarded.param_groups[0]["params"], seed)
+        set_grads(optimizer, seed)
         with guard():
-            guarded.step()
-    train(guarded, steps=1, first=2)
-    assert_equal(params_of(guarded), params_of(plain))
+            optimizer.step()
+    take_step(optimizer, 2)
+    assert_params_after(optimizer, case, 0, 1, 2)
     assert torch.is_grad_enabled()
 
 
-@MAIN_CASE
+@main_cases
 def test_step_hooks(case: Case) -> None:
     seen: list[tuple[str, Any]] = []
 
@@ -220,14 +207,14 @@ def test_step_hooks(case: Case) -> None:
         torch_optimizer.register_optimizer_step_post_hook(note("all post")),
     ]
     try:
-        train(optimizer, steps=1)
+        take_step(optimizer, 0)
     finally:
         for handle in handles:
             handle.remove()
     assert sorted(name for name, _ in seen) == ["all post", "all pre", "post", "pre"]
     assert {"pre", "all pre"} == {name for name, _ in seen[:2]}
     assert all(opt is optimizer for _, opt in seen)
-    train(optimizer, steps=1)
+    take_step(optimizer, 0)
     assert len(seen) == 4
 
 
@@ -237,76 +224,72 @@ def test_step_pre_hook_replaces_arguments() -> None:
     assert optimizer.step() == 42
 
 
-@MAIN_CASE
-def test_step_pre_hook_that_changes_grads(case: Case) -> None:
-    ours, theirs = pair(case)
-
+@main_cases
+@like_torch
+def test_step_pre_hook_that_changes_grads(build: Build) -> Any:
     def clip(optimizer: Any, *_: Any) -> None:
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.5)
+        torch.nn.utils.clip_grad_norm_(params_of(optimizer), 0.5)
 
-    for optimizer in (ours, theirs):
-        optimizer.register_step_pre_hook(clip)
-        train(optimizer)
-    assert_pair_agrees(ours, theirs)
+    optimizer = build(make_params())
+    optimizer.register_step_pre_hook(clip)
+    train(optimizer)
+    return params_of(optimizer)
 
 
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize("set_to_none", [True, False], ids=["none", "zero"])
-def test_zero_grad(case: Case, set_to_none: bool) -> None:
-    ours, theirs = pair(case)
-    for optimizer in (ours, theirs):
-        params = optimizer.param_groups[0]["params"]
-        train(optimizer, steps=1)
-        optimizer.zero_grad(set_to_none=set_to_none)
-        assert all((param.grad is None) == set_to_none for param in params)
-        assert set_to_none or not any(param.grad.any() for param in params)
-        optimizer.step()
-    assert_pair_agrees(ours, theirs)
+@like_torch
+def test_zero_grad(build: Build, set_to_none: bool) -> Any:
+    params = make_params()
+    optimizer = build(params)
+    take_step(optimizer, 0)
+    optimizer.zero_grad(set_to_none=set_to_none)
+    assert all((param.grad is None) == set_to_none for param in params)
+    assert set_to_none or not any(param.grad.any() for param in params)
+    optimizer.step()
+    return params
 
 
-@EVERY_CASE
+@varied_cases
 @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
-def test_add_param_group(case: Case, named: bool) -> None:
+@like_torch
+def test_add_param_group(build: Build, named: bool) -> Any:
     """Added in the middle of training: it starts at its own step 1."""
-    ours, theirs = pair(case)
-    for optimizer in (ours, theirs):
-        train(optimizer, steps=2)
-        late = make_params(seed=5)
-        entry = {"params": late, "lr": 0.003, "weight_decay": 0.2}
-        optimizer.add_param_group(entry)
-        train(optimizer, steps=2, first=2)
-    assert_pair_agrees(ours, theirs)
-    assert ours.param_groups[1]["lr"] == 0.003
-    assert ours.param_groups[1].keys() == ours.param_groups[0].keys()
+    optimizer = build(make_params())
+    train(optimizer, steps=2)
+    optimizer.add_param_group({"params": make_params(seed=5), "lr": 0.003, "weight_decay": 0.2})
+    train(optimizer, steps=2, first=2)
+    first, second = optimizer.param_groups
+    assert second["lr"] == 0.003
+    assert second.keys() == first.keys()
     with_names = [(f"layer.{i}", param) for i, param in enumerate(make_params())]
     if named:
         with pytest.raises(ValueError, match="names"):
-            ours.add_param_group({"params": with_names})
+            optimizer.add_param_group({"params": with_names})
+    return params_of(optimizer)
 
 
-@MAIN_CASE
-@pytest.mark.parametrize("form", ["tensor", "generator", "list of dicts", "named", "named dict"])
-def test_forms_of_params(case: Case, form: str) -> None:
-    forms: dict[str, Any] = {
-        "tensor": lambda params: [{"params": param} for param in params],
-        "generator": lambda params: (param for param in params),
-        "list of dicts": lambda params: [{"params": params[:2]}, {"params": iter(params[2:])}],
-        "named": lambda params: [(f"p{i}", param) for i, param in enumerate(params)],
-        "named dict": lambda params: [
-            {"params": [(f"p{i}", param) for i, param in enumerate(params)]}
-        ],
-    }
-    ours = case.ours(forms[form](make_params()))
-    theirs = case.torchs(forms[form](make_params()))
-    for optimizer in (ours, theirs):
-        train(optimizer)
-    assert_pair_agrees(ours, theirs)
-    names = [group.get("param_names") for group in ours.param_groups]
-    assert names == [group.get("param_names") for group in theirs.param_groups]
+FORMS: dict[str, Callable[[list[Parameter]], Any]] = {
+    "tensor": lambda params: [{"params": param} for param in params],
+    "generator": lambda params: (param for param in params),
+    "list of dicts": lambda params: [{"params": params[:2]}, {"params": iter(params[2:])}],
+    "named": lambda params: [(f"p{i}", param) for i, param in enumerate(params)],
+    "named dict": lambda params: [{"params": FORMS["named"](params)}],
+}
+
+
+@main_cases
+@pytest.mark.parametrize("form", FORMS)
+@like_torch
+def test_forms_of_params(build: Build, form: str) -> Any:
+    optimizer = build(FORMS[form](make_params()))
+    train(optimizer)
+    names = [group.get("param_names") for group in optimizer.param_groups]
     assert (names[0] is not None) == form.startswith("named")
+    return params_of(optimizer), names
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_name
 @pytest.mark.parametrize(
     ("params", "exception"),
     [([], ValueError), (Parameter(torch.ones(1)), TypeError), ([1.0], TypeError),
@@ -327,26 +310,15 @@ def test_non_leaf_is_refused() -> None:
         fusedopt.AdamW([torch.ones(2, requires_grad=True) * 2])
 
 
-def copied(optimizer: Any, how: str) -> Any:
-    if how == "deepcopy":
-        return copy.deepcopy(optimizer)
-    if how == "pickle":
-        return pickle.loads(pickle.dumps(optimizer))
-    file = io.BytesIO()
-    torch.save(optimizer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@EVERY_CASE
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@varied_cases
+@pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("steps", [0, 2], ids=["new", "stepped"])
 def test_copies_go_on_alone(case: Case, how: str, steps: int) -> None:
     """A copy has parameters, state and bookkeeping of its own, and gives the same bits."""
     original = case.ours(make_params())
     train(original, steps=steps)
-    before = [param.clone() for param in params_of(original)]
-    other = copied(original, how)
+    before = copy_params(original)
+    other = COPIES[how](original)
     assert repr(other) == repr(original)
     train(other, first=steps)
     assert_equal(params_of(original), before)

@@ -1,10 +1,6 @@
 """DTensor parameters (FSDP2, tensor parallel), on meshes of one process and, with gloo, of two."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,31 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from support.api_helpers import (
-    CASES,
-    MAIN_CASES,
-    Case,
-    assert_equal,
-    assert_same_math,
-    by_id,
-    make_params,
-    set_grads,
-    train,
-)
+from support.files import run_ranks
+from support.optimizers import Build, Case, like_torch, main_cases, train, varied_cases
+from support.tensors import assert_equal, assert_same_math, make_params, params_of, set_grads
 
 dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():
     pytest.skip("torch was built without torch.distributed", allow_module_level=True)
 
-from torch.distributed.tensor import (  # noqa: E402
-    DTensor,
-    Replicate,
-    Shard,
-    distribute_tensor,
-)
-
-EVERY_CASE = pytest.mark.parametrize("case", **by_id(CASES))
-MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor  # noqa: E402
 
 
 def shard(mesh: Any, tensor: Tensor) -> Any:
@@ -55,11 +35,17 @@ def set_sharded_grads(mesh: Any, params: list[Parameter], seed: int) -> None:
         param.grad = shard(mesh, source.grad)
 
 
-def local(tensor: Any) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def local(tensors: Any) -> list[Any]:
+    """Of each, or of those in each, the part of this rank."""
+    if isinstance(tensors, dict):
+        return [*tensors, *local(tensors.values())]
+    if not isinstance(tensors, Tensor):
+        return [local(tensor) for tensor in tensors]
+    tensors = tensors.detach()
+    return tensors.to_local() if isinstance(tensors, DTensor) else tensors
 
 
-@EVERY_CASE
+@varied_cases
 def test_equals_plain_tensors(case: Case, mesh: Any) -> None:
     params, plain = sharded_params(mesh), case.ours(make_params())
     optimizer = case.ours(params)
@@ -67,37 +53,28 @@ def test_equals_plain_tensors(case: Case, mesh: Any) -> None:
         set_sharded_grads(mesh, params, seed)
         optimizer.step()
     train(plain, steps=4)
-    assert_equal(
-        [local(param.detach()) for param in params],
-        [param.detach() for param in plain.param_groups[0]["params"]],
-    )
-    assert_equal(
-        [{k: local(t) for k, t in entries.items()} for entries in optimizer.state.values()],
-        list(plain.state.values()),
-    )
+    assert_equal(local(params), params_of(plain))
+    assert_equal(local(optimizer.state.values()), local(plain.state.values()))
 
 
-@EVERY_CASE
-def test_state_is_as_in_torch(case: Case, mesh: Any) -> None:
-    described = []
-    for build in (case.ours, case.torchs):
-        params = sharded_params(mesh)
-        optimizer = build(params)
-        set_sharded_grads(mesh, params, 0)
-        optimizer.step()
-        described.append(
-            [
-                (key, type(t), t.shape, t.dtype, getattr(t, "placements", None))
-                for param in params
-                for key, t in optimizer.state.get(param, {}).items()
-            ]
-        )
-    assert described[0] == described[1]
-    kinds = {entry[1] for entry in described[0] if entry[0] != "step"}
+@varied_cases
+@like_torch
+def test_state_is_as_in_torch(build: Build, case: Case, mesh: Any) -> Any:
+    params = sharded_params(mesh)
+    optimizer = build(params)
+    set_sharded_grads(mesh, params, 0)
+    optimizer.step()
+    described = [
+        (key, type(t), t.shape, t.dtype, getattr(t, "placements", None))
+        for param in params
+        for key, t in optimizer.state.get(param, {}).items()
+    ]
+    kinds = {entry[1] for entry in described if entry[0] != "step"}
     assert kinds == ({DTensor} if case.state_names else set())
+    return described
 
 
-@MAIN_CASE
+@main_cases
 def test_plain_and_sharded_params_in_one_optimizer(case: Case, mesh: Any) -> None:
     sharded, plain = sharded_params(mesh), make_params()
     optimizer = case.ours([*sharded, *plain])
@@ -105,15 +82,15 @@ def test_plain_and_sharded_params_in_one_optimizer(case: Case, mesh: Any) -> Non
         set_sharded_grads(mesh, sharded, seed)
         set_grads(plain, seed)
         optimizer.step()
-    assert_equal([local(p.detach()) for p in sharded], [p.detach() for p in plain])
+    assert_equal(local(sharded), plain)
 
 
-@MAIN_CASE
+@main_cases
 def test_fully_shard(case: Case, mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     results = []
-    for build, sharded in ((case.ours, True), (case.ours, False), (case.torchs, True)):
+    for build, sharded in ((case.ours, True), (case.ours, False), (case.theirs, True)):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
         model.double()
@@ -125,12 +102,12 @@ def test_fully_shard(case: Case, mesh: Any) -> None:
             model(torch.full((2, 3), step + 1.0, dtype=torch.float64)).sum().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        results.append([local(param.detach()) for param in model.parameters()])
+        results.append(local(model.parameters()))
     for result in results[1:]:
         assert_same_math(results[0], result)
 
 
-@MAIN_CASE
+@main_cases
 def test_state_dict(case: Case, mesh: Any) -> None:
     """Saved and loaded in the middle; the copy of the state stays sharded."""
     params = sharded_params(mesh)
@@ -145,13 +122,10 @@ def test_state_dict(case: Case, mesh: Any) -> None:
         each.step()
     states = [t for entries in other.state.values() for k, t in entries.items() if k != "step"]
     assert all(isinstance(state, DTensor) for state in states)
-    assert_equal(
-        [local(param.detach()) for param in other_params],
-        [local(param.detach()) for param in params],
-    )
+    assert_equal(local(other_params), local(params))
 
 
-@MAIN_CASE
+@main_cases
 def test_versions(case: Case, mesh: Any) -> None:
     """Backward through the values before the step must raise. (Through to_local() torch's does not
     notice either.)
@@ -221,25 +195,8 @@ VERDICTS = {
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    file = tmp_path_factory.mktemp("gloo") / "two"
-    script = Path(file).with_suffix(".py")
-    script.write_text(TWO_RANKS)
-    processes = [  # in one thread each, as torchrun starts them
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(file)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    results = []
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        results.append(dict(line.split(": ") for line in out.splitlines()))
-    return results
+    outputs = run_ranks(tmp_path_factory.mktemp("gloo"), TWO_RANKS, world=2)
+    return [dict(line.split(": ") for line in out.splitlines()) for out in outputs]
 
 
 @pytest.mark.cpu_only

@@ -1,8 +1,7 @@
 """Grads that are new tensors in every step, in the form of the step before or in another."""
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,41 +10,36 @@ from torch.nn import Parameter
 
 import fusedopt
 from fusedopt import _C
-from support.cases import values
 from support.device import STEPS_ON_DEVICE
+from support.files import run_python
+from support.tensors import values
 
 SHAPE = (6, 4)
 
 
-def in_form(kind: str, grad: Tensor) -> Tensor:
-    """The same values, lying in memory as `kind` says."""
-    if kind == "new":
-        return grad.clone()
-    if kind == "detached":
-        return grad.clone().detach()
-    if kind == "view of a bucket":
-        bucket = grad.new_zeros(100)
-        return bucket[7 : 7 + grad.numel()].view(SHAPE).copy_(grad)
-    if kind == "further in a bucket":
-        bucket = grad.new_zeros(100)
-        return bucket[32 : 32 + grad.numel()].view(SHAPE).copy_(grad)
-    if kind == "transposed":
-        return grad.t().contiguous().t()
-    if kind == "with gaps":
-        return grad.new_zeros(6, 8)[:, ::2].copy_(grad)
-    if kind == "lazily negated":
-        return torch.complex(torch.zeros_like(grad), -grad).conj().imag
-    assert kind == "of backward"
+def gradient(grad: Tensor) -> Tensor:
+    """As autograd computes it."""
     x = torch.ones(SHAPE, dtype=grad.dtype, requires_grad=True)
     (x * grad).sum().backward()
     assert x.grad is not None
     return x.grad
 
 
-KINDS = [
-    *("new", "detached", "view of a bucket", "further in a bucket", "transposed", "with gaps"),
-    *("lazily negated", "of backward"),
-]
+def in_bucket(grad: Tensor, at: int) -> Tensor:
+    return grad.new_zeros(100)[at : at + grad.numel()].view(SHAPE).copy_(grad)
+
+
+# The same values, lying in memory in one way or another.
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "new": lambda grad: grad.clone(),
+    "detached": lambda grad: grad.clone().detach(),
+    "view of a bucket": lambda grad: in_bucket(grad, 7),
+    "further in a bucket": lambda grad: in_bucket(grad, 32),
+    "transposed": lambda grad: grad.t().contiguous().t(),
+    "with gaps": lambda grad: grad.new_zeros(6, 8)[:, ::2].copy_(grad),
+    "lazily negated": lambda grad: torch.complex(torch.zeros_like(grad), -grad).conj().imag,
+    "of backward": gradient,
+}
 
 
 @pytest.mark.parametrize("second", KINDS)
@@ -56,7 +50,7 @@ def test_forms_may_change_from_step_to_step(first: str, second: str) -> None:
     ours, theirs = fusedopt.AdamW([param]), fusedopt.AdamW([expected])
     for step, kind in enumerate([first, first, second, second, first, second]):
         grad = values(*SHAPE, seed=step)
-        param.grad = in_form(kind, grad)
+        param.grad = KINDS[kind](grad)
         if expected.grad is None:
             expected.grad = grad.clone()
         else:
@@ -105,9 +99,7 @@ def test_a_grad_that_is_another_params_memory_is_found() -> None:
 
 def fingerprints_with(setting: str) -> bool:
     code = "from fusedopt import _C; print(_C.build_info()['fingerprints'])"
-    environment = {**os.environ, "FUSEDOPT_FINGERPRINTS": setting}
-    command = [sys.executable, "-c", code]
-    return subprocess.check_output(command, env=environment, text=True).strip() == "True"
+    return run_python("-c", code, FUSEDOPT_FINGERPRINTS=setting).strip() == "True"
 
 
 @pytest.mark.cpu_only

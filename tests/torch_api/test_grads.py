@@ -8,26 +8,27 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from support.api_helpers import (
+from support.optimizers import (
     CASES,
-    MAIN_CASES,
+    Build,
     Case,
-    all_of,
+    assert_params_after,
+    like_torch,
+    main_cases,
+    train,
+    varied_cases,
+)
+from support.snapshots import record
+from support.tensors import (
     assert_equal,
     assert_same_math,
     by_id,
     draw,
     make_params,
-    params_of,
-    run_in_threads,
     set_grads,
-    train,
+    values,
 )
-from support.device import DEVICE
-
-EVERY_CASE = pytest.mark.parametrize("case", **by_id(CASES))
-MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
-
+from support.threads import run_in_threads
 
 # Which of the parameters have a grad in each of six steps.
 PATTERNS: dict[str, Callable[[int, int], bool]] = {
@@ -42,52 +43,47 @@ PATTERNS: dict[str, Callable[[int, int], bool]] = {
 }
 
 
-@EVERY_CASE
+@varied_cases
 @pytest.mark.parametrize("has_grad", **by_id(PATTERNS))
-def test_grads_come_and_go(case: Case, has_grad: Callable[[int, int], bool]) -> None:
+@like_torch
+def test_grads_come_and_go(build: Build, has_grad: Callable[[int, int], bool]) -> Any:
     """Peers crashed, reset everyone's momentum or shared one step count (bias correction)."""
-    results = []
-    for build in (case.ours, case.torchs):
-        params = make_params()
-        optimizer = build(params)
-        for step in range(6):
-            set_grads(params, step)
-            for index, param in enumerate(params):
-                if not has_grad(step, index):
-                    param.grad = None
-            optimizer.step()
-        steps = [optimizer.state.get(param, {}).get("step") for param in params]
-        results.append([*all_of(optimizer), steps])
-    assert_same_math(*results)
+    params = make_params()
+    optimizer = build(params)
+    for step in range(6):
+        set_grads(params, step)
+        for index, param in enumerate(params):
+            if not has_grad(step, index):
+                param.grad = None
+        optimizer.step()
+    return record(optimizer)
 
 
-@EVERY_CASE
-def test_unfrozen_late(case: Case) -> None:
+@varied_cases
+@like_torch
+def test_unfrozen_late(build: Build) -> Any:
     """requires_grad switched on in the middle: its first step is a first step."""
-    results = []
-    for build in (case.ours, case.torchs):
-        layers = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)).double()
-        for param in layers.parameters():
-            torch.nn.init.constant_(param, 0.3)
-        layers[0].requires_grad_(False)
-        optimizer = build(layers.parameters())
-        for step in range(6):
-            layers[0].requires_grad_(2 <= step < 4)
-            optimizer.zero_grad()
-            layers(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
-            optimizer.step()
-        results.append(all_of(optimizer))
-        for param in layers[0].parameters():
-            assert optimizer.state.get(param, {}).get("step", 2.0) == 2.0
-    assert_same_math(*results)
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)).double()
+    for param in layers.parameters():
+        torch.nn.init.constant_(param, 0.3)
+    layers[0].requires_grad_(False)
+    optimizer = build(layers.parameters())
+    for step in range(6):
+        layers[0].requires_grad_(2 <= step < 4)
+        optimizer.zero_grad()
+        layers(torch.ones(1, 2, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+    for param in layers[0].parameters():
+        assert optimizer.state.get(param, {}).get("step", 2.0) == 2.0
+    return record(optimizer)
 
 
-@EVERY_CASE
+@varied_cases
 @pytest.mark.parametrize("padding", [0, 1], ids=["packed", "off by one"])
 @pytest.mark.parametrize("lazily", [False, True], ids=["fixed", "new bucket each step"])
 def test_grads_in_one_bucket(case: Case, padding: int, lazily: bool) -> None:
     """DDP's gradient_as_bucket_view: every grad is a slice of one buffer, at odd offsets."""
-    bucketed, plain = case.ours(make_params()), case.ours(make_params())
+    bucketed = case.ours(make_params())
     params = bucketed.param_groups[0]["params"]
     sizes = [param.numel() + padding for param in params]
     bucket = torch.full((padding + sum(sizes),), float("nan"), dtype=torch.float64)
@@ -100,22 +96,19 @@ def test_grads_in_one_bucket(case: Case, padding: int, lazily: bool) -> None:
         before = bucket.clone()
         bucketed.step()
         assert_equal(bucket, before)
-    train(plain)
-    assert_equal(params_of(bucketed), params_of(plain))
+    assert_params_after(bucketed, case, 0, 1, 2)
 
 
-@MAIN_CASE
-def test_grad_is_the_param_itself(case: Case) -> None:
+@main_cases
+@like_torch
+def test_grad_is_the_param_itself(build: Build, case: Case) -> Any:
     """p.grad = p.detach(), the gradient of |p|^2 / 2, is read before it is written."""
-    results = []
-    for build in (case.ours, case.torchs):
-        param = Parameter(torch.linspace(-1, 1, 21, dtype=torch.float64))
-        optimizer = build([param])
-        for _ in range(3):
-            param.grad = param.detach() if build == case.ours else param.detach().clone()
-            optimizer.step()
-        results.append(param.detach())
-    assert_same_math(*results)
+    param = Parameter(torch.linspace(-1, 1, 21, dtype=torch.float64))
+    optimizer = build([param])
+    for _ in range(3):
+        param.grad = param.detach() if build == case.ours else param.detach().clone()
+        optimizer.step()
+    return param.detach()
 
 
 # Grads whose memory does not hold their values, made from the complex tensor z.
@@ -128,7 +121,7 @@ LAZY: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor]]] = {
 }
 
 
-@EVERY_CASE
+@varied_cases
 @pytest.mark.parametrize(("dtype", "view"), **by_id(LAZY))
 def test_lazy_grads(case: Case, dtype: torch.dtype, view: Callable[[Tensor], Tensor]) -> None:
     """Autograd hands out such views for complex parameters and for z.imag."""
@@ -136,9 +129,8 @@ def test_lazy_grads(case: Case, dtype: torch.dtype, view: Callable[[Tensor], Ten
         case.ours([Parameter(torch.ones(4, 4, dtype=dtype)), Parameter(torch.ones(2, dtype=dtype))])
         for _ in range(2)
     )
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        real, imag = draw((2, 4, 4), generator).to(DEVICE)
+    for seed in range(3):
+        real, imag = values(2, 4, 4, dtype=torch.float64, seed=seed)
         grad = view(torch.complex(real, imag))
         assert grad.is_conj() or grad.is_neg()
         for optimizer, value in ((lazy, grad), (plain, grad.resolve_conj().resolve_neg().clone())):
@@ -148,7 +140,7 @@ def test_lazy_grads(case: Case, dtype: torch.dtype, view: Callable[[Tensor], Ten
             optimizer.step()
         assert lazy.param_groups[0]["params"][0].grad is grad
         assert grad.is_conj() or grad.is_neg()
-    assert_equal(all_of(lazy), all_of(plain))
+    assert_equal(record(lazy), record(plain))
 
 
 # Parameters of that kind, from a complex tensor.
@@ -158,7 +150,7 @@ LAZY_PARAMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize("view", **by_id(LAZY_PARAMS))
 def test_lazy_param(case: Case, view: Callable[[Tensor], Tensor]) -> None:
     """Its memory holds the conjugate or negative of its values: stepped right, or refused."""
@@ -177,17 +169,12 @@ def test_lazy_param(case: Case, view: Callable[[Tensor], Tensor]) -> None:
         assert_same_math(lazy.detach().resolve_conj().resolve_neg(), plain.detach())
 
 
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_two_optimizers_in_two_threads(case: Case, num_threads: int) -> None:
-    def build() -> Any:
-        generator = torch.Generator().manual_seed(3)
-        params = [draw((100_000,), generator).float().to(DEVICE) for _ in "abc"]
-        optimizer = case.ours([Parameter(param) for param in params])
-        set_grads(optimizer.param_groups[0]["params"], 0)
-        return optimizer
-
-    alone, *together = (build() for _ in range(3))
+    alone, *together = (case.ours(draw([100_000] * 3)) for _ in range(3))
+    for optimizer in (alone, *together):
+        set_grads(optimizer, 0)
 
     def work(index: int) -> None:
         torch.set_num_threads(num_threads)
@@ -196,13 +183,9 @@ def test_two_optimizers_in_two_threads(case: Case, num_threads: int) -> None:
 
     for _ in range(20):
         alone.step()
-    before = torch.get_num_threads()
-    try:
-        assert run_in_threads(work) == []
-    finally:
-        torch.set_num_threads(before)
+    assert run_in_threads(work) == []
     for optimizer in together:
-        assert_equal(all_of(optimizer), all_of(alone))
+        assert_equal(record(optimizer), record(alone))
 
 
 def test_one_optimizer_in_two_threads() -> None:
@@ -228,7 +211,7 @@ def test_one_optimizer_in_two_threads() -> None:
 def test_step_from_inside_step_is_refused() -> None:
     """Reached through the creation of state: a subclass that steps there must not corrupt it."""
     optimizer = CASES["adamw"].ours(make_params())
-    set_grads(optimizer.param_groups[0]["params"], 0)
+    set_grads(optimizer, 0)
     create = optimizer._create_state
 
     def nested(missing: Any, steps_on_gpu: bool) -> None:
@@ -239,7 +222,5 @@ def test_step_from_inside_step_is_refused() -> None:
     with pytest.raises(RuntimeError, match="already running"):
         optimizer.step()
     del optimizer._create_state
-    plain = CASES["adamw"].ours(make_params())
-    train(optimizer, steps=2)
-    train(plain, steps=2)
-    assert_equal(params_of(optimizer), params_of(plain))
+    train(optimizer)
+    assert_params_after(optimizer, CASES["adamw"], 0, 1, 2)

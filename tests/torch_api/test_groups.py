@@ -4,16 +4,9 @@ from typing import Any
 
 import pytest
 
-from support.api_helpers import (
-    Case,
-    all_of,
-    assert_equal,
-    assert_same_math,
-    by_id,
-    make_params,
-    params_of,
-    train,
-)
+from support.optimizers import NAMES, Build, Case, each_adam, like_torch, take_step, train
+from support.snapshots import record
+from support.tensors import assert_equal, by_id, make_params, params_of
 
 # Optimizer, its options, and what is edited after two steps and after four.
 EDITS: dict[str, tuple[Case, dict[str, Any], dict[str, Any]]] = {
@@ -49,28 +42,28 @@ EDITS: dict[str, tuple[Case, dict[str, Any], dict[str, Any]]] = {
     "AdamW maximize": (Case("AdamW"), {"maximize": True}, {"maximize": False}),
 }
 
+each_plain_case = pytest.mark.parametrize("case", **by_id({name: Case(name) for name in NAMES}))
+
 
 @pytest.mark.parametrize(("case", "first", "second"), **by_id(EDITS))
-def test_edit(case: Case, first: dict[str, Any], second: dict[str, Any]) -> None:
-    results = []
-    for build in (case.ours, case.torchs):
-        optimizer = build(make_params())
-        for seed, edit in ((0, first), (2, second), (4, {})):
-            train(optimizer, steps=2, first=seed)
-            optimizer.param_groups[0].update(edit)
-        results.append(all_of(optimizer))
-    assert_same_math(*results)
+@like_torch
+def test_edit(build: Build, first: dict[str, Any], second: dict[str, Any]) -> Any:
+    optimizer = build(make_params())
+    for seed, edit in ((0, first), (2, second), (4, {})):
+        train(optimizer, steps=2, first=seed)
+        optimizer.param_groups[0].update(edit)
+    return record(optimizer)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@each_adam
 def test_amsgrad_switched_on_later(name: str) -> None:
     """torch raises KeyError here. Ours starts the maximum at the moment it is switched on."""
     optimizer, plain = (Case(name).ours(make_params()) for _ in range(2))
     train(optimizer, steps=2)
     train(plain, steps=2)
     optimizer.param_groups[0]["amsgrad"] = True
-    train(optimizer, steps=1, first=2)
-    train(plain, steps=1, first=2)
+    take_step(optimizer, 2)
+    take_step(plain, 2)
     assert_equal(params_of(optimizer), params_of(plain))
     for ours, theirs in zip(optimizer.state.values(), plain.state.values(), strict=True):
         assert_equal(ours["max_exp_avg_sq"], ours["exp_avg_sq"])
@@ -78,29 +71,27 @@ def test_amsgrad_switched_on_later(name: str) -> None:
         assert ours["step"].item() == 3
 
 
-@pytest.mark.parametrize("case", **by_id({name: Case(name) for name in ("SGD", "Adam", "AdamW")}))
-def test_each_group_has_its_own_options(case: Case) -> None:
+@each_plain_case
+@like_torch
+def test_each_group_has_its_own_options(build: Build, case: Case) -> Any:
     """lr, decay and betas per group, several of them, some without any parameter."""
-    results = []
-    for build in (case.ours, case.torchs):
-        params = make_params()
-        extra: dict[str, Any] = (
-            {"momentum": 0.9} if case.name == "SGD" else {"betas": (0.7, 0.8), "amsgrad": True}
-        )
-        optimizer = build(
-            [
-                {"params": params[:2], "lr": 0.1},
-                {"params": []},
-                {"params": params[2:4], "weight_decay": 0.3, "maximize": True},
-                {"params": params[4:], **extra},
-            ]
-        )
-        train(optimizer)
-        results.append(all_of(optimizer))
-    assert_same_math(*results)
+    params = make_params()
+    extra: dict[str, Any] = (
+        {"momentum": 0.9} if case.optimizer == "SGD" else {"betas": (0.7, 0.8), "amsgrad": True}
+    )
+    optimizer = build(
+        [
+            {"params": params[:2], "lr": 0.1},
+            {"params": []},
+            {"params": params[2:4], "weight_decay": 0.3, "maximize": True},
+            {"params": params[4:], **extra},
+        ]
+    )
+    train(optimizer)
+    return record(optimizer)
 
 
-@pytest.mark.parametrize("case", **by_id({name: Case(name) for name in ("SGD", "Adam", "AdamW")}))
+@each_plain_case
 def test_unknown_group_keys_are_kept(case: Case) -> None:
     """Schedulers and frameworks leave their own entries in groups."""
     optimizer = case.ours([{"params": make_params(), "note": "mine"}])

@@ -2,8 +2,6 @@
 
 import gc
 import resource
-import subprocess
-import sys
 import weakref
 from typing import Any
 
@@ -12,15 +10,14 @@ import torch
 from torch.nn import Parameter
 
 import fusedopt
-from support.api_helpers import CASES, MAIN_CASES, Case, by_id, make_params, set_grads, train
 from support.device import STEPS_ON_DEVICE
-
-EVERY_CASE = pytest.mark.parametrize("case", **by_id(CASES))
-MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
+from support.files import run_python
+from support.optimizers import CASES, Case, main_cases, take_step, train, varied_cases
+from support.tensors import make_params, set_grads
 
 
 @pytest.mark.cpu_only
-@MAIN_CASE
+@main_cases
 @pytest.mark.parametrize("count", [100, 1000])
 @pytest.mark.parametrize("groups", ["one group", "a group per tensor"])
 def test_bookkeeping(case: Case, count: int, groups: str) -> None:
@@ -69,7 +66,7 @@ print(len(states), before, peak())
 
 
 LARGE = {
-    "sgd-momentum": "torch.ones(16 << 20)",
+    "momentum-l2": "torch.ones(16 << 20)",
     "adam": "torch.ones(16, 1 << 10, 32, 32).to(memory_format=torch.channels_last)",
     "adamw": "torch.ones(4 << 10, 4 << 10).t()",
 }
@@ -81,9 +78,8 @@ LARGE = {
 def test_no_copies(name: str) -> None:
     """A step over a 64 MiB tensor must not raise the peak of memory by a quarter of one tensor."""
     case = CASES[name]
-    code = PEAK.format(name=case.name, options=case.options, tensor=LARGE[name])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    states, before, after = (int(number) for number in done.stdout.split())
+    code = PEAK.format(name=case.optimizer, options=case.options, tensor=LARGE[name])
+    states, before, after = (int(number) for number in run_python("-c", code).split())
     assert states == len(case.state_names - {"step"})
     assert before > (2 + states) * 64 << 10  # the measure sees tensors of this size
     assert after - before < 16 << 10
@@ -108,7 +104,7 @@ def test_steps_leak_nothing() -> None:
     assert run(3000) - first < 8 << 10  # one leaked grad a step would be 48 MiB
 
 
-@MAIN_CASE
+@main_cases
 def test_nothing_is_kept_alive(case: Case) -> None:
     """Dropped grads are freed at once, and params with their optimizer."""
     params = make_params()
@@ -123,11 +119,11 @@ def test_nothing_is_kept_alive(case: Case) -> None:
     assert [ref() for ref in refs] == [None] * len(refs)
 
 
-@MAIN_CASE
+@main_cases
 def test_grads_are_released_after_an_error(case: Case) -> None:
     params = make_params()
     optimizer = case.ours(params)
-    train(optimizer, steps=1)
+    take_step(optimizer, 0)
     set_grads(params, 1)
     params[-1].data = torch.ones(2, dtype=torch.float64)
     with pytest.raises(ValueError, match="does not fit"):
@@ -137,12 +133,12 @@ def test_grads_are_released_after_an_error(case: Case) -> None:
     assert [grad() for grad in grads] == [None] * len(grads)
 
 
-@EVERY_CASE
+@varied_cases
 def test_versions(case: Case) -> None:
     """Params that are written to get a new version; grads and other params keep theirs."""
     params = make_params()
     optimizer = case.ours(params)
-    train(optimizer, steps=1)
+    take_step(optimizer, 0)
     idle = params[2]
     idle.grad = None
     before = [param._version for param in params]
@@ -153,7 +149,7 @@ def test_versions(case: Case) -> None:
     assert [param.grad._version for param in params if param.grad is not None] == grads
 
 
-@MAIN_CASE
+@main_cases
 def test_backward_through_a_changed_param_raises(case: Case) -> None:
     """Else autograd would silently use the new values for the old graph."""
     param, other = (Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
@@ -168,7 +164,7 @@ def test_backward_through_a_changed_param_raises(case: Case) -> None:
 
 
 @pytest.mark.skipif(STEPS_ON_DEVICE, reason="the host does not know that the step is skipped")
-@MAIN_CASE
+@main_cases
 def test_version_stays_on_a_skipped_step(case: Case) -> None:
     param = Parameter(torch.ones(3))
     optimizer = case.ours([param])
@@ -180,7 +176,7 @@ def test_version_stays_on_a_skipped_step(case: Case) -> None:
     assert param._version == 0
 
 
-@MAIN_CASE
+@main_cases
 def test_views_see_the_step(case: Case) -> None:
     """A slice shares version and memory with its base, which is written only where it is sliced."""
     base = torch.ones(4, 6)

@@ -4,6 +4,7 @@ The plan keeps pointers between steps, so each of these could leave it with an o
 torch.optim, which looks everything up anew, gets the same treatment.
 """
 
+# ruff: noqa: ARG001
 from collections.abc import Callable
 from typing import Any
 
@@ -11,62 +12,58 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from support.api_helpers import (
-    CASES,
-    MAIN_CASES,
-    Case,
-    all_of,
-    assert_equal,
-    assert_same_math,
-    by_id,
-    make_params,
-    params_of,
-    train,
-)
 from support.device import on_host
+from support.optimizers import (
+    CASES,
+    VARIED,
+    Build,
+    Case,
+    like_torch,
+    main_cases,
+    some_cases,
+    take_step,
+    train,
+    varied_cases,
+)
+from support.snapshots import record
+from support.tensors import assert_equal, by_id, make_params, params_of
 
-EVERY_CASE = pytest.mark.parametrize("case", **by_id(CASES))
-MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
-STATEFUL = {name: case for name, case in CASES.items() if case.state_names}
+stateful_cases = some_cases(*(key for key in VARIED if CASES[key].state_names))
 
 
 Change = Callable[[Any, list[Parameter]], None]
 
 
-def compare(case: Case, change: Change, steps: int = 2) -> None:
-    """Steps, changes, steps: ours and torch's must agree in parameters and state."""
-    results = []
-    for build in (case.ours, case.torchs):
-        params = make_params()
-        optimizer = build(params)
-        train(optimizer, steps=2)
+def stepped_and_changed(build: Build, change: Change) -> Any:
+    """Steps, changes, steps, changes, steps."""
+    params = make_params()
+    optimizer = build(params)
+    train(optimizer, steps=2)
+    for first in (2, 4):
         change(optimizer, params)
-        train(optimizer, steps=steps, first=2)
-        change(optimizer, params)
-        train(optimizer, steps=steps, first=2 + steps)
-        results.append(all_of(optimizer))
-    assert_same_math(*results)
+        train(optimizer, steps=2, first=first)
+    return record(optimizer)
 
 
-def move_params(optimizer: Any, params: list[Parameter]) -> None:  # noqa: ARG001
+def move_params(optimizer: Any, params: list[Parameter]) -> None:
     for param in params:
         param.data = param.data.clone() + 1
     for param in params:  # the old memory is free now, and taken by others
         torch.full((param.numel(),), float("nan"), dtype=torch.float64)
 
 
-def move_to_same_memory(optimizer: Any, params: list[Parameter]) -> None:  # noqa: ARG001
+def move_to_same_memory(optimizer: Any, params: list[Parameter]) -> None:
     params[1].data = params[1].data.view(20).view(4, 5)
 
 
-def move_to_view(optimizer: Any, params: list[Parameter]) -> None:  # noqa: ARG001
+def move_to_view(optimizer: Any, params: list[Parameter]) -> None:
     """From dense to strided memory."""
     wide = torch.full((4, 10), 7.0, dtype=torch.float64)
     wide[:, ::2] = params[1].data
     params[1].data = wide[:, ::2]
 
 
-def swap_two_params(optimizer: Any, params: list[Parameter]) -> None:  # noqa: ARG001
+def swap_two_params(optimizer: Any, params: list[Parameter]) -> None:
     params[1].data, params[4].data = params[4].data, params[1].data
     params[1].data = params[1].data.reshape(-1)[:20].reshape(4, 5).clone()
     params[4].data = torch.ones(2, 3, 4, dtype=torch.float64)
@@ -104,7 +101,7 @@ def reorder_in_place(optimizer: Any, params: list[Parameter]) -> None:
             value.data = value.data.t()
 
 
-def reorder_params_in_place(optimizer: Any, params: list[Parameter]) -> None:  # noqa: ARG001
+def reorder_params_in_place(optimizer: Any, params: list[Parameter]) -> None:
     params[6].data = params[6].data.t()
 
 
@@ -112,7 +109,7 @@ def clear_one_state(optimizer: Any, params: list[Parameter]) -> None:
     optimizer.state.pop(params[1], None)
 
 
-def clear_all_state(optimizer: Any, params: list[Parameter]) -> None:  # noqa: ARG001
+def clear_all_state(optimizer: Any, params: list[Parameter]) -> None:
     optimizer.state.clear()
 
 
@@ -123,7 +120,7 @@ def reorder_state(optimizer: Any, params: list[Parameter]) -> None:
             optimizer.state[param] = optimizer.state.pop(param)
 
 
-def state_of_strangers(optimizer: Any, params: list[Parameter]) -> None:  # noqa: ARG001
+def state_of_strangers(optimizer: Any, params: list[Parameter]) -> None:
     """Entries that belong to no parameter, among those that do."""
     old = dict(optimizer.state)
     optimizer.state.clear()
@@ -146,11 +143,11 @@ def remove_a_param(optimizer: Any, params: list[Parameter]) -> None:
         del optimizer.param_groups[0]["params"][1]
 
 
-def append_a_param(optimizer: Any, params: list[Parameter]) -> None:  # noqa: ARG001
+def append_a_param(optimizer: Any, params: list[Parameter]) -> None:
     optimizer.param_groups[0]["params"].append(Parameter(torch.ones(7, dtype=torch.float64)))
 
 
-def reverse_params(optimizer: Any, params: list[Parameter]) -> None:  # noqa: ARG001
+def reverse_params(optimizer: Any, params: list[Parameter]) -> None:
     optimizer.param_groups[0]["params"].reverse()
 
 
@@ -158,7 +155,7 @@ def new_params_list(optimizer: Any, params: list[Parameter]) -> None:
     optimizer.param_groups[0]["params"] = [params[1], params[0], *params[2:]]
 
 
-def split_group(optimizer: Any, params: list[Parameter]) -> None:  # noqa: ARG001
+def split_group(optimizer: Any, params: list[Parameter]) -> None:
     first = optimizer.param_groups[0]
     if len(first["params"]) > 2:
         moved = first["params"].pop()
@@ -177,26 +174,28 @@ CHANGES: dict[str, Change] = {
 }  # fmt: skip
 
 
-@EVERY_CASE
+@varied_cases
 @pytest.mark.parametrize("change", **by_id(CHANGES))
-def test_change_between_steps(case: Case, change: Change) -> None:
-    compare(case, change)
+@like_torch
+def test_change_between_steps(build: Build, change: Change) -> Any:
+    return stepped_and_changed(build, change)
 
 
-@MAIN_CASE
+@main_cases
 def test_step_writes_to_the_new_memory_only(case: Case) -> None:
     param = Parameter(torch.ones(8))
     optimizer = case.ours([param])
     train(optimizer, steps=2)
     old, kept = param.data, param.data.clone()
     param.data = torch.zeros(8)
-    train(optimizer, steps=1)
+    take_step(optimizer, 0)
     assert_equal(old, kept)
     assert bool((param != 0).all())
 
 
-@pytest.mark.parametrize("case", **by_id(STATEFUL))
-def test_new_shape(case: Case) -> None:
+@stateful_cases
+@like_torch
+def test_new_shape(build: Build) -> Any:
     """A parameter grows between two steps; its state was reset with it."""
 
     def grow(optimizer: Any, params: list[Parameter]) -> None:
@@ -205,15 +204,15 @@ def test_new_shape(case: Case) -> None:
         for param in params[:2]:
             optimizer.state.pop(param)
 
-    compare(case, grow)
+    return stepped_and_changed(build, grow)
 
 
-@EVERY_CASE
+@varied_cases
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_new_dtype(case: Case, dtype: torch.dtype) -> None:
     """model.to(dtype) swaps the data of every parameter."""
     results = []
-    for build in (case.ours, case.torchs):
+    for build in (case.ours, case.theirs):
         model = torch.nn.Linear(3, 5)
         with torch.no_grad():
             model.weight.fill_(1)
@@ -222,7 +221,7 @@ def test_new_dtype(case: Case, dtype: torch.dtype) -> None:
         train(optimizer, steps=2)
         model.to(dtype)
         optimizer.state.clear()
-        train(optimizer, steps=1)
+        take_step(optimizer, 0)
         results.append(params_of(optimizer))
     assert results[0][0].dtype == dtype
     tolerance = {torch.float64: 1e-6, torch.bfloat16: 2**-7}[dtype]

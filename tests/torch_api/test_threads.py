@@ -22,8 +22,11 @@ from torch.nn import Parameter
 
 import fusedopt
 from fusedopt import _C
-from support.api_helpers import CASES, Case, all_of, assert_equal, by_id, draw, run_in_threads
 from support.device import DEVICE, on_host
+from support.optimizers import CASES, VARIED, Case
+from support.snapshots import record
+from support.tensors import assert_equal, by_id, draw
+from support.threads import run_in_threads
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a step returns before the GPU is done")
 
@@ -33,11 +36,8 @@ SIZES = [1 << bits for bits in (range(14, 21) if _C.is_emulated() else range(18,
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_for_each_step() -> Any:
-    threads = torch.get_num_threads()
+def _one_thread_for_each_step() -> None:
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ ROWS = {
     "exp_avg replaced": Row(lambda o, _: entries(o).update(exp_avg=torch.zeros(3))),
     "exp_avg_sq deleted": Row(lambda o, _: entries(o).pop("exp_avg_sq")),
     "momentum_buffer replaced": Row(
-        lambda o, _: entries(o).update(momentum_buffer=torch.zeros(3)), CASES["sgd-momentum"]
+        lambda o, _: entries(o).update(momentum_buffer=torch.zeros(3)), CASES["momentum-l2"]
     ),
     "step replaced": Row(lambda o, _: entries(o).update(step=on_host(7.0))),
     "master replaced": Row(
@@ -115,11 +115,8 @@ ROWS = {
 def build(row: Row, size: int) -> Any:
     """An optimizer after a step. Nothing else refers to what it works on."""
     options = {k: v.clone() if isinstance(v, Tensor) else v for k, v in row.options.items()}
-    generator = torch.Generator().manual_seed(5)
-    params = [
-        Parameter(draw((1024,), generator).to(row.dtype).repeat(count // 1024))
-        for count in (1024, size)
-    ]
+    first, last = draw([1024, 1024], dtype=row.dtype)
+    params = [Parameter(first), Parameter(last.repeat(size // 1024))]
     optimizer = row.case.ours(params, **options)
     for param in params:
         param.grad = param.detach() * 0.1 + 0.01
@@ -239,7 +236,7 @@ def test_optimizers_that_share_a_parameters_grads_in_threads() -> None:
     """Several drivers read the same grads at once."""
 
     def make() -> Any:
-        return [case.ours([Parameter(torch.ones(70_000))]) for case in CASES.values()]
+        return [CASES[key].ours([Parameter(torch.ones(70_000))]) for key in VARIED]
 
     together, alone = make(), make()
     grads = torch.randn(70_000, generator=torch.Generator().manual_seed(1))
@@ -254,4 +251,4 @@ def test_optimizers_that_share_a_parameters_grads_in_threads() -> None:
     for optimizer in alone:
         for _ in range(5):
             optimizer.step()
-    assert_equal([all_of(o) for o in together], [all_of(o) for o in alone])
+    assert_equal([record(o) for o in together], [record(o) for o in alone])

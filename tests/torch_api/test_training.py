@@ -1,6 +1,5 @@
 """What a training loop does around step(): schedulers, tensor options, GradScaler, clipping."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,34 +9,19 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 import fusedopt
-from support.api_helpers import (
-    CASES,
-    MAIN_CASES,
-    Case,
-    assert_equal,
-    assert_same_math,
-    by_id,
-    make_params,
-    params_of,
-    set_grads,
-    snapshot,
-)
 from support.device import on_host
-
-EVERY_CASE = pytest.mark.parametrize("case", **by_id(CASES))
-MAIN_CASE = pytest.mark.parametrize("case", **by_id(MAIN_CASES))
-
-
-def compare(case: Case, loop: Callable[[Any], Any], **options: Any) -> None:
-    """Runs a loop with both optimizers; parameters and what the loop returns must agree."""
-    results = []
-    for build in (case.ours, case.torchs):
-        optimizer = build(make_params(), **copy.deepcopy(options))
-        returned = loop(optimizer)
-        results.append((params_of(optimizer), returned))
-    assert_same_math(results[0][0], results[1][0])
-    assert results[0][1] == results[1][1]
-
+from support.optimizers import (
+    Build,
+    Case,
+    each_adam,
+    each_name,
+    like_torch,
+    main_cases,
+    take_step,
+    varied_cases,
+)
+from support.snapshots import snapshot
+from support.tensors import assert_equal, assert_same_math, make_params, params_of, set_grads
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "StepLR": lambda opt: lr_scheduler.StepLR(opt, 2),
@@ -63,74 +47,66 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 CYCLES_MOMENTUM = {"OneCycleLR", "CyclicLR"}
 
 
-@EVERY_CASE
+@varied_cases
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_scheduler(case: Case, name: str) -> None:
-    if name in CYCLES_MOMENTUM and case.options.get("momentum", 0) == 0 and case.name == "SGD":
-        case = Case("SGD", {"lr": 0.1, "momentum": 0.5})
-
-    def loop(optimizer: Any) -> list[Any]:
-        scheduler = SCHEDULERS[name](optimizer)
-        seen = []
-        for seed in range(8):
-            set_grads(optimizer.param_groups[0]["params"], seed)
-            optimizer.step()
-            scheduler.step()
-            group = optimizer.param_groups[0]
-            seen.append((group["lr"], group.get("momentum"), group.get("betas")))
-        assert len(set(seen)) > 1
-        if name in CYCLES_MOMENTUM:
-            assert len({entry[1:] for entry in seen}) > 1
-        return seen
-
-    compare(case, loop)
+@like_torch
+def test_scheduler(build: Build, case: Case, name: str) -> Any:
+    has_momentum = case.optimizer != "SGD" or "momentum" in case.options
+    optimizer = build(make_params())
+    if name in CYCLES_MOMENTUM and not has_momentum:
+        optimizer.param_groups[0]["momentum"] = optimizer.defaults["momentum"] = 0.5
+    scheduler, seen = SCHEDULERS[name](optimizer), []
+    for seed in range(8):
+        take_step(optimizer, seed)
+        scheduler.step()
+        group = optimizer.param_groups[0]
+        seen.append((group["lr"], group.get("momentum"), group.get("betas")))
+    assert len(set(seen)) > 1
+    assert name not in CYCLES_MOMENTUM or len({entry[1:] for entry in seen}) > 1
+    return params_of(optimizer), seen
 
 
-@EVERY_CASE
-def test_reduce_lr_on_plateau(case: Case) -> None:
-    def loop(optimizer: Any) -> list[float]:
-        scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0)
-        for seed, loss in enumerate([1.0, 0.5, 0.7, 0.4, 0.6, 0.6]):
-            set_grads(optimizer.param_groups[0]["params"], seed)
-            optimizer.step()
-            scheduler.step(loss)
-        return scheduler.get_last_lr()
-
-    compare(case, loop)
+@varied_cases
+@like_torch
+def test_reduce_lr_on_plateau(build: Build) -> Any:
+    optimizer = build(make_params())
+    scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0)
+    for seed, loss in enumerate([1.0, 0.5, 0.7, 0.4, 0.6, 0.6]):
+        take_step(optimizer, seed)
+        scheduler.step(loss)
+    return params_of(optimizer), scheduler.get_last_lr()
 
 
-@EVERY_CASE
+@varied_cases
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-dim", "1-dim"])
 @pytest.mark.parametrize("edit", ["in place", "replaced", "by a scheduler"])
-def test_tensor_lr(case: Case, shape: tuple[int, ...], edit: str) -> None:
+@like_torch
+def test_tensor_lr(build: Build, shape: tuple[int, ...], edit: str) -> Any:
     """What is in the tensor counts at each step, not what was there when the plan was made."""
-
-    def loop(optimizer: Any) -> None:
-        group = optimizer.param_groups[0]
-        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5) if edit == "by a scheduler" else None
-        for seed in range(4):
-            set_grads(group["params"], seed)
-            optimizer.step()
-            if scheduler:
-                scheduler.step()
-            elif edit == "in place":
-                group["lr"].mul_(0.5)
-            else:
-                group["lr"] = group["lr"] * 0.5
-        assert group["lr"].item() == 0.25 / 16
-
-    compare(case, loop, lr=torch.full(shape, 0.25, dtype=torch.float64, device="cpu"))
+    lr = torch.full(shape, 0.25, dtype=torch.float64, device="cpu")
+    optimizer = build(make_params(), lr=lr)
+    group = optimizer.param_groups[0]
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5) if edit == "by a scheduler" else None
+    for seed in range(4):
+        take_step(optimizer, seed)
+        if scheduler:
+            scheduler.step()
+        elif edit == "in place":
+            group["lr"].mul_(0.5)
+        else:
+            group["lr"] = group["lr"] * 0.5
+    assert group["lr"].item() == 0.25 / 16
+    return params_of(optimizer)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@each_adam
 def test_tensor_betas(name: str) -> None:
     tensors = tuple(on_host(beta, dtype=torch.float64) for beta in (0.8, 0.9))
     results = []
     for betas in ((0.8, 0.9), tensors):
         optimizer = getattr(fusedopt, name)(make_params(), betas=betas)
         for seed in range(4):
-            set_grads(optimizer.param_groups[0]["params"], seed)
-            optimizer.step()
+            take_step(optimizer, seed)
             if betas is tensors and seed == 1:
                 tensors[0].fill_(0.5)
             elif seed == 1:
@@ -139,68 +115,61 @@ def test_tensor_betas(name: str) -> None:
     assert_equal(results[1], results[0])
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+@each_name
 def test_tensor_lr_that_requires_grad(name: str) -> None:
     """torch.optim reads it with item(); so must we, without a warning."""
     lr = on_host(0.1, dtype=torch.float64, requires_grad=True)
+    made = [build(make_params(), lr=lr) for build in (Case(name).ours, Case(name).theirs)]
     torch.set_warn_always(True)  # else torch gives the warning once in a process
     try:
-        compare(Case(name), set_grads_and_step, lr=lr)
+        for optimizer in made:
+            take_step(optimizer, 0)
     finally:
         torch.set_warn_always(False)
+    assert_same_math(*map(params_of, made))
 
 
-def set_grads_and_step(optimizer: Any, seed: int = 0) -> None:
-    set_grads(optimizer.param_groups[0]["params"], seed)
-    optimizer.step()
+@main_cases
+@like_torch
+def test_clip_grad_norm(build: Build) -> Any:
+    optimizer = build(make_params())
+    for seed in range(3):
+        set_grads(optimizer, seed)
+        torch.nn.utils.clip_grad_norm_(params_of(optimizer), 0.1)
+        optimizer.step()
+    return params_of(optimizer)
 
 
-@MAIN_CASE
-def test_clip_grad_norm(case: Case) -> None:
-    def loop(optimizer: Any) -> None:
-        for seed in range(3):
-            params = optimizer.param_groups[0]["params"]
-            set_grads(params, seed)
-            torch.nn.utils.clip_grad_norm_(params, 0.1)
+@main_cases
+@like_torch
+def test_gradient_accumulation(build: Build) -> Any:
+    optimizer = build(make_params())
+    for micro in range(6):
+        losses = [(param * (micro + 1)).square().sum() for param in params_of(optimizer)]
+        torch.stack(losses).sum().backward()
+        if micro % 3 == 2:
             optimizer.step()
-
-    compare(case, loop)
-
-
-@MAIN_CASE
-def test_gradient_accumulation(case: Case) -> None:
-    def loop(optimizer: Any) -> None:
-        params = optimizer.param_groups[0]["params"]
-        for micro in range(6):
-            loss = torch.stack([(param * (micro + 1)).square().sum() for param in params]).sum()
-            loss.backward()
-            if micro % 3 == 2:
-                optimizer.step()
-                optimizer.zero_grad()
-
-    compare(case, loop)
+            optimizer.zero_grad()
+    return params_of(optimizer)
 
 
-@MAIN_CASE
-def test_optimizer_in_backward(case: Case) -> None:
+@main_cases
+@like_torch
+def test_optimizer_in_backward(build: Build) -> Any:
     """One optimizer per parameter, stepped by a hook while the backward pass runs."""
+    params = make_params()
+    optimizers = {param: build([param]) for param in params}
 
-    def train_in_backward(build: Callable[..., Any]) -> list[Tensor]:
-        params = make_params()
-        optimizers = {param: build([param]) for param in params}
+    def step(param: Any) -> None:
+        optimizers[param].step()
+        optimizers[param].zero_grad()
 
-        def step(param: Any) -> None:
-            optimizers[param].step()
-            optimizers[param].zero_grad()
-
-        for param in params:
-            param.register_post_accumulate_grad_hook(step)
-        for _ in range(3):
-            torch.stack([param.square().sum() for param in params]).sum().backward()
-        assert all(param.grad is None for param in params)
-        return [param.detach() for param in params]
-
-    assert_same_math(train_in_backward(case.ours), train_in_backward(case.torchs))
+    for param in params:
+        param.register_post_accumulate_grad_hook(step)
+    for _ in range(3):
+        torch.stack([param.square().sum() for param in params]).sum().backward()
+    assert all(param.grad is None for param in params)
+    return params
 
 
 # Where there is a GPU, torch._dynamo.reset() imports code of torch that warns.
@@ -212,7 +181,7 @@ def compiled_loop(case: Case, ours: bool, compiled: bool) -> list[Tensor]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     model.double()
-    optimizer = (case.ours if ours else case.torchs)(model.parameters())
+    optimizer = (case.ours if ours else case.theirs)(model.parameters())
     inputs, targets = torch.randn(2, 16, 4).double(), torch.randn(2, 16, 1).double()
 
     def train_step(x: Tensor, y: Tensor) -> Tensor:
@@ -229,7 +198,7 @@ def compiled_loop(case: Case, ours: bool, compiled: bool) -> list[Tensor]:
 
 
 @COMPILES
-@MAIN_CASE
+@main_cases
 def test_step_inside_a_compiled_function(case: Case) -> None:
     """Clean means: no warning (they are errors here), no recompilation, the same numbers."""
     torch._dynamo.reset()
@@ -239,7 +208,7 @@ def test_step_inside_a_compiled_function(case: Case) -> None:
 
 
 @COMPILES
-@MAIN_CASE
+@main_cases
 def test_compiled_function_is_not_compiled_again(case: Case) -> None:
     """lr, step counts and state change between calls; nothing of it may be guarded on."""
     torch._dynamo.reset()
@@ -262,11 +231,11 @@ def test_compiled_function_is_not_compiled_again(case: Case) -> None:
     torch._dynamo.reset()
 
 
-@MAIN_CASE
+@main_cases
 def test_skipped_training_step_leaves_snapshot(case: Case) -> None:
     """No parameter has a grad: a step does nothing at all."""
     optimizer = case.ours(make_params())
-    set_grads_and_step(optimizer)
+    take_step(optimizer, 0)
     optimizer.zero_grad()
     before = snapshot(optimizer)
     optimizer.step()

@@ -15,9 +15,9 @@ from torch.nn import Parameter
 
 import fusedopt
 from support.device import DEVICE, on_host
+from support.equality import both_ways
 from support.optimizers import each_adam
 from support.snapshots import refused
-from support.tensors import assert_equal
 
 
 def make(name: str, **options: Any) -> tuple[Any, list[Parameter]]:
@@ -188,18 +188,16 @@ def test_checkpoints_of_other_optimizers(name: str, maker: str) -> None:
 
 @each_adam
 @pytest.mark.parametrize("empty", [{}, {"exp_avg": None, "exp_avg_sq": None, "step": None}])
-def test_empty_state_is_a_new_parameter(name: str, empty: dict[str, Any]) -> None:
-    results = []
-    for clears in (True, False):
-        optimizer, params = make(name)
-        if clears:
-            step(optimizer, params, 2)
-            for i, param in enumerate(params):
-                optimizer.state[param] = dict(empty)
-                param.data = torch.full((4,), float(i))
+@both_ways
+def test_empty_state_is_a_new_parameter(clears: bool, name: str, empty: dict[str, Any]) -> Any:
+    optimizer, params = make(name)
+    if clears:
         step(optimizer, params, 2)
-        results.append([params, list(optimizer.state.values())])
-    assert_equal(*results)
+        for i, param in enumerate(params):
+            optimizer.state[param] = dict(empty)
+            param.data = torch.full((4,), float(i))
+    step(optimizer, params, 2)
+    return [params, list(optimizer.state.values())]
 
 
 # What may be missing, since an option that needs it may have been switched on later: what is made.

@@ -13,9 +13,10 @@ from torch.nn import Parameter
 
 import fusedopt
 from support.device import on_host
-from support.optimizers import Case, main_cases, take_step, train, varied_cases
+from support.equality import assert_equal, assert_same_math
+from support.optimizers import Build, Case, like_torch, main_cases, take_step, train, varied_cases
 from support.snapshots import copy_params, record, refused, resumed, through_a_file
-from support.tensors import assert_equal, assert_same_math, by_id, make_params, params_of, set_grads
+from support.tensors import by_id, make_params, params_of, set_grads
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -103,49 +104,36 @@ def strip(optimizer: Any, group_keys: list[str], step: Callable[[float], Any]) -
 
 
 # What groups lacked and how step was kept: torch 1.4 to 1.11, 1.12, 1.13 to 2.5.
-OLD: dict[str, dict[str, Any]] = {
-    "Adam int step": {
-        "case": Case("Adam", {"weight_decay": 0.1}),
-        "group_keys": ["maximize", "foreach", "capturable", "differentiable", "fused",
-                       "decoupled_weight_decay"],
-        "step": int,
-    },
-    "Adam without amsgrad": {
-        "case": Case("Adam"),
-        "group_keys": ["amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused",
-                       "decoupled_weight_decay"],
-        "step": int,
-    },
-    "Adam float step": {
-        "case": Case("Adam", {"amsgrad": True}),
-        "group_keys": ["capturable", "differentiable", "fused", "decoupled_weight_decay"],
-        "step": float,
-    },
-    "AdamW int tensor step": {
-        "case": Case("AdamW", {"weight_decay": 0.1}),
-        "group_keys": ["differentiable", "fused", "decoupled_weight_decay"],
-        "step": lambda step: torch.tensor(int(step)),
-    },
-    "AdamW 1-dim step": {
-        "case": Case("AdamW", {"weight_decay": 0.1}),
-        "group_keys": ["decoupled_weight_decay"],
-        "step": lambda step: torch.tensor([step]),
-    },
-    "SGD": {
-        "case": Case("SGD", {"momentum": 0.9, "lr": 0.1}),
-        "group_keys": ["nesterov", "maximize", "foreach", "differentiable", "fused"],
-        "step": int,
-    },
-}  # fmt: skip
+SINCE_113 = ["differentiable", "fused", "decoupled_weight_decay"]
+SINCE_112 = ["maximize", "foreach", "capturable", *SINCE_113]
+OLD: dict[str, tuple[Case, list[str], Callable[[float], Any]]] = {
+    "Adam int step": (Case("Adam", {"weight_decay": 0.1}), SINCE_112, int),
+    "Adam without amsgrad": (Case("Adam"), ["amsgrad", *SINCE_112], int),
+    "Adam float step": (Case("Adam", {"amsgrad": True}), ["capturable", *SINCE_113], float),
+    "AdamW int tensor step": (
+        Case("AdamW", {"weight_decay": 0.1}),
+        SINCE_113,
+        lambda step: torch.tensor(int(step)),
+    ),
+    "AdamW 1-dim step": (
+        Case("AdamW", {"weight_decay": 0.1}),
+        SINCE_113[2:],
+        lambda step: torch.tensor([step]),
+    ),
+    "SGD": (
+        Case("SGD", {"momentum": 0.9, "lr": 0.1}),
+        ["nesterov", "maximize", "foreach", "differentiable", "fused"],
+        int,
+    ),
+}
 
 
-@pytest.mark.parametrize("old", **by_id(OLD))
-def test_old_state_dicts(old: dict[str, Any]) -> None:
-    case = old["case"]
+@pytest.mark.parametrize(("case", "group_keys", "step"), **by_id(OLD))
+def test_old_state_dicts(case: Case, group_keys: list[str], step: Any) -> None:
     original = case.ours(make_params())
     train(original, steps=2)
     optimizer = case.ours(copy_params(original))
-    optimizer.load_state_dict(through_a_file(strip(original, old["group_keys"], old["step"])))
+    optimizer.load_state_dict(through_a_file(strip(original, group_keys, step)))
     for group in optimizer.param_groups:
         assert group.keys() == original.param_groups[0].keys()
     for entries in optimizer.state.values():
@@ -270,50 +258,48 @@ def test_unknown_entries_are_kept(case: Case) -> None:
 @main_cases
 @pytest.mark.parametrize("saved_named", [False, True], ids=["saved unnamed", "saved named"])
 @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
-def test_param_names(case: Case, saved_named: bool, named: bool) -> None:
-    results = []
-    for build in (case.ours, case.theirs):
-        first, second = (
-            build([(f"{prefix}{i}", p) for i, p in enumerate(make_params())] if with_names
-                  else make_params())
-            for prefix, with_names in (("saved", saved_named), ("own", named))
-        )  # fmt: skip
-        second.load_state_dict(first.state_dict())
-        results.append(second.param_groups[0].get("param_names"))
-    assert results[0] == results[1]
-    assert (results[0] is not None) == (saved_named or named)
+@like_torch
+def test_param_names(build: Build, saved_named: bool, named: bool) -> Any:
+    def made(prefix: str, with_names: bool) -> Any:
+        params = make_params()
+        named = [(f"{prefix}{index}", param) for index, param in enumerate(params)]
+        return build(named if with_names else params)
+
+    optimizer = made("own", named)
+    optimizer.load_state_dict(made("saved", saved_named).state_dict())
+    names = optimizer.param_groups[0].get("param_names")
+    assert (names is not None) == (saved_named or named)
+    return names
 
 
 @varied_cases
-def test_hooks(case: Case) -> None:
+@like_torch
+def test_hooks(build: Build) -> Any:
     """All four kinds, in torch's order and with torch's rights to replace the dict."""
-    logs = []
-    for build in (case.ours, case.theirs):
-        log: list[Any] = []
-        logs.append(log)
-        optimizer = build(make_params())
-        take_step(optimizer, 0)
+    log: list[Any] = []
+    optimizer = build(make_params())
+    take_step(optimizer, 0)
 
-        def replace(_: Any, saved: dict[str, Any], log: list[Any] = log) -> dict[str, Any]:
-            log.append(("load pre", list(saved)))
-            return {**saved, "param_groups": [{**saved["param_groups"][0], "lr": 0.75}]}
+    def replace(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        log.append(("load pre", list(saved)))
+        return {**saved, "param_groups": [{**saved["param_groups"][0], "lr": 0.75}]}
 
-        def save_post(_: Any, saved: dict[str, Any], log: list[Any] = log) -> dict[str, Any]:
-            log.append(("save post", list(saved)))
-            return {**saved, "extra": 1}
+    def save_post(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+        log.append(("save post", list(saved)))
+        return {**saved, "extra": 1}
 
-        optimizer.register_state_dict_pre_hook(lambda _, log=log: log.append("save pre"))
-        optimizer.register_state_dict_post_hook(save_post)
-        optimizer.register_load_state_dict_pre_hook(replace)
-        optimizer.register_load_state_dict_post_hook(
-            lambda opt, log=log: log.append(("load post", opt.param_groups[0]["lr"]))
-        )
-        saved = optimizer.state_dict()
-        optimizer.load_state_dict(saved)
-        log.append((saved["extra"], saved["param_groups"][0]["lr"]))
-    assert logs[0] == logs[1]
-    assert [entry[0] for entry in logs[0][1:4]] == ["save post", "load pre", "load post"]
-    assert logs[0][3][1] == 0.75
+    def load_post(optimizer: Any) -> None:
+        log.append(("load post", optimizer.param_groups[0]["lr"]))
+
+    optimizer.register_state_dict_pre_hook(lambda _: log.append("save pre"))
+    optimizer.register_state_dict_post_hook(save_post)
+    optimizer.register_load_state_dict_pre_hook(replace)
+    optimizer.register_load_state_dict_post_hook(load_post)
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    assert [entry[0] for entry in log[1:4]] == ["save post", "load pre", "load post"]
+    assert log[3][1] == 0.75
+    return log, saved["extra"], saved["param_groups"][0]["lr"]
 
 
 @main_cases

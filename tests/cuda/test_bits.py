@@ -5,6 +5,7 @@ a hundred times slower: they are few and small, and go through every kernel.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +24,12 @@ from support.tensors import (
     FLOAT32,
     FLOAT64,
     around,
+    by_id,
     draw,
-    dtype_id,
     each_dtype,
     misaligned,
     set_grads,
+    some_dtypes,
 )
 
 pytestmark = needs_driver
@@ -60,7 +62,9 @@ def plant_edges(tensor: Tensor, at: int) -> None:
     tensor[at : at + len(EDGES)] = edges.to(tensor.device)
 
 
-def train(side: Side, case: Case, dtype: torch.dtype, sizes: list[int], steps: int = 5) -> Results:
+def train_sizes(
+    side: Side, case: Case, dtype: torch.dtype, sizes: list[int], steps: int = 5
+) -> Results:
     """The last tensor meets numbers of every kind, in the param and in a grad."""
     params = draw(sizes, side.device, dtype)
     plant_edges(params[-1], 0)
@@ -77,7 +81,7 @@ def train(side: Side, case: Case, dtype: torch.dtype, sizes: list[int], steps: i
 @each_case
 @on_both_drivers
 def test_sizes(side: Side, case: Case, dtype: torch.dtype) -> Results:
-    return train(side, case, dtype, SIZES)
+    return train_sizes(side, case, dtype, SIZES)
 
 
 # Which tensors of a parameter start at an odd address.
@@ -133,7 +137,7 @@ MIXED = {
     "double states": (BFLOAT16, FLOAT16, FLOAT64),
     "complex": (torch.complex64, torch.complex128, torch.complex64),
 }
-each_mix = pytest.mark.parametrize("dtypes", MIXED.values(), ids=MIXED)
+each_mix = pytest.mark.parametrize("dtypes", **by_id(MIXED))
 
 
 def change_grads(params: list[Tensor], dtype: torch.dtype, offset: int) -> None:
@@ -169,9 +173,7 @@ def train_mixed(
 @pytest.mark.parametrize("offset", [0, 1, 2], ids=["aligned", "off by one", "off by two"])
 @some_cases("sgd-l2", "nesterov", "adam-amsgrad-l2")
 @on_both_drivers
-def test_mixed_dtypes(
-    side: Side, case: Case, offset: int, dtypes: tuple[torch.dtype, ...]
-) -> Results:
+def test_mixed_dtypes(side: Side, case: Case, offset: int, dtypes: Any) -> Results:
     return train_mixed(side, case, dtypes, offset, FEW_SIZES)
 
 
@@ -200,21 +202,21 @@ each_of_two = some_cases("nesterov-l2", "adamw-amsgrad")
 
 
 @each_of_two
-@pytest.mark.parametrize("dtype", DTYPES[:5], ids=dtype_id)
+@some_dtypes(*DTYPES[:5])
 @on_both_drivers
 def test_sanitizer_sizes(side: Side, case: Case, dtype: torch.dtype) -> Results:
-    return train(side, case, dtype, TINY_SIZES, steps=2)
+    return train_sizes(side, case, dtype, TINY_SIZES, steps=2)
 
 
 @each_of_two
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=dtype_id)
+@some_dtypes(FLOAT32, FLOAT64)
 @on_both_drivers
 def test_sanitizer_strided(side: Side, case: Case, dtype: torch.dtype) -> Results:
     return train_strided(side, case, dtype, "sliced")
 
 
 @each_of_two
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=dtype_id)
+@some_dtypes(FLOAT32, BFLOAT16)
 @on_both_drivers
 def test_sanitizer_misaligned(side: Side, case: Case, dtype: torch.dtype) -> Results:
     return train_misaligned(side, case, dtype, "all", TINY_SIZES)

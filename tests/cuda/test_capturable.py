@@ -10,12 +10,12 @@ from support.device import needs_driver
 from support.optimizers import CASES, Case, each_case, some_cases, take_step, train
 from support.sides import SIZES, WORK_DTYPES, Results, Side, capturable, on_both_drivers, warmed_up
 from support.snapshots import record
-from support.tensors import draw, dtype_id, params_of, set_grads
+from support.tensors import by_id, draw, params_of, set_grads, some_dtypes
 
 pytestmark = needs_driver
 
 
-@pytest.mark.parametrize("dtype", WORK_DTYPES, ids=dtype_id)
+@some_dtypes(*WORK_DTYPES)
 @each_case
 @on_both_drivers
 def test_eager_steps(side: Side, case: Case, dtype: torch.dtype) -> Results:
@@ -79,7 +79,7 @@ class Numbers:
 
     def options(self, case: Case) -> dict[str, Any]:
         now = {name: self._now(name, 0) for name in self.tensors if not name.startswith("beta")}
-        if case.optimizer != "SGD":
+        if case.takes("betas"):
             now["betas"] = (self._now("beta1", 0.9), self._now("beta2", 0.999))
         return now
 
@@ -92,12 +92,10 @@ class Numbers:
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
-@pytest.mark.parametrize("row", ON_GPU.values(), ids=ON_GPU)
+@some_dtypes(torch.float32, torch.float64)
+@pytest.mark.parametrize("row", **by_id(ON_GPU))
 @on_both_drivers
-def test_options_on_the_gpu(
-    side: Side, row: tuple[str, list[str]], dtype: torch.dtype, captured: bool
-) -> Results:
+def test_options_on_the_gpu(side: Side, row: Any, dtype: torch.dtype, captured: bool) -> Results:
     case, names = CASES[row[0]], row[1]
     numbers = Numbers(side, names, dtype)
     case = replace(case, options={**case.options, **numbers.options(case)})

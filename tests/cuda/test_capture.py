@@ -23,11 +23,11 @@ from support.sides import (
     warmed_up,
 )
 from support.snapshots import record, snapshot
-from support.tensors import draw, dtype_id, params_of, set_grads, values
+from support.tensors import by_id, draw, params_of, set_grads, some_dtypes, values
 
 pytestmark = needs_driver
 
-each_dtype = pytest.mark.parametrize("dtype", WORK_DTYPES, ids=dtype_id)
+each_dtype = some_dtypes(*WORK_DTYPES)
 
 
 @each_dtype
@@ -204,37 +204,26 @@ def test_code_comes_to_the_gpu_during_a_capture(momentum: float, expected: str) 
     assert run_python("-c", CAPTURED_FIRST, momentum).strip() == expected
 
 
-def one_group_is_not_capturable(optimizer: Any) -> None:
-    optimizer.param_groups[1]["capturable"] = False
-
-
-def one_has_no_state(optimizer: Any) -> None:
-    del optimizer.state[params_of(optimizer)[-1]]
-
-
-def one_is_new(optimizer: Any) -> None:
-    params = draw([3], GPU.device)
+def one_is_new(optimizer: Any, device: Any = GPU.device) -> None:
+    params = draw([3], device)
     optimizer.add_param_group({"params": params})
     set_grads(params, 0)
 
 
-def one_is_on_the_cpu(optimizer: Any) -> None:
-    params = draw([3], torch.device("cpu"))
-    optimizer.add_param_group({"params": params})
-    set_grads(params, 0)
-
-
-CAPTURABLE_IS_FALSE = "capturable is False in param group 1.*capturable=True"
-REFUSED = {
-    "not capturable": (one_group_is_not_capturable, CAPTURABLE_IS_FALSE),
-    "no state": (one_has_no_state, "state of some parameters is not there"),
-    "new param": (one_is_new, "state of some parameters is not there"),
+NO_STATE = "state of some parameters is not there"
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "not capturable": (
+        lambda optimizer: optimizer.param_groups[1].update(capturable=False),
+        "capturable is False in param group 1.*capturable=True",
+    ),
+    "no state": (lambda optimizer: optimizer.state.pop(params_of(optimizer)[-1]), NO_STATE),
+    "new param": (one_is_new, NO_STATE),
 }
 if IS_CUDA:
-    REFUSED["on the CPU"] = (one_is_on_the_cpu, "are on the CPU")
+    REFUSED["on the CPU"] = (lambda optimizer: one_is_new(optimizer, "cpu"), "are on the CPU")
 
 
-@pytest.mark.parametrize(("damage", "pattern"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("damage", "pattern"), **by_id(REFUSED))
 @some_cases("momentum", "adamw")
 def test_refused_capture(case: Case, damage: Callable[[Any], None], pattern: str) -> None:
     groups = [{"params": draw(SIZES, GPU.device, seed=seed)} for seed in (1, 2)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from support.device import needs_driver
-from support.optimizers import Case, some_cases
+from support.optimizers import Case, some_cases, take_step
 from support.sides import Results, Side, on_both_drivers
 from support.snapshots import record
 from support.tensors import draw, misaligned, params_of, set_grads, values
@@ -170,8 +170,7 @@ def test_memory_is_free_again_after_the_step(side: Side, case: Case) -> Results:
     params = draw([5, 70000, 33, 4097], side.device)
     optimizer = case.ours(params)
     for seed in range(8):
-        set_grads(params, seed)
-        optimizer.step()
+        take_step(optimizer, seed)
         for param in params:
             param.grad = None
         junk = [torch.full_like(param, torch.nan) for param in params]

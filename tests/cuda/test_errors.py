@@ -12,7 +12,7 @@ from support.device import IS_CUDA, needs_driver, needs_gpu
 from support.optimizers import CASES, Case, some_cases
 from support.sides import GPU, Results, Side, on_both_drivers
 from support.snapshots import record, refused
-from support.tensors import draw, set_grads
+from support.tensors import by_id, draw, set_grads
 
 pytestmark = needs_driver
 
@@ -27,82 +27,78 @@ def make_optimizer(stepped: bool, **options: Any) -> Any:
     return optimizer
 
 
-def numbers_on_gpu(name: str, value: Any) -> Callable[[Any], None]:
-    def damage(optimizer: Any) -> None:
-        optimizer.param_groups[1][name] = value()
-
-    return damage
+def broken(optimizer: Any) -> Any:
+    """The parameter that goes wrong. Another comes before it and one behind."""
+    return optimizer.param_groups[1]["params"][0]
 
 
-def two_betas(optimizer: Any) -> None:
-    optimizer.param_groups[1]["betas"] = (0.9, torch.zeros(2, device=GPU.device))
+def bad_option(**options: Any) -> Callable[[Any], None]:
+    return lambda optimizer: optimizer.param_groups[1].update(options)
 
 
-def overflow_of_two(optimizer: Any) -> None:
-    optimizer.found_inf = torch.zeros(2, device=GPU.device)
+def share_params(optimizer: Any) -> None:
+    broken(optimizer).data = optimizer.param_groups[0]["params"][0].data[2:6]
 
 
-def scale_of_two(optimizer: Any) -> None:
-    optimizer.grad_scale = torch.ones(2, device=GPU.device)
+def share_states(optimizer: Any) -> None:
+    first = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    optimizer.state[broken(optimizer)]["exp_avg"] = first["exp_avg"][:4]
 
 
-def shared_params(optimizer: Any) -> None:
-    first, second = (group["params"][0] for group in optimizer.param_groups)
-    second.data = first.data[2:6]
+def put_param_on_cpu(optimizer: Any) -> None:
+    broken(optimizer).data = broken(optimizer).data.cpu()
 
 
-def shared_states(optimizer: Any) -> None:
-    first, second = (group["params"][0] for group in optimizer.param_groups)
-    optimizer.state[second]["exp_avg"] = optimizer.state[first]["exp_avg"][:4]
-
-
-def short_grad(optimizer: Any) -> None:
-    param = optimizer.param_groups[1]["params"][0]
-    param.data = torch.ones(5, device=GPU.device)
-
-
-def half_step(optimizer: Any) -> None:
-    param = optimizer.param_groups[1]["params"][0]
-    optimizer.state[param]["step"] = GPU.tensor(1.0, torch.float16)
-
-
-def param_on_cpu(optimizer: Any) -> None:
-    param = optimizer.param_groups[1]["params"][0]
-    param.data = param.data.cpu()
-
-
-def state_on_cpu(optimizer: Any) -> None:
-    state = optimizer.state[optimizer.param_groups[1]["params"][0]]
+def put_state_on_cpu(optimizer: Any) -> None:
+    state = optimizer.state[broken(optimizer)]
     state["exp_avg_sq"] = state["exp_avg_sq"].cpu()
 
 
 ONE_NUMBER = "must be one float32 or float64 number"
 ONE_ELEMENT = "found_inf and grad_scale must be tensors of one element"
-integer = numbers_on_gpu("lr", lambda: GPU.tensor(1, torch.int64))
-half = numbers_on_gpu("lr", lambda: GPU.tensor(1.0, torch.float16))
-two = numbers_on_gpu("lr", lambda: GPU.tensor([0.1, 0.1]))
-no_decay = numbers_on_gpu("weight_decay", lambda: GPU.tensor([]))
 # What is wrong, and what the ValueError says.
-BAD = {
-    "integer lr": (integer, f"lr is torch.int64.*{ONE_NUMBER}.*group 1"),
-    "half lr": (half, f"lr is torch.float16.*{ONE_NUMBER}.*group 1"),
-    "two rates": (two, rf"lr is .*\[2\].*{ONE_NUMBER}.*group 1"),
-    "no decay": (no_decay, rf"weight_decay is .*\[0\].*{ONE_NUMBER}.*group 1"),
-    "two betas": (two_betas, rf"betas\[1\] is .*\[2\].*{ONE_NUMBER}.*group 1"),
-    "found_inf of two": (overflow_of_two, ONE_ELEMENT),
-    "grad_scale of two": (scale_of_two, ONE_ELEMENT),
-    "shared params": (shared_params, "group 0, index 0.*group 1, index 0.*share memory"),
-    "shared states": (shared_states, "exp_avg of .*exp_avg of .*share memory"),
-    "short grad": (short_grad, r"grad of .*group 1, index 0.*\[4\].*\[5\]"),
-    "half step": (half_step, "step of .*group 1, index 0.*float16"),
+BAD: dict[str, tuple[Callable[[Any], None], str]] = {
+    "integer lr": (
+        bad_option(lr=GPU.tensor(1, torch.int64)),
+        f"lr is torch.int64.*{ONE_NUMBER}.*group 1",
+    ),
+    "half lr": (
+        bad_option(lr=GPU.tensor(1.0, torch.float16)),
+        f"lr is torch.float16.*{ONE_NUMBER}.*group 1",
+    ),
+    "two rates": (bad_option(lr=GPU.tensor([0.1, 0.1])), rf"lr is .*\[2\].*{ONE_NUMBER}.*group 1"),
+    "no decay": (
+        bad_option(weight_decay=GPU.tensor([])),
+        rf"weight_decay is .*\[0\].*{ONE_NUMBER}.*group 1",
+    ),
+    "two betas": (
+        bad_option(betas=(0.9, GPU.tensor([0.0, 0.0]))),
+        rf"betas\[1\] is .*\[2\].*{ONE_NUMBER}.*group 1",
+    ),
+    "found_inf of two": (
+        lambda optimizer: setattr(optimizer, "found_inf", GPU.tensor([0.0, 0.0])),
+        ONE_ELEMENT,
+    ),
+    "grad_scale of two": (
+        lambda optimizer: setattr(optimizer, "grad_scale", GPU.tensor([1.0, 1.0])),
+        ONE_ELEMENT,
+    ),
+    "shared params": (share_params, "group 0, index 0.*group 1, index 0.*share memory"),
+    "shared states": (share_states, "exp_avg of .*exp_avg of .*share memory"),
+    "short grad": (
+        lambda optimizer: setattr(broken(optimizer), "data", GPU.tensor([1.0] * 5)),
+        r"grad of .*group 1, index 0.*\[4\].*\[5\]",
+    ),
+    "half step": (
+        lambda o: o.state[broken(o)].update(step=GPU.tensor(1.0, torch.float16)),
+        "step of .*group 1, index 0.*float16",
+    ),
 }
 if IS_CUDA:
     BAD |= {
-        "param on the CPU": (param_on_cpu, r"group 1, index 0.*on cuda:0.*on cpu"),
-        "state on the CPU": (state_on_cpu, r"exp_avg_sq of .*on cpu.*on cuda:0"),
+        "param on the CPU": (put_param_on_cpu, r"group 1, index 0.*on cuda:0.*on cpu"),
+        "state on the CPU": (put_state_on_cpu, r"exp_avg_sq of .*on cpu.*on cuda:0"),
     }
-
-each_damage = pytest.mark.parametrize(("damage", "pattern"), BAD.values(), ids=BAD)
 
 
 def assert_refused(optimizer: Any, damage: Callable[[Any], None], pattern: str) -> None:
@@ -112,7 +108,7 @@ def assert_refused(optimizer: Any, damage: Callable[[Any], None], pattern: str) 
         optimizer.step()
 
 
-@each_damage
+@pytest.mark.parametrize(("damage", "pattern"), **by_id(BAD))
 def test_refused(damage: Callable[[Any], None], pattern: str) -> None:
     assert_refused(make_optimizer(stepped=True, capturable=True), damage, pattern)
 
@@ -121,7 +117,7 @@ NEED_STATE = ("shared states", "half step", "state on the CPU")
 AT_FIRST = {name: row for name, row in BAD.items() if name not in NEED_STATE}
 
 
-@pytest.mark.parametrize(("damage", "pattern"), AT_FIRST.values(), ids=AT_FIRST)
+@pytest.mark.parametrize(("damage", "pattern"), **by_id(AT_FIRST))
 def test_refused_at_first(damage: Callable[[Any], None], pattern: str) -> None:
     """No state is left behind."""
     optimizer = make_optimizer(stepped=False, capturable=True)

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from support.device import needs_gpu
-from support.optimizers import Case, some_cases, take_step
+from support.equality import bits
+from support.optimizers import Case, some_cases, take_step, train
 from support.sides import CPU, GPU, SIZES, Results, Side, assert_same_bits, on_both_drivers
 from support.snapshots import record, results
-from support.tensors import bits, draw, each_dtype, params_of, set_grads, values
+from support.tensors import draw, each_dtype, params_of, set_grads, values
 
 pytestmark = needs_gpu
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -70,8 +71,7 @@ def test_step_waits_its_turn_in_a_side_stream(side: Side, case: Case) -> Results
     """The grads are written half a second after step() was called, in the same stream."""
     params = draw(SIZES, side.device)
     optimizer = case.ours(params)
-    set_grads(params, 0)
-    optimizer.step()
+    take_step(optimizer, 0)
     kept = [param.grad for param in params]
     set_grads(params, 1)
     grads = [param.grad for param in params]
@@ -146,16 +146,15 @@ def test_memory_does_not_grow(case: Case, capturable: bool) -> None:
 
 @some_cases("sgd", "momentum", "adamw")
 def test_memory_is_given_back(case: Case) -> None:
-    def train() -> None:
+    def run() -> None:
         params = draw([5000] * 50, GPU.device)
         optimizer = case.ours(params, capturable=True)
-        set_grads(params, 0)
-        optimizer.step()
+        take_step(optimizer, 0)
 
-    train()
+    run()
     gc.collect()
     before = torch.cuda.memory_allocated()
-    train()
+    run()
     gc.collect()
     assert torch.cuda.memory_allocated() <= before
 
@@ -230,13 +229,11 @@ def test_more_than_31_bits_of_elements(case: Case, how: str) -> None:
 @each_dtype
 @some_cases("adamw-amsgrad")
 def test_same_bits_in_every_run(case: Case, dtype: torch.dtype) -> None:
-    def train() -> Results:
+    def run() -> Results:
         params = draw([100_003, 17], GPU.device, dtype)
         optimizer = case.ours(params)
-        for seed in range(3):
-            set_grads(params, seed)
-            optimizer.step()
+        train(optimizer, 3)
         return record(optimizer)
 
-    first, second = train(), train()
+    first, second = run(), run()
     assert all(torch.equal(bits(first[name]), bits(second[name])) for name in first)

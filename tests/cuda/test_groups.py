@@ -8,7 +8,7 @@ import torch
 
 import fusedopt
 from support.device import needs_driver
-from support.optimizers import Case, each_name, some_cases
+from support.optimizers import Case, each_name, some_cases, take_step
 from support.sides import Results, Side, on_both_drivers
 from support.snapshots import record
 from support.tensors import draw, params_of, set_grads
@@ -103,8 +103,7 @@ def test_all_grads_none(side: Side, case: Case) -> Results:
     optimizer = case.ours(params)
     optimizer.step()
     assert not optimizer.state
-    set_grads(params, 0)
-    optimizer.step()
+    take_step(optimizer, 0)
     optimizer.zero_grad()
     optimizer.step()
     return record(optimizer)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from support.device import needs_driver, needs_gpu
+from support.equality import tensor_bytes
 from support.optimizers import Case, each_case, some_cases
 from support.sides import GPU, SIZES, Results, Side, on_both_drivers, without_waiting
 from support.snapshots import record
-from support.tensors import draw, dtype_id, params_of, set_grads, tensor_bytes
+from support.tensors import by_id, draw, params_of, set_grads, some_dtypes
 
 pytestmark = needs_driver
 
@@ -24,7 +25,7 @@ OVERFLOWS = {
     "all but the last": (0, 1, 2, 3),
     "every second": (1, 3),
 }
-each_pattern = pytest.mark.parametrize("skipped", OVERFLOWS.values(), ids=OVERFLOWS)
+each_pattern = pytest.mark.parametrize("skipped", **by_id(OVERFLOWS))
 
 
 def scaled_step(side: Side, optimizer: Any, found_inf: float, scale: float = 1.0) -> None:
@@ -51,12 +52,10 @@ def train_scaled(
 
 
 @each_pattern
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
+@some_dtypes(torch.float32, torch.float16)
 @each_case
 @on_both_drivers
-def test_skipped_steps(
-    side: Side, case: Case, dtype: torch.dtype, skipped: tuple[int, ...]
-) -> Results:
+def test_skipped_steps(side: Side, case: Case, dtype: torch.dtype, skipped: Any) -> Results:
     return train_scaled(side, case, dtype, skipped)
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from support.optimizers import Case, step_with
 from support.snapshots import results
-from support.tensors import dtype_id, values
+from support.tensors import some_dtypes, values
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)
 
@@ -72,7 +71,7 @@ def assert_near(found: Tensor, expected: Tensor, ulps: float) -> None:
     assert (error <= ulps * torch.finfo(found.dtype).eps * scale).all(), error.max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32], ids=dtype_id)
+@some_dtypes(torch.float64, torch.complex128, torch.float32)
 @repeatable
 @given(data=st.data())
 def test_any_step_is_torchs(dtype: torch.dtype, data: st.DataObject) -> None:
@@ -90,7 +89,7 @@ def test_any_step_is_torchs(dtype: torch.dtype, data: st.DataObject) -> None:
         assert_near(results(optimizer, param)[name], expected, ulps=32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64], ids=dtype_id)
+@some_dtypes(torch.bfloat16, torch.float16, torch.complex64)
 @repeatable
 @given(data=st.data())
 def test_any_layout_gives_the_same_bits(dtype: torch.dtype, data: st.DataObject) -> None:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.equality import bits, same_bits
 from support.layouts import Layout, each_layout
 from support.optimizers import Case, each_case, some_cases, step_with
 from support.plans import MANY, best_isa, each_isa, require, use_plan
 from support.snapshots import results
-from support.tensors import DTYPES, bits, dtype_id, each_dtype, same_bits, values
+from support.tensors import DTYPES, each_dtype, some_dtypes, values
 
 SIZES = [
     1,
@@ -78,7 +79,7 @@ def test_a_tensor_of_one_value_keeps_one_value(case: Case, dtype: torch.dtype) -
 
 @pytest.mark.cpu_only
 @some_cases("sgd", "momentum-l2", "adam-low-betas", "adamw-amsgrad")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=dtype_id)
+@some_dtypes(torch.float32, torch.bfloat16, torch.complex64)
 @pytest.mark.parametrize("threads", [1, 2], ids=["1-thread", "2-threads"])
 @pytest.mark.parametrize("chunk_elements", [1, 64, 1000, 16384, MANY])
 def test_chunks_and_threads(
@@ -105,7 +106,7 @@ def test_param_groups(case: Case, group_size: int) -> None:
 
 
 @some_cases("sgd-l2", "momentum", "adam-amsgrad", "adamw")
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@some_dtypes(*DTYPES)
 def test_one_param_or_its_parts(case: Case, dtype: torch.dtype) -> None:
     whole = values(20011, dtype=dtype)
     parts = [part.clone() for part in whole.split([1, 10, 16000, 4000])]
@@ -124,7 +125,7 @@ def test_one_param_or_its_parts(case: Case, dtype: torch.dtype) -> None:
 
 @each_layout
 @some_cases("momentum", "adamw-amsgrad")
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@some_dtypes(*DTYPES)
 def test_strided_or_dense(case: Case, dtype: torch.dtype, layout: Layout) -> None:
     strided = layout.view(layout.storage(dtype))
     dense = strided.clone(memory_format=torch.contiguous_format)

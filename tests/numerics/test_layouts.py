@@ -12,7 +12,7 @@ from support.layouts import GRADS, Layout, each_grad, each_layout
 from support.optimizers import Case, some_cases, step_with
 from support.oracles import assert_rounded_once
 from support.snapshots import results
-from support.tensors import dtype_id, values
+from support.tensors import by_id, some_dtypes, values
 
 CHUNK = constant("core/chunks.h", "kMinChunkElements")
 BOUNDARIES = {
@@ -34,10 +34,10 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=dtype_id)
+@some_dtypes(torch.float32, torch.float64, torch.bfloat16)
 @pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "offset-by-one"])
 @pytest.mark.parametrize("stride", [1, 2], ids=["dense", "strided"])
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("size", **by_id(SIZES))
 @some_cases("momentum-l2", "adamw-amsgrad")
 def test_sizes(case: Case, size: int, stride: int, offset: int, dtype: torch.dtype) -> None:
     room = slice(offset, offset + size * stride, stride)
@@ -58,7 +58,7 @@ def test_sizes(case: Case, size: int, stride: int, offset: int, dtype: torch.dty
 @each_layout
 @each_grad
 @some_cases("momentum", "nesterov-l2", "adam-amsgrad-l2", "adamw")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=dtype_id)
+@some_dtypes(torch.float64, torch.complex128)
 def test_layouts(case: Case, layout: Layout, grad_layout: str, dtype: torch.dtype) -> None:
     storage = layout.storage(dtype)
     before, param = storage.clone(), layout.view(storage)

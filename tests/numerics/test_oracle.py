@@ -11,7 +11,7 @@ from support import oracles
 from support.optimizers import Case, each_case, some_cases, step_with
 from support.oracles import TOLERANCES, assert_rounded_once
 from support.snapshots import results
-from support.tensors import dtype_id, each_dtype, values
+from support.tensors import dtype_id, each_dtype, some_dtypes, values
 
 STEPS = 12
 
@@ -52,7 +52,7 @@ def test_error_is_at_most_that_of_unfused_torch(case: Case, dtype: torch.dtype) 
 
 @pytest.mark.unemulated
 @pytest.mark.unsanitized  # no other accesses than in fewer steps
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+@some_dtypes(torch.float32, torch.bfloat16, torch.float16)
 @some_cases(
     *("sgd-l2", "momentum", "momentum-damped", "nesterov-l2"),
     *("adam", "adam-l2", "adam-decoupled", "adam-amsgrad", "adam-low-betas"),
@@ -146,7 +146,7 @@ def test_mixed_dtypes(case: Case, param_dtype: torch.dtype, state_dtype: torch.d
         assert_rounded_once(value, oracle.results()[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=dtype_id)
+@some_dtypes(torch.bfloat16, torch.float16, torch.float64)
 @some_cases("sgd", "nesterov-l2", "adam-amsgrad", "adamw")
 def test_grad_of_another_dtype(case: Case, dtype: torch.dtype) -> None:
     param = torch.nn.Parameter(values(5, 61, dtype=dtype))

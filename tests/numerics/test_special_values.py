@@ -8,7 +8,7 @@ from torch import Tensor
 
 from support.optimizers import Case, each_case, some_cases, step_with
 from support.snapshots import results
-from support.tensors import dtype_id, values
+from support.tensors import some_dtypes, values
 
 SPECIAL = (0.0, -0.0, 1.0, -2.5, torch.inf, -torch.inf, torch.nan)
 REAL_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -30,7 +30,7 @@ def run_both(case: Case, start: Tensor, grads: list[Tensor]) -> tuple[dict, dict
 
 
 # Complex tensors are left out: torch multiplies them by complex scalars, so that inf becomes NaN.
-@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_id)
+@some_dtypes(*REAL_DTYPES)
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @each_case
 def test_inf_and_nan_as_in_torch(case: Case, dtype: torch.dtype, steps: int) -> None:
@@ -49,7 +49,7 @@ def test_inf_and_nan_as_in_torch(case: Case, dtype: torch.dtype, steps: int) -> 
         assert not different, name
 
 
-@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_id)
+@some_dtypes(*REAL_DTYPES)
 @some_cases("adamw", "adamw-strong-decay", "adamw-amsgrad", "adam-decoupled")
 def test_decay_keeps_an_infinite_param_infinite(case: Case, dtype: torch.dtype) -> None:
     # keep * p with 1 - keep on the side would be -inf + inf.
@@ -59,7 +59,7 @@ def test_decay_keeps_an_infinite_param_infinite(case: Case, dtype: torch.dtype) 
     assert kinds(param) == ["-inf", "inf", "finite"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@some_dtypes(torch.float32, torch.bfloat16)
 @some_cases("adam", "adam-amsgrad", "adamw")
 def test_an_overflowed_second_moment_stops_the_param(case: Case, dtype: torch.dtype) -> None:
     # v = inf makes the step m / inf = 0; v + (1 - b2) (g^2 - v) would turn it into NaN.
@@ -75,7 +75,7 @@ def test_an_overflowed_second_moment_stops_the_param(case: Case, dtype: torch.dt
         assert torch.equal(param, after_one)
 
 
-@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=dtype_id)
+@some_dtypes(*REAL_DTYPES)
 @some_cases("sgd", "momentum", "nesterov", "adam", "adam-amsgrad")
 def test_no_decay_reads_no_param(case: Case, dtype: torch.dtype) -> None:
     # 0 * inf is NaN: a term that torch skips must not be computed with a factor of 0.
@@ -86,7 +86,7 @@ def test_no_decay_reads_no_param(case: Case, dtype: torch.dtype) -> None:
         assert value.isinf().all() if name == "param" else value.isfinite().all(), name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@some_dtypes(torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("pattern", [0x7FFFFFFF, -1, 0x7F800001], ids=["ones", "negative", "low"])
 def test_nan_stays_nan_in_16_bits(dtype: torch.dtype, pattern: int) -> None:
     # A float32 NaN whose bits are rounded like a number's carries into the sign: -0.0, or it loses

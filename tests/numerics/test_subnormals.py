@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 import fusedopt
+from support.equality import same_bits
 from support.optimizers import Case, some_cases, step_with
 from support.plans import best_isa, use_plan
 from support.snapshots import results
-from support.tensors import dtype_id, same_bits, values
+from support.tensors import some_dtypes, values
 
 TINY = float(torch.finfo(torch.float32).tiny)
 SCALES = {
@@ -18,7 +19,7 @@ SCALES = {
     torch.float16: 1e-6,
     torch.float64: 1e-308,
 }
-each_dtype = pytest.mark.parametrize("dtype", SCALES, ids=dtype_id)
+each_dtype = some_dtypes(*SCALES)
 
 
 def set_flush(flushes: bool) -> None:
@@ -91,7 +92,7 @@ def test_inputs_count_as_zero(dtype: torch.dtype) -> None:
     assert (param != 0).all() == kept
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@some_dtypes(torch.bfloat16, torch.float16)
 def test_master_weights_count_as_zero(dtype: torch.dtype) -> None:
     param = torch.zeros(37, dtype=dtype)
     optimizer = fusedopt.SGD([param], lr=0.0, master_weights="float32")
@@ -101,7 +102,7 @@ def test_master_weights_count_as_zero(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+@some_dtypes(torch.float32, torch.float64)
 @pytest.mark.parametrize("flushes", [False, True], ids=["kept", "flushed"])
 @pytest.mark.parametrize("clips", [False, True])
 def test_modes_are_as_before_the_step(flushes: bool, dtype: torch.dtype, clips: bool) -> None:

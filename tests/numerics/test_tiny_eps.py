@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fusedopt
 from support.optimizers import each_adam
-from support.tensors import BFLOAT16, FLOAT32, FLOAT64, dtype_id, values
+from support.tensors import BFLOAT16, FLOAT32, FLOAT64, by_id, some_dtypes, values
 
 EPS: dict[str, float] = {
     "float32's smallest normal": 2.0**-126,
@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bfloat16 states": {"state_dtype": BFLOAT16},
     "float32 states": {"state_dtype": FLOAT32},
 }
-each_dtype = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT64], ids=dtype_id)
+each_dtype = some_dtypes(FLOAT32, BFLOAT16, FLOAT64)
 each_mode = pytest.mark.parametrize("flushes", [False, True], ids=["subnormals kept", "flushed"])
 
 
@@ -45,8 +45,8 @@ def train(name: str, param: Tensor, grads: list[Tensor], flushes: bool, **option
 @each_dtype
 @each_mode
 @each_adam
-@pytest.mark.parametrize("eps", EPS.values(), ids=EPS)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("eps", **by_id(EPS))
+@pytest.mark.parametrize("options", **by_id(OPTIONS))
 @pytest.mark.parametrize("maximize", [False, True], ids=["min", "max"])
 def test_zero_grads_change_nothing(
     name: str,
@@ -66,7 +66,7 @@ def test_zero_grads_change_nothing(
 
 @each_dtype
 @each_mode
-@pytest.mark.parametrize("eps", EPS.values(), ids=EPS)
+@pytest.mark.parametrize("eps", **by_id(EPS))
 def test_zeros_beside_ordinary_grads(eps: float, dtype: torch.dtype, flushes: bool) -> None:
     """The others move as unfused torch has it in float64, to the dtype's accuracy."""
     start = values(300, dtype=dtype)

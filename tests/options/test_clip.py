@@ -12,26 +12,17 @@ from torch import Tensor
 import fusedopt
 from support import oracles
 from support.device import DEVICE
+from support.equality import bits, same_bits, tensor_bytes
 from support.files import constant
 from support.layouts import GRADS, Layout, each_grad, each_layout
-from support.optimizers import Case, each_case, some_cases
+from support.optimizers import Case, each_case, some_cases, take_step
 from support.oracles import TOLERANCES
 from support.sides import SIZES, Results, Side, on_both_drivers, warmed_up, without_waiting
 from support.snapshots import record, results
-from support.tensors import (
-    bits,
-    draw,
-    dtype_id,
-    misaligned,
-    params_of,
-    same_bits,
-    set_grads,
-    tensor_bytes,
-    values,
-)
+from support.tensors import by_id, draw, misaligned, params_of, set_grads, some_dtypes, values
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+each_dtype = some_dtypes(*DTYPES)
 some_optimizers = some_cases("sgd-l2", "nesterov", "adam-l2", "adamw-amsgrad")
 
 
@@ -83,7 +74,7 @@ def test_as_torch(case: Case, limit: float) -> None:
 
 
 @pytest.mark.parametrize("limit", [0.7, 1e3], ids=["above", "below"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+@some_dtypes(torch.float32, torch.bfloat16, torch.float16)
 @each_case
 def test_error_is_at_most_that_of_torch(case: Case, dtype: torch.dtype, limit: float) -> None:
     case = case.suited_to(dtype)
@@ -160,7 +151,7 @@ def test_grad_layouts(case: Case, dtype: torch.dtype, grad_layout: str) -> None:
 
 
 @each_layout
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=dtype_id)
+@some_dtypes(torch.float32, torch.complex64)
 @some_cases("momentum-l2", "adamw")
 def test_param_layouts(case: Case, dtype: torch.dtype, layout: Layout) -> None:
     strided = layout.view(layout.storage(dtype))
@@ -190,8 +181,8 @@ SHAPES: dict[str, list[int]] = {
     "thousands": [1 + index % 7 for index in range(1100)],
     "large and tiny": [1, 50000, 0, 3, 16385, 8192, 1, 1],
 }
-each_sizes = pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
-each_real = pytest.mark.parametrize("dtype", DTYPES[:4], ids=dtype_id)
+each_sizes = pytest.mark.parametrize("sizes", **by_id(SHAPES))
+each_real = some_dtypes(*DTYPES[:4])
 
 
 @each_sizes
@@ -285,8 +276,7 @@ def test_infinite_limit_only_measures(case: Case, dtype: torch.dtype) -> None:
         params = draw(SIZES, torch.device(DEVICE), dtype)
         optimizer = case.ours(params, **more)
         for seed in range(3):
-            set_grads(params, seed)
-            optimizer.step()
+            take_step(optimizer, seed)
             assert (optimizer.grad_norm is None) is (not more)
             assert optimizer.skipped.dtype == torch.bool
             assert not optimizer.skipped
@@ -302,9 +292,7 @@ def test_infinite_limit_only_measures(case: Case, dtype: torch.dtype) -> None:
 @each_dtype
 @some_cases("sgd", "momentum-damped", "nesterov-l2", "adam-amsgrad-l2", "adamw")
 @on_both_drivers
-def test_on_both_drivers(
-    side: Side, case: Case, dtype: torch.dtype, skipped: tuple[int, ...]
-) -> Results:
+def test_on_both_drivers(side: Side, case: Case, dtype: torch.dtype, skipped: Any) -> Results:
     params = draw([*SIZES, 20000], side.device, dtype)
     groups = [{"params": params[:4], "max_grad_norm": 0.7}, {"params": params[4:]}]
     optimizer, seen = case.ours(groups), {}
@@ -319,7 +307,7 @@ def test_on_both_drivers(
     return record(optimizer) | seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
+@some_dtypes(torch.float32, torch.bfloat16, torch.float64)
 @some_cases("sgd", "momentum-damped", "adam-amsgrad", "adamw")
 @on_both_drivers
 def test_replays(side: Side, case: Case, dtype: torch.dtype) -> Results:

@@ -2,38 +2,24 @@
 
 import copy
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.nn import Parameter
 
 import fusedopt
 from support.device import DEVICE, STEPS_ON_DEVICE
+from support.equality import assert_equal, assert_same_math, bits, same_bits
 from support.files import run_ranks
-from support.optimizers import Case, main_cases, some_cases, train
+from support.optimizers import Case, assert_params_after, main_cases, some_cases, take_step, train
+from support.scalers import each_bad
 from support.sides import SIZES
-from support.snapshots import record, snapshot
-from support.tensors import (
-    assert_equal,
-    assert_same_math,
-    bits,
-    by_id,
-    draw,
-    dtype_id,
-    make_params,
-    params_of,
-    same_bits,
-    set_grads,
-    values,
-)
+from support.snapshots import COPIES, copy_params, record, snapshot
+from support.tensors import by_id, draw, make_params, params_of, set_grads, some_dtypes, values
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
-BAD = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-each_bad = pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-each_real = pytest.mark.parametrize("dtype", DTYPES[:4], ids=dtype_id)
+each_real = some_dtypes(*DTYPES[:4])
 some_optimizers = some_cases("sgd-l2", "nesterov", "adam-l2", "adamw-amsgrad")
 
 
@@ -49,8 +35,7 @@ def test_nonfinite_step_is_skipped(case: Case, dtype: torch.dtype, bad: float, w
         optimizer = case.ours(draw(SIZES, device, dtype), max_grad_norm=1.0)
         params = params_of(optimizer)
         if warm:
-            set_grads(params, 0)
-            optimizer.step()
+            take_step(optimizer, 0)
         if skips:
             set_grads(params, 1)
             params[3].grad[100] = params[4].grad[-1] = bad
@@ -67,15 +52,14 @@ def test_nonfinite_step_is_skipped(case: Case, dtype: torch.dtype, bad: float, w
             assert optimizer.nonfinite_grads.dtype == torch.int64
             assert optimizer.nonfinite_grads == 2
         for seed in (2, 3):
-            set_grads(params, seed)
-            optimizer.step()
+            take_step(optimizer, seed)
             assert not optimizer.skipped
             assert optimizer.nonfinite_grads == 0
         found.append(record(optimizer))
     assert same_bits(*found)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@some_dtypes(*DTYPES)
 @each_bad
 def test_nonfinite_anywhere(dtype: torch.dtype, bad: float) -> None:
     """At every place of a vector's body and tail, around blocks, in each of many tensors."""
@@ -193,19 +177,16 @@ def test_add_param_group(case: Case, own: dict[str, float]) -> None:
 @main_cases
 def test_closure(case: Case) -> None:
     """Its grads are the ones that are measured; the loss is returned of a skipped step, too."""
-    params = make_params()
-    optimizer, plain = case.ours(params, max_grad_norm=0.5), case.ours(make_params())
-    plain.param_groups[0]["max_grad_norm"] = 0.5
+    optimizer = case.ours(make_params(), max_grad_norm=0.5)
     for seed in range(3):
 
         def closure(seed: int = seed) -> float:
-            set_grads(params, seed)
+            set_grads(optimizer, seed)
             return 2.5
 
         assert optimizer.step(closure) == 2.5
-    train(plain)
-    assert_equal(params_of(optimizer), params_of(plain))
-    params[0].grad[0] = math.nan
+    assert_params_after(optimizer, case, 0, 1, 2, max_grad_norm=0.5)
+    params_of(optimizer)[0].grad[0] = math.nan
     assert optimizer.step(lambda: 3.5) == 3.5
     assert optimizer.skipped
 
@@ -248,12 +229,11 @@ def test_copies_go_on_alike(case: Case, way: str) -> None:
     optimizer = case.ours(make_params(), max_grad_norm=0.5)
     train(optimizer)
     if way == "state_dict":
-        params = [Parameter(p.detach().clone()) for p in params_of(optimizer)]
+        params = copy_params(optimizer)
         other = case.ours(params, max_grad_norm=0.5)
         other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     else:
-        copied = copy.deepcopy if way == "deepcopy" else lambda x: pickle.loads(pickle.dumps(x))
-        other = copied(optimizer)
+        other = COPIES[way](optimizer)
     for each in (optimizer, other):
         train(each, first=3)
     assert other.grad_norm == optimizer.grad_norm
@@ -266,10 +246,10 @@ def test_checkpoints_of_torch(case: Case) -> None:
     """There and back; the limit is the optimizer's own, for torch's groups know of none."""
     torchs = case.theirs(make_params())
     train(torchs)
-    ours = case.ours([Parameter(p.clone()) for p in params_of(torchs)], max_grad_norm=0.5)
+    ours = case.ours(copy_params(torchs), max_grad_norm=0.5)
     ours.load_state_dict(copy.deepcopy(torchs.state_dict()))
     assert ours.param_groups[0]["max_grad_norm"] == 0.5
-    back = case.theirs([Parameter(p.clone()) for p in params_of(torchs)])
+    back = case.theirs(copy_params(torchs))
     for seed in (3, 4):
         for each in (ours, torchs):
             set_grads(each, seed)

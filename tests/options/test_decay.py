@@ -11,11 +11,12 @@ from torch import Tensor
 import fusedopt
 from support import oracles
 from support.device import DEVICE, on_host
+from support.equality import bits, same_bits
 from support.optimizers import Case, step_with, train
 from support.oracles import TOLERANCES
 from support.sides import SIZES, WORK_DTYPES, Results, Side, on_both_drivers, warmed_up
 from support.snapshots import record, results
-from support.tensors import bits, by_id, draw, dtype_id, params_of, same_bits, set_grads, values
+from support.tensors import by_id, draw, params_of, set_grads, some_dtypes, values
 
 DECOUPLED = {"decoupled_weight_decay": True}
 MOMENTUM = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, **DECOUPLED}
@@ -105,7 +106,7 @@ def test_scheduler(case: Case) -> None:
 
 
 @each_kind
-@pytest.mark.parametrize("dtype", SMALL, ids=dtype_id)
+@some_dtypes(*SMALL)
 @each_case
 def test_error_is_at_most_that_of_torch(case: Case, dtype: torch.dtype, more: Any) -> None:
     case = case.suited_to(dtype)
@@ -191,13 +192,13 @@ def test_without_decay_all_kinds_are_one(name: str, options: dict[str, Any]) -> 
 
 @each_kind
 @each_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+@some_dtypes(torch.float32, torch.float64)
 def test_options_as_tensors(case: Case, more: dict[str, Any], dtype: torch.dtype) -> None:
     """Of one element, on the CPU: the same bits as numbers. Those here are exact in both dtypes."""
     found = []
     for wrap in (float, lambda number: on_host(number, dtype=dtype)):
         options = {"lr": wrap(0.0625), "weight_decay": wrap(0.125)}
-        if case.optimizer != "SGD":
+        if case.takes("betas"):
             options["betas"] = (wrap(0.875), wrap(0.96875))
         param = values(400)
         optimizer = case.ours([param], **options, **more)
@@ -233,7 +234,7 @@ def test_checkpoints(case: Case, more: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
-@pytest.mark.parametrize("dtype", [*WORK_DTYPES, torch.float16], ids=dtype_id)
+@some_dtypes(*WORK_DTYPES, torch.float16)
 @each_kind
 @each_case
 @on_both_drivers

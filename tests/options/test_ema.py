@@ -14,10 +14,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fusedopt
 from support import oracles
 from support.device import DEVICE, STEPS_ON_DEVICE
+from support.equality import bits, same_bits
 from support.optimizers import CASES, Case, each_case, some_cases, step_with, take_step, train
 from support.sides import SIZES, Results, Side, on_both_drivers, warmed_up
-from support.snapshots import record, refused
-from support.tensors import bits, draw, dtype_id, params_of, same_bits, set_grads, values
+from support.snapshots import COPIES, record, refused
+from support.tensors import by_id, draw, dtype_id, params_of, set_grads, some_dtypes, values
 
 DEVICE_ = torch.device(DEVICE)
 some_optimizers = some_cases("sgd", "momentum-l2", "adam-l2", "adamw-amsgrad")
@@ -35,7 +36,7 @@ SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any], torch.dtype, float]] = {
     "stochastic": (torch.bfloat16, {"stochastic_rounding": True}, torch.float32, 4e-7),
     "16-bit states": (torch.float32, {"state_dtype": torch.bfloat16}, torch.float32, 4e-7),
 }
-each_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+each_setting = pytest.mark.parametrize("setting", **by_id(SETTINGS))
 # Those whose params do not hold all of the weight, one that does, and float64.
 main_settings = pytest.mark.parametrize(
     "setting",
@@ -141,7 +142,7 @@ def test_textbook_figures(dtype: torch.dtype) -> None:
         assert optimizer.state[param]["step"] == t
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@some_dtypes(torch.bfloat16, torch.float16)
 def test_keeps_what_16_bits_lose(dtype: torch.dtype) -> None:
     """From 1 towards 2 in steps of 1e-5: averages of 16 bits would stay where they are."""
     param = torch.ones(40, dtype=dtype)
@@ -197,7 +198,7 @@ CALLS: dict[str, Any] = {
 SAVED: dict[str, Any] = {}
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("call", **by_id(CALLS))
 @main_settings
 @some_optimizers
 def test_refused_inside(case: Case, setting: Any, call: Any) -> None:
@@ -329,8 +330,7 @@ def test_resume_gives_the_same_bits(case: Case, setting: Any, way: str) -> None:
         for param, source in zip(params_of(other), params_of(optimizer), strict=True):
             param.copy_(source)
     else:
-        copied = copy.deepcopy if way == "deepcopy" else lambda x: pickle.loads(pickle.dumps(x))
-        other = copied(optimizer)
+        other = COPIES[way](optimizer)
     for each in (optimizer, other):
         for seed in (3, 4):
             take_step(each, seed)

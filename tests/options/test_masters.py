@@ -10,11 +10,12 @@ from torch.nn import Parameter
 
 import fusedopt
 from support.device import DEVICE
+from support.equality import bits
 from support.optimizers import Case, some_cases, step_with
 from support.plans import each_isa, require
 from support.settings import assert_param_is_rounded_weight, nearest_ties_away
 from support.snapshots import refused
-from support.tensors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, bits, params_of, values
+from support.tensors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, by_id, params_of, values
 
 # How a 16-bit param's weight can be kept.
 KINDS: dict[str, tuple[str, torch.dtype]] = {
@@ -22,7 +23,7 @@ KINDS: dict[str, tuple[str, torch.dtype]] = {
     "float32-of-bfloat16": ("float32", BFLOAT16),
     "float32-of-float16": ("float32", FLOAT16),
 }
-each_kind = pytest.mark.parametrize(("kind", "dtype"), KINDS.values(), ids=KINDS)
+each_kind = pytest.mark.parametrize(("kind", "dtype"), **by_id(KINDS))
 
 # Zeros, subnormals, ones, the largest finite numbers, infinities and NaNs of every kind.
 HIGH = (
@@ -53,7 +54,7 @@ NUMBERS: dict[str, Callable[[], Tensor]] = {
     "all-lower-halves": lambda: numbers(torch.tensor([*HIGH, *(h | 0x8000 for h in HIGH)]), HALVES),
     "all-upper-halves": lambda: numbers(HALVES, torch.tensor(LOW)),
 }
-each_number = pytest.mark.parametrize("make", NUMBERS.values(), ids=NUMBERS)
+each_number = pytest.mark.parametrize("make", **by_id(NUMBERS))
 
 
 def loaded(kind: str, dtype: torch.dtype, weight: Tensor, **more: Any) -> tuple[Any, Parameter]:
@@ -194,7 +195,7 @@ WRONG_WEIGHTS: dict[str, Callable[[], list[Tensor]]] = {
 
 
 @pytest.mark.parametrize("stepped", [False, True], ids=["new", "stepped"])
-@pytest.mark.parametrize("wrong", WRONG_WEIGHTS.values(), ids=WRONG_WEIGHTS)
+@pytest.mark.parametrize("wrong", **by_id(WRONG_WEIGHTS))
 @each_kind
 def test_wrong_weights(kind: str, dtype: torch.dtype, wrong: Any, stepped: bool) -> None:
     params = [Parameter(values(size, dtype=dtype)) for size in (3, 4)]
@@ -242,7 +243,7 @@ BY_HAND: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "make"), BY_HAND.values(), ids=BY_HAND)
+@pytest.mark.parametrize(("name", "make"), **by_id(BY_HAND))
 @some_cases("sgd", "momentum", "adamw")
 def test_wrong_masters_by_hand(case: Case, name: str, make: Callable[[], Any]) -> None:
     kind = "float32" if name == "master_param" else "split"

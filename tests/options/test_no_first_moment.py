@@ -11,17 +11,10 @@ from torch.nn import Parameter
 
 import fusedopt
 from support.device import STEPS_ON_DEVICE
+from support.equality import assert_equal, assert_same_math, same_bits
 from support.optimizers import each_adam, step_with, take_step, train
 from support.snapshots import copy_params, refused, results, resumed, through_a_file
-from support.tensors import (
-    assert_equal,
-    assert_same_math,
-    dtype_id,
-    make_params,
-    params_of,
-    same_bits,
-    values,
-)
+from support.tensors import by_id, make_params, params_of, some_dtypes, values
 
 Options = dict[str, Any]
 NONE: Options = {"betas": (0.0, 0.999), "lr": 0.01}
@@ -41,7 +34,7 @@ COMBINED: dict[str, tuple[torch.dtype, Options]] = {
          "ema_decay": 0.9, "max_grad_norm": 1.0, "maximize": True},
     ),
 }  # fmt: skip
-each_combination = pytest.mark.parametrize(("dtype", "options"), COMBINED.values(), ids=COMBINED)
+each_combination = pytest.mark.parametrize(("dtype", "options"), **by_id(COMBINED))
 
 
 def ours(name: str, params: Any, **options: Any) -> Any:
@@ -81,7 +74,7 @@ def test_the_same_numbers_as_torch(name: str, amsgrad: bool) -> None:
         assert_same_math(state, {key: expected[key] for key in state})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@some_dtypes(torch.float32, torch.bfloat16)
 def test_memory(dtype: torch.dtype) -> None:
     param = values(1000, dtype=dtype)
     optimizer = ours("AdamW", [param])

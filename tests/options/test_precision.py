@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from support import oracles
+from support.equality import bits
 from support.layouts import Layout, each_layout
 from support.optimizers import Case, each_case, some_cases, step_with, train
 from support.plans import MANY, each_isa, require, use_plan
@@ -28,17 +29,7 @@ from support.settings import (
 )
 from support.sides import Results, Side, on_both_drivers
 from support.snapshots import record
-from support.tensors import (
-    FLOAT16,
-    FLOAT32,
-    around,
-    bits,
-    draw,
-    misaligned,
-    params_of,
-    set_grads,
-    values,
-)
+from support.tensors import FLOAT16, FLOAT32, around, draw, misaligned, params_of, set_grads, values
 
 SHAPE = (5, 61)
 LARGE = (50, 61)  # for a mean that stochastic rounding hardly moves
@@ -142,11 +133,7 @@ def cut(case: Case, row: Row, isa: str, chunk_elements: int, threads: int) -> Re
 @some_cases("momentum", "adamw-amsgrad")
 def test_instruction_sets_threads_and_chunks(case: Case, row: Row, isa: str) -> None:
     require(isa)
-    before = torch.get_num_threads()
-    try:
-        assert_equal(cut(case, row, isa, 64, 2), cut(case, row, "baseline", MANY, 1))
-    finally:
-        torch.set_num_threads(before)
+    assert_equal(cut(case, row, isa, 64, 2), cut(case, row, "baseline", MANY, 1))
 
 
 def different_groups(tensors: list[Tensor]) -> list[dict[str, Any]]:

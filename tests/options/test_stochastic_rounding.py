@@ -4,7 +4,6 @@ All draws are those of fixed seeds: five standard deviations are an allowance, n
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,13 +17,6 @@ from support.plans import MANY, each_isa, require, use_plan
 from support.tensors import BFLOAT16, FLOAT32, FLOAT64, values
 
 DRAWS = 10**6
-
-
-@pytest.fixture(autouse=True)
-def _restore_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 class Rounder:

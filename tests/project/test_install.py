@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt import _C, _config
+from fusedopt import _C, _config, _version
 from support.files import PACKAGE, ROOT, run_python
 
 pytestmark = pytest.mark.cpu_only
@@ -37,8 +37,6 @@ def project() -> dict[str, Any]:
 
 
 def test_versions_agree() -> None:
-    from fusedopt import _version
-
     assert project()["name"] == "fusedopt"
     assert project()["version"] == fusedopt.__version__
     wanted = ".".join(map(str, _version.MIN_TORCH))
@@ -252,3 +250,16 @@ def test_extension_links_no_torch() -> None:
     binary = Path(_C.__file__).read_bytes()
     for library in (b"libtorch", b"libc10", b"torch_python"):
         assert library not in binary
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "2.9.0+cu128", "1.13.1", "2.1.0a0+git1234", "2"])
+def test_torch_that_is_too_old(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(ImportError, match=rf"torch >= 2\.10.*{re.escape(version)}.*pip install"):
+        _version.check_torch()
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.10.0a0+git1234", "2.13.1+cu130", "3.0", "10.1"])
+def test_torch_that_is_new_enough(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    _version.check_torch()

@@ -9,6 +9,7 @@ import pytest
 
 import fusedopt
 from support.files import ROOT
+from support.tensors import by_id
 
 # Of the sources and the build alone.
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
@@ -61,7 +62,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize(("folder", "forbidden"), RULES.values(), ids=RULES)
+@pytest.mark.parametrize(("folder", "forbidden"), **by_id(RULES))
 def test_layer(folder: str, forbidden: str) -> None:
     files = [path for path in SOURCES if path.is_relative_to(ROOT / "csrc" / folder)]
     assert files

@@ -15,9 +15,10 @@ from torch.nn import Parameter
 
 import fusedopt
 from support.device import STEPS_ON_DEVICE
+from support.equality import assert_equal, assert_same_math, both_ways
 from support.optimizers import Case, main_cases
 from support.snapshots import refused
-from support.tensors import assert_equal, assert_same_math, by_id, params_of
+from support.tensors import by_id, params_of
 
 SIZE = 1000
 
@@ -26,27 +27,19 @@ def ramp(size: int = SIZE, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.arange(1, size + 1, dtype=torch.float64).div(size).to(dtype)
 
 
-def replace(optimizer: Any, param: Parameter, key: str, value: Tensor) -> None:
-    optimizer.state[param][key] = value
-
-
 def first_state(optimizer: Any, param: Parameter) -> str:
     return next(name for name in optimizer.state[param] if name != "step")
 
 
-def behind_param(optimizer: Any, param: Parameter) -> None:  # noqa: ARG001
-    buffer = ramp(SIZE + 1)
-    param.data, param.grad = buffer[1:], buffer[:-1]
+def cut(size: int, param_from: int, grad_from: int) -> Callable[[Any, Parameter], None]:
+    """Param and grad from one buffer of that size."""
 
+    def overlap(_: Any, param: Parameter) -> None:
+        buffer = ramp(size)
+        param.data = buffer[param_from : param_from + SIZE]
+        param.grad = buffer[grad_from : grad_from + SIZE]
 
-def before_param(optimizer: Any, param: Parameter) -> None:  # noqa: ARG001
-    buffer = ramp(SIZE + 1)
-    param.data, param.grad = buffer[:-1], buffer[1:]
-
-
-def one_element_in_common(optimizer: Any, param: Parameter) -> None:  # noqa: ARG001
-    buffer = ramp(2 * SIZE - 1)
-    param.data, param.grad = buffer[:SIZE], buffer[SIZE - 1 :]
+    return overlap
 
 
 def transposed(optimizer: Any, param: Parameter) -> None:
@@ -54,7 +47,7 @@ def transposed(optimizer: Any, param: Parameter) -> None:
     param.data, param.grad = buffer.view(20, 50), buffer.view(50, 20).t()
     for key, value in optimizer.state[param].items():
         if value.numel() == SIZE:
-            replace(optimizer, param, key, value.view(20, 50))
+            optimizer.state[param][key] = value.view(20, 50)
 
 
 def of_half_the_width(optimizer: Any, param: Parameter) -> None:  # noqa: ARG001
@@ -66,15 +59,15 @@ def of_half_the_width(optimizer: Any, param: Parameter) -> None:  # noqa: ARG001
 
 def behind_a_state(optimizer: Any, param: Parameter) -> None:
     buffer = ramp(SIZE + 1)
-    replace(optimizer, param, first_state(optimizer, param), buffer[:-1])
+    optimizer.state[param][first_state(optimizer, param)] = buffer[:-1]
     param.grad = buffer[1:]
 
 
 # What is done to an optimizer that has been stepped, so that a grad overlaps what is written.
 OVERLAPS: dict[str, Callable[[Any, Parameter], None]] = {
-    "behind the param": behind_param,
-    "before the param": before_param,
-    "one element in common": one_element_in_common,
+    "behind the param": cut(SIZE + 1, 1, 0),
+    "before the param": cut(SIZE + 1, 0, 1),
+    "one element in common": cut(2 * SIZE - 1, 0, SIZE - 1),
     "the param transposed": transposed,
     "of half the width": of_half_the_width,
     "behind a state": behind_a_state,
@@ -83,9 +76,7 @@ OVERLAPS: dict[str, Callable[[Any, Parameter], None]] = {
 
 def make(case: Case, **more: Any) -> tuple[Any, list[Parameter]]:
     params = [Parameter(ramp()) for _ in range(3)]
-    optimizer = case.ours(
-        [("first", params[0]), ("middle", params[1]), ("last", params[2])], **more
-    )
+    optimizer = case.ours(zip(("first", "middle", "last"), params, strict=True), **more)
     for _ in range(2):
         for param in params:
             param.grad = ramp()
@@ -96,9 +87,7 @@ def make(case: Case, **more: Any) -> tuple[Any, list[Parameter]]:
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipped"])
 @main_cases
 @pytest.mark.parametrize("overlap", **by_id(OVERLAPS))
-def test_overlap_is_refused(
-    overlap: Callable[[Any, Parameter], None], case: Case, options: dict[str, Any]
-) -> None:
+def test_overlap_is_refused(overlap: Any, case: Case, options: Any) -> None:
     optimizer, params = make(case, **options)
     overlap(optimizer, params[1])
     for _ in range(2):  # the answer stands
@@ -121,22 +110,20 @@ def test_kept_grad_that_a_param_moves_into(case: Case) -> None:
 
 
 @main_cases
-def test_grad_that_is_a_param_or_state_of_its_own(case: Case) -> None:
+@both_ways
+def test_grad_that_is_a_param_or_state_of_its_own(shared: bool, case: Case) -> Any:
     """Element by element: each is read before it is written."""
-    results = []
-    for shared in (True, False):
-        params = [Parameter(ramp()) for _ in range(3)]
-        optimizer = case.ours(params)
-        for step in range(4):
-            for param in params:
-                param.grad = ramp()
-            if step > 0:
-                state = optimizer.state[params[1]][first_state(optimizer, params[1])]
-                params[0].grad = params[0].detach() if shared else params[0].detach().clone()
-                params[1].grad = state if shared else state.clone()
-            optimizer.step()
-        results.append([param.detach() for param in params])
-    assert_equal(*results)
+    params = [Parameter(ramp()) for _ in range(3)]
+    optimizer = case.ours(params)
+    for step in range(4):
+        for param in params:
+            param.grad = ramp()
+        if step > 0:
+            state = optimizer.state[params[1]][first_state(optimizer, params[1])]
+            params[0].grad = params[0].detach() if shared else params[0].detach().clone()
+            params[1].grad = state if shared else state.clone()
+        optimizer.step()
+    return [param.detach() for param in params]
 
 
 @pytest.mark.skipif(STEPS_ON_DEVICE, reason="a GPU has no order of parameters to keep")
@@ -146,18 +133,14 @@ def test_grad_that_is_a_param_or_state_of_its_own(case: Case) -> None:
 def test_grad_that_is_another_param(order: tuple[int, int], threads: int, size: int) -> None:
     """Parameters are stepped in their order, as in torch, however many threads there are."""
     results = []
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        for module in (fusedopt, torch.optim):
-            params = [Parameter(ramp(size)), Parameter(ramp(size) + 1)]
-            optimizer = module.SGD([params[i] for i in order], lr=0.5)
-            for _ in range(3):
-                params[0].grad, params[1].grad = params[1].detach(), ramp(size)
-                optimizer.step()
-            results.append([param.detach() for param in params])
-    finally:
-        torch.set_num_threads(before)
+    for module in (fusedopt, torch.optim):
+        params = [Parameter(ramp(size)), Parameter(ramp(size) + 1)]
+        optimizer = module.SGD([params[i] for i in order], lr=0.5)
+        for _ in range(3):
+            params[0].grad, params[1].grad = params[1].detach(), ramp(size)
+            optimizer.step()
+        results.append([param.detach() for param in params])
     assert_same_math(*results)
 
 
@@ -171,63 +154,55 @@ def test_grad_that_is_another_param_is_refused_on_a_gpu(case: Case) -> None:
 
 
 @main_cases
-def test_grads_may_overlap_each_other(case: Case) -> None:
-    results = []
-    for shared in (True, False):
-        buffer = ramp(SIZE + 1)
-        params = [Parameter(ramp()) for _ in range(3)]
-        optimizer = case.ours(params)
-        for _ in range(2):
-            grads = [buffer[:-1], buffer[1:], buffer[:1].expand(SIZE)]
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad if shared else grad.clone()
-            optimizer.step()
-        results.append([param.detach() for param in params])
-    assert_equal(*results)
+@both_ways
+def test_grads_may_overlap_each_other(shared: bool, case: Case) -> Any:
+    buffer = ramp(SIZE + 1)
+    params = [Parameter(ramp()) for _ in range(3)]
+    optimizer = case.ours(params)
+    for _ in range(2):
+        grads = [buffer[:-1], buffer[1:], buffer[:1].expand(SIZE)]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad if shared else grad.clone()
+        optimizer.step()
+    return [param.detach() for param in params]
 
 
 @main_cases
-def test_grads_between_the_columns_of_params(case: Case) -> None:
+@both_ways
+def test_grads_between_the_columns_of_params(shared: bool, case: Case) -> Any:
     """Extents overlap, elements do not."""
-    results = []
-    for shared in (True, False):
-        whole = ramp(40 * 60).view(40, 60)
-        params = [Parameter(whole[:, i : i + 10]) for i in (0, 20, 40)]
-        optimizer = case.ours(params)
-        for _ in range(3):
-            for i, param in enumerate(params):
-                grad = whole[:, 20 * i + 10 : 20 * i + 20]
-                param.grad = grad if shared else grad.clone()
-            optimizer.step()
-        results.append([param.detach() for param in params])
-    assert_equal(*results)
+    whole = ramp(40 * 60).view(40, 60)
+    params = [Parameter(whole[:, i : i + 10]) for i in (0, 20, 40)]
+    optimizer = case.ours(params)
+    for _ in range(3):
+        for i, param in enumerate(params):
+            grad = whole[:, 20 * i + 10 : 20 * i + 20]
+            param.grad = grad if shared else grad.clone()
+        optimizer.step()
+    return [param.detach() for param in params]
 
 
 @pytest.mark.cpu_only
 def test_strided_grads_that_are_kept_are_compared_once() -> None:
     """The exact comparison visits every element: 50 ms for 1.5 million in each step."""
-    whole = torch.zeros(2000, 1000)
-    param = Parameter(whole[:, :500])
-    param.grad = whole[:, 500:]
-    optimizer = fusedopt.SGD([param], lr=0.1)
-    optimizer.step()
-    other = Parameter(torch.zeros(2000, 1000)[:, :500])
-    other.grad = torch.zeros(2000, 1000)[:, 500:]
-    twin = fusedopt.SGD([other], lr=0.1)
-    twin.step()
+
+    def halves(param_of: Tensor, grad_of: Tensor) -> Any:
+        param = Parameter(param_of[:, :500])
+        param.grad = grad_of[:, 500:]
+        return fusedopt.SGD([param], lr=0.1)
 
     def seconds(step: Any) -> float:
         start = time.thread_time()
         step()
         return time.thread_time() - start
 
-    threads = torch.get_num_threads()
+    whole, others = torch.zeros(2000, 1000), torch.zeros(2, 2000, 1000)
+    made = halves(whole, whole), halves(*others)
+    for optimizer in made:
+        optimizer.step()
     torch.set_num_threads(1)
-    try:
-        pairs = [(seconds(optimizer.step), seconds(twin.step)) for _ in range(9)]
-    finally:
-        torch.set_num_threads(threads)
-    shared, apart = (sorted(times)[4] for times in zip(*pairs, strict=True))
+    times = [[seconds(optimizer.step) for optimizer in made] for _ in range(9)]
+    shared, apart = (sorted(each)[4] for each in zip(*times, strict=True))
     assert shared < 3 * apart  # more than five times if they are compared
 
 
@@ -248,9 +223,7 @@ def step_without(optimizer: Any, params: list[Parameter], resting: set[int]) -> 
 @pytest.mark.parametrize("make_params", [columns, lambda: [Parameter(ramp()) for _ in range(6)]],
                          ids=["columns", "plain"])  # fmt: skip
 @main_cases
-def test_params_that_rest_in_turns_are_compared_once(
-    case: Case, make_params: Callable[[], list[Parameter]]
-) -> None:
+def test_params_that_rest_in_turns_are_compared_once(case: Case, make_params: Any) -> None:
     params = make_params()
     optimizer = case.ours(params)
     step_without(optimizer, params, set())
@@ -278,21 +251,19 @@ def test_params_that_join_one_by_one_are_compared_with_those_before(case: Case) 
 
 
 @main_cases
-def test_memory_of_a_resting_param_may_become_that_of_others(case: Case) -> None:
+@both_ways
+def test_memory_of_a_resting_param_may_become_that_of_others(reuses: bool, case: Case) -> Any:
     """What was known of it is no reason to refuse a step that does not touch it."""
-    results = []
-    for reuses in (True, False):
-        old = ramp()
-        params = [Parameter(ramp()) for _ in range(3)]
-        params[0].data = old
-        optimizer = case.ours(params)
-        step_without(optimizer, params, set())
-        params[0].data = ramp()
-        params[1].data = old.copy_(ramp()) if reuses else ramp()
-        for resting in ({0}, {0}, set(), {0}):
-            step_without(optimizer, params, resting)
-        results.append([param.detach() for param in params])
-    assert_equal(*results)
+    old = ramp()
+    params = [Parameter(ramp()) for _ in range(3)]
+    params[0].data = old
+    optimizer = case.ours(params)
+    step_without(optimizer, params, set())
+    params[0].data = ramp()
+    params[1].data = old.copy_(ramp()) if reuses else ramp()
+    for resting in ({0}, {0}, set(), {0}):
+        step_without(optimizer, params, resting)
+    return [param.detach() for param in params]
 
 
 @main_cases

@@ -13,9 +13,10 @@ from torch.nn import Parameter, ParameterList
 
 import fusedopt
 from support.device import STEPS_ON_DEVICE
+from support.equality import assert_equal, assert_same_math
 from support.optimizers import Case, each_adam, main_cases, take_step, train, varied_cases
 from support.snapshots import refused, snapshot
-from support.tensors import assert_equal, assert_same_math, by_id, make_params, params_of, set_grads
+from support.tensors import by_id, make_params, params_of, set_grads
 
 when = pytest.mark.parametrize("steps", [0, 1, 3], ids=["no state yet", "one step", "three steps"])
 

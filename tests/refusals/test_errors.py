@@ -22,64 +22,43 @@ NAMES = ["first", "broken", "last"]
 two_cases = some_cases("momentum-l2", "adamw")
 
 
-def free_grad(param: Parameter, grad: Tensor) -> None:
-    """A grad of another dtype than the parameter's, which torch allows on request."""
-    param.grad_dtype = None
-    param.grad = grad
+def put(tensor: Tensor, **what: Any) -> None:
+    """Sets attributes: ``grad_dtype=None`` before a grad of another dtype than the parameter's."""
+    for name, value in what.items():
+        setattr(tensor, name, value)
 
 
-def sparse_grad(param: Parameter) -> None:
-    param.grad = torch.ones(4).to_sparse()
+def put_grad(grad: Tensor) -> Callable[[Parameter], None]:
+    return lambda param: put(param, grad_dtype=None, grad=grad)
 
 
-def integer_grad(param: Parameter) -> None:
-    free_grad(param, torch.ones(4, dtype=torch.int64))
-
-
-def bool_grad(param: Parameter) -> None:
-    free_grad(param, torch.ones(4, dtype=torch.bool))
-
-
-def complex_grad(param: Parameter) -> None:
-    free_grad(param, torch.ones(4, dtype=torch.complex64))
-
-
-def real_grad_of_complex(param: Parameter) -> None:
-    param.data = torch.ones(4, dtype=torch.complex64)
-
-
-def longer_param(param: Parameter) -> None:
-    param.data = torch.ones(5)
-
-
-def param_of_other_rank(param: Parameter) -> None:
-    param.data = torch.ones(1, 4)
-
-
-def scalar_param(param: Parameter) -> None:
-    param.data = torch.ones(())
-
-
-def expanded_param(param: Parameter) -> None:
-    param.data = torch.ones(1).expand(4)
-
-
-def self_overlapping_param(param: Parameter) -> None:
-    param.data = torch.ones(5).as_strided((2, 2), (1, 1)).detach()
-    param.grad = torch.ones(2, 2)
+def put_data(data: Tensor) -> Callable[[Parameter], None]:
+    return lambda param: put(param, data=data)
 
 
 # How one parameter or grad goes wrong, the exception, and what the message must say of it.
 TENSORS: dict[str, tuple[Callable[[Parameter], None], type[Exception], str]] = {
-    "sparse grad": (sparse_grad, TypeError, "grad of .*sparse"),
-    "integer grad": (integer_grad, TypeError, "grad of .*torch.int64.*float32"),
-    "bool grad": (bool_grad, TypeError, "grad of .*torch.bool"),
-    "complex grad": (complex_grad, TypeError, "grad of .*torch.complex64.*torch.float32"),
-    "real grad": (real_grad_of_complex, TypeError, "grad of .*torch.float32.*torch.complex64"),
-    "longer param": (longer_param, ValueError, r"grad of .*\[4\].*\[5\]"),
-    "other rank": (param_of_other_rank, ValueError, r"grad of .*\[4\].*\[1, 4\]"),
-    "scalar param": (scalar_param, ValueError, r"grad of .*\[4\].*\[\]"),
-    "expanded param": (expanded_param, ValueError, "expanded"),
+    "sparse grad": (put_grad(torch.ones(4).to_sparse()), TypeError, "grad of .*sparse"),
+    "integer grad": (
+        put_grad(torch.ones(4, dtype=torch.int64)),
+        TypeError,
+        "grad of .*torch.int64.*float32",
+    ),
+    "bool grad": (put_grad(torch.ones(4, dtype=torch.bool)), TypeError, "grad of .*torch.bool"),
+    "complex grad": (
+        put_grad(torch.ones(4, dtype=torch.complex64)),
+        TypeError,
+        "grad of .*torch.complex64.*torch.float32",
+    ),
+    "real grad": (
+        put_data(torch.ones(4, dtype=torch.complex64)),
+        TypeError,
+        "grad of .*torch.float32.*torch.complex64",
+    ),
+    "longer param": (put_data(torch.ones(5)), ValueError, r"grad of .*\[4\].*\[5\]"),
+    "other rank": (put_data(torch.ones(1, 4)), ValueError, r"grad of .*\[4\].*\[1, 4\]"),
+    "scalar param": (put_data(torch.ones(())), ValueError, r"grad of .*\[4\].*\[\]"),
+    "expanded param": (put_data(torch.ones(1).expand(4)), ValueError, "expanded"),
 }
 
 
@@ -140,7 +119,7 @@ def test_optimizer_goes_on_after_an_error(case: Case) -> None:
         params = params_of(optimizer)
         take_step(optimizer, 0)
         if refuse:
-            sparse_grad(params[1])
+            TENSORS["sparse grad"][0](params[1])
             assert_refused(optimizer, TypeError, "sparse")
         train(optimizer, steps=2, first=1)
         results.append([param.detach() for param in params])
@@ -190,9 +169,7 @@ STATES: dict[str, tuple[str, Any, type[Exception], str]] = {
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
 @pytest.mark.parametrize(("key", "value", "exception", "pattern"), **by_id(STATES))
-def test_bad_state(
-    key: str, value: Any, exception: type[Exception], pattern: str, named: bool
-) -> None:
+def test_bad_state(key: str, value: Any, exception: Any, pattern: str, named: bool) -> None:
     optimizer = make_optimizer(CASES["adamw"], named)
     train(optimizer, steps=2)
     optimizer.state[optimizer.param_groups[1]["params"][0]][key] = value
@@ -201,24 +178,18 @@ def test_bad_state(
 
 # Changes of a state tensor that leave object and address what they were in the step before.
 IN_PLACE: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
-    "narrowed": (lambda state: set_data(state, state[:2]), ValueError, r"\[2\].*\[4\]"),
+    "narrowed": (lambda state: put(state, data=state[:2]), ValueError, r"\[2\].*\[4\]"),
     "shrunk": (lambda state: state.resize_(3), ValueError, r"\[3\].*\[4\]"),
-    "reshaped": (lambda state: set_data(state, state.view(2, 2)), ValueError, r"\[2, 2\].*\[4\]"),
-    "expanded": (lambda state: set_data(state, state[:1].expand(4)), ValueError, "expanded"),
-    "as integers": (lambda state: set_data(state, state.view(torch.int32)), TypeError, "int32"),
-    "as half": (lambda state: set_data(state, state.view(torch.float16)), ValueError, r"\[8\]"),
+    "reshaped": (lambda state: put(state, data=state.view(2, 2)), ValueError, r"\[2, 2\].*\[4\]"),
+    "expanded": (lambda state: put(state, data=state[:1].expand(4)), ValueError, "expanded"),
+    "as integers": (lambda state: put(state, data=state.view(torch.int32)), TypeError, "int32"),
+    "as half": (lambda state: put(state, data=state.view(torch.float16)), ValueError, r"\[8\]"),
 }
-
-
-def set_data(state: Tensor, data: Tensor) -> None:
-    state.data = data
 
 
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize(("damage", "exception", "pattern"), **by_id(IN_PLACE))
-def test_state_that_went_bad_in_place(
-    damage: Callable[[Tensor], Any], exception: type[Exception], pattern: str, key: str
-) -> None:
+def test_state_that_went_bad_in_place(damage: Any, exception: Any, pattern: str, key: str) -> None:
     """What the plan remembers of a state must not stand in for a look at it."""
     optimizer = make_optimizer(CASES["adamw"], named=True)
     train(optimizer, steps=3)

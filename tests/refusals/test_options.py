@@ -1,20 +1,28 @@
-"""Options that torch lacks: bad values, contradictions, wrong kinds, wherever they come from."""
+"""Options: bad values, contradictions, wrong kinds, wherever they come from.
+
+Bad ones are those that no step makes sense with: test_ranges.py has those that torch refuses for an
+optimizer's defaults only.
+"""
 
 import contextlib
 import copy
+import functools
 import inspect
-import itertools
+import re
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
 
 import fusedopt
 from support.device import on_host
-from support.optimizers import NAMES, each_name, step_with
+from support.equality import same_bits
+from support.optimizers import NAMES, each_name, step_with, train
 from support.snapshots import refused, results, snapshot
-from support.tensors import by_id, dtype_id, same_bits, set_grads, values
+from support.tensors import by_id, dtype_id, set_grads, some_dtypes, values
 
 NAN, INF = float("nan"), float("inf")
 Options = dict[str, Any]
@@ -39,7 +47,7 @@ VALUES: dict[str, tuple[Options, str]] = {
         "max_grad_norm": (0.0, -1.0, NAN, -INF, 0),
         "ema_decay": (1.001, -0.1, 1.5, NAN, INF, 2),
         "rounding_seed": (-1, 2**32),
-        "master_weights": ("fp32", "float16", "SPLIT", ""),
+        "master_weights": ("fp32", "float16", "bfloat16", "SPLIT", ""),
         "state_dtype": (torch.float16, torch.float64, torch.int16, torch.complex64),
     }.items()
     for value in bad
@@ -60,7 +68,7 @@ ODD: dict[str, tuple[Options, str]] = {
     for name, bad in {
         "master_weights": (True, 32, torch.float32),
         "state_dtype": ("bfloat16", 16, float),
-        "rounding_seed": (NAN, 1.5),
+        "rounding_seed": (NAN, 1.5, 2**64),
     }.items()
     for value in bad
 }
@@ -77,7 +85,8 @@ CONTRADICTIONS: dict[str, tuple[list[str], Options, str]] = {
     ),
 }
 
-ROWS: dict[str, tuple[str, Options, Any, str]] = {
+# Optimizer, options, exception and message.
+OURS: dict[str, tuple[str, Options, Any, str]] = {
     **{
         f"{name} {key}": (name, options, exception, pattern)
         for table, exception in [
@@ -85,9 +94,8 @@ ROWS: dict[str, tuple[str, Options, Any, str]] = {
             (KINDS, TypeError),
             (ODD, (TypeError, ValueError)),
         ]
-        for (key, (options, pattern)), name in zip(
-            table.items(), itertools.cycle(NAMES), strict=False
-        )
+        for key, (options, pattern) in table.items()
+        for name in NAMES
     },
     **{
         f"{name} {key}": (name, options, ValueError, pattern)
@@ -95,7 +103,76 @@ ROWS: dict[str, tuple[str, Options, Any, str]] = {
         for name in names
     },
 }
-bad_option = pytest.mark.parametrize(("name", "options", "exception", "pattern"), **by_id(ROWS))
+
+# Optimizer, options, the words torch uses for it (and that ours shares), what the message shows.
+TORCHS_VALUES: dict[str, tuple[str, Options, str, str]] = {
+    f"{name} {option}={value}": (name, {option: value}, words, str(value))
+    for name, option, words in [
+        ("SGD", "lr", "Invalid learning rate"),
+        ("SGD", "momentum", "Invalid momentum value"),
+        ("SGD", "weight_decay", "Invalid weight_decay value"),
+        ("Adam", "lr", "Invalid learning rate"),
+        ("Adam", "eps", "Invalid epsilon value"),
+        ("Adam", "weight_decay", "Invalid weight_decay value"),
+        ("AdamW", "lr", "Invalid learning rate"),
+        ("AdamW", "eps", "Invalid epsilon value"),
+        ("AdamW", "weight_decay", "Invalid weight_decay value"),
+    ]
+    for value in (NAN, INF, -INF)
+}
+TORCHS_VALUES |= {
+    f"SGD dampening={value}": ("SGD", {"dampening": value}, "Invalid dampening value", str(value))
+    for value in (NAN, INF, -INF)
+}
+TORCHS_VALUES |= {
+    f"{name} betas[{index}]={value}": (
+        name,
+        {"betas": (value, 0.9) if index == 0 else (0.9, value)},
+        f"Invalid beta parameter at index {index}",
+        str(value),
+    )
+    for name in ("Adam", "AdamW")
+    for index, bad in enumerate([(1.0, -1.0, 1.5, NAN, INF, -INF), (1.5, -1.5, NAN, INF, -INF)])
+    for value in bad
+}
+TORCHS_VALUES |= {
+    "tensor lr=nan": ("Adam", {"lr": on_host(NAN)}, "Invalid learning rate", "nan"),
+    "tensor lr=inf": ("SGD", {"lr": on_host(INF)}, "Invalid learning rate", "inf"),
+    "numpy lr=nan": ("SGD", {"lr": np.float32(NAN)}, "Invalid learning rate", "nan"),
+    "numpy eps=inf": ("AdamW", {"eps": np.float64(INF)}, "Invalid epsilon value", "inf"),
+    "tensor beta=nan": (
+        "Adam",
+        {"betas": (on_host(0.9), on_host(NAN))},
+        "Invalid beta parameter at index 1",
+        "nan",
+    ),
+    "vector lr": ("AdamW", {"lr": on_host([1.0, 1.0])}, "Tensor lr must be 1-element", ""),
+    "empty lr": ("AdamW", {"lr": on_host([])}, "Tensor lr must be 1-element", ""),
+    "three betas": ("Adam", {"betas": (0.9, 0.99, 0.999)}, "betas must be a pair", ""),
+    "one beta": ("AdamW", {"betas": 0.9}, "betas must be a pair", ""),
+    "SGD differentiable": ("SGD", {"differentiable": True}, "differentiable=True", ""),
+    "Adam differentiable": ("Adam", {"differentiable": True}, "differentiable=True", ""),
+    "AdamW differentiable": ("AdamW", {"differentiable": True}, "differentiable=True", ""),
+}
+
+# Values of the wrong kind: TypeError with the option's name and what was found.
+TORCHS_KINDS: dict[str, tuple[str, Options, str]] = {
+    "text lr": ("AdamW", {"lr": "0.1"}, "lr must be a number.*'0.1'"),
+    "None lr": ("SGD", {"lr": None}, "lr must be a number.*None"),
+    "complex lr": ("SGD", {"lr": 1j}, "lr must be a number.*1j"),
+    "list momentum": ("SGD", {"momentum": [0.9]}, r"momentum must be a number.*\[0.9\]"),
+    "text beta": ("Adam", {"betas": (0.9, "x")}, r"betas\[1\] must be a number.*'x'"),
+    "None eps": ("AdamW", {"eps": None}, "eps must be a number.*None"),
+}
+TORCHS = {
+    **{key: (name, options, ValueError, words + ".*" + re.escape(shown))
+       for key, (name, options, words, shown) in TORCHS_VALUES.items()},
+    **{key: (name, options, TypeError, words)
+       for key, (name, options, words) in TORCHS_KINDS.items()},
+}  # fmt: skip
+each_bad_option = pytest.mark.parametrize(
+    ("name", "options", "exception", "pattern"), **by_id({**OURS, **TORCHS})
+)
 
 
 def params_with_grads(count: int = 2, dtype: torch.dtype = torch.bfloat16) -> list[Parameter]:
@@ -104,20 +181,69 @@ def params_with_grads(count: int = 2, dtype: torch.dtype = torch.bfloat16) -> li
     return params
 
 
-@bad_option
-def test_at_construction(name: str, options: Options, exception: Any, pattern: str) -> None:
+def in_defaults(name: str, options: Options, exception: Any, pattern: str) -> None:
     with pytest.raises(exception, match=pattern):
         getattr(fusedopt, name)(params_with_grads(), **options)
 
 
-@bad_option
-def test_in_groups(name: str, options: Options, exception: Any, pattern: str) -> None:
+def in_a_group(name: str, options: Options, exception: Any, pattern: str) -> None:
     first, second = params_with_grads()
     with pytest.raises(exception, match=f"{pattern}.*param group 1"):
         getattr(fusedopt, name)([{"params": [first]}, {"params": [second], **options}])
+
+
+def added(name: str, options: Options, exception: Any, pattern: str) -> None:
+    first, second = params_with_grads()
     optimizer = getattr(fusedopt, name)([first])
     with refused(optimizer, exception, f"{pattern}.*param group 1"):
         optimizer.add_param_group({"params": [second], **options})
+
+
+def two_groups(name: str) -> Any:
+    return getattr(fusedopt, name)([{"params": [param]} for param in params_with_grads()])
+
+
+def edited(name: str, options: Options, exception: Any, pattern: str, steps: int = 0) -> None:
+    """The first group, which is fine, is not stepped either."""
+    optimizer = two_groups(name)
+    train(optimizer, steps)
+    optimizer.param_groups[1].update(options)
+    for _ in range(2):
+        with refused(optimizer, exception, f"{pattern}.*param group 1"):
+            optimizer.step()
+
+
+def in_a_checkpoint(name: str, options: Options, exception: Any, pattern: str) -> None:
+    """Of an option that torch lacks the own value is kept."""
+    optimizer = two_groups(name)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    ours = {k: v for k, v in options.items() if k in OFF and k != "decoupled_weight_decay"}
+    saved["param_groups"][1].update(ours or options)
+    if not ours:
+        with refused(optimizer, exception, f"{pattern}.*param group 1"):
+            optimizer.load_state_dict(saved)
+        return
+    optimizer.load_state_dict(saved)
+    group = optimizer.param_groups[1]
+    assert {key: group.get(key, OFF[key]) for key in ours} == {key: OFF[key] for key in ours}
+    optimizer.step()
+
+
+PLACES: dict[str, Callable[..., None]] = {
+    "in the defaults": in_defaults,
+    "in a group": in_a_group,
+    "added": added,
+    "edited at first": edited,
+    "edited later": functools.partial(edited, steps=1),
+    "in a checkpoint": in_a_checkpoint,
+}
+
+
+@each_bad_option
+@pytest.mark.parametrize("place", **by_id(PLACES))
+def test_refused(place: Any, name: str, options: Options, exception: Any, pattern: str) -> None:
+    place(name, options, exception, pattern)
 
 
 # Ends of a schedule of the decay, reached or missed by rounding: what a step takes them for.
@@ -162,39 +288,6 @@ def test_decay_at_the_ends(name: str, decay: Any, meant: float, corrected: bool)
     assert all(torch.equal(each, found[0]) for each in found)
 
 
-@bad_option
-@pytest.mark.parametrize("warm", [False, True], ids=["first step", "later step"])
-def test_set_later(name: str, options: Options, exception: Any, pattern: str, warm: bool) -> None:
-    """The second group is bad; the first one, which is fine, is not stepped either."""
-    first, second = params_with_grads()
-    optimizer = getattr(fusedopt, name)([{"params": [first]}, {"params": [second]}])
-    if warm:
-        optimizer.step()
-    optimizer.param_groups[1].update(options)
-    before = snapshot(optimizer)
-    for _ in range(2):
-        with pytest.raises(exception, match=f"{pattern}.*param group 1"):
-            optimizer.step()
-        assert snapshot(optimizer) == before
-
-
-@bad_option
-def test_loading_keeps_the_own_values(
-    name: str, options: Options, exception: Any, pattern: str
-) -> None:
-    """Torch lacks these options, so a checkpoint's, bad as they are here, are never used."""
-    del exception, pattern
-    optimizer = getattr(fusedopt, name)(params_with_grads())
-    optimizer.step()
-    options = {k: v for k, v in options.items() if k in OFF and k != "decoupled_weight_decay"}
-    saved = optimizer.state_dict()
-    saved["param_groups"][0].update(options)
-    optimizer.load_state_dict(saved)
-    group = optimizer.param_groups[0]
-    assert {key: group.get(key, OFF[key]) for key in options} == {key: OFF[key] for key in options}
-    optimizer.step()
-
-
 @each_name
 @pytest.mark.parametrize("bad", [{"lr": NAN}, {"weight_decay": INF}], ids=str)
 def test_a_bad_group_of_a_checkpoint_changes_nothing(name: str, bad: Options) -> None:
@@ -227,27 +320,24 @@ BY_PARAMS: dict[str, tuple[Options, torch.dtype]] = {
 
 @each_name
 @pytest.mark.parametrize(("options", "dtype"), **by_id(BY_PARAMS))
-@pytest.mark.parametrize("warm", [False, True], ids=["first step", "later step"])
-def test_wrong_for_these_params(
-    name: str, options: Options, dtype: torch.dtype, warm: bool
-) -> None:
+@pytest.mark.parametrize("when", ["made with them", "edited at first", "edited later"])
+def test_wrong_for_these_params(name: str, options: Options, dtype: torch.dtype, when: str) -> None:
     fine, bad = params_with_grads(1)[0], params_with_grads(1, dtype)[0]
-    optimizer = getattr(fusedopt, name)([("fine", fine), ("bad", bad)])
-    if warm:
+    at_first = options if when == "made with them" else {}
+    optimizer = getattr(fusedopt, name)([("fine", fine), ("bad", bad)], **at_first)
+    if when == "edited later":
         optimizer.step()
     optimizer.param_groups[0].update(options)
-    before = snapshot(optimizer)
     option = next(iter(options))
     for _ in range(2):
-        with pytest.raises(ValueError, match=f"{option}.*'bad'|'bad'.*{option}"):
+        with refused(optimizer, ValueError, f"{option}.*'bad'|'bad'.*{option}"):
             optimizer.step()
-        assert snapshot(optimizer) == before
     optimizer.param_groups[0].update({"master_weights": None, "stochastic_rounding": None})
     optimizer.step()
 
 
 @each_name
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=dtype_id)
+@some_dtypes(torch.float32, torch.float64, torch.complex64)
 def test_float32_masters_are_for_16_bits(name: str, dtype: torch.dtype) -> None:
     """Wider params are masters themselves: no state, and not a bit of difference."""
     found = []
@@ -349,7 +439,7 @@ def as_tensors(options: Options, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+@some_dtypes(torch.float32, torch.float64)
 @pytest.mark.parametrize(
     ("name", "options"),
     **by_id({f"{n} {key}": (n, row[1]) for key, row in TENSORS.items() for n in row[0]}),
@@ -357,9 +447,7 @@ def as_tensors(options: Options, shape: tuple[int, ...], dtype: torch.dtype) -> 
 @pytest.mark.parametrize(
     "more", [{}, {"max_grad_norm": 0.5, "ema_decay": 0.75}], ids=["plain", "clipped and averaged"]
 )
-def test_tensors(
-    name: str, options: Options, dtype: torch.dtype, shape: tuple[int, ...], more: Options
-) -> None:
+def test_tensors(name: str, options: Any, dtype: torch.dtype, shape: Any, more: Any) -> None:
     found = []
     for given in (options, as_tensors(options, shape, dtype)):
         param = values(300)
@@ -401,3 +489,11 @@ def test_nothing_is_measured_unless_asked_for(name: str) -> None:
     assert bool(optimizer.skipped) is False
     names = {key for state in optimizer.state.values() for key in state}
     assert names == ({"step", "exp_avg", "exp_avg_sq"} if name != "SGD" else set())
+
+
+@pytest.mark.parametrize("key", ["lr", "betas", "eps", "weight_decay"], ids=lambda key: f"no {key}")
+def test_group_lacks_an_option(key: str) -> None:
+    optimizer = fusedopt.AdamW(params_with_grads())
+    del optimizer.param_groups[0][key]
+    with refused(optimizer, ValueError, f"{key}.*param group 0"):
+        optimizer.step()

@@ -1,7 +1,7 @@
 """torch's ranges of hyper-parameters hold when an optimizer is made; schedules may leave them.
 
 Later, and in single groups, torch checks nothing, and here only what no step makes sense with is
-refused (test_hyperparameters.py has those rows). The rest must step as unfused torch does.
+refused (test_options.py has those rows). The rest must step as unfused torch does.
 """
 
 import copy
@@ -17,9 +17,10 @@ from torch.optim.lr_scheduler import ConstantLR, LinearLR, SequentialLR
 
 import fusedopt
 from support.device import DEVICE, on_host
+from support.equality import assert_equal, assert_same_math
 from support.optimizers import each_name
 from support.snapshots import record, refused
-from support.tensors import assert_equal, assert_same_math, by_id, params_of, set_grads
+from support.tensors import by_id, params_of, set_grads
 
 Options = dict[str, Any]
 

@@ -5,7 +5,8 @@ pytorch/ao#590 (wrappers inside DTensors), pytorch/pytorch#116122 (grads that ar
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from torch.nn import Parameter
 
 import fusedopt
 from fusedopt import _C
+from support.equality import assert_equal, both_ways
 from support.optimizers import Case, main_cases
-from support.snapshots import photograph, snapshot
-from support.tensors import Wrapper, assert_equal, by_id
+from support.snapshots import photograph, record, snapshot
+from support.tensors import Wrapper, by_id, params_of
 
 SHAPE = (4, 3)
 
@@ -74,39 +76,37 @@ COMPLEX_GRADS: dict[str, Callable[[Parameter], Tensor]] = {
 }
 
 
-def compare(
-    case: Case, dtype: torch.dtype, make: Callable[[Parameter], Tensor], **more: Any
-) -> None:
-    """Such a grad as the first, after ordinary ones, and again, against its plain copy."""
-    results = []
-    for is_plain in (False, True):
-        params = [Parameter(numbers(dtype=dtype)) for _ in range(3)]
-        optimizer = case.ours(params, **more)
-        for step in range(5):
-            for param in params:
-                param.grad = numbers(dtype=dtype)
-            if step != 1:
-                grad = make(params[1])
-                params[1].grad = torch.empty_like(params[1]).copy_(grad) if is_plain else grad
-            optimizer.step()
-        results.append([[p.detach() for p in params], list(optimizer.state.values())])
-    assert_equal(*results)
+def stepped_with(make: Callable[[Parameter], Tensor], as_it_is: bool, optimizer: Any) -> Any:
+    """Such a grad as the first, after ordinary ones, and again; or its plain copy."""
+    params = params_of(optimizer)
+    for step in range(5):
+        for param in params:
+            param.grad = numbers(dtype=param.dtype)
+        if step != 1:
+            grad = make(params[1])
+            params[1].grad = grad if as_it_is else torch.empty_like(params[1]).copy_(grad)
+        optimizer.step()
+    return record(optimizer)
+
+
+def three_params(dtype: torch.dtype) -> list[Parameter]:
+    return [Parameter(numbers(dtype=dtype)) for _ in range(3)]
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=["plain", "clipped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @main_cases
 @pytest.mark.parametrize("make", **by_id(GRADS))
-def test_grad(
-    make: Callable[[Parameter], Tensor], case: Case, dtype: torch.dtype, options: dict[str, Any]
-) -> None:
-    compare(case, dtype, make, **options)
+@both_ways
+def test_grad(as_it_is: bool, make: Any, case: Case, dtype: torch.dtype, options: Any) -> Any:
+    return stepped_with(make, as_it_is, case.ours(three_params(dtype), **options))
 
 
 @main_cases
 @pytest.mark.parametrize("make", **by_id(COMPLEX_GRADS))
-def test_complex_grad(make: Callable[[Parameter], Tensor], case: Case) -> None:
-    compare(case, torch.complex64, make)
+@both_ways
+def test_complex_grad(as_it_is: bool, make: Any, case: Case) -> Any:
+    return stepped_with(make, as_it_is, case.ours(three_params(torch.complex64)))
 
 
 def test_lazy_scalar_grad() -> None:
@@ -129,51 +129,51 @@ UNREADABLE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 }
 
 
-def refused(optimizer: Any, error: type[Exception], pattern: str, *others: Tensor) -> None:
-    """Raises and changes no tensor; those of the optimizer may have no memory to look at."""
+@contextmanager
+def step_refused(pattern: str, *others: Tensor) -> Iterator[None]:
+    """Raises and changes none of these; the optimizer's tensors may have no memory to look at."""
     before = [photograph(tensor) for tensor in others]
-    with pytest.raises(error, match=pattern):
-        optimizer.step()
+    with pytest.raises(ValueError, match=pattern):
+        yield
     assert [photograph(tensor) for tensor in others] == before
 
 
-@pytest.mark.parametrize("stepped", [False, True], ids=["first step", "later step"])
-@main_cases
-@pytest.mark.parametrize(("make", "pattern"), **by_id(UNREADABLE))
-def test_param_is_refused(
-    make: Callable[[Tensor], Tensor], pattern: str, case: Case, stepped: bool
-) -> None:
+def two_named(case: Case, stepped: bool) -> tuple[Any, Parameter, Parameter]:
     first, second = Parameter(numbers()), Parameter(numbers())
     optimizer = case.ours([("first", first), ("second", second)])
     first.grad, second.grad = numbers(), numbers()
     if stepped:
         optimizer.step()
+    return optimizer, first, second
+
+
+@pytest.mark.parametrize("stepped", [False, True], ids=["first step", "later step"])
+@main_cases
+@pytest.mark.parametrize(("make", "pattern"), **by_id(UNREADABLE))
+def test_param_is_refused(make: Any, pattern: str, case: Case, stepped: bool) -> None:
+    optimizer, first, second = two_named(case, stepped)
     second.data = make(second.data)
-    refused(optimizer, ValueError, f"'second'.* is .*{pattern}", first)
+    with step_refused(f"'second'.* is .*{pattern}", first):
+        optimizer.step()
 
 
 @main_cases
 @pytest.mark.parametrize(("make", "pattern"), **by_id(UNREADABLE))
-def test_state_is_refused(make: Callable[[Tensor], Tensor], pattern: str, case: Case) -> None:
-    first, second = Parameter(numbers()), Parameter(numbers())
-    optimizer = case.ours([("first", first), ("second", second)])
-    first.grad, second.grad = numbers(), numbers()
-    optimizer.step()
+def test_state_is_refused(make: Any, pattern: str, case: Case) -> None:
+    optimizer, first, second = two_named(case, stepped=True)
     key = next(name for name in optimizer.state[second] if name != "step")
     optimizer.state[second][key] = make(optimizer.state[second][key])
-    refused(optimizer, ValueError, f"{key} of .*'second'.* is .*{pattern}", first, second)
+    with step_refused(f"{key} of .*'second'.* is .*{pattern}", first, second):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("stepped", [False, True], ids=["first step", "later step"])
 @main_cases
 def test_freed_grad_is_refused(case: Case, stepped: bool) -> None:
-    first, second = Parameter(numbers()), Parameter(numbers())
-    optimizer = case.ours([("first", first), ("second", second)])
-    first.grad, second.grad = numbers(), numbers()
-    if stepped:
-        optimizer.step()
+    optimizer, first, second = two_named(case, stepped)
     second.grad.untyped_storage().resize_(0)
-    refused(optimizer, ValueError, "grad of .*'second'.*storage has been emptied", first, second)
+    with step_refused("grad of .*'second'.*storage has been emptied", first, second):
+        optimizer.step()
 
 
 def test_empty_tensors_need_no_memory() -> None:
@@ -186,25 +186,25 @@ def test_empty_tensors_need_no_memory() -> None:
 @main_cases
 @pytest.mark.parametrize("of", ["param", "state", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_snapshot_that_is_copied_on_write(case: Case, of: str, dtype: torch.dtype) -> None:
+@both_ways
+def test_snapshot_that_is_copied_on_write(
+    takes: bool, case: Case, of: str, dtype: torch.dtype
+) -> Any:
     """Taken between two steps, it keeps what it shows, and the steps go on as without it."""
-    results = []
-    for takes in (True, False):
-        params = [Parameter(numbers(dtype=dtype)) for _ in range(2)]
-        optimizer = case.ours(params)
-        snapshots: list[tuple[Tensor, Tensor]] = []
-        for _ in range(3):
-            for param in params:
-                param.grad = numbers(dtype=dtype)
-            optimizer.step()
-            tensors = [param.detach() for param in params] if of != "state" else []
-            if of != "param":
-                tensors += [t for p in params for t in optimizer.state[p].values() if t.dim()]
-            snapshots += [(torch._lazy_clone(t), t.clone()) for t in tensors if takes]
-        for lazy, copy in snapshots:
-            assert torch.equal(lazy, copy)
-        results.append([[p.detach() for p in params], list(optimizer.state.values())])
-    assert_equal(*results)
+    params = [Parameter(numbers(dtype=dtype)) for _ in range(2)]
+    optimizer = case.ours(params)
+    snapshots: list[tuple[Tensor, Tensor]] = []
+    for _ in range(3):
+        for param in params:
+            param.grad = numbers(dtype=dtype)
+        optimizer.step()
+        tensors = [param.detach() for param in params] if of != "state" else []
+        if of != "param":
+            tensors += [t for p in params for t in optimizer.state[p].values() if t.dim()]
+        snapshots += [(torch._lazy_clone(t), t.clone()) for t in tensors if takes]
+    for lazy, copy in snapshots:
+        assert torch.equal(lazy, copy)
+    return [[p.detach() for p in params], list(optimizer.state.values())]
 
 
 # Wrappers, alone and inside each other.
@@ -319,9 +319,7 @@ STEPS: dict[str, tuple[Callable[[Tensor], Tensor], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize(("make", "error", "pattern"), **by_id(STEPS))
-def test_step_count_is_refused_by_name(
-    make: Callable[[Tensor], Tensor], error: type[Exception], pattern: str
-) -> None:
+def test_step_count_is_refused_by_name(make: Any, error: Any, pattern: str) -> None:
     param = Parameter(numbers())
     optimizer = fusedopt.AdamW([("first", param)])
     param.grad = numbers()

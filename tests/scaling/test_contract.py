@@ -7,9 +7,7 @@ said of optimizers made with fused=True alone, as in torch.
 
 import contextlib
 import copy
-import io
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -22,42 +20,17 @@ from torch.optim.optimizer import (
 )
 
 import fusedopt
-from support.device import DEVICE, STEPS_ON_DEVICE
-from support.optimizers import Case, each_name, main_cases, take_step, train
-from support.snapshots import record
-from support.tensors import assert_equal, assert_same_math, by_id, make_params, params_of, set_grads
+from support.device import STEPS_ON_DEVICE
+from support.equality import assert_equal
+from support.optimizers import Build, Case, each_name, like_torch, main_cases, take_step, train
+from support.scalers import each_scaler, new_scaler, scale_grads, scaled_step
+from support.snapshots import COPIES, record
+from support.tensors import by_id, make_params, params_of
 
-SCALERS: dict[str, Any] = {"fusedopt": fusedopt.GradScaler, "torch": torch.amp.GradScaler}
-each_scaler = pytest.mark.parametrize("scaler_type", **by_id(SCALERS))
 FUSED: dict[str, dict[str, Any]] = {"default": {}, "fused": {"fused": True}}
 each_fused = pytest.mark.parametrize("options", **by_id(FUSED))
 each_outcome = pytest.mark.parametrize("overflows", [False, True], ids=["finite", "overflow"])
 SCALE = 2.0**10
-
-
-def new_scaler(scaler_type: Any) -> Any:
-    return scaler_type(DEVICE, init_scale=SCALE, growth_interval=1000)
-
-
-def scale_grads(scaler: Any, optimizer: Any, seed: int, overflows: bool = False) -> None:
-    params = optimizer.param_groups[0]["params"]
-    scaler.scale(torch.zeros(()))
-    set_grads(params, seed)
-    for param in params:
-        param.grad *= scaler.get_scale()
-    if overflows:
-        params[4].grad[-1, -1, -1] = math.inf
-
-
-def through_pickle(optimizer: Any) -> Any:
-    return pickle.loads(pickle.dumps(optimizer))
-
-
-def through_torch_save(optimizer: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(optimizer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def after_a_load(optimizer: Any, fused: bool) -> Any:
@@ -69,16 +42,16 @@ def after_a_load(optimizer: Any, fused: bool) -> Any:
 
 
 def after_a_scaled_step(optimizer: Any) -> Any:
-    scaler = new_scaler(fusedopt.GradScaler)
+    scaler = new_scaler()
     scale_grads(scaler, optimizer, 0)
     scaler.step(optimizer)
     return optimizer
 
 
-COPIES: dict[str, Callable[[Any], Any]] = {
+BECOME: dict[str, Callable[[Any], Any]] = {
     "itself": lambda optimizer: optimizer,
-    "pickled": through_pickle,
-    "saved": through_torch_save,
+    "pickled": COPIES["pickle"],
+    "saved": COPIES["torch.save"],
     "deep copy": copy.deepcopy,
     "loaded fused": lambda optimizer: after_a_load(optimizer, True),
     "loaded unfused": lambda optimizer: after_a_load(optimizer, False),
@@ -87,10 +60,10 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 
 @each_name
-@pytest.mark.parametrize("copied", **by_id(COPIES))
+@pytest.mark.parametrize("become", **by_id(BECOME))
 @pytest.mark.parametrize("fused", [None, False, True])
-def test_who_claims_support(name: str, copied: Any, fused: bool | None) -> None:
-    optimizer = copied(getattr(fusedopt, name)(make_params(), fused=fused))
+def test_who_claims_support(name: str, become: Any, fused: bool | None) -> None:
+    optimizer = become(getattr(fusedopt, name)(make_params(), fused=fused))
     claimed = getattr(optimizer, "_step_supports_amp_scaling", False)
     assert claimed is bool(fused)
     twin = getattr(torch.optim, name)(make_params(), fused=fused)
@@ -111,18 +84,12 @@ def test_fused_with_foreach(name: str) -> None:
 @each_fused
 def test_our_scaler_borrows_the_claim(case: Case, options: dict[str, Any]) -> None:
     """For its own steps, unless hooks look at the grads before."""
-    optimizer, scaler, seen = (
-        case.ours(make_params(), **options),
-        new_scaler(fusedopt.GradScaler),
-        [],
-    )
+    optimizer, scaler, seen = case.ours(make_params(), **options), new_scaler(), []
     optimizer.register_step_post_hook(lambda o, *_: seen.append(o._step_supports_amp_scaling))
     for has_pre_hook in (False, True):
         if has_pre_hook:
             optimizer.register_step_pre_hook(lambda *_: None)
-        scale_grads(scaler, optimizer, 0)
-        scaler.step(optimizer)
-        scaler.update()
+        scaled_step(scaler, optimizer, 0)
         take_step(optimizer, 1)
     claims = bool(options)
     assert seen == [True, claims, claims, claims]
@@ -143,46 +110,37 @@ class Wrapper:
 
 @main_cases
 @each_scaler
-def test_wrapped(case: Case, scaler_type: Any) -> None:
+@like_torch
+def test_wrapped(build: Build, case: Case, scaler_type: Any) -> Any:
     """A scaler that set attributes on the wrapper would leave the step with scaled grads."""
-    results = []
-    for build, each in ((case.ours, scaler_type), (case.theirs, torch.amp.GradScaler)):
-        optimizer, scaler = build(make_params()), new_scaler(each)
-        for seed in range(5):
-            scale_grads(scaler, optimizer, seed, overflows=seed in (0, 3))
-            scaler.step(Wrapper(optimizer))
-            scaler.update()
-        assert all(param.isfinite().all() for param in params_of(optimizer))
-        results.append((params_of(optimizer), scaler.get_scale()))
-    assert_same_math(*results)
-
-
-def find_skipped(optimizer: Any, scaler: Any, overflows: tuple[int, ...]) -> list[Any]:
-    """As Accelerate does it: a step was skipped if the scaler has not called the method."""
-    schedule, log = ExponentialLR(optimizer, 0.5), []
-    called, step = [], optimizer.step
-    optimizer.step = lambda *args, **kwargs: [called.append(True), step(*args, **kwargs)][1]
+    optimizer = build(make_params())
+    scaler = new_scaler(scaler_type if build == case.ours else torch.amp.GradScaler)
     for seed in range(5):
-        called.clear()
-        scale_grads(scaler, optimizer, seed, overflows=seed in overflows)
-        scaler.step(optimizer)
+        scale_grads(scaler, optimizer, seed, math.inf if seed in (0, 3) else None)
+        scaler.step(Wrapper(optimizer))
         scaler.update()
-        if called:
-            schedule.step()
-        log.append((not called, optimizer.param_groups[0]["lr"], scaler.get_scale()))
-    return log
+    assert all(param.isfinite().all() for param in params_of(optimizer))
+    return params_of(optimizer), scaler.get_scale()
 
 
 @main_cases
 @pytest.mark.parametrize("overflows", [(), (0,), (2, 3), (4,)], ids=str)
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning")
-def test_skipped_steps_are_noticed(case: Case, overflows: tuple[int, ...]) -> None:
-    logs = []
-    for build in (case.ours, case.theirs):
-        optimizer = build(make_params())
-        logs.append(find_skipped(optimizer, new_scaler(torch.amp.GradScaler), overflows))
-    assert logs[0] == logs[1]
-    assert [seed for seed, (skipped, *_) in enumerate(logs[0]) if skipped] == list(overflows)
+@like_torch
+def test_skipped_steps_are_noticed(build: Build, overflows: tuple[int, ...]) -> Any:
+    """As Accelerate does it: a step was skipped if the scaler has not called the method."""
+    optimizer, scaler = build(make_params()), new_scaler(torch.amp.GradScaler)
+    schedule, log = ExponentialLR(optimizer, 0.5), []
+    called, step = [], optimizer.step
+    optimizer.step = lambda *args, **kwargs: [called.append(True), step(*args, **kwargs)][1]
+    for seed in range(5):
+        called.clear()
+        scaled_step(scaler, optimizer, seed, math.inf if seed in overflows else None)
+        if called:
+            schedule.step()
+        log.append((not called, optimizer.param_groups[0]["lr"], scaler.get_scale()))
+    assert [seed for seed, (skipped, *_) in enumerate(log) if skipped] == list(overflows)
+    return log
 
 
 def interrupt(*_: Any) -> None:
@@ -256,7 +214,7 @@ def test_exception_in_a_scaled_step(
     """Nothing of the scaler stays on the optimizer: the next step is as if there had been none."""
     optimizer, scaler = case.ours(make_params(), **options), new_scaler(scaler_type)
     take_step(optimizer, 0)
-    scale_grads(scaler, optimizer, 1, overflows)
+    scale_grads(scaler, optimizer, 1, math.inf if overflows else None)
     raised = False
     with ending(optimizer):
         try:
@@ -280,10 +238,8 @@ def test_exception_in_a_scaled_step(
     else:
         take_step(optimizer, 2)
     plain = case.ours(make_params())
-    take_step(plain, 0)
-    if is_done and not overflows:
-        take_step(plain, 1)
-    take_step(plain, 2)
+    for seed in (0, 1, 2) if is_done and not overflows else (0, 2):
+        take_step(plain, seed)
     look = params_of if STEPS_ON_DEVICE else record  # `step` may have moved
     assert_equal(look(optimizer), look(plain))
 
@@ -341,21 +297,17 @@ READERS: dict[str, Callable[[Any], Callable[[], None]]] = {
 @each_scaler
 @pytest.mark.parametrize("overflows", [(), (1,)], ids=["finite", "overflow"])
 @pytest.mark.parametrize("add_reader", **by_id(READERS))
+@like_torch
 def test_code_in_a_step_sees_unscaled_grads(
-    case: Case, scaler_type: Any, overflows: tuple[int, ...], add_reader: Any
-) -> None:
+    build: Build, case: Case, scaler_type: Any, overflows: tuple[int, ...], add_reader: Any
+) -> Any:
     """Grads that still have the scale would be clipped to nothing."""
-    results = []
-    for build, scalers in ((case.ours, scaler_type), (case.theirs, torch.amp.GradScaler)):
-        optimizer = build(make_params())
-        remove = add_reader(optimizer)
-        scaler = new_scaler(scalers)
-        try:
-            for seed in range(3):
-                scale_grads(scaler, optimizer, seed, overflows=seed in overflows)
-                scaler.step(optimizer)
-                scaler.update()
-        finally:
-            remove()
-        results.append([params_of(optimizer), scaler.get_scale()])
-    assert_same_math(*results)
+    optimizer = build(make_params())
+    scaler = new_scaler(scaler_type if build == case.ours else torch.amp.GradScaler)
+    remove = add_reader(optimizer)
+    try:
+        for seed in range(3):
+            scaled_step(scaler, optimizer, seed, math.inf if seed in overflows else None)
+    finally:
+        remove()
+    return params_of(optimizer), scaler.get_scale()

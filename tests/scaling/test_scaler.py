@@ -9,7 +9,6 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,42 +17,22 @@ from torch import Tensor
 
 import fusedopt
 from support.device import DEVICE, STEPS_ON_DEVICE
-from support.optimizers import CASES, NAMES, Case, main_cases, take_step, train
+from support.equality import assert_equal, assert_same_math
+from support.optimizers import CASES, NAMES, Case, assert_params_after, main_cases, take_step
+from support.scalers import (
+    SCALERS,
+    WAYS,
+    Way,
+    each_bad,
+    each_way,
+    new_scaler,
+    scale_grads,
+    scaled_step,
+)
 from support.sides import SIZES, Results, Side, on_both_drivers, without_waiting
 from support.snapshots import record, snapshot
-from support.tensors import (
-    assert_equal,
-    assert_same_math,
-    by_id,
-    draw,
-    dtype_id,
-    make_params,
-    params_of,
-    set_grads,
-)
+from support.tensors import by_id, draw, make_params, params_of, set_grads, some_dtypes
 
-BAD = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-each_bad = pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
-SCALERS: dict[str, Any] = {"fusedopt": fusedopt.GradScaler, "torch": torch.amp.GradScaler}
-
-
-@dataclass(frozen=True)
-class Way:
-    """A scaler, options of the optimizer, and whether step() is what unscales and skips."""
-
-    scaler_type: Any
-    options: dict[str, Any]
-    in_step: bool
-
-
-FUSED = {"fused": True}
-WAYS = {
-    "fusedopt": Way(fusedopt.GradScaler, {}, True),
-    "fusedopt of fused": Way(fusedopt.GradScaler, FUSED, True),
-    "torch of fused": Way(torch.amp.GradScaler, FUSED, True),
-    "torch": Way(torch.amp.GradScaler, {}, False),
-}
-each_way = pytest.mark.parametrize("way", **by_id(WAYS))
 # Which of eight steps overflow; the scale grows after two good steps.
 OVERFLOWS = {
     "never": (),
@@ -65,21 +44,6 @@ OVERFLOWS = {
 }
 each_pattern = pytest.mark.parametrize("overflows", **by_id(OVERFLOWS))
 UNSCALED: dict[str, bool] = {"unscaled by step": False, "unscale_ first": True}
-
-
-def new_scaler(scaler_type: Any = fusedopt.GradScaler, **options: Any) -> Any:
-    return scaler_type(DEVICE, **{"init_scale": 2.0**10, "growth_interval": 2, **options})
-
-
-def scale_grads(scaler: Any, optimizer: Any, seed: int, bad: float | None = None) -> None:
-    """What backward leaves; `bad` stands in the last element of a grad."""
-    params = optimizer.param_groups[0]["params"]
-    scaler.scale(torch.zeros(()))
-    set_grads(params, seed)
-    for param in params:
-        param.grad *= scaler.get_scale()
-    if bad is not None:
-        params[4].grad[-1, -1, -1] = bad
 
 
 def is_overflow(seed: int, overflows: tuple[int, ...], bad: float) -> float | None:
@@ -96,9 +60,7 @@ def test_training(case: Case, way: Way, overflows: tuple[int, ...], bad: float) 
     scalers = new_scaler(way.scaler_type), new_scaler(torch.amp.GradScaler)
     for seed in range(8):
         for optimizer, scaler in zip((ours, theirs), scalers, strict=True):
-            scale_grads(scaler, optimizer, seed, is_overflow(seed, overflows, bad))
-            scaler.step(optimizer)
-            scaler.update()
+            scaled_step(scaler, optimizer, seed, is_overflow(seed, overflows, bad))
         assert bool(ours.skipped) is (way.in_step and seed in overflows)
         if way.scaler_type is fusedopt.GradScaler:
             assert ours.nonfinite_grads == (seed in overflows)
@@ -126,9 +88,7 @@ def test_overflow_changes_nothing(
         return {k: v for k, v in photo.items() if way.in_step or not k.startswith("grad")}
 
     if warm:
-        scale_grads(scaler, optimizer, 0)
-        scaler.step(optimizer)
-        scaler.update()
+        scaled_step(scaler, optimizer, 0)
     scale_grads(scaler, optimizer, 1, bad)
     if unscale:
         scaler.unscale_(optimizer)
@@ -172,20 +132,17 @@ def test_clipping(case: Case, way: Way, unscale: bool) -> None:
 
 
 @main_cases
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=dtype_id)
+@some_dtypes(torch.float32, torch.float16, torch.bfloat16)
 def test_as_without_a_scaler(case: Case, dtype: torch.dtype) -> None:
     """A power of two as scale changes no bit, of float16 grads neither."""
     case = case.suited_to(torch.float16)
     for more in ({}, {"max_grad_norm": 0.5}, {"ema_decay": 0.9}):
-        optimizer, plain = (case.ours(make_params(dtype), **more) for _ in range(2))
+        optimizer = case.ours(make_params(dtype), **more)
         scaler = new_scaler(init_scale=8.0, growth_interval=100)
         for seed in range(4):
-            scale_grads(scaler, optimizer, seed)
-            scaler.step(optimizer)
-            scaler.update()
+            scaled_step(scaler, optimizer, seed)
             assert scaler.get_scale() == 8.0
-        train(plain, steps=4)
-        assert_equal(params_of(optimizer), params_of(plain))
+        assert_params_after(optimizer, case, 0, 1, 2, 3, **more)
 
 
 def two_optimizers(first: str, second: str, options: dict[str, Any]) -> list[Any]:
@@ -202,9 +159,7 @@ def two_optimizers(first: str, second: str, options: dict[str, Any]) -> list[Any
 @each_way
 @pytest.mark.parametrize("second", [*NAMES, "torch.SGD", "torch.AdamW"])
 @pytest.mark.parametrize("overflowing", [0, 1], ids=["ours overflows", "the other does"])
-def test_several_optimizers(
-    second: str, way: Way, overflows: tuple[int, ...], overflowing: int
-) -> None:
+def test_several_optimizers(second: str, way: Way, overflows: Any, overflowing: int) -> None:
     """Only the one with the overflow is skipped; the scale is that of both."""
     pairs = (
         two_optimizers("AdamW", second, way.options),
@@ -234,9 +189,8 @@ def test_several_optimizers(
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "clipped"])
 def test_found_inf_is_a_sum(case: Case, found_inf: float, clip: float | None) -> None:
     """Over devices and processes; whoever computed it, it skips a step that is clipped, too."""
-    optimizer, plain = (case.ours(make_params(), max_grad_norm=clip) for _ in range(2))
-    for each in (optimizer, plain):
-        take_step(each, 0)
+    optimizer = case.ours(make_params(), max_grad_norm=clip)
+    take_step(optimizer, 0)
     set_grads(optimizer, 1)
     optimizer.found_inf, optimizer.grad_scale = torch.tensor(found_inf), torch.tensor(1.0)
     before = snapshot(optimizer, values_only=STEPS_ON_DEVICE)
@@ -245,22 +199,20 @@ def test_found_inf_is_a_sum(case: Case, found_inf: float, clip: float | None) ->
     if found_inf > 0:
         assert snapshot(optimizer, values_only=STEPS_ON_DEVICE) == before
     else:
-        take_step(plain, 1)
-        assert_equal(params_of(optimizer), params_of(plain))
+        assert_params_after(optimizer, case, 0, 1, max_grad_norm=clip)
 
 
 @main_cases
 @each_way
 def test_disabled(case: Case, way: Way) -> None:
-    optimizer, plain = case.ours(make_params(), **way.options), case.ours(make_params())
+    optimizer = case.ours(make_params(), **way.options)
     scaler = new_scaler(way.scaler_type, enabled=False)
     for seed in range(3):
         set_grads(optimizer, seed)
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-    train(plain)
-    assert_equal(params_of(optimizer), params_of(plain))
+    assert_params_after(optimizer, case, 0, 1, 2)
     assert scaler.get_scale() == 1.0
     assert scaler.state_dict() == {}
     assert optimizer.nonfinite_grads is None
@@ -274,16 +226,12 @@ def test_state_dict(case: Case, directions: tuple[int, int]) -> None:
     optimizer, scaler = case.ours(make_params()), new_scaler(first)
     other = new_scaler(second, init_scale=1.0)
     for seed in range(3):
-        scale_grads(scaler, optimizer, seed, is_overflow(seed, (1,), math.inf))
-        scaler.step(optimizer)
-        scaler.update()
+        scaled_step(scaler, optimizer, seed, is_overflow(seed, (1,), math.inf))
     other.load_state_dict(copy.deepcopy(scaler.state_dict()))
     assert other.state_dict() == scaler.state_dict()
     unpickled = pickle.loads(pickle.dumps(scaler))
     for each in (scaler, other, unpickled):
-        scale_grads(each, optimizer, 3)
-        each.step(optimizer)
-        each.update()
+        scaled_step(each, optimizer, 3)
         assert each.get_scale() == scaler.get_scale()
     assert isinstance(fusedopt.GradScaler(DEVICE), torch.amp.GradScaler)
 
@@ -357,7 +305,6 @@ def test_error_if_nonfinite(case: Case, way: Way, bad: float) -> None:
     """Whether a scaled step raises or is skipped, the loop goes on with a smaller scale."""
     clip = {"max_grad_norm": 0.5}
     optimizer = case.ours(make_params(), **clip, error_if_nonfinite=True, **way.options)
-    plain = case.ours(make_params(), **clip)
     scaler = new_scaler(way.scaler_type, growth_interval=100)
     for seed in range(4):
         scale_grads(scaler, optimizer, seed, is_overflow(seed, (0, 2), bad))
@@ -368,9 +315,7 @@ def test_error_if_nonfinite(case: Case, way: Way, bad: float) -> None:
         assert not hasattr(optimizer, "found_inf")
         scaler.update()
         assert scaler.get_scale() == (before / 2 if seed in (0, 2) else before)
-    take_step(plain, 1)
-    take_step(plain, 3)
-    assert_equal(params_of(optimizer), params_of(plain))
+    assert_params_after(optimizer, case, 1, 3, **clip)
 
 
 ROWS = {
@@ -387,12 +332,10 @@ ROWS = {
 
 
 @pytest.mark.parametrize("bad", [(), (0,), (0, 1), (2,), (0, 1, 2, 3, 4), (1, 3)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=dtype_id)
+@some_dtypes(torch.float32, torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("row", **by_id(ROWS))
 @on_both_drivers
-def test_on_both_drivers(
-    side: Side, row: Case, dtype: torch.dtype, bad: tuple[int, ...]
-) -> Results:
+def test_on_both_drivers(side: Side, row: Case, dtype: torch.dtype, bad: Any) -> Results:
     params: list[Tensor] = draw(SIZES, side.device, dtype)
     optimizer = row.suited_to(dtype).ours(params)
     scaler = fusedopt.GradScaler(side.device.type, init_scale=2.0**6, growth_interval=2)

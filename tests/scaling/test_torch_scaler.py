@@ -10,94 +10,70 @@ import pytest
 import torch
 
 from support.device import DEVICE, STEPS_ON_DEVICE
-from support.optimizers import Case, main_cases, take_step, train, varied_cases
+from support.equality import assert_equal, assert_same_math
+from support.optimizers import (
+    Build,
+    Case,
+    assert_params_after,
+    like_torch,
+    main_cases,
+    take_step,
+    train,
+    varied_cases,
+)
+from support.scalers import each_bad, new_scaler, scaled_step
 from support.snapshots import photograph, snapshot
-from support.tensors import assert_equal, assert_same_math, by_id, make_params, params_of, set_grads
+from support.tensors import by_id, make_params, params_of, set_grads
 
 WAYS: dict[str, dict[str, Any]] = {"in the step": {"fused": True}, "before it": {}}
 EACH_WAY = pytest.mark.parametrize("options", **by_id(WAYS))
-OVERFLOWS = pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
-
-
-def new_scaler(**options: Any) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler(DEVICE, init_scale=2.0**10, growth_interval=2, **options)
-
-
-def scaled_step(
-    scaler: torch.amp.GradScaler,
-    optimizer: Any,
-    seed: int,
-    overflow: float | None = None,
-    clip: float | None = None,
-) -> None:
-    """One training step under the scaler; `overflow` stands in one element of one grad."""
-    params = optimizer.param_groups[0]["params"]
-    loss = scaler.scale(torch.zeros((), dtype=torch.float64))
-    assert loss == 0
-    set_grads(params, seed)
-    for param in params:
-        param.grad *= scaler.get_scale()
-    if overflow is not None:
-        params[1].grad[2, 3] = overflow
-    if clip is not None:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(params, clip)
-    scaler.step(optimizer)
-    scaler.update()
 
 
 @varied_cases
 @EACH_WAY
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "unscaled and clipped by the user"])
-def test_scaled_training(case: Case, options: dict[str, Any], clip: float | None) -> None:
+@like_torch
+def test_scaled_training(build: Build, case: Case, options: Any, clip: float | None) -> Any:
     """With an overflow in the middle, which shrinks the scale; torch's twin is unfused."""
-    results = []
-    for build, more in ((case.ours, options), (case.theirs, {})):
-        optimizer, scaler = build(make_params(), **more), new_scaler()
-        for seed in range(6):
-            scaled_step(scaler, optimizer, seed, float("inf") if seed == 3 else None, clip)
-        results.append((params_of(optimizer), scaler.get_scale(), scaler.state_dict()))
-    assert_same_math(results[0][0], results[1][0])
-    assert results[0][1:] == results[1][1:]
+    optimizer = build(make_params(), **(options if build == case.ours else {}))
+    scaler = new_scaler(torch.amp.GradScaler)
+    for seed in range(6):
+        scaled_step(scaler, optimizer, seed, float("inf") if seed == 3 else None, clip)
+    return params_of(optimizer), scaler.get_scale(), scaler.state_dict()
 
 
 @varied_cases
 @EACH_WAY
-@OVERFLOWS
+@each_bad
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "clipped"])
 def test_overflow_on_the_first_step(
-    case: Case, options: dict[str, Any], value: float, clip: float | None
+    case: Case, options: dict[str, Any], bad: float, clip: float | None
 ) -> None:
     """A peer left its momentum uninitialised when the first step was skipped."""
-    optimizer, scaler = case.ours(make_params(), **options), new_scaler()
+    optimizer, scaler = case.ours(make_params(), **options), new_scaler(torch.amp.GradScaler)
     params = optimizer.param_groups[0]["params"]
     before = [photograph(param, values_only=STEPS_ON_DEVICE) for param in params]
-    scaled_step(scaler, optimizer, 0, overflow=value, clip=clip)
+    scaled_step(scaler, optimizer, 0, bad=bad, clip=clip)
     assert [photograph(param, values_only=STEPS_ON_DEVICE) for param in params] == before
     entries = [entry for state in optimizer.state.values() for entry in state.values()]
     assert not any(entry.any() for entry in entries) if STEPS_ON_DEVICE else not optimizer.state
     for seed in range(1, 4):
         scaled_step(scaler, optimizer, seed)
-    plain = case.ours(make_params())
-    train(plain, first=1)
-    assert_equal(params_of(optimizer), params_of(plain))  # powers of two: unscaling is exact
+    assert_params_after(optimizer, case, 1, 2, 3)  # powers of two: unscaling is exact
 
 
 @varied_cases
 @EACH_WAY
-@OVERFLOWS
-def test_overflow_on_a_later_step(case: Case, options: dict[str, Any], value: float) -> None:
-    optimizer, scaler = case.ours(make_params(), **options), new_scaler()
+@each_bad
+def test_overflow_on_a_later_step(case: Case, options: dict[str, Any], bad: float) -> None:
+    optimizer, scaler = case.ours(make_params(), **options), new_scaler(torch.amp.GradScaler)
     for seed in range(2):
         scaled_step(scaler, optimizer, seed)
     before = without_grads(optimizer)
-    scaled_step(scaler, optimizer, 2, overflow=value)
+    scaled_step(scaler, optimizer, 2, bad=bad)
     assert without_grads(optimizer) == before
     scaled_step(scaler, optimizer, 3)
-    plain = case.ours(make_params())
-    train(plain, steps=2)
-    take_step(plain, 3)
-    assert_equal(params_of(optimizer), params_of(plain))
+    assert_params_after(optimizer, case, 0, 1, 3)
 
 
 def without_grads(optimizer: Any) -> dict[str, Any]:
@@ -161,27 +137,12 @@ def test_grad_scale_divides_the_grads(case: Case, dtype: torch.dtype, scale: flo
 @main_cases
 @EACH_WAY
 def test_scaler_leaves_no_attributes_behind(case: Case, options: dict[str, Any]) -> None:
-    optimizer, scaler = case.ours(make_params(), **options), new_scaler()
+    optimizer, scaler = case.ours(make_params(), **options), new_scaler(torch.amp.GradScaler)
     scaled_step(scaler, optimizer, 0)
     assert not hasattr(optimizer, "found_inf")
     assert not hasattr(optimizer, "grad_scale")
     take_step(optimizer, 1)
-    plain = case.ours(make_params())
-    train(plain, steps=2)
-    assert_equal(params_of(optimizer), params_of(plain))
-
-
-@main_cases
-@EACH_WAY
-def test_disabled_scaler(case: Case, options: dict[str, Any]) -> None:
-    optimizer, plain = case.ours(make_params(), **options), case.ours(make_params())
-    scaler = new_scaler(enabled=False)
-    for seed in range(3):
-        set_grads(optimizer, seed)
-        scaler.step(optimizer)
-        scaler.update()
-    train(plain)
-    assert_equal(params_of(optimizer), params_of(plain))
+    assert_params_after(optimizer, case, 0, 1)
 
 
 @main_cases

@@ -1,1 +1,1 @@
-"""What tests share."""
+"""What tests share; CONTRIBUTING.md says which module has what."""

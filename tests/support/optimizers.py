@@ -12,7 +12,8 @@ from torch import Tensor
 
 import fusedopt
 from support import oracles
-from support.tensors import assert_equal, assert_same_math, make_params, params_of, set_grads
+from support.equality import assert_equal, assert_same_math, without_parameter
+from support.tensors import make_params, params_of, set_grads
 
 NAMES = ["SGD", "Adam", "AdamW"]
 each_name = pytest.mark.parametrize("name", NAMES)
@@ -182,6 +183,7 @@ def like_torch(run: Callable[..., Any]) -> Callable[..., None]:
 
     What it returns of the two must be the same math.
     """
+    takes_case = "case" in inspect.signature(run).parameters
 
     @functools.wraps(run)
     def test(case: Case, **given: Any) -> None:
@@ -190,9 +192,5 @@ def like_torch(run: Callable[..., Any]) -> Callable[..., None]:
         ours, theirs = (run(build, **given) for build in (case.ours, case.theirs))
         assert_same_math(ours, theirs)
 
-    signature = inspect.signature(run)
-    takes_case = "case" in signature.parameters
-    asked = [p for name, p in signature.parameters.items() if name not in ("build", "case")]
-    case = inspect.Parameter("case", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    test.__signature__ = signature.replace(parameters=[case, *asked])  # which pytest reads
+    test.__signature__ = without_parameter(run, "build", "case")  # which pytest reads
     return test

@@ -5,7 +5,6 @@ A test is a function of a Side that returns tensors; both sides must give the sa
 """
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from fusedopt import _C
 from support.device import DEVICE, IS_CUDA, needs_driver
+from support.equality import bits, without_parameter
 from support.optimizers import Case
-from support.tensors import BFLOAT16, FLOAT32, FLOAT64, bits, draw, set_grads
+from support.tensors import BFLOAT16, FLOAT32, FLOAT64, draw, set_grads
 
 Results: TypeAlias = dict[str, Tensor]
 
@@ -124,9 +124,7 @@ def on_both_drivers(run: Callable[..., Results]) -> Callable[..., None]:
     def test(**given: Any) -> None:
         assert_same_on_both(lambda side: run(side, **given))
 
-    signature = inspect.signature(run)
-    others = [p for name, p in signature.parameters.items() if name != "side"]
-    test.__signature__ = signature.replace(parameters=others)  # which pytest reads
+    test.__signature__ = without_parameter(run, "side")  # which pytest reads
     return test
 
 

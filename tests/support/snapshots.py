@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from support.tensors import params_of, tensor_bytes
+from support.equality import tensor_bytes
+from support.tensors import params_of
 
 
 def results(optimizer: Any, param: Tensor) -> dict[str, Tensor]:

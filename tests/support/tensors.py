@@ -81,49 +81,6 @@ def set_grads(optimizer: Any, seed: int, in_place: bool = False) -> None:
             param.grad = grad.to(param.dtype).to(param.device, copy=True)
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """The memory of the elements in order, every NaN as the same NaN."""
-    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    if plain.is_floating_point():
-        plain = torch.where(plain.isnan(), torch.full_like(plain, torch.nan), plain)
-    else:
-        plain = plain.clone(memory_format=torch.contiguous_format)  # one element counts as dense
-    return plain.contiguous().reshape(-1).view(torch.uint8)
-
-
-def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    assert first.keys() == second.keys()
-    return all(torch.equal(bits(first[name]), bits(second[name])) for name in first)
-
-
-def tensor_bytes(tensor: Tensor) -> bytes:
-    """All of the storage: what lies around a slice counts too."""
-    storage = tensor.detach().untyped_storage().cpu()
-    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy().tobytes()
-
-
-def assert_close(ours: Any, theirs: Any, **tolerances: Any) -> None:
-    """Tensors, or lists and dicts of them. Dtypes and shapes count; what is no tensor is equal."""
-    if isinstance(ours, Tensor):
-        torch.testing.assert_close(ours, theirs, **tolerances)
-    elif isinstance(ours, dict | list | tuple):
-        assert len(ours) == len(theirs)
-        for key in ours if isinstance(ours, dict) else range(len(ours)):
-            assert_close(ours[key], theirs[key], **tolerances)
-    else:
-        assert ours == theirs
-
-
-def assert_equal(ours: Any, theirs: Any) -> None:
-    """Bit for bit, but that every NaN is like any other."""
-    assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
-
-
-def assert_same_math(ours: Any, theirs: Any) -> None:
-    """Float64 results of the same formula: a few roundings apart."""
-    assert_close(ours, theirs, rtol=1e-13, atol=1e-14)
-
-
 def misaligned(tensor: Tensor, offset: int = 1) -> Tensor:
     """A copy that starts `offset` elements behind an aligned address, with numbers around it."""
     storage = torch.full((tensor.numel() + offset + 9,), 7, dtype=tensor.dtype).to(tensor.device)

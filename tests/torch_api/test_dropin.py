@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from torch.optim import optimizer as torch_optimizer
 
 import fusedopt
+from support.equality import assert_equal
 from support.optimizers import (
     Build,
     Case,
@@ -25,7 +26,7 @@ from support.optimizers import (
     varied_cases,
 )
 from support.snapshots import COPIES, copy_params
-from support.tensors import assert_equal, make_params, params_of, set_grads
+from support.tensors import make_params, params_of, set_grads
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from support.equality import assert_equal, assert_same_math
 from support.files import run_ranks
 from support.optimizers import Build, Case, like_torch, main_cases, train, varied_cases
-from support.tensors import assert_equal, assert_same_math, make_params, params_of, set_grads
+from support.tensors import make_params, params_of, set_grads
 
 dist = pytest.importorskip("torch.distributed")
 if not dist.is_available():

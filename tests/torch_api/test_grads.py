@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from support.equality import assert_equal, assert_same_math
 from support.optimizers import (
     CASES,
     Build,
@@ -19,15 +20,7 @@ from support.optimizers import (
     varied_cases,
 )
 from support.snapshots import record
-from support.tensors import (
-    assert_equal,
-    assert_same_math,
-    by_id,
-    draw,
-    make_params,
-    set_grads,
-    values,
-)
+from support.tensors import by_id, draw, make_params, set_grads, values
 from support.threads import run_in_threads
 
 # Which of the parameters have a grad in each of six steps.

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from support.equality import assert_equal
 from support.optimizers import NAMES, Build, Case, each_adam, like_torch, take_step, train
 from support.snapshots import record
-from support.tensors import assert_equal, by_id, make_params, params_of
+from support.tensors import by_id, make_params, params_of
 
 # Optimizer, its options, and what is edited after two steps and after four.
 EDITS: dict[str, tuple[Case, dict[str, Any], dict[str, Any]]] = {
@@ -77,7 +78,7 @@ def test_each_group_has_its_own_options(build: Build, case: Case) -> Any:
     """lr, decay and betas per group, several of them, some without any parameter."""
     params = make_params()
     extra: dict[str, Any] = (
-        {"momentum": 0.9} if case.optimizer == "SGD" else {"betas": (0.7, 0.8), "amsgrad": True}
+        {"momentum": 0.9} if case.takes("momentum") else {"betas": (0.7, 0.8), "amsgrad": True}
     )
     optimizer = build(
         [

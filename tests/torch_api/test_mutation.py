@@ -4,7 +4,6 @@ The plan keeps pointers between steps, so each of these could leave it with an o
 torch.optim, which looks everything up anew, gets the same treatment.
 """
 
-# ruff: noqa: ARG001
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch.nn import Parameter
 
 from support.device import on_host
+from support.equality import assert_equal
 from support.optimizers import (
     CASES,
     VARIED,
@@ -26,7 +26,7 @@ from support.optimizers import (
     varied_cases,
 )
 from support.snapshots import record
-from support.tensors import assert_equal, by_id, make_params, params_of
+from support.tensors import by_id, make_params, params_of
 
 stateful_cases = some_cases(*(key for key in VARIED if CASES[key].state_names))
 
@@ -45,25 +45,21 @@ def stepped_and_changed(build: Build, change: Change) -> Any:
     return record(optimizer)
 
 
-def move_params(optimizer: Any, params: list[Parameter]) -> None:
+def move_params(_: Any, params: list[Parameter]) -> None:
     for param in params:
         param.data = param.data.clone() + 1
     for param in params:  # the old memory is free now, and taken by others
         torch.full((param.numel(),), float("nan"), dtype=torch.float64)
 
 
-def move_to_same_memory(optimizer: Any, params: list[Parameter]) -> None:
-    params[1].data = params[1].data.view(20).view(4, 5)
-
-
-def move_to_view(optimizer: Any, params: list[Parameter]) -> None:
+def move_to_view(_: Any, params: list[Parameter]) -> None:
     """From dense to strided memory."""
     wide = torch.full((4, 10), 7.0, dtype=torch.float64)
     wide[:, ::2] = params[1].data
     params[1].data = wide[:, ::2]
 
 
-def swap_two_params(optimizer: Any, params: list[Parameter]) -> None:
+def swap_two_params(_: Any, params: list[Parameter]) -> None:
     params[1].data, params[4].data = params[4].data, params[1].data
     params[1].data = params[1].data.reshape(-1)[:20].reshape(4, 5).clone()
     params[4].data = torch.ones(2, 3, 4, dtype=torch.float64)
@@ -101,18 +97,6 @@ def reorder_in_place(optimizer: Any, params: list[Parameter]) -> None:
             value.data = value.data.t()
 
 
-def reorder_params_in_place(optimizer: Any, params: list[Parameter]) -> None:
-    params[6].data = params[6].data.t()
-
-
-def clear_one_state(optimizer: Any, params: list[Parameter]) -> None:
-    optimizer.state.pop(params[1], None)
-
-
-def clear_all_state(optimizer: Any, params: list[Parameter]) -> None:
-    optimizer.state.clear()
-
-
 def reorder_state(optimizer: Any, params: list[Parameter]) -> None:
     """The plan follows the order of the state's dict where it can."""
     for param in [params[3], params[0]]:
@@ -120,7 +104,7 @@ def reorder_state(optimizer: Any, params: list[Parameter]) -> None:
             optimizer.state[param] = optimizer.state.pop(param)
 
 
-def state_of_strangers(optimizer: Any, params: list[Parameter]) -> None:
+def state_of_strangers(optimizer: Any, _: list[Parameter]) -> None:
     """Entries that belong to no parameter, among those that do."""
     old = dict(optimizer.state)
     optimizer.state.clear()
@@ -143,34 +127,34 @@ def remove_a_param(optimizer: Any, params: list[Parameter]) -> None:
         del optimizer.param_groups[0]["params"][1]
 
 
-def append_a_param(optimizer: Any, params: list[Parameter]) -> None:
-    optimizer.param_groups[0]["params"].append(Parameter(torch.ones(7, dtype=torch.float64)))
-
-
-def reverse_params(optimizer: Any, params: list[Parameter]) -> None:
-    optimizer.param_groups[0]["params"].reverse()
-
-
-def new_params_list(optimizer: Any, params: list[Parameter]) -> None:
-    optimizer.param_groups[0]["params"] = [params[1], params[0], *params[2:]]
-
-
-def split_group(optimizer: Any, params: list[Parameter]) -> None:
+def split_group(optimizer: Any, _: list[Parameter]) -> None:
     first = optimizer.param_groups[0]
     if len(first["params"]) > 2:
         moved = first["params"].pop()
         optimizer.param_groups.insert(0, {**first, "params": [moved], "lr": 0.02})
 
 
+def params_list(optimizer: Any) -> list[Any]:
+    found: list[Any] = optimizer.param_groups[0]["params"]
+    return found
+
+
 CHANGES: dict[str, Change] = {
-    change.__name__: change
-    for change in [
-        move_params, move_to_same_memory, move_to_view, swap_two_params, replace_states,
-        swap_state_data, set_step, transpose_state, reorder_in_place, reorder_params_in_place,
-        clear_one_state, clear_all_state,
-        reorder_state, state_of_strangers, edit_in_place, remove_a_param, append_a_param,
-        reverse_params, new_params_list, split_group,
-    ]
+    **{
+        change.__name__: change
+        for change in [
+            move_params, move_to_view, swap_two_params, replace_states, swap_state_data, set_step,
+            transpose_state, reorder_in_place, reorder_state, state_of_strangers, edit_in_place,
+            remove_a_param, split_group,
+        ]
+    },
+    "move_to_same_memory": lambda _, p: setattr(p[1], "data", p[1].data.view(20).view(4, 5)),
+    "reorder_params_in_place": lambda _, p: setattr(p[6], "data", p[6].data.t()),
+    "clear_one_state": lambda o, p: o.state.pop(p[1], None),
+    "clear_all_state": lambda o, _: o.state.clear(),
+    "append_a_param": lambda o, _: params_list(o).append(Parameter(torch.ones(7).double())),
+    "reverse_params": lambda o, _: params_list(o).reverse(),
+    "new_params_list": lambda o, p: o.param_groups[0].update(params=[p[1], p[0], *p[2:]]),
 }  # fmt: skip
 
 

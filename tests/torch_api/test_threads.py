@@ -23,9 +23,10 @@ from torch.nn import Parameter
 import fusedopt
 from fusedopt import _C
 from support.device import DEVICE, on_host
+from support.equality import assert_equal
 from support.optimizers import CASES, VARIED, Case
 from support.snapshots import record
-from support.tensors import assert_equal, by_id, draw
+from support.tensors import by_id, draw
 from support.threads import run_in_threads
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a step returns before the GPU is done")

@@ -10,6 +10,7 @@ from torch.optim import lr_scheduler
 
 import fusedopt
 from support.device import on_host
+from support.equality import assert_equal, assert_same_math
 from support.optimizers import (
     Build,
     Case,
@@ -21,7 +22,7 @@ from support.optimizers import (
     varied_cases,
 )
 from support.snapshots import snapshot
-from support.tensors import assert_equal, assert_same_math, make_params, params_of, set_grads
+from support.tensors import make_params, params_of, set_grads
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "StepLR": lambda opt: lr_scheduler.StepLR(opt, 2),
@@ -51,7 +52,7 @@ CYCLES_MOMENTUM = {"OneCycleLR", "CyclicLR"}
 @pytest.mark.parametrize("name", SCHEDULERS)
 @like_torch
 def test_scheduler(build: Build, case: Case, name: str) -> Any:
-    has_momentum = case.optimizer != "SGD" or "momentum" in case.options
+    has_momentum = case.takes("betas") or "momentum" in case.options
     optimizer = build(make_params())
     if name in CYCLES_MOMENTUM and not has_momentum:
         optimizer.param_groups[0]["momentum"] = optimizer.defaults["momentum"] = 0.5

@@ -188,7 +188,7 @@ each_real = some_dtypes(*DTYPES[:4])
 @each_sizes
 @each_real
 def test_norm(sizes: list[int], dtype: torch.dtype) -> None:
-    grads = draw(sizes, torch.device(DEVICE), dtype, seed=3)
+    grads = draw(sizes, dtype=dtype, seed=3)
     optimizer = fusedopt.SGD([torch.zeros_like(g) for g in grads], lr=1.0, max_grad_norm=math.inf)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     assert step_on(optimizer, grads) == pytest.approx(norm_of(grads), rel=tolerance)
@@ -273,7 +273,7 @@ def test_threads_and_instruction_sets(
 def test_infinite_limit_only_measures(case: Case, dtype: torch.dtype) -> None:
     found = []
     for more in ({}, {"max_grad_norm": math.inf}, {"max_grad_norm": 1e30}):
-        params = draw(SIZES, torch.device(DEVICE), dtype)
+        params = draw(SIZES, dtype=dtype)
         optimizer = case.ours(params, **more)
         for seed in range(3):
             take_step(optimizer, seed)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fusedopt
 from support import oracles
-from support.device import DEVICE, on_host
+from support.device import on_host
 from support.equality import bits, same_bits
 from support.optimizers import Case, step_with, train
 from support.oracles import TOLERANCES
@@ -148,7 +148,7 @@ def test_small_decay_is_not_lost_in_the_factor(name: str, decay: float, more: An
 def test_groups() -> None:
     """One with torch's L2, one decoupled, one independent, one without any."""
     kinds = [{}, DECOUPLED, {**DECOUPLED, **INDEPENDENT}, {"weight_decay": 0.0}]
-    params = draw([50] * 4, torch.device(DEVICE), torch.float64)
+    params = draw([50] * 4, dtype=torch.float64)
     theirs = [param.cpu().clone() for param in params]
     groups = [{"params": [param], **kind} for param, kind in zip(params, kinds, strict=True)]
     optimizer = fusedopt.SGD(groups, lr=0.1, weight_decay=0.2, momentum=0.9)

@@ -20,7 +20,6 @@ from support.sides import SIZES, Results, Side, on_both_drivers, warmed_up
 from support.snapshots import COPIES, record, refused
 from support.tensors import by_id, draw, dtype_id, params_of, set_grads, some_dtypes, values
 
-DEVICE_ = torch.device(DEVICE)
 some_optimizers = some_cases("sgd", "momentum-l2", "adam-l2", "adamw-amsgrad")
 
 # Param dtypes and options with the average's dtype and how exactly it must follow the weights.
@@ -38,11 +37,8 @@ SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any], torch.dtype, float]] = {
 }
 each_setting = pytest.mark.parametrize("setting", **by_id(SETTINGS))
 # Those whose params do not hold all of the weight, one that does, and float64.
-main_settings = pytest.mark.parametrize(
-    "setting",
-    [SETTINGS[key] for key in ("float32", "float64", "bfloat16", "masters", "split masters")],
-    ids=["float32", "float64", "bfloat16", "masters", "split masters"],
-)
+MAIN = ("float32", "float64", "bfloat16", "masters", "split masters")
+main_settings = pytest.mark.parametrize("setting", [SETTINGS[key] for key in MAIN], ids=MAIN)
 
 
 class Average:
@@ -54,9 +50,7 @@ class Average:
 
     def update(self, weight: Any) -> None:
         self.t += 1
-        rate = 1 - self.decay if self.t > 1 else 1.0
-        if self.corrected:
-            rate = (1 - self.decay) / (1 - self.decay**self.t)
+        rate = oracles.ema_rate(self.t, self.decay, self.corrected)
         self.value = self.value + rate * (weight - self.value)
 
 
@@ -68,13 +62,15 @@ def weights(optimizer: Any) -> list[Any]:
 
 
 def averages(optimizer: Any) -> list[Tensor]:
-    return [optimizer.state[param]["ema_param"] for param in params_of(optimizer)]
+    """Of the params that have one."""
+    states = [optimizer.state.get(param, {}) for param in params_of(optimizer)]
+    return [state["ema_param"] for state in states if "ema_param" in state]
 
 
 def trained(case: Case, setting: Any, steps: int = 3, sizes: list[int] = SIZES, **more: Any) -> Any:
     dtype, options, *_ = setting
     options = {"ema_decay": 0.75, **options, **more}
-    optimizer = case.suited_to(dtype).ours(draw(sizes, DEVICE_, dtype), **options)
+    optimizer = case.suited_to(dtype).ours(draw(sizes, dtype=dtype), **options)
     train(optimizer, steps)
     return optimizer
 
@@ -84,14 +80,12 @@ def trained(case: Case, setting: Any, steps: int = 3, sizes: list[int] = SIZES, 
 def test_as_averaged_model(case: Case, decay: float) -> None:
     """Which starts as a copy of the weights, as the average does with the first step's."""
     theirs = nn.ParameterList(values(size, dtype=torch.float64, seed=size).cpu() for size in SIZES)
-    ours = [param.detach().to(DEVICE_, copy=True) for param in theirs]
+    ours = [param.detach().to(DEVICE, copy=True) for param in theirs]
     fused, unfused = case.ours(ours, ema_decay=decay), case.theirs(theirs.parameters())
     model = AveragedModel(theirs, multi_avg_fn=get_ema_multi_avg_fn(decay))
     for seed in range(5):
-        set_grads(ours, seed)
-        set_grads(theirs.parameters(), seed)
-        fused.step()
-        unfused.step()
+        take_step(fused, seed)
+        take_step(unfused, seed)
         model.update_parameters(theirs)
     for average, expected in zip(averages(fused), model.parameters(), strict=True):
         torch.testing.assert_close(average.cpu(), expected.detach(), rtol=1e-12, atol=1e-14)
@@ -273,7 +267,7 @@ def test_swap_and_inference_mode(setting: Any, outside: bool) -> None:
 def test_frozen_and_late_params(case: Case, setting: Any) -> None:
     """A param without a step has no average and keeps its values; each counts its own steps."""
     dtype, options, _, tolerance = setting
-    params = draw([5, 300, 8], DEVICE_, dtype)
+    params = draw([5, 300, 8], dtype=dtype)
     optimizer = case.ours(params, ema_decay=0.75, **options)
     averaged = Average(0.75, False)
     for seed in range(6):
@@ -296,12 +290,12 @@ def test_frozen_and_late_params(case: Case, setting: Any) -> None:
 def test_enabled_late(case: Case, setting: Any) -> None:
     """It starts from the weights; of a group that has none, nothing is swapped."""
     optimizer = trained(case, setting, 4, [40], ema_decay=None)
-    optimizer.add_param_group({"params": draw([7], DEVICE_, setting[0])})
+    optimizer.add_param_group({"params": draw([7], dtype=setting[0])})
     optimizer.param_groups[0]["ema_decay"] = 0.75
     old = weights(optimizer)[0]
     for seed in (4, 5):
         take_step(optimizer, seed)
-        average = oracles.exact(averages_of(optimizer)[0])
+        average = oracles.exact(averages(optimizer)[0])
         new = weights(optimizer)[0]
         if seed == 4:  # the weights before the step or after it
             starts = [new, old + 0.25 * (new - old)]
@@ -309,14 +303,10 @@ def test_enabled_late(case: Case, setting: Any) -> None:
         else:
             expected = expected + 0.25 * (new - expected)
         np.testing.assert_allclose(average, expected, rtol=1e-6, atol=1e-6)
-    assert len(averages_of(optimizer)) == 1
+    assert len(averages(optimizer)) == 1
     plain = params_of(optimizer)[1].clone()
     with optimizer.swap_ema():
         assert torch.equal(params_of(optimizer)[1], plain)
-
-
-def averages_of(optimizer: Any) -> list[Tensor]:
-    return [s["ema_param"] for s in optimizer.state.values() if "ema_param" in s]
 
 
 @pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
@@ -349,7 +339,7 @@ def test_checkpoints_without_an_average_and_back(case: Case) -> None:
         pass
     plain.load_state_dict(saved)
     assert plain.param_groups[0]["ema_decay"] is None
-    assert not averages_of(plain)
+    assert not averages(plain)
     torchs = case.theirs(params_of(plain))
     torchs.load_state_dict(saved)
     take_step(torchs, 3)

@@ -15,7 +15,7 @@ import fusedopt
 from support.device import STEPS_ON_DEVICE
 from support.equality import assert_equal, assert_same_math
 from support.optimizers import Case, each_adam, main_cases, take_step, train, varied_cases
-from support.snapshots import refused, snapshot
+from support.snapshots import copy_params, refused, snapshot
 from support.tensors import by_id, make_params, params_of, set_grads
 
 when = pytest.mark.parametrize("steps", [0, 1, 3], ids=["no state yet", "one step", "three steps"])
@@ -143,22 +143,16 @@ def test_containers(case: Case, change: Callable[[Any], None], steps: int) -> No
     if wraps_torch or change is CONTAINERS["group whose [] computes"]:
         change(made[1])
     for optimizer in made:
-        params = params_of(optimizer)
         for seed in range(steps, steps + 4):
-            set_grads(params, seed)
+            set_grads(optimizer, seed)
             if seed == steps + 2:
-                params[0].grad = params[3].grad = None
+                params_of(optimizer)[0].grad = params_of(optimizer)[3].grad = None
             optimizer.step()
     ours, theirs = made
     assert_same_math(params_of(ours), params_of(theirs))
-    for param, twin in zip(*(all_params(optimizer) for optimizer in made), strict=True):
-        if case.state_names:
-            for name in case.state_names:
-                assert_same_math(ours.state[param][name], theirs.state[twin][name])
-
-
-def all_params(optimizer: Any) -> list[Tensor]:
-    return params_of(optimizer)
+    for param, twin in zip(*map(params_of, made), strict=True):
+        for name in case.state_names:
+            assert_same_math(ours.state[param][name], theirs.state[twin][name])
 
 
 @main_cases
@@ -168,7 +162,7 @@ def test_refusals_change_nothing(case: Case, change: Callable[[Any], None]) -> N
     optimizer = case.ours(make_params())
     take_step(optimizer, 0)
     change(optimizer)
-    params = all_params(optimizer)
+    params = params_of(optimizer)
     set_grads(params, 1)
     state = optimizer.state[params[2]]
     name = next(iter(case.state_names - {"step"}))
@@ -202,13 +196,12 @@ WRONG: dict[str, tuple[Callable[[Any], None], str]] = {
 def test_what_is_no_container(case: Case, change: Callable[[Any], None], words: str) -> None:
     optimizer = case.ours(make_params())
     take_step(optimizer, 0)
-    params = all_params(optimizer)
-    before = [param.detach().clone() for param in params]
+    params, before = params_of(optimizer), copy_params(optimizer)
     change(optimizer)
     with pytest.raises(TypeError, match=words) as caught:
         optimizer.step()
     assert "incompatible function arguments" not in str(caught.value)
-    assert_equal([param.detach() for param in params], before)
+    assert_equal(params, before)
 
 
 # Step counts of other libraries: what load_state_dict makes float32 tensors of.
@@ -312,12 +305,12 @@ def test_bad_numbers_are_refused_at_load(name: str, step: Any) -> None:
 def test_numbers_in_a_state(name: str, step: Any) -> None:
     """A step cannot count in a number; the message says who makes a tensor of it."""
     optimizer = trained(name)
-    optimizer.state[all_params(optimizer)[1]]["step"] = step
+    optimizer.state[params_of(optimizer)[1]]["step"] = step
     with refused(optimizer, TypeError, r"step of .*index 1.*load_state_dict\(\)"):
         optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
-    assert optimizer.state[all_params(optimizer)[1]]["step"].item() == 4
+    assert optimizer.state[params_of(optimizer)[1]]["step"].item() == 4
 
 
 @pytest.mark.parametrize("step", ["100", b"1", [1], None, {}], ids=str)
@@ -363,7 +356,7 @@ def test_int64_counts_step_in_place(name: str, shape: tuple[int, ...]) -> None:
 )
 def test_counts_that_no_step_can_write_to(name: str, step: Tensor) -> None:
     optimizer = trained(name)
-    optimizer.state[all_params(optimizer)[1]]["step"] = step.clone()
+    optimizer.state[params_of(optimizer)[1]]["step"] = step.clone()
     with refused(optimizer, ValueError, r"step of .*index 1.*load_state_dict\(\)"):
         optimizer.step()
 

@@ -204,7 +204,7 @@ def test_snapshot_that_is_copied_on_write(
         snapshots += [(torch._lazy_clone(t), t.clone()) for t in tensors if takes]
     for lazy, copy in snapshots:
         assert torch.equal(lazy, copy)
-    return [[p.detach() for p in params], list(optimizer.state.values())]
+    return [params, list(optimizer.state.values())]
 
 
 # Wrappers, alone and inside each other.

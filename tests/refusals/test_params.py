@@ -12,19 +12,13 @@ import fusedopt
 from support.device import on_host
 from support.optimizers import each_name, main_cases, train
 from support.snapshots import refused
-from support.tensors import by_id, set_grads
-
-
-def params_with_grads(count: int = 2) -> list[Parameter]:
-    params = [Parameter(torch.full((4,), float(i))) for i in range(count)]
-    set_grads(params, 0)
-    return params
+from support.tensors import by_id, params_with_grads, set_grads
 
 
 @each_name
 @pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
 def test_twice_in_one_group(name: str, named: bool) -> None:
-    first, second = params_with_grads()
+    first, second = params_with_grads(dtype=torch.float32)
     params = [first, second, first]
     entries: Any = list(zip("abc", params, strict=True)) if named else params
     pattern = "parameter 'c' is in" if named else "a parameter is in"
@@ -34,14 +28,14 @@ def test_twice_in_one_group(name: str, named: bool) -> None:
 
 @each_name
 def test_in_two_groups(name: str) -> None:
-    first, second = params_with_grads()
+    first, second = params_with_grads(dtype=torch.float32)
     with pytest.raises(ValueError, match="more than one parameter group"):
         getattr(fusedopt, name)([{"params": [first, second]}, {"params": [first]}])
 
 
 def test_twice_by_editing_the_group() -> None:
     """Nobody checks what is appended to a group's list; the step does, before it writes."""
-    optimizer = fusedopt.AdamW([("a", params_with_grads()[0])])
+    optimizer = fusedopt.AdamW([("a", params_with_grads(dtype=torch.float32)[0])])
     group = optimizer.param_groups[0]
     group["params"].append(group["params"][0])
     with refused(optimizer, ValueError, r"parameter 'a'.*share memory"):
@@ -101,7 +95,7 @@ def test_params_beside_each_other(case: Any, cut: Any) -> None:
 
 def test_params_begin_to_share_memory() -> None:
     """Found in the step after the swap, not only in an optimizer's first."""
-    first, second = params_with_grads()
+    first, second = params_with_grads(dtype=torch.float32)
     optimizer = fusedopt.AdamW([("a", first), ("b", second)])
     optimizer.step()
     second.data = first.data
@@ -113,7 +107,7 @@ def test_params_begin_to_share_memory() -> None:
 
 def test_param_and_state_share_memory_when_a_state_is_missing() -> None:
     """A state that lacks what an option has come to need is checked like a whole one."""
-    (param,) = params_with_grads(1)
+    (param,) = params_with_grads(1, torch.float32)
     optimizer = fusedopt.AdamW([("a", param)], amsgrad=True)
     there = {"exp_avg": param.detach(), "exp_avg_sq": torch.zeros(4)}
     optimizer.state[param] = {"step": on_host(1.0), **there}

@@ -18,6 +18,21 @@ SECOND_MOMENT = "exp_avg_sq"  # which is rounded stochastically by default
 WEIGHTS = ("master_param", "param_remainder")  # what master weights add to the state
 
 
+# What the options that torch lacks are unless given.
+OFF: dict[str, Any] = {
+    "state_dtype": None,
+    "master_weights": None,
+    "stochastic_rounding": None,
+    "rounding_seed": 0,
+    "max_grad_norm": None,
+    "error_if_nonfinite": False,
+    "ema_decay": None,
+    "ema_bias_correction": False,
+    "lr_independent_weight_decay": False,
+    "decoupled_weight_decay": False,
+}
+
+
 @dataclass(frozen=True)
 class Setting:
     """Options, and the dtypes of params for which they mean something."""

@@ -110,3 +110,10 @@ class Wrapper(torch.Tensor):
         unwrapped = [arg.wrapped if isinstance(arg, Wrapper) else arg for arg in args]
         out = func(*unwrapped, **(kwargs or {}))
         return Wrapper(out) if isinstance(out, Tensor) else out
+
+
+def params_with_grads(count: int = 2, dtype: torch.dtype = BFLOAT16) -> list[Parameter]:
+    """Of four elements each."""
+    params = [Parameter(torch.full((4,), float(index), dtype=dtype)) for index in range(count)]
+    set_grads(params, 0)
+    return params

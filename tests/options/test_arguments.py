@@ -93,10 +93,7 @@ def test_all_at_once(name: str) -> None:
     """Given to all groups, or to one; integers are numbers. AdamW is decoupled as it is."""
     options = {k: v for k, v in ON.items() if name != "AdamW" or k != "decoupled_weight_decay"}
     params = params_with_grads()
-    for groups, defaults in [
-        (params[:1], options),
-        ([{"params": params[1:], **options}], {}),
-    ]:
+    for groups, defaults in [(params[:1], options), ([{"params": params[1:], **options}], {})]:
         optimizer = getattr(fusedopt, name)(groups, **defaults)
         assert {k: v for k, v in optimizer.param_groups[0].items() if k in options} == options
         optimizer.step()

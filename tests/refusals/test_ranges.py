@@ -187,11 +187,7 @@ CHANGES: dict[str, tuple[str, Options, list[Options]]] = {
         [{}, {"dampening": 0.1}, {"dampening": 1.0}, {"dampening": 0.0}],
     ),
     "nesterov switched on": ("SGD", {}, [{}, {"nesterov": True}, {"momentum": 0.5}, {}]),
-    "second moment frozen": (
-        "Adam",
-        {},
-        [{}, {"betas": (0.9, 1.0)}, {}, {"betas": (0.9, 0.99)}],
-    ),
+    "second moment frozen": ("Adam", {}, [{}, {"betas": (0.9, 1.0)}, {}, {"betas": (0.9, 0.99)}]),
     "betas as a list": ("AdamW", {}, [{}, {"betas": [0.5, 0.75]}, {}, {"betas": (0.9, 0.99)}]),
     "eps of 0": ("Adam", {}, [{}, {"eps": 0.0}, {"eps": 0}, {}]),
     "decay below 0 by rounding": (

@@ -13,11 +13,7 @@ from support.tensors import by_id, make_params, params_of
 EDITS: dict[str, tuple[Case, dict[str, Any], dict[str, Any]]] = {
     "SGD lr": (Case("SGD"), {"lr": 0.3}, {"lr": 0.0}),
     "SGD momentum on": (Case("SGD"), {"momentum": 0.9}, {"momentum": 0.5}),
-    "SGD momentum off and on": (
-        Case("SGD", {"momentum": 0.9}),
-        {"momentum": 0},
-        {"momentum": 0.9},
-    ),
+    "SGD momentum off and on": (Case("SGD", {"momentum": 0.9}), {"momentum": 0}, {"momentum": 0.9}),
     "SGD momentum on with dampening": (
         Case("SGD", {"dampening": 0.4}),
         {"momentum": 0.9},

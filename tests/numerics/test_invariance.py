@@ -14,18 +14,8 @@ from support.plans import MANY, best_isa, each_isa, require, use_plan
 from support.snapshots import results
 from support.tensors import DTYPES, each_dtype, some_dtypes, values
 
-SIZES = [
-    1,
-    0,
-    64,
-    1000,
-    5000,
-    16385,
-    7,
-    40001,
-    3,
-    0,
-]  # ends in an empty tensor: see PEERS' pack loops
+# The last tensor is empty: see PEERS' pack loops.
+SIZES = [1, 0, 64, 1000, 5000, 16385, 7, 40001, 3, 0]
 
 
 def train(

@@ -9,7 +9,7 @@ from pathlib import Path
 import fusedopt
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = Path(fusedopt.__file__).parent
+PACKAGE = Path(fusedopt.__file__).resolve().parent
 
 
 def constant(file: str, name: str) -> int:

@@ -82,7 +82,7 @@ sanitize: $(VENV)/built
 CUDA_TESTS = $(patsubst %,tests/%,cuda torch_api) \
     $(patsubst %,tests/numerics/test_%.py,hypothesis layouts worked_examples) \
     $(patsubst %,tests/project/test_%.py,build install layers readme) \
-    $(patsubst %,tests/refusals/test_%.py,errors interrupted params) \
+    $(patsubst %,tests/refusals/test_%.py,errors interrupted options params) \
     tests/checkpoints/test_state_dict.py tests/scaling/test_torch_scaler.py
 
 cuda: .venv-cuda/torch

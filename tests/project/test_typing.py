@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import fusedopt
-from support.files import ROOT
+from support.files import PACKAGE, ROOT
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
-PACKAGE = Path(fusedopt.__file__).parent
 
 SENSIBLE = """
 from collections.abc import Iterator

@@ -13,7 +13,8 @@ IS_CUDA = DEVICE == "cuda"
 
 # A driver for CUDA decides beside the host whether to skip a step for GradScaler: by then the host
 # has made state, moved `step` and bumped versions. The emulated driver does so with CPU tensors.
-STEPS_ON_DEVICE = IS_CUDA or _C.is_emulated()
+EMULATES = _C.is_emulated()
+STEPS_ON_DEVICE = IS_CUDA or EMULATES
 
 needs_driver = pytest.mark.skipif(
     not STEPS_ON_DEVICE, reason="about the CUDA driver: --device cuda or emulated"

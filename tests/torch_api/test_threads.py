@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
-from fusedopt import _C
-from support.device import DEVICE, on_host
+from support.device import DEVICE, EMULATES, on_host
 from support.equality import assert_equal
 from support.optimizers import CASES, VARIED, Case
 from support.snapshots import record
@@ -33,7 +32,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a step returns before 
 
 # Where other programs keep the cores busy, a step may end before the other thread acts: so the next
 # one takes longer.
-SIZES = [1 << bits for bits in (range(14, 21) if _C.is_emulated() else range(18, 25)) for _ in "ab"]
+SIZES = [1 << bits for bits in (range(14, 21) if EMULATES else range(18, 25)) for _ in "ab"]
 
 
 @pytest.fixture(autouse=True)

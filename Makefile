@@ -43,7 +43,8 @@ train: $(VENV)/built
 
 test: $(VENV)/built build/emulated/built
 	$(TESTS) -m "not builds_sanitized" $(PYTEST)
-	FUSEDOPT_FINGERPRINTS=0 $(TESTS) tests/test_api_*.py tests/test_fresh_grads.py $(PYTEST)
+	FUSEDOPT_FINGERPRINTS=0 $(TESTS) tests/torch_api tests/scaling/test_torch_scaler.py \
+	    $(PYTEST)
 	PYTHONPATH=build/emulated/lib $(TESTS) --device emulated $(PYTEST)
 
 bench: $(VENV)/built
@@ -72,22 +73,24 @@ SANITIZED = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-n
 sanitize: $(VENV)/built
 	FUSEDOPT_SANITIZE=address,undefined FUSEDOPT_CUDA=emulated $(BIN)/python setup.py -q build \
 	    --build-base build/sanitize --build-lib build/sanitize/lib
-	$(TESTS) -m builds_sanitized tests/test_cpp.py
+	$(TESTS) -m builds_sanitized tests/cpp
 	$(SANITIZED) $(PYTEST)
-	$(SANITIZED) --device emulated tests/test_cuda*.py tests/test_clip_history.py \
-	    tests/test_masters.py $(PYTEST)
+	$(SANITIZED) --device emulated tests/cuda tests/options/test_clip_history.py \
+	    tests/options/test_masters.py $(PYTEST)
 
 # An installed wheel, and not the sources. What the CPU driver computes is tested by make test.
-CUDA_TESTS = $(wildcard tests/test_api_*.py tests/test_cuda*.py tests/test_errors*.py) \
-    $(patsubst %,tests/test_%.py,build exactness hypothesis install interrupted layers layouts readme sass \
-    state_dict worked_examples)
+CUDA_TESTS = $(patsubst %,tests/%,cuda torch_api) \
+    $(patsubst %,tests/numerics/test_%.py,hypothesis layouts worked_examples) \
+    $(patsubst %,tests/project/test_%.py,build install layers readme) \
+    $(patsubst %,tests/refusals/test_%.py,errors interrupted options params) \
+    tests/checkpoints/test_state_dict.py tests/scaling/test_torch_scaler.py
 
 cuda: .venv-cuda/torch
 	.venv-cuda/bin/python -m pip --disable-pip-version-check install -q "$(TORCH_CUDA)"
 	FUSEDOPT_CUDA=1 FUSEDOPT_STRICT=1 .venv-cuda/bin/python -m pip --disable-pip-version-check \
 	    install -q ".[test,bench]" pybind11
 	OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 .venv-cuda/bin/pytest $(WORKERS) $(CUDA_TESTS) $(PYTEST)
-	.venv-cuda/bin/python tests/sass.py
+	.venv-cuda/bin/python tests/support/sass.py
 
 .venv-cuda/torch:
 	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda

@@ -61,11 +61,21 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     dist = pytest.importorskip("torch.distributed")
     if not dist.is_available():
         pytest.skip("torch was built without torch.distributed")
-    from device import DEVICE
     from torch.distributed.device_mesh import init_device_mesh
+
+    from support.device import DEVICE
 
     backend = {"cpu": "gloo", "cuda": "nccl"}[DEVICE]
     file = tmp_path_factory.mktemp(backend) / "init"
     dist.init_process_group(backend, init_method=f"file://{file}", rank=0, world_size=1)
     yield init_device_mesh(DEVICE, (1,))
     dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def _restore_modes() -> Iterator[None]:
+    """Tests may set the number of threads, and what becomes of subnormal numbers."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)

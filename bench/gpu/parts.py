@@ -37,7 +37,7 @@ GRACE_S = 8.0  # between the polite end of a command and the other one
 NO_PLUGINS = ("-p", "no:cacheprovider", "-p", "no:benchmark")
 PYTEST = ("-m", "pytest", "--device", "cuda", "-q", *NO_PLUGINS)
 MAX_WORKERS = 14  # each has a context of its own on the GPU
-CUDA_TESTS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/test_cuda*.py"))
+CUDA_TESTS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/cuda/test_*.py"))
 SHOW_CONFIG = "import fusedopt; fusedopt.show_config()"
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else one allocation holds many tensors
 
@@ -231,7 +231,7 @@ def _with_targets(runner: Runner, run: Finished, good: bool, **figures: Any) -> 
 
 def exactness(runner: Runner) -> Result:
     """Roots and quotients of the kernels beside IEEE's, all floats and billions of pairs."""
-    run = runner.python(*PYTEST, "tests/test_exactness.py", "-rA", installed=True)
+    run = runner.python(*PYTEST, "tests/cuda/test_exactness.py", "-rA", installed=True)
     counts = pytest_counts(run.text)
     return run.result(counts["passed"] > 1 or runner.dry, **counts) | {"tail": run.tail()}
 

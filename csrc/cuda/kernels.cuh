@@ -8,7 +8,7 @@
 namespace fusedopt::cuda {
 
 // Blocks that must fit on an SM. This bounds the registers of a thread, to 128 in float and 168 in
-// double (tests/test_sass.py), so that there are enough warps to compute while others wait.
+// double (tests/cuda/test_sass.py), so that there are enough warps to compute while others wait.
 template <class T>
 constexpr int kMinBlocks = sizeof(T) == sizeof(float) ? 4 : 3;
 

@@ -1,6 +1,6 @@
 // Tests of csrc/core and of both drivers without Python and torch; the kernels of the CUDA driver
 // are emulated. Run as `test_core SUITE`, which exits with 0 if every CHECK of the suite held.
-// tests/test_cpp.py compiles and runs it.
+// tests/cpp/test_cpp.py compiles and runs it.
 #include "check.h"
 
 #include <cstring>

@@ -1,7 +1,7 @@
 // Compares the roots and quotients of core/branch_free.h with IEEE's on a GPU: all floats there
 // are, and pairs of floats at the edges of the ranges and of mantissas. Prints a line for each;
 // exits with 1 if one differs or if ordinary operands are not taken for exact. Compiled and run by
-// tests/test_exactness.py, with the flags of the kernels that compute in float.
+// tests/cuda/test_exactness.py, with the flags of the kernels that compute in float.
 #include "core/branch_free.h"
 #include "core/stochastic.h"
 

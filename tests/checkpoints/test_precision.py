@@ -1,0 +1,202 @@
+"""Settings of precision in checkpoints, from one to another and to torch's, and those refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import fusedopt
+from support.equality import bits
+from support.optimizers import Case, some_cases, step_with
+from support.settings import (
+    EMAS,
+    ROWS,
+    WEIGHTS,
+    Row,
+    assert_one_step,
+    assert_param_is_rounded_weight,
+    build,
+    each_ema,
+    each_row,
+    entries,
+    suited,
+)
+from support.snapshots import refused, through_a_file
+from support.tensors import BFLOAT16, by_id, dtype_id, values
+
+SHAPE = (5, 61)
+OURS = (  # options that torch lacks: an optimizer keeps its own
+    *("state_dtype", "master_weights", "stochastic_rounding", "rounding_seed"),
+    *("ema_decay", "ema_bias_correction", "max_grad_norm", "error_if_nonfinite"),
+)
+main_cases = some_cases("sgd", "momentum-l2", "adam-amsgrad", "adamw")
+
+
+def grads(row: Row, *seeds: int) -> list[Tensor]:
+    return [values(*SHAPE, dtype=row[1], seed=seed) for seed in seeds]
+
+
+def param_of(optimizer: Any) -> Tensor:
+    (param,) = optimizer.param_groups[0]["params"]
+    return param
+
+
+def own_options(optimizer: Any) -> dict[str, Any]:
+    return {name: optimizer.param_groups[0].get(name) for name in OURS}
+
+
+def resumed(case: Case, row: Row, saved: Any, **more: Any) -> Any:
+    """A new optimizer of a row over a copy of the param, with the other's state from a file."""
+    optimizer = build(case, row, [param_of(saved).detach().clone()], **more)
+    options = own_options(optimizer)
+    optimizer.load_state_dict(through_a_file(saved.state_dict()))
+    assert own_options(optimizer) == options
+    return optimizer
+
+
+def everything(optimizer: Any) -> dict[str, Tensor]:
+    return {"param": param_of(optimizer), **optimizer.state.get(param_of(optimizer), {})}
+
+
+def assert_same(first: Any, second: Any) -> None:
+    """Bits and dtypes of all there is."""
+    ours, theirs = everything(first), everything(second)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype
+        assert torch.equal(bits(value), bits(theirs[name])), name
+
+
+@each_row
+@each_ema
+@pytest.mark.parametrize("steps", [0, 2])
+@some_cases("sgd-l2", "momentum-damped", "adam-amsgrad", "adamw")
+def test_resume_gives_the_same_bits(case: Case, steps: int, ema: Any, row: Row) -> None:
+    original = build(case, row, [values(*SHAPE, dtype=row[1])], **ema)
+    step_with(original, grads(row, *range(steps)))
+    other = resumed(case, row, original, **ema)
+    assert_same(other, original)
+    for optimizer in (original, other):
+        step_with(optimizer, grads(row, 10, 11, 12))
+    assert_same(other, original)
+
+
+@each_row
+@each_ema
+@main_cases
+def test_from_torch_and_back(case: Case, ema: dict[str, Any], row: Row) -> None:
+    setting, dtype = row
+    theirs = suited(case, row).theirs([values(*SHAPE, dtype=dtype)])
+    step_with(theirs, grads(row, 1, 2))
+    ours = resumed(case, row, theirs, **ema)
+    assert torch.equal(param_of(ours), param_of(theirs))
+    for name, value in entries(theirs, param_of(theirs)).items():
+        if name != "param":
+            kept = setting.options.get("state_dtype") or dtype
+            assert torch.equal(ours.state[param_of(ours)][name], value.to(kept)), name
+    count = 2 if "step" in case.state_names else 0  # torch's SGD does not count
+    assert_one_step(ours, case, row, ema, grads(row, 3)[0], count)
+    setting.but(**ema).assert_state_of(ours, case, param_of(ours))
+
+    back = suited(case, row).theirs([param_of(ours).detach().clone()])
+    back.load_state_dict(through_a_file(ours.state_dict()))
+    for name, value in everything(ours).items():
+        if name not in (*WEIGHTS, "ema_param", "step"):
+            assert torch.equal(everything(back)[name], value.to(dtype)), name
+    before = param_of(back).clone()
+    step_with(back, grads(row, 4))
+    assert "step" not in case.state_names or everything(back)["step"] == 4
+    assert param_of(back).isfinite().all()
+    assert not torch.equal(param_of(back), before)
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.007}, {"weight_decay": 0.25}, {"maximize": True}])
+def test_options_of_torch_are_the_checkpoints(options: dict[str, Any]) -> None:
+    theirs = torch.optim.AdamW([torch.ones(3)], **options)
+    ours = fusedopt.AdamW([torch.ones(3)], state_dtype=BFLOAT16, ema_decay=0.5)
+    ours.load_state_dict(theirs.state_dict())
+    assert options.items() <= ours.param_groups[0].items()
+
+
+PAIRS = [(first, second) for first in ROWS for second in ROWS if first[1] == second[1]]
+TIES = torch.tensor([1 + 2**-8, -1 - 2**-8, 1 + 2**-11, -1 - 2**-11])  # of bfloat16 and float16
+
+
+def tied(optimizer: Any) -> None:
+    """Gives the weights halves that the kinds of masters round differently."""
+    (weight,) = optimizer.fp32_params()
+    weight.view(-1)[: len(TIES)] = TIES
+    optimizer.load_fp32_params([weight])
+
+
+@pytest.mark.parametrize(
+    ("row", "other"), PAIRS, ids=[f"{a[0].id}-{b[0].id}-{dtype_id(a[1])}" for a, b in PAIRS]
+)
+@pytest.mark.parametrize("averages", ["neither", "saved", "wanted", "both"])
+@some_cases("momentum-l2", "adamw")
+def test_from_each_setting_to_each(case: Case, averages: str, row: Row, other: Row) -> None:
+    dtype, ema = row[1], EMAS["ema"]
+    saved_ema = ema if averages in ("saved", "both") else {}
+    wanted_ema = ema if averages in ("wanted", "both") else {}
+    saved = build(case, row, [values(*SHAPE, dtype=dtype)], **saved_ema)
+    step_with(saved, grads(row, 1, 2))
+    tied(saved)
+    loaded = resumed(case, other, saved, **wanted_ema)
+    (weight,), masters = loaded.fp32_params(), other[0].masters(dtype)
+    assert_param_is_rounded_weight(param_of(loaded), weight, masters)
+    if row[0].masters(dtype) and masters:
+        assert torch.equal(weight, saved.fp32_params()[0])
+    else:
+        assert torch.equal(param_of(loaded), param_of(saved))
+    state, saved_state = loaded.state[param_of(loaded)], saved.state[param_of(saved)]
+    states = entries(saved, param_of(saved)).keys() - {"param", "ema_param"}
+    kept = row[0].options.get("state_dtype") or dtype
+    for name in states:
+        wanted = other[0].options.get("state_dtype") or kept
+        assert state[name].dtype == wanted
+        assert torch.equal(state[name], saved_state[name].to(wanted)), name
+    if averages == "both":
+        assert torch.equal(state["ema_param"], saved_state["ema_param"])
+    assert state.keys() <= other[0].but(**wanted_ema).state_dtypes(case, dtype).keys()
+    has_count = saved_state.get("step") is not None  # an SGD that begins to count begins at 1
+    assert_one_step(loaded, case, other, wanted_ema, grads(row, 3)[0], 2 if has_count else 0)
+    other[0].but(**wanted_ema).assert_state_of(loaded, case, param_of(loaded), kept)
+
+
+NAN, INF = float("nan"), float("inf")
+# What is wrong with the second of two params; the kinds of masters that are saved and wanted.
+WRONG: dict[str, tuple[str, str, Any]] = {
+    "option": ("float32", "split", None),
+    "master-shape": ("float32", "split", torch.ones(5)),
+    "master-broadcastable": ("float32", "split", torch.ones(1)),
+    "remainder-shape": ("split", "float32", torch.ones(5, dtype=torch.int16)),
+    "remainder-broadcastable": ("split", "float32", torch.ones(1, dtype=torch.int16)),
+}
+
+
+@pytest.mark.parametrize(("kind", "wanted", "wrong"), **by_id(WRONG))
+def test_a_refused_checkpoint_changes_nothing(kind: str, wanted: str, wrong: Any) -> None:
+    # Not even the params that a conversion of masters would set.
+    saved, optimizer = (
+        fusedopt.AdamW([{"params": [p]} for p in two_params()], master_weights=masters)
+        for masters in (kind, wanted)
+    )
+    for each in (saved, optimizer):
+        each.step()
+    saved.load_fp32_params([TIES, TIES])
+    checkpoint = through_a_file(saved.state_dict())
+    if wrong is None:
+        checkpoint["param_groups"][1]["lr"] = NAN
+    else:
+        checkpoint["state"][1]["master_param" if kind == "float32" else "param_remainder"] = wrong
+    with refused(optimizer, ValueError, r"param group 1|group 1, index 0"):
+        optimizer.load_state_dict(checkpoint)
+
+
+def two_params(dtype: torch.dtype = BFLOAT16) -> list[Parameter]:
+    params = [Parameter(torch.ones(4, dtype=d)) for d in (BFLOAT16, dtype)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return params

@@ -1,0 +1,133 @@
+"""The machine code of the CUDA kernels, for every architecture that was built: no GPU is needed."""
+
+import functools
+
+import pytest
+
+from fusedopt import _C
+from support.sass import ELEMENTS, SETTINGS, Kernel, archs_of, find_cuobjdump, kernels_of
+
+pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
+
+# Four blocks of four warps for an SM; three of those that compute in double.
+MOST_REGISTERS = 128
+MOST_REGISTERS_IN_DOUBLE = 168
+
+# For an element, on the ordinary way of Adam. At full bandwidth, an H100 has room for 276 in fp32
+# and 138 in bf16, an H200 for 220 and 110, a B200 for 142 and 71; formats between lie between.
+MOST_INSTRUCTIONS = {
+    "fp32": 55,
+    "bf16": 55,
+    "bf16, stochastic": 72,
+    "split, bf16 states": 62,
+    "fp32 masters": 68,
+    "fp32, bf16 states": 67,
+}
+MOST_BRANCHES = {
+    "fp32": 4,
+    "bf16": 4,
+    "bf16, stochastic": 4,
+    "split, bf16 states": 5,
+    "fp32 masters": 7,
+    "fp32, bf16 states": 6,
+}
+
+# That an SM's threads have asked for: the bandwidth for an SM times the latency, and half as much
+# again.
+LEAST_KIB_UNDER_WAY = {
+    "sm_80": 48,
+    "sm_86": 24,
+    "sm_89": 24,
+    "sm_90": 48,
+    "sm_100": 64,
+    "sm_120": 24,
+}
+
+
+@pytest.fixture(scope="module")
+def cuobjdump() -> str:
+    if _C.build_info()["cuda_archs"] in ("", "emulated"):
+        pytest.skip("built without CUDA")
+    found = find_cuobjdump()
+    if found is None:
+        pytest.skip("there is no cuobjdump here; pip install triton brings one")
+    return found
+
+
+@functools.cache
+def all_kernels(cuobjdump: str) -> list[Kernel]:
+    library = _C.__file__
+    archs = archs_of(cuobjdump, library)
+    return [kernel for arch in archs for kernel in kernels_of(cuobjdump, library, arch)]
+
+
+def offenders(kernels: list[Kernel], what: str) -> list[str]:
+    return [f"{k.arch} {k.name}: {k.counts[what]}" for k in kernels if k.counts[what] != 0]
+
+
+def test_every_kernel_is_there_for_every_arch(cuobjdump: str) -> None:
+    kernels = all_kernels(cuobjdump)
+    built = _C.build_info()["cuda_archs"].replace("+PTX", "").split(";")
+    assert {kernel.arch for kernel in kernels} == {f"sm_{arch}" for arch in built}
+    for arch in built:
+        names = [kernel.name for kernel in kernels if kernel.arch == f"sm_{arch}"]
+        # Rules x (in float, in double, the scalars), and for the norm: in float, in double, sum,
+        # status.
+        assert len(names) == len(set(names)) == 2 * 3 + 4
+
+
+def test_accesses_are_128_bits_wide(cuobjdump: str) -> None:
+    updates = [kernel for kernel in all_kernels(cuobjdump) if kernel.kind == "update"]
+    assert updates
+    for kernel in updates:
+        # The stores of each operand are written out for each format.
+        assert kernel.counts["wide copies"] >= 2, kernel.name
+        assert kernel.counts["wide stores"] >= 2 * (2 if kernel.rule == "Sgd" else 3), kernel.name
+    for kernel in all_kernels(cuobjdump):
+        assert kernel.kind != "sum_squares" or kernel.counts["wide loads"] >= 4, kernel.name
+
+
+def adam(cuobjdump: str) -> list[Kernel]:
+    found = [k for k in all_kernels(cuobjdump) if k.name == "update Adam float32"]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_ordinary_way_is_short(cuobjdump: str, setting: str) -> None:
+    for kernel in adam(cuobjdump):
+        instructions, branches = kernel.ordinary_way(setting)
+        assert instructions <= MOST_INSTRUCTIONS[setting] * ELEMENTS, kernel.arch
+        assert branches <= MOST_BRANCHES[setting] * ELEMENTS, kernel.arch
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_enough_bytes_are_under_way(cuobjdump: str, setting: str) -> None:
+    for kernel in adam(cuobjdump):
+        least = LEAST_KIB_UNDER_WAY.get(kernel.arch, 24)
+        assert kernel.under_way(setting) >= least * 1024, kernel.arch
+
+
+def test_no_local_memory(cuobjdump: str) -> None:
+    kernels = all_kernels(cuobjdump)
+    assert not offenders(kernels, "local")
+    assert not [kernel for kernel in kernels if kernel.stack != 0]
+
+
+def test_no_double_in_kernels_that_compute_in_float(cuobjdump: str) -> None:
+    kernels = all_kernels(cuobjdump)
+    assert not offenders([kernel for kernel in kernels if not kernel.is_double], "double")
+    in_double = [k for k in kernels if k.kind == "update" and k.is_double]
+    assert len(offenders(in_double, "double")) == len(in_double)  # else nothing was recognised
+
+
+def test_updates_know_the_address_space(cuobjdump: str) -> None:
+    kernels = [k for k in all_kernels(cuobjdump) if k.kind in ("update", "sum_squares")]
+    assert not offenders(kernels, "generic")
+
+
+def test_registers(cuobjdump: str) -> None:
+    for kernel in all_kernels(cuobjdump):
+        in_double = kernel.kind == "update" and kernel.is_double
+        most = MOST_REGISTERS_IN_DOUBLE if in_double else MOST_REGISTERS
+        assert kernel.registers <= most, kernel.name

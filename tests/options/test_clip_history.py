@@ -1,0 +1,140 @@
+"""Norms and settings that must not depend on what was before: resumed runs repeat their bits."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedopt
+from fusedopt import _C, _norms
+from support.device import DEVICE
+from support.files import run_python
+from support.optimizers import take_step
+from support.tensors import draw, params_of, set_grads, values
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_params_that_had_grads_once_do_not_move_the_sum(seed: int) -> None:
+    used, fresh = (
+        fusedopt.SGD(draw(range(5, 75), dtype=torch.float64), max_grad_norm=1.0) for _ in range(2)
+    )
+    take_step(used, seed)
+    for optimizer in (used, fresh):
+        set_grads(optimizer, 50 + seed)
+        for frozen in (3, 40):
+            params_of(optimizer)[frozen].grad = None
+        optimizer.step()
+    assert used.grad_norm == fresh.grad_norm
+
+
+def test_a_skipped_step_does_not_hide_a_change_of_settings() -> None:
+    param = values(9)
+    optimizer = fusedopt.SGD([param], ema_decay=0.5, max_grad_norm=1.0)
+    param.grad = values(9, seed=1)
+    optimizer.step()
+    optimizer.param_groups[0]["ema_decay"] = None
+    param.grad = torch.full_like(param, torch.nan)
+    optimizer.step()
+    assert optimizer.skipped
+    param.grad = values(9, seed=2)
+    optimizer.step()
+    assert "ema_param" not in optimizer.state[param]
+    assert "step" not in optimizer.state[param]
+
+
+def test_flags_of_two_optimizers_stay_apart() -> None:
+    # torch's update() adds one optimizer's flag to the other's, in place.
+    params = [values(4), values(4, seed=1)]
+    optimizers = [fusedopt.SGD([param]) for param in params]
+    scaler = fusedopt.GradScaler(DEVICE, init_scale=2.0)
+    scaler.scale(torch.zeros((), device=params[0].device))
+    params[0].grad = values(4, seed=2)
+    params[1].grad = torch.full_like(params[1], torch.inf)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    assert [bool(optimizer.skipped) for optimizer in optimizers] == [False, True]
+    assert scaler.get_scale() == 1.0
+
+
+def test_infinite_weights_have_infinite_averages() -> None:
+    param = torch.tensor([-torch.inf, 1.0]).to(values(1).device)
+    optimizer = fusedopt.SGD([param], lr=0.5, ema_decay=0.9)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["ema_param"], param)
+
+
+def test_copies_inside_swap_ema_are_refused() -> None:
+    param = values(3)
+    optimizer = fusedopt.SGD([param], ema_decay=0.9)
+    param.grad = values(3, seed=1)
+    optimizer.step()
+    with optimizer.swap_ema(), pytest.raises(RuntimeError, match="swap_ema"):
+        optimizer.__getstate__()
+
+
+def test_momentum_that_was_loaded_is_not_new() -> None:
+    # A checkpoint of torch has a momentum_buffer and no step: its next step is not the first.
+    saved = values(6)
+    twin = torch.optim.SGD([saved], lr=0.1, momentum=0.5, dampening=0.5)
+    ours = values(6)
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.5, "dampening": 0.5}
+    optimizer = fusedopt.SGD([ours], **options, ema_decay=0.9, max_grad_norm=torch.inf)
+    saved.grad = values(6, seed=1)
+    twin.step()
+    ours.copy_(saved)
+    optimizer.load_state_dict(twin.state_dict())
+    for param, stepped in ((saved, twin), (ours, optimizer)):
+        param.grad = values(6, seed=2)
+        stepped.step()
+    expected = twin.state[saved]["momentum_buffer"]
+    torch.testing.assert_close(optimizer.state[ours]["momentum_buffer"], expected)
+
+
+FAKE_MESH = """
+import sys, torch, torch.distributed as dist, fusedopt
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+if sys.argv[1] == "emulated":
+    fusedopt._C.emulation.use(True)
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+dist.all_reduce = lambda total, group=None: total.mul_(2)
+mesh = init_device_mesh("cpu", (2,))
+param = torch.nn.Parameter(DTensor.from_local(torch.zeros(4), mesh, [Shard(0)], run_check=False))
+param.grad = DTensor.from_local(torch.ones(4), mesh, [Shard(0)], run_check=False)
+optimizer = fusedopt.SGD([param], lr=1.0, max_grad_norm=1.0)
+optimizer.step()
+assert optimizer.grad_norm == 8**0.5, optimizer.grad_norm
+optimizer.step()
+assert optimizer.grad_norm == 8**0.5, optimizer.grad_norm
+"""
+
+
+@pytest.mark.unsanitized
+@pytest.mark.skipif(DEVICE == "cuda", reason="the mesh is of CPUs")
+def test_shards_on_either_driver() -> None:
+    """Of a second process that is not there, whose shard would have equal grads."""
+    driver = "emulated" if _C.build_info()["cuda_archs"] == "emulated" else "cpu"
+    run_python("-c", FAKE_MESH, driver)
+
+
+def test_sharded_grads_are_summed_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the classes and the sums that two processes with equal shards would have."""
+    reduced = []
+
+    def classify(_: list[dict[str, Any]]) -> tuple[list[int], list[list[Any]]]:
+        return [0, 1], [[], ["the other process"]]
+
+    def all_reduce(total: Tensor, group: str) -> None:
+        reduced.append(group)
+        total.mul_(2)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    whole, shard = torch.tensor([9.0, 0.0, 16.0], dtype=torch.float64), torch.tensor([2.0, 1.0])
+    totals = _norms.combine_totals([torch.cat([whole[:2], shard.double()])], classify([])[1])
+    assert reduced == ["the other process"]
+    assert torch.equal(totals[0], torch.tensor([9.0 + 2 * 2.0, 2.0], dtype=torch.float64))

@@ -1,0 +1,142 @@
+"""README's Python code runs as it stands; its figures are those of the committed runs."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import readme_tables
+from support.files import ROOT
+
+README = ROOT / "README.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+ONE_TENSOR = "one-256Mi"
+LARGE = ("one-64Mi", "gpt2-124m")
+
+
+def test_there_is_code_that_uses_the_package() -> None:
+    assert any("fusedopt" in block for block in BLOCKS)
+
+
+@pytest.mark.parametrize("index", range(len(BLOCKS)), ids=lambda index: f"block {index + 1}")
+def test_code_runs(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block on its own, in an empty folder: a reader copies one of them."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(BLOCKS[index], f"README.md, block {index + 1}", "exec"), {"__name__": "__main__"})
+
+
+def results(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "bench/results" / f"{name}.json").read_text())
+    return found
+
+
+def gpu_cases() -> list[dict[str, Any]]:
+    return results("step-cuda")["cases"] + results("step-cuda-sgd-adam")["cases"]
+
+
+def assert_said(*texts: str) -> None:
+    """Wherever the lines break."""
+    readme = " ".join(README.read_text().split())
+    for text in texts:
+        assert text in readme, text
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    "name", ["step-cpu", "step-cuda", "training-step-cpu", "training-step-cuda", "precision-cpu"]
+)
+def test_tables(name: str) -> None:
+    """What readme_tables.py prints, line for line."""
+    names = [name, "step-cuda-sgd-adam"] if name == "step-cuda" else [name]
+    for lines in readme_tables.tables_of([results(each) for each in names]):
+        assert len(lines) > 5
+        readme = README.read_text().splitlines()
+        for line in lines:
+            assert line in readme
+        assert "\n".join(lines) in README.read_text()
+
+
+@pytest.mark.cpu_only
+def test_launches_and_traffic_on_the_gpu() -> None:
+    content = results("launches-ncu-cuda")
+    rows = {row["workload"]: row["contenders"] for row in content["parts"]["launches"]["launches"]}
+
+    def kernels(work: str) -> list[int]:
+        return [
+            rows[work][name]["kernels"] for name in ("fusedopt", "torch-fused", "torch-foreach")
+        ]
+
+    llama, small, groups = map(kernels, ("llama-8b-eighth", "many-10000x64", "groups-400x5000"))
+    assert rows["groups-400x5000"]["fusedopt"]["copies"] == 1
+    cases = [c for c in content["parts"]["ncu"]["cases"] if c["workload"] in LARGE]
+    more = max(case["read"] / case["expected_read"] - 1 for case in cases)
+    assert all(case["written"] <= case["expected_written"] for case in cases)
+    machine = content["machine"]
+    assert_said(
+        f"commit {machine['commit'][:7]}, torch {machine['torch']}, driver "
+        f"{machine['driver_and_limits'].partition(',')[0]}",
+        f"is {llama[0]} kernel, where torch's fused takes {llama[1]} and foreach {llama[2]};",
+        f"of 10000 x 64 it is {small[0]} against {small[1]} and {small[2]};",
+        f"of 400 groups {groups[0]} and a copy against {groups[1]} and {groups[2]}.",
+        f"and at most {100 * more:.2f} % more",
+    )
+
+
+@pytest.mark.cpu_only
+@pytest.mark.usefixtures("bench")
+def test_sentences_about_the_gpu() -> None:
+    from lib.targets import TARGETS
+
+    cases = gpu_cases()
+    rows = {(c["optimizer"], c["dtype"], c["workload"]): c["contenders"] for c in cases}
+
+    def host(work: str, unit: str) -> list[float]:
+        row = rows["AdamW", "float32", work]
+        return [row[name]["host"][unit] for name in ("fusedopt", "torch-fused")]
+
+    def over_all(name: str) -> str:
+        us = [c["contenders"][name]["host"]["us"] for c in cases if c["workload"] == ONE_TENSOR]
+        return f"{min(us):.0f} to {max(us):.0f}"
+
+    one = host(ONE_TENSOR, "us")
+    thousand, many = (host(f"many-{work}", "us_per_tensor") for work in ("1000x1000", "10000x64"))
+    large = rows["AdamW", "bfloat16", ONE_TENSOR]
+    ours, theirs = (large[name]["gpu"]["percent_of_copy"] for name in ("fusedopt", "optimi"))
+    training = {row["row"]: row for row in results("training-step-cuda")["rows"]}
+    (split,) = (
+        found["value"]["median"]
+        for found in training["bf16"]["comparisons"]
+        if (found["of"], found["against"]) == ("split", "torch")
+    )
+    bars = [line.split()[0] for line in TARGETS["cuda"].compare(cases)[0]]
+    assert_said(
+        f"takes the host {one[0]:.0f} us for one tensor (torch fused {one[1]:.0f}; over all cases "
+        f"of one tensor {over_all('fusedopt')} and {over_all('torch-fused')}), "
+        f"{thousand[0]:.2f} us a tensor for 1000 ({thousand[1]:.1f}) and {many[0]:.2f} us for "
+        f"10000 ({many[1]:.1f})",
+        f"AdamW in bf16 stays at {ours:.0f} % of a copy on one large tensor",
+        f"reaches {theirs:.0f} %",
+        f"take {1 / split:.1f} times as long as torch's plain step in bf16",
+        f"{bars.count('pass')} of the {bars.count('pass') + bars.count('MISS')} measured ones",
+    )
+
+
+@pytest.mark.cpu_only
+def test_checks_on_a_gpu() -> None:
+    parts = results("tests-cuda")["parts"]
+    cuda, whole = parts["tests"]["cuda"], parts["tests"]["all"]
+    tools = [parts["sanitizer"][name] for name in ("memcheck", "racecheck", "initcheck")]
+    assert {tool["errors_in_ours"] for tool in tools} == {0}
+    (chosen,) = {tool["passed"] for tool in tools}
+    assert_said(
+        f"{cuda['passed']} passed, {cuda['failed']} failed.",
+        f"{whole['passed']} passed, {whole['skipped']} skipped, {whole['failed']} failed,",
+        f"over {chosen} chosen tests: memcheck, racecheck and initcheck with 0 errors",
+    )

@@ -1,0 +1,313 @@
+"""Who unscales under a GradScaler, and that no step obeys a scaler that is gone.
+
+`_step_supports_amp_scaling` is torch's private word for "step() unscales and skips by itself". What
+stands between scaler and optimizer (wrappers, trainers) often knows the usual way only, so it is
+said of optimizers made with fused=True alone, as in torch.
+"""
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+import fusedopt
+from support.device import STEPS_ON_DEVICE
+from support.equality import assert_equal
+from support.optimizers import Build, Case, each_name, like_torch, main_cases, take_step, train
+from support.scalers import each_scaler, new_scaler, scale_grads, scaled_step
+from support.snapshots import COPIES, record
+from support.tensors import by_id, make_params, params_of
+
+FUSED: dict[str, dict[str, Any]] = {"default": {}, "fused": {"fused": True}}
+each_fused = pytest.mark.parametrize("options", **by_id(FUSED))
+each_outcome = pytest.mark.parametrize("overflows", [False, True], ids=["finite", "overflow"])
+SCALE = 2.0**10
+
+
+def after_a_load(optimizer: Any, fused: bool) -> Any:
+    """Of a checkpoint whose groups say otherwise: how the optimizer was made is what counts."""
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["fused"] = fused
+    optimizer.load_state_dict(saved)
+    return optimizer
+
+
+def after_a_scaled_step(optimizer: Any) -> Any:
+    scaler = new_scaler()
+    scale_grads(scaler, optimizer, 0)
+    scaler.step(optimizer)
+    return optimizer
+
+
+BECOME: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda optimizer: optimizer,
+    "pickled": COPIES["pickle"],
+    "saved": COPIES["torch.save"],
+    "deep copy": copy.deepcopy,
+    "loaded fused": lambda optimizer: after_a_load(optimizer, True),
+    "loaded unfused": lambda optimizer: after_a_load(optimizer, False),
+    "stepped by our scaler": after_a_scaled_step,
+}
+
+
+@each_name
+@pytest.mark.parametrize("become", **by_id(BECOME))
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_who_claims_support(name: str, become: Any, fused: bool | None) -> None:
+    optimizer = become(getattr(fusedopt, name)(make_params(), fused=fused))
+    claimed = getattr(optimizer, "_step_supports_amp_scaling", False)
+    assert claimed is bool(fused)
+    twin = getattr(torch.optim, name)(make_params(), fused=fused)
+    assert claimed is getattr(twin, "_step_supports_amp_scaling", False)
+
+
+@each_name
+def test_fused_with_foreach(name: str) -> None:
+    messages = []
+    for library in (fusedopt, torch.optim):
+        with pytest.raises(RuntimeError) as caught:
+            getattr(library, name)(make_params(), fused=True, foreach=True)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+@main_cases
+@each_fused
+def test_our_scaler_borrows_the_claim(case: Case, options: dict[str, Any]) -> None:
+    """For its own steps, unless hooks look at the grads before."""
+    optimizer, scaler, seen = case.ours(make_params(), **options), new_scaler(), []
+    optimizer.register_step_post_hook(lambda o, *_: seen.append(o._step_supports_amp_scaling))
+    for has_pre_hook in (False, True):
+        if has_pre_hook:
+            optimizer.register_step_pre_hook(lambda *_: None)
+        scaled_step(scaler, optimizer, 0)
+        take_step(optimizer, 1)
+    claims = bool(options)
+    assert seen == [True, claims, claims, claims]
+
+
+class Wrapper:
+    """Passes on what it does not know, as optimizers of trainers do."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.step(*args, **kwargs)
+
+
+@main_cases
+@each_scaler
+@like_torch
+def test_wrapped(build: Build, case: Case, scaler_type: Any) -> Any:
+    """A scaler that set attributes on the wrapper would leave the step with scaled grads."""
+    optimizer = build(make_params())
+    scaler = new_scaler(scaler_type if build == case.ours else torch.amp.GradScaler)
+    for seed in range(5):
+        scale_grads(scaler, optimizer, seed, math.inf if seed in (0, 3) else None)
+        scaler.step(Wrapper(optimizer))
+        scaler.update()
+    assert all(param.isfinite().all() for param in params_of(optimizer))
+    return params_of(optimizer), scaler.get_scale()
+
+
+@main_cases
+@pytest.mark.parametrize("overflows", [(), (0,), (2, 3), (4,)], ids=str)
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning")
+@like_torch
+def test_skipped_steps_are_noticed(build: Build, overflows: tuple[int, ...]) -> Any:
+    """As Accelerate does it: a step was skipped if the scaler has not called the method."""
+    optimizer, scaler = build(make_params()), new_scaler(torch.amp.GradScaler)
+    schedule, log = ExponentialLR(optimizer, 0.5), []
+    called, step = [], optimizer.step
+    optimizer.step = lambda *args, **kwargs: [called.append(True), step(*args, **kwargs)][1]
+    for seed in range(5):
+        called.clear()
+        scaled_step(scaler, optimizer, seed, math.inf if seed in overflows else None)
+        if called:
+            schedule.step()
+        log.append((not called, optimizer.param_groups[0]["lr"], scaler.get_scale()))
+    assert [seed for seed, (skipped, *_) in enumerate(log) if skipped] == list(overflows)
+    return log
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def hooked(register: Callable[[Any], Any]) -> Any:
+    handle = register(interrupt)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def broken_state(optimizer: Any) -> Any:
+    """ValueError of the step itself, before it writes."""
+    state = optimizer.state[optimizer.param_groups[0]["params"][1]]
+    name = next(name for name in state if name != "step")
+    good, state[name] = state[name], torch.ones(2, dtype=torch.float64)
+    try:
+        yield
+    finally:
+        state[name] = good
+
+
+@contextlib.contextmanager
+def interrupted_walk(optimizer: Any) -> Any:
+    """Ctrl-C while the extension calls Python."""
+    optimizer._plan_, plan = InterruptedPlan(), optimizer._plan_
+    try:
+        yield
+    finally:
+        optimizer._plan_ = plan
+
+
+class InterruptedPlan:
+    grad_status = None
+
+    def step(self, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+
+# Where the exception comes from, and whether the step is done by then.
+ENDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
+    "pre-hook": (lambda optimizer: hooked(optimizer.register_step_pre_hook), False),
+    "global pre-hook": (lambda _: hooked(register_optimizer_step_pre_hook), False),
+    "error": (broken_state, False),
+    "interrupt": (interrupted_walk, False),
+    "post-hook": (lambda optimizer: hooked(optimizer.register_step_post_hook), True),
+    "global post-hook": (lambda _: hooked(register_optimizer_step_post_hook), True),
+}
+
+
+@main_cases
+@each_scaler
+@each_fused
+@each_outcome
+@pytest.mark.parametrize(("ending", "is_done"), **by_id(ENDS))
+@pytest.mark.parametrize("goes_on", ["without a scaler", "with it"])
+def test_exception_in_a_scaled_step(
+    case: Case,
+    scaler_type: Any,
+    options: dict[str, Any],
+    overflows: bool,
+    ending: Any,
+    is_done: bool,
+    goes_on: str,
+) -> None:
+    """Nothing of the scaler stays on the optimizer: the next step is as if there had been none."""
+    optimizer, scaler = case.ours(make_params(), **options), new_scaler(scaler_type)
+    take_step(optimizer, 0)
+    scale_grads(scaler, optimizer, 1, math.inf if overflows else None)
+    raised = False
+    with ending(optimizer):
+        try:
+            scaler.step(optimizer)
+        except (KeyboardInterrupt, ValueError):
+            raised = True
+    is_pre_hook = ending in (ENDS["pre-hook"][0], ENDS["global pre-hook"][0])
+    ours_takes_over = scaler_type is fusedopt.GradScaler and not is_pre_hook
+    is_called = bool(options) or ours_takes_over or not overflows
+    reads_found_inf_first = ending in (broken_state, interrupted_walk) and (
+        bool(options) and scaler_type is torch.amp.GradScaler and overflows and not STEPS_ON_DEVICE
+    )
+    assert raised is (is_called and not reads_found_inf_first)
+    assert not {"grad_scale", "found_inf"} & optimizer.__dict__.keys()
+    assert optimizer._step_supports_amp_scaling is bool(options)
+    assert not optimizer._checks_grads
+    if goes_on == "with it":
+        scaler.update()
+        scale_grads(scaler, optimizer, 2)
+        scaler.step(optimizer)
+    else:
+        take_step(optimizer, 2)
+    plain = case.ours(make_params())
+    for seed in (0, 1, 2) if is_done and not overflows else (0, 2):
+        take_step(plain, seed)
+    look = params_of if STEPS_ON_DEVICE else record  # `step` may have moved
+    assert_equal(look(optimizer), look(plain))
+
+
+@main_cases
+@each_outcome
+def test_exception_in_a_closure(case: Case, overflows: bool) -> None:
+    optimizer, plain = case.ours(make_params()), case.ours(make_params())
+    optimizer.grad_scale = torch.tensor(SCALE)
+    optimizer.found_inf = torch.tensor(float(overflows))
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(interrupt)
+    for each in (optimizer, plain):
+        train(each, steps=2)
+    assert_equal(record(optimizer), record(plain))
+
+
+# Code of the user's that runs in a step and reads the grads there.
+
+
+def clip(optimizer: Any, *_: Any) -> None:
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+
+
+def with_hook(optimizer: Any) -> Callable[[], None]:
+    return optimizer.register_step_pre_hook(clip).remove
+
+
+def with_global_hook(optimizer: Any) -> Callable[[], None]:
+    def clip_this(other: Any, *_: Any) -> None:
+        if other is optimizer:
+            clip(other)
+
+    return register_optimizer_step_pre_hook(clip_this).remove
+
+
+def with_subclass(optimizer: Any) -> Callable[[], None]:
+    class Clipping(type(optimizer)):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> Any:
+            clip(self)
+            return super().step(closure)
+
+    optimizer.__class__ = Clipping
+    return lambda: None
+
+
+READERS: dict[str, Callable[[Any], Callable[[], None]]] = {
+    "hook": with_hook,
+    "global hook": with_global_hook,
+    "subclass": with_subclass,
+}
+
+
+@main_cases
+@each_scaler
+@pytest.mark.parametrize("overflows", [(), (1,)], ids=["finite", "overflow"])
+@pytest.mark.parametrize("add_reader", **by_id(READERS))
+@like_torch
+def test_code_in_a_step_sees_unscaled_grads(
+    build: Build, case: Case, scaler_type: Any, overflows: tuple[int, ...], add_reader: Any
+) -> Any:
+    """Grads that still have the scale would be clipped to nothing."""
+    optimizer = build(make_params())
+    scaler = new_scaler(scaler_type if build == case.ours else torch.amp.GradScaler)
+    remove = add_reader(optimizer)
+    try:
+        for seed in range(3):
+            scaled_step(scaler, optimizer, seed, math.inf if seed in overflows else None)
+    finally:
+        remove()
+    return params_of(optimizer), scaler.get_scale()

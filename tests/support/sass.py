@@ -1,0 +1,268 @@
+"""What the compiler made of the CUDA kernels, read from the extension's machine code.
+
+`python tests/support/sass.py` prints a table: registers, the accesses and instructions that
+tests/cuda/test_sass.py demands or forbids, and for the update kernels what they have to do for an
+element and how much they have under way.
+
+An ordinary step of a setting, AdamW in bfloat16, say, is known by what it must do in the kernel's
+main loop: so many loads, stores, conversions and square roots, and nothing that only rare works and
+elements have. The shortest way round the loop that does at least that is taken for the ordinary
+way. Whatever is added for each element lies on it, branches too.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TYPES = {"f": "float32", "d": "float64"}
+
+INSTRUCTIONS = {
+    "wide copies": r"\bLDGSTS\.\S*\b128\b",
+    "wide loads": r"\bLDG\.\S*\b128\b",
+    "wide stores": r"\bSTG\.\S*\b128\b",
+    "local": r"\b(?:LDL|STL)\b",
+    "generic": r"\b(?:LD|ST)\.E\b",  # of an address space found out at run time
+    "double": r"\bD(?:ADD|MUL|FMA|SETP|MNMX)\b|\bMUFU\.\w+64H\b|\.F64\b",
+}
+
+# What a thread does for its elements in the main loop of Adam's kernel, at least, or not at all:
+# AdamW, whose text has so many fused multiplications and additions for an element.
+ELEMENTS = 8
+COPY = r"\bLDGSTS\.\S*128\b"
+HALF_COPY = r"\bLDGSTS\.\S*64\b"
+WIDE_STORE = r"\bSTG\.E\.128\b"
+HALF_STORE = r"\bSTG\.E\.64\b"
+PACK = r"\bF2FP\.BF16\b"
+UPPER_HALF = r"\b0xffff0000\b"  # one of two numbers in bfloat16, or one that is rounded
+FMA = r"\bFFMA\b"
+DRAW = r"\b0x846ca68b\b|-0x7b935975\b"  # a factor of the hash
+# Halves, views at odd places, elements that are done again: nothing of the settings below.
+RARE = r"\bLDG\b|\bF2FP\.F16\b|\bHADD2\b|\bSTG\.E\.U16\b|\bSTG\.E desc|\bSTG\.E \["
+ADAMW = {FMA: 14 * ELEMENTS}
+WHOLE = ADAMW | {HALF_COPY: 0, HALF_STORE: 0}
+SETTINGS = {
+    "fp32": WHOLE | {COPY: 8, WIDE_STORE: 6, PACK: 0, UPPER_HALF: 0, DRAW: 0},
+    "bf16": WHOLE | {COPY: 4, WIDE_STORE: 3, PACK: 12, UPPER_HALF: 16, DRAW: 0},
+    "bf16, stochastic": WHOLE | {COPY: 4, WIDE_STORE: 3, PACK: 12, UPPER_HALF: 24, DRAW: 4},
+    "split, bf16 states": WHOLE | {COPY: 5, WIDE_STORE: 4, PACK: 8, UPPER_HALF: 24, DRAW: 0},
+    "fp32 masters": ADAMW
+    | {COPY: 6, HALF_COPY: 2, WIDE_STORE: 6, HALF_STORE: 2, PACK: 4, UPPER_HALF: 4, DRAW: 0},
+    "fp32, bf16 states": ADAMW
+    | {COPY: 4, HALF_COPY: 4, WIDE_STORE: 2, HALF_STORE: 4, PACK: 8, UPPER_HALF: 8, DRAW: 0},
+}
+# Of a stage, for each thread.
+STAGED_BYTES = {
+    "fp32": 4 * 32,
+    "bf16": 4 * 16,
+    "bf16, stochastic": 4 * 16,
+    "split, bf16 states": 5 * 16,
+    "fp32 masters": 16 + 3 * 32,
+    "fp32, bf16 states": 2 * 32 + 2 * 16,
+}
+
+STAGES = 3
+BLOCK_THREADS = 128
+# Of an SM: bytes of shared memory and threads.
+SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+
+
+@dataclass
+class Block:
+    """Instructions between one branch and the next."""
+
+    instructions: list[str]
+    successors: list[int]
+
+
+@dataclass
+class Kernel:
+    arch: str
+    kind: str  # update, step_scalars, sum_squares, total or finalize
+    rule: str
+    type: str  # "float32", "float64", empty for kernels that have none
+    registers: int
+    stack: int  # bytes
+    counts: dict[str, int]  # of INSTRUCTIONS
+    code: list[tuple[int, str]] = field(repr=False)  # addresses and instructions
+
+    @property
+    def is_double(self) -> bool:
+        return self.kind != "update" or self.type == "float64"  # sums of squares end in double
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.kind, self.rule, self.type)))
+
+    @property
+    def number(self) -> int:
+        return int(re.sub(r"\D", "", self.arch))
+
+    def under_way(self, setting: str) -> int:
+        """Bytes that an SM's threads have asked for, in a setting of Adam's."""
+        stage = STAGED_BYTES[setting] * BLOCK_THREADS
+        block = STAGES * stage + 1024  # that CUDA takes itself
+        by_registers = 65536 // (BLOCK_THREADS * -(-self.registers // 8) * 8)
+        by_threads = THREADS[self.number] // BLOCK_THREADS
+        return STAGES * stage * min(by_registers, by_threads, SHARED[self.number] * 1024 // block)
+
+    def ordinary_way(self, setting: str) -> tuple[int, int]:
+        """Instructions and branches for ELEMENTS elements, copies for a later stage included."""
+        blocks, first = main_loop(self.code)
+        required = SETTINGS[setting]
+        ends = []
+        ways = {first: {(0,) * len(required): (0, 0)}}  # to each block, by what was done before it
+        for at in sorted(blocks):
+            text = "\n".join(blocks[at].instructions)
+            if re.search(RARE, text):
+                continue
+            counts = [len(re.findall(what, text)) for what in required]
+            for done, (length, branches) in ways.get(at, {}).items():
+                least = required.values()
+                if any(n == 0 and c > 0 for c, n in zip(counts, least, strict=True)):
+                    continue
+                now = tuple(min(d + c, n) for d, c, n in zip(done, counts, least, strict=True))
+                is_branch = "BRA" in blocks[at].instructions[-1]
+                way = (length + len(blocks[at].instructions), branches + is_branch)
+                for after in blocks[at].successors:
+                    if after == first and now == tuple(required.values()):
+                        ends.append(way)
+                    if after > at:
+                        known = ways.setdefault(after, {}).get(now)
+                        if known is None or way < known:
+                            ways[after][now] = way
+        if not ends:
+            raise AssertionError(
+                f"{self.arch} {self.name}: no way round the main loop is {setting}"
+            )
+        length, branches = min(ends)
+        return length, branches
+
+
+def blocks_of(code: list[tuple[int, str]]) -> dict[int, Block]:
+    """The blocks of a kernel, by their addresses."""
+    jump = r"(?:@!?U?P\w+ )?BRA\S* .*?\b0x([0-9a-f]+)"
+    addresses = [address for address, _ in code]
+    starts = {0}
+    for (_, text), after in zip(code, [*addresses[1:], None], strict=True):
+        if found := re.match(jump, text):
+            starts |= {int(found[1], 16), after}
+        elif re.match(r"(?:@!?U?P\w+ )?(?:EXIT|RET|BSYNC)\b", text):
+            starts.add(after)
+    blocks: dict[int, Block] = {}
+    current = 0
+    for (address, text), after in zip(code, [*addresses[1:], None], strict=True):
+        if address in starts:
+            current = address
+            blocks[current] = Block([], [])
+        blocks[current].instructions.append(text)
+        if after is None or after in starts:
+            found = re.match(jump, text)
+            falls = found is None or text.startswith("@") or re.search(r"BRA\S* !?U?P", text)
+            ends = re.match(r"(?:EXIT|RET)\b", text)
+            successors = [int(found[1], 16)] if found else []
+            blocks[current].successors = successors + (
+                [after] if falls and not ends and after is not None else []
+            )
+    return blocks
+
+
+def loops_of(blocks: dict[int, Block]) -> Iterator[tuple[int, int, str]]:
+    """First and last block of loops, and what lies between."""
+    for last, block in blocks.items():
+        for first in block.successors:
+            if first <= last:  # backwards
+                inside = (blocks[at].instructions for at in blocks if first <= at <= last)
+                yield first, last, "\n".join(text for texts in inside for text in texts)
+
+
+def main_loop(code: list[tuple[int, str]]) -> tuple[dict[int, Block], int]:
+    """The blocks of the largest loop that copies and stores, and where it starts."""
+    blocks = blocks_of(code)
+    loops = [(last - first, first, last) for first, last, text in loops_of(blocks)
+             if "LDGSTS" in text and "STG" in text]  # fmt: skip
+    _, first, last = max(loops)
+    return {at: block for at, block in blocks.items() if first <= at <= last}, first
+
+
+def find_cuobjdump() -> str | None:
+    """From PATH, from the toolkit, or from the triton package, which brings one along."""
+    folders = [os.environ.get("PATH", "")]
+    folders += [f"{home}/bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(str(Path(triton.origin).parent / "backends/nvidia/bin"))
+    return shutil.which("cuobjdump", path=os.pathsep.join(folders))
+
+
+def archs_of(cuobjdump: str, library: str) -> list[str]:
+    """The architectures with machine code, such as sm_90."""
+    said = _run(cuobjdump, "-lelf", library)
+    return sorted(set(re.findall(r"\.(sm_\w+)\.cubin", said)), key=lambda arch: int(arch[3:6]))
+
+
+def kernels_of(cuobjdump: str, library: str, arch: str) -> Iterator[Kernel]:
+    """Every kernel of the library for one architecture."""
+    usage = _run(cuobjdump, "-arch", arch, "-res-usage", library)
+    resources = dict(re.findall(r"Function (\w+):\s+(REG:\d+ STACK:\d+)", usage))
+    sass = _run(cuobjdump, "-arch", arch, "-sass", library)
+    for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
+        symbol = part.split(maxsplit=1)[0]
+        kind = re.search(r"\d([a-z_]+)_kernel", symbol)[1]
+        types = re.search(r"_kernelI(?:NS_\d+(\w+?)E)?([fd])?E", symbol)
+        registers, stack = re.findall(r"\d+", resources[symbol])
+        code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", part)
+        yield Kernel(
+            arch,
+            kind,
+            types[1] or "" if types else "",
+            TYPES.get(types[2] or "", "") if types else "",
+            int(registers),
+            int(stack),
+            {what: len(re.findall(which, part)) for what, which in INSTRUCTIONS.items()},
+            [(int(address, 16), text) for address, text in code],
+        )
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main(library: str) -> None:
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        raise SystemExit("there is no cuobjdump here; pip install triton brings one")
+    columns = ["registers", "stack", *INSTRUCTIONS]
+    print(f"{'':34}" + "".join(f"{column:>12}" for column in columns))
+    kernels = [
+        k for arch in archs_of(cuobjdump, library) for k in kernels_of(cuobjdump, library, arch)
+    ]
+    kernels.sort(key=lambda kernel: (kernel.number, kernel.name))
+    for kernel in kernels:
+        numbers = [kernel.registers, kernel.stack, *kernel.counts.values()]
+        print(f"{kernel.arch:7}{kernel.name:27}" + "".join(f"{number:12}" for number in numbers))
+    print("\nThe ordinary way, for an element, and bytes under way for an SM")
+    print(f"{'':34}{'instructions':>14}{'branches':>12}{'KiB':>8}")
+    for kernel in kernels:
+        if kernel.name == "update Adam float32":
+            for setting in SETTINGS:
+                instructions, branches = (n / ELEMENTS for n in kernel.ordinary_way(setting))
+                under_way = kernel.under_way(setting) / 1024
+                title = f"{kernel.arch:7}Adam {setting:22}"
+                print(f"{title}{instructions:14.1f}{branches:12.1f}{under_way:8.0f}")
+
+
+if __name__ == "__main__":
+    import sys
+
+    if len(sys.argv) > 1:
+        main(sys.argv[1])
+    else:
+        from fusedopt import _C
+
+        main(_C.__file__)

@@ -145,8 +145,7 @@ bool GroupReader::is_capturable() const { return flag(kCapturable); }
 void GroupReader::betas(cuda::HyperParamsRef& source) {
   const py::object pair = find(kBetas);
   py::tuple values;
-  if (pair && !PyUnicode_Check(pair.ptr()) && is_iterable(pair))
-    values = as_tuple(pair.ptr());
+  if (pair && !PyUnicode_Check(pair.ptr()) && is_iterable(pair)) values = as_tuple(pair.ptr());
   if (values.size() != 2) fail("betas must be a pair of numbers");
   source.values.beta1 = to_number(values[0], "betas[0]", &source.beta1);
   source.values.beta2 = to_number(values[1], "betas[1]", &source.beta2);

@@ -8,6 +8,7 @@ class BuildInfo(TypedDict):
     isas: list[str]
     openmp: int
     fingerprints: bool
+    fingerprint_obstacle: str | None
     lazy_keys: bool
     versions: bool
     cuda_unavailable: str | None

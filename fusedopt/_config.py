@@ -61,7 +61,9 @@ def show_config() -> None:
 
 
 def _recognition() -> str:
-    if _C.build_info()["fingerprints"]:
+    obstacle = _C.build_info()["fingerprint_obstacle"]
+    if obstacle is None:
         return "fingerprints (FUSEDOPT_FINGERPRINTS=0 switches them off)"
-    is_off = os.environ.get("FUSEDOPT_FINGERPRINTS") == "0"
-    return "reading all of them" + (", as FUSEDOPT_FINGERPRINTS=0 asks for" if is_off else "")
+    is_off = "=" in obstacle
+    reason = f"as {obstacle} asks for" if is_off else f"this torch is not known in {obstacle}"
+    return f"reading all of them, {reason}"

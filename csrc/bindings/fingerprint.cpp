@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -20,13 +21,14 @@ namespace {
 
 constexpr size_t kWord = sizeof(uint64_t);
 constexpr size_t kFirstWord = 2;  // behind the reference counts
-constexpr size_t kNumWords = 22;  // of a description, the first two included
+constexpr size_t kMaxWords = 23;  // of a description, in the versions of torch that are known
 constexpr size_t kDataWords = 3;  // of a storage: data, and who frees it, which a snapshot changes
 constexpr size_t kStorageWords = 6;
 constexpr uint64_t kMaxDims = 5;  // sizes and strides of more lie elsewhere
 
 // Byte offsets in a description, unless said otherwise; 0 for what has not been found.
 struct Offsets {
+  size_t num_words = 0;    // of a description, the first two included
   size_t description = 0;  // in the Python object
   size_t storage = 0;
   size_t data = 0;  // in the storage; what frees the memory lies behind it
@@ -39,7 +41,7 @@ struct Offsets {
     size_t offset;
     uint64_t mask;
   };
-  Kind kinds[kNumWords] = {};
+  Kind kinds[kMaxWords + 1] = {};
   size_t num_kinds = 0;
   size_t keys = 0;
   size_t version_counter = 0;  // a pointer, which views have from what they are views of
@@ -48,6 +50,7 @@ struct Offsets {
 };
 
 Offsets g_offsets;
+const char* g_obstacle = nullptr;  // why there are no fingerprints
 
 uint64_t word_at(const void* base, size_t offset) {
   uint64_t word;
@@ -63,10 +66,10 @@ const void* description_of(PyObject* tensor) { return pointer_at(tensor, g_offse
 
 // An odd constant for each word, so that exchanged or shifted words do not cancel out.
 struct Weights {
-  uint64_t of[3 * kNumWords] = {};
+  uint64_t of[3 * kMaxWords] = {};
 
   constexpr Weights() {
-    for (uint64_t i = 0; i < 3 * kNumWords; ++i) {
+    for (uint64_t i = 0; i < 3 * kMaxWords; ++i) {
       uint64_t z = (i + 1) * 0x9e3779b97f4a7c15u;
       z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
       z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
@@ -142,32 +145,42 @@ bool allocated_at_least(const void* memory, size_t size) {
 #endif
 }
 
-// Sizes, strides and an offset that occur nowhere else in the description.
-py::object distinctive_probe(const py::module_& torch) {
-  return torch.attr("zeros")(1000).attr("as_strided")(py::make_tuple(2, 3, 7, 11, 13),
-                                                      py::make_tuple(17, 19, 23, 29, 31), 37);
+// torch.zeros(), on the CPU and in float32 whatever the defaults are.
+py::object zeros(std::initializer_list<int64_t> sizes, const char* dtype = "float32",
+                 const char* device = "cpu") {
+  const auto torch = py::module_::import("torch");
+  py::list shape;
+  for (const int64_t size : sizes) shape.append(size);
+  return torch.attr("zeros")(shape, py::arg("dtype") = torch.attr(dtype),
+                             py::arg("device") = device);
 }
 
-bool find_offsets(const py::module_& torch) {
-  const py::object tensor = distinctive_probe(torch);
+// Sizes, strides and an offset that occur nowhere else in the description.
+py::object distinctive_probe() {
+  return zeros({1000}).attr("as_strided")(py::make_tuple(2, 3, 7, 11, 13),
+                                          py::make_tuple(17, 19, 23, 29, 31), 37);
+}
+
+bool find_offsets() {
+  const py::object tensor = distinctive_probe();
   const auto description = tensor.attr("_cdata").cast<uintptr_t>();
   const auto storage = tensor.attr("untyped_storage")().attr("_cdata").cast<uintptr_t>();
   const auto data = tensor.attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>();
   const auto* const described = reinterpret_cast<const void*>(description);
   const auto* const stored = reinterpret_cast<const void*>(storage);
   const auto object_size = static_cast<size_t>(Py_TYPE(tensor.ptr())->tp_basicsize);
-  constexpr size_t kSize = kNumWords * kWord;
-  if (!allocated_at_least(described, kSize) ||
+  const size_t size = g_offsets.num_words * kWord;
+  if (!allocated_at_least(described, size) ||
       !allocated_at_least(stored, (kStorageWords + kDataWords) * kWord))
     return false;
   g_offsets.description = find_words(tensor.ptr(), object_size, {description});
-  g_offsets.storage = find_words(described, kSize, {storage});
+  g_offsets.storage = find_words(described, size, {storage});
   g_offsets.data = find_words(stored, kStorageWords * kWord, {data});
-  g_offsets.ndim = find_words(described, kSize, {5});
-  g_offsets.sizes = find_words(described, kSize, {2, 3, 7, 11, 13});
-  g_offsets.strides = find_words(described, kSize, {17, 19, 23, 29, 31});
-  g_offsets.start = find_words(described, kSize, {37});
-  g_offsets.numel = find_words(described, kSize, {2 * 3 * 7 * 11 * 13});
+  g_offsets.ndim = find_words(described, size, {5});
+  g_offsets.sizes = find_words(described, size, {2, 3, 7, 11, 13});
+  g_offsets.strides = find_words(described, size, {17, 19, 23, 29, 31});
+  g_offsets.start = find_words(described, size, {37});
+  g_offsets.numel = find_words(described, size, {2 * 3 * 7 * 11 * 13});
   const size_t found[] = {g_offsets.description, g_offsets.storage, g_offsets.data,
                           g_offsets.ndim,        g_offsets.sizes,   g_offsets.strides,
                           g_offsets.start,       g_offsets.numel};
@@ -175,8 +188,8 @@ bool find_offsets(const py::module_& torch) {
 }
 
 // A grad as backward() leaves it.
-py::object grad_of_backward(const py::module_& torch) {
-  const py::object param = torch.attr("ones")(6, 4, py::arg("requires_grad") = true);
+py::object grad_of_backward() {
+  const py::object param = zeros({6, 4}).attr("requires_grad_")();
   param.attr("mul")(2.0).attr("sum")().attr("backward")();
   return param.attr("grad");
 }
@@ -194,44 +207,42 @@ void litter(size_t size, int byte) {
 }
 
 // Tensors of one form, wherever they come from.
-std::vector<py::object> tensors_of_one_form(const py::module_& torch) {
+std::vector<py::object> tensors_of_one_form() {
   std::vector<py::object> tensors;
   for (const int byte : {0x00, 0xff, 0x5a}) {
     const auto add = [&](const py::object& tensor) {
       tensors.push_back(tensor);
-      litter(kNumWords * kWord, byte);
-      litter((kNumWords + 2) * kWord, byte);
+      litter(g_offsets.num_words * kWord, byte);
+      litter((g_offsets.num_words + 2) * kWord, byte);
     };
-    add(torch.attr("zeros")(6, 4));
-    for (int i = 0; i < 3; ++i) add(torch.attr("zeros")(6, 4));
-    add(torch.attr("ones")(6, 4, py::arg("requires_grad") = true));
-    add(grad_of_backward(torch));
-    add(grad_of_backward(torch).attr("detach")());
-    add(torch.attr("rand")(4, 6).attr("mul")(2.0).attr("reshape")(6, 4));
+    add(zeros({6, 4}));
+    for (int i = 0; i < 3; ++i) add(zeros({6, 4}));
+    add(zeros({6, 4}).attr("requires_grad_")());
+    add(grad_of_backward());
+    add(grad_of_backward().attr("detach")());
+    add(zeros({4, 6}).attr("mul")(2.0).attr("reshape")(6, 4));
   }
   return tensors;
 }
 
 // Finds the words in which tensors of other dtypes and flags differ from `tensors`, and there the
 // bits that are the same in all of these.
-void find_kinds(const py::module_& torch, const std::vector<py::object>& tensors) {
-  const auto zeros = [&](const char* dtype) {
-    return torch.attr("zeros")(6, 4, py::arg("dtype") = torch.attr(dtype));
-  };
-  const py::object others[] = {zeros("bfloat16"), zeros("float64"),
-                               zeros("complex64").attr("conj")()};
+void find_kinds(const std::vector<py::object>& tensors) {
+  const py::object others[] = {zeros({6, 4}, "bfloat16"), zeros({6, 4}, "float64"),
+                               zeros({6, 4}, "complex64").attr("conj")()};
   const void* const first = description_of(tensors[0].ptr());
   const auto lies_in = [](size_t offset, size_t begin) {
     return begin <= offset && offset < begin + kMaxDims * kWord;
   };
   g_offsets.num_kinds = 0;
-  for (size_t offset = kFirstWord * kWord; offset < kNumWords * kWord; offset += kWord) {
+  for (size_t offset = kFirstWord * kWord; offset < g_offsets.num_words * kWord; offset += kWord) {
     if (lies_in(offset, g_offsets.sizes) || lies_in(offset, g_offsets.strides)) continue;
     uint64_t varying = 0, telling = 0;
     for (const py::object& tensor : tensors)
       varying |= word_at(description_of(tensor.ptr()), offset) ^ word_at(first, offset);
     for (const py::object& other : others)
       telling |= word_at(description_of(other.ptr()), offset) ^ word_at(first, offset);
+    // Of pointers, and of them alone, the lower half differs from tensor to tensor.
     const bool is_pointer = (varying & 0xffffffffu) != 0;
     if (!is_pointer && (telling & ~varying) != 0)
       g_offsets.kinds[g_offsets.num_kinds++] = {offset, ~varying};
@@ -244,32 +255,30 @@ uint64_t form_of(const py::object& tensor) { return mix_form(description_of(tens
 
 // True if tensors that are read in the same way, and no others, have the same form.
 bool forms_are_right(const py::module_& torch, const std::vector<py::object>& same) {
-  const auto zeros = [&](const char* dtype, const char* device = "cpu") {
-    return torch.attr("zeros")(6, 4, py::arg("dtype") = torch.attr(dtype),
-                               py::arg("device") = device);
-  };
-  const uint64_t form = form_of(zeros("float32"));
+  const auto of_dtype = [](const char* dtype) { return zeros({6, 4}, dtype); };
+  const uint64_t form = form_of(of_dtype("float32"));
   for (const py::object& tensor : same)
     if (form_of(tensor) != form) return false;
-  std::vector<py::object> others = {zeros("float32", "meta"),
-                                    zeros("complex64").attr("conj")(),
-                                    zeros("complex64").attr("conj")().attr("imag"),
-                                    zeros("complex64").attr("imag"),
-                                    torch.attr("_efficientzerotensor")(py::make_tuple(6, 4)),
-                                    torch.attr("zeros")(6, 4, 1),
-                                    torch.attr("zeros")(24),
-                                    torch.attr("zeros")(4, 6),
-                                    torch.attr("zeros")(4, 6).attr("t")(),
-                                    torch.attr("zeros")(6, 5).attr("narrow")(1, 0, 4),
-                                    torch.attr("zeros")(7, 4).attr("narrow")(0, 1, 6),
-                                    torch.attr("zeros")(1, 4).attr("expand")(6, 4)};
+  std::vector<py::object> others = {
+      zeros({6, 4}, "float32", "meta"),
+      of_dtype("complex64").attr("conj")(),
+      of_dtype("complex64").attr("conj")().attr("imag"),
+      of_dtype("complex64").attr("imag"),
+      torch.attr("_efficientzerotensor")(py::make_tuple(6, 4), py::arg("device") = "cpu"),
+      zeros({6, 4, 1}),
+      zeros({24}),
+      zeros({4, 6}),
+      zeros({4, 6}).attr("t")(),
+      zeros({6, 5}).attr("narrow")(1, 0, 4),
+      zeros({7, 4}).attr("narrow")(0, 1, 6),
+      zeros({1, 4}).attr("expand")(6, 4)};
   for (const char* dtype : {"float64", "float16", "bfloat16", "complex64", "complex128", "int16",
                             "int32", "int64", "float8_e4m3fn"})
-    others.push_back(zeros(dtype));
+    others.push_back(of_dtype(dtype));
   std::vector<uint64_t> forms = {form};
   for (const py::object& other : others) forms.push_back(form_of(other));
   std::sort(forms.begin(), forms.end());
-  const py::object six_dims = torch.attr("zeros")(1, 1, 1, 1, 6, 4);
+  const py::object six_dims = zeros({1, 1, 1, 1, 6, 4});
   return std::adjacent_find(forms.begin(), forms.end()) == forms.end() &&
          form_of(six_dims) == kNoFingerprint;
 }
@@ -284,10 +293,10 @@ bool shows(py::object tensor, const std::function<void(py::object&)>& change) {
 }
 
 bool every_change_shows(const py::module_& torch) {
-  const auto probe = [&] { return torch.attr("zeros")(6, 4); };
+  const auto probe = [&] { return zeros({6, 4}); };
   const auto view_as = [](py::object& t, const py::object& view) { t.attr("data") = view; };
   const std::function<void(py::object&)> changes[] = {
-      [&](py::object& t) { view_as(t, torch.attr("zeros")(6, 4)); },
+      [&](py::object& t) { view_as(t, zeros({6, 4})); },
       [&](py::object& t) { view_as(t, t.attr("view")(4, 6)); },
       [&](py::object& t) { view_as(t, t.attr("view")(torch.attr("int32"))); },
       [&](py::object& t) {
@@ -300,8 +309,8 @@ bool every_change_shows(const py::module_& torch) {
       [](py::object& t) { t.attr("resize_")(3, 4); },
       [](py::object& t) { t.attr("t_")(); },
       [](py::object& t) { t.attr("untyped_storage")().attr("resize_")(0); },
-      [&](py::object& t) { t.attr("set_")(torch.attr("zeros")(6, 4)); },
-      [&](py::object& t) { t = torch.attr("zeros")(6, 4); },
+      [&](py::object& t) { t.attr("set_")(zeros({6, 4})); },
+      [&](py::object& t) { t = zeros({6, 4}); },
   };
   for (const auto& change : changes)
     if (!shows(probe(), change)) return false;
@@ -321,13 +330,13 @@ std::atomic<uint32_t>* version_of(PyObject* tensor) {
 // Finds the counter of writes to a tensor: the one word that a view always shares, but neither a
 // tensor of the same storage that is no view nor any other tensor; in the counter, the number that
 // torch says is the tensor's version.
-bool find_version(const py::module_& torch) {
+bool find_version() {
   std::vector<py::object> tensors, views, same_storage;
   for (const int byte : {0x00, 0xff, 0x5a, 0x00}) {
-    litter(kNumWords * kWord, byte);  // words that torch leaves as they are differ
-    const py::object tensor = torch.attr("zeros")(6, 4);
+    litter(g_offsets.num_words * kWord, byte);  // words that torch leaves as they are differ
+    const py::object tensor = zeros({6, 4});
     for (size_t i = 0; i < 41 + tensors.size(); ++i) tensor.attr("zero_")();
-    litter(kNumWords * kWord, ~byte);
+    litter(g_offsets.num_words * kWord, ~byte);
     views.push_back(tensor.attr("view")(4, 6));
     same_storage.push_back(tensor.attr("data"));
     tensors.push_back(tensor);
@@ -336,14 +345,17 @@ bool find_version(const py::module_& torch) {
     const auto word = [&](const py::object& of) {
       return word_at(description_of(of.ptr()), offset);
     };
-    for (size_t i = 0; i < tensors.size(); ++i)
-      if (word(tensors[i]) != word(views[i]) || word(tensors[i]) == word(same_storage[i]) ||
-          (i > 0 && word(tensors[i]) == word(tensors[0])))
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const uint64_t mine = word(tensors[i]);
+      const bool is_address = mine > 4096 && mine % alignof(std::max_align_t) == 0;
+      if (!is_address || mine != word(views[i]) || mine == word(same_storage[i]) ||
+          (i > 0 && mine == word(tensors[i - 1])))
         return false;
+    }
     return true;
   };
   size_t counter = 0;
-  for (size_t offset = kFirstWord * kWord; offset < kNumWords * kWord; offset += kWord) {
+  for (size_t offset = kFirstWord * kWord; offset < g_offsets.num_words * kWord; offset += kWord) {
     if (!is_counter(offset)) continue;
     if (counter != 0) return false;
     counter = offset;
@@ -361,7 +373,7 @@ bool find_version(const py::module_& torch) {
   if (at == 0) return false;
   g_offsets.version_counter = counter;
   g_offsets.version = at;
-  tensors.push_back(grad_of_backward(torch));
+  tensors.push_back(grad_of_backward());
   for (const py::object& tensor : tensors) {
     const auto version = tensor.attr("_version").cast<uint32_t>();
     std::atomic<uint32_t>* const found = version_of(tensor.ptr());
@@ -376,61 +388,99 @@ bool is_one_bit(uint64_t bits) { return bits != 0 && (bits & (bits - 1)) == 0; }
 
 // Offset of the word in which conj() changes one bit, and a lazy negation another, whatever the
 // tensor; 0 unless there is exactly one such word. Pointers do not differ like that.
-size_t find_keys(const py::module_& torch) {
+size_t find_keys() {
   std::vector<py::object> tensors;
-  for (const int size : {1, 4, 9, 16}) {
-    const py::object complex =
-        torch.attr("ones")(3, size, py::arg("dtype") = torch.attr("complex64"));
-    const py::object conjugate = complex.attr("conj")();
+  for (const int64_t size : {1, 4, 9, 16}) {
+    const py::object complex = zeros({3, size}, "complex64"), conjugate = complex.attr("conj")();
     const py::object imag = complex.attr("imag"), negated = conjugate.attr("imag");
     tensors.insert(tensors.end(), {complex, conjugate, imag, negated});
   }
-  const auto change = [&](size_t first, size_t word) {
-    const auto keys_at = [&](size_t i) {
-      return word_at(description_of(tensors[i].ptr()), word * kWord);
-    };
-    return keys_at(first) ^ keys_at(first + 1);
+  const auto change = [&](size_t first, size_t offset) {
+    return word_at(description_of(tensors[first].ptr()), offset) ^
+           word_at(description_of(tensors[first + 1].ptr()), offset);
   };
   size_t found = 0;
-  size_t num_words = kNumWords;  // in builds without the GIL, the keys lie behind those
-  const auto has_more = [&](const py::object& tensor) {
-    return allocated_at_least(description_of(tensor.ptr()), (num_words + 1) * kWord);
-  };
-  while (num_words < kNumWords + 2 && std::all_of(tensors.begin(), tensors.end(), has_more))
-    ++num_words;
-  for (size_t word = kFirstWord; word < num_words; ++word) {
-    const uint64_t conjugated = change(0, word), negated = change(2, word);
+  for (size_t offset = kFirstWord * kWord; offset < g_offsets.num_words * kWord; offset += kWord) {
+    const uint64_t conjugated = change(0, offset), negated = change(2, offset);
     bool is_keys = is_one_bit(conjugated) && is_one_bit(negated) && conjugated != negated;
     for (size_t i = 4; i < tensors.size(); i += 4)
-      is_keys = is_keys && change(i, word) == conjugated && change(i + 2, word) == negated;
+      is_keys = is_keys && change(i, offset) == conjugated && change(i + 2, offset) == negated;
     if (is_keys && found != 0) return 0;
-    if (is_keys) found = word * kWord;
+    if (is_keys) found = offset;
   }
   return found;
+}
+
+// torch without what may be set where fusedopt is imported, until this ends: modes that change what
+// its functions do (fake tensors, deferred initialisation), and what keeps grads from being
+// recorded.
+class PlainTorch {
+ public:
+  PlainTorch() = default;
+  PlainTorch(const PlainTorch&) = delete;
+  PlainTorch& operator=(const PlainTorch&) = delete;
+  ~PlainTorch() {
+    for (; !contexts_.empty(); contexts_.pop_back()) try {
+        contexts_.back().attr("__exit__")(py::none(), py::none(), py::none());
+      } catch (py::error_already_set& error) {
+        error.discard_as_unraisable("fusedopt");
+      }
+  }
+
+  void begin() {
+    const auto torch = py::module_::import("torch");
+    enter(py::module_::import("torch.utils._python_dispatch").attr("_disable_current_modes")());
+    enter(torch.attr("_C").attr("DisableTorchFunction")());
+    enter(torch.attr("inference_mode")(false));
+    enter(torch.attr("enable_grad")());
+  }
+
+ private:
+  void enter(const py::object& context) {
+    context.attr("__enter__")();
+    contexts_.push_back(context);
+  }
+  std::vector<py::object> contexts_;
+};
+
+// Learns where things are in descriptions of so many words. Returns what is not as expected, or
+// nullptr.
+const char* learn(size_t num_words) {
+  const auto torch = py::module_::import("torch");
+  g_offsets.num_words = num_words;
+  if (!find_offsets()) return "where sizes, strides and memory are described";
+  const std::vector<py::object> tensors = tensors_of_one_form();
+  find_kinds(tensors);
+  if (!forms_are_right(torch, tensors)) return "how dtypes, devices and flags are described";
+  if (!every_change_shows(torch)) return "which changes show in a description";
+  g_offsets.trusted = true;
+  g_offsets.keys = find_keys();
+  if (!find_version()) g_offsets.version = 0;
+  return nullptr;
 }
 
 }  // namespace
 
 void learn_fingerprints() {
   const char* const wanted = std::getenv("FUSEDOPT_FINGERPRINTS");
+  g_obstacle = "FUSEDOPT_FINGERPRINTS=0";
   if (wanted != nullptr && std::string(wanted) == "0") return;
   try {
-    const auto torch = py::module_::import("torch");
-    const py::object grad_mode = torch.attr("enable_grad")();
-    grad_mode.attr("__enter__")();
-    g_offsets.trusted = find_offsets(torch);
-    if (g_offsets.trusted) {
-      const std::vector<py::object> tensors = tensors_of_one_form(torch);
-      find_kinds(torch, tensors);
-      g_offsets.trusted = forms_are_right(torch, tensors) && every_change_shows(torch);
+    PlainTorch plain;
+    plain.begin();
+    // torch 2.10 has a word more in it than 2.13.
+    for (size_t num_words = kMaxWords - 1; num_words <= kMaxWords; ++num_words) {
+      g_offsets = {};
+      g_obstacle = learn(num_words);
+      if (g_obstacle == nullptr) return;
     }
-    if (g_offsets.trusted) g_offsets.keys = find_keys(torch);
-    if (g_offsets.trusted && !find_version(torch)) g_offsets.version = 0;
-    grad_mode.attr("__exit__")(py::none(), py::none(), py::none());
-  } catch (const py::error_already_set&) {
-    g_offsets.trusted = false;
+  } catch (const std::exception&) {  // of Python's, too
+    g_obstacle = "how tensors can be made";
   }
+  g_offsets = {};
 }
+
+const char* fingerprint_obstacle() { return g_obstacle; }
 
 bool has_dispatch_keys() { return g_offsets.trusted && g_offsets.keys != 0; }
 

@@ -22,6 +22,10 @@ void learn_fingerprints();
 
 bool has_fingerprints();
 
+// What of torch's description of a tensor is not as expected, or the variable that switches
+// fingerprints off; nullptr if there are any.
+const char* fingerprint_obstacle();
+
 // All functions below take plain tensors (no subclasses) that are there: a fingerprint is never
 // taken of objects that may be gone.
 
@@ -29,7 +33,8 @@ bool has_fingerprints();
 // kNoFingerprint for more dims than are described in one piece.
 uint64_t form_fingerprint(PyObject* tensor);
 
-// Of its form, its identity and its memory.
+// Of its form, its identity and its memory. Flags of the storage, as that it raises when its memory
+// is asked for (torch sets it for tensors that have none), do not show.
 uint64_t fingerprint(PyObject* tensor);
 
 // Where a tensor's storage begins; nullptr if it has none, or if there are no fingerprints.

@@ -26,6 +26,8 @@ py::dict build_info() {
   info["isas"] = isas;  // rising; the last is the best
   info["openmp"] = cpu::openmp_version();
   info["fingerprints"] = has_fingerprints();
+  info["fingerprint_obstacle"] =
+      has_fingerprints() ? py::object(py::none()) : py::str(fingerprint_obstacle());
   info["lazy_keys"] = has_dispatch_keys();
   info["versions"] = has_versions();
   const char* const reason = cuda::unavailable_reason();

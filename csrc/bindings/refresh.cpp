@@ -103,7 +103,9 @@ void Collector::read_param_and_grad(Operands& operands, ParamCache& cache) {
     align_grad(operands);
   PyObject* const grad = operands.tensors[kGrad];
   read_operand(operands, kGrad);
-  if (operands.tensors[kGrad] != grad) cache.grad_form = kNoFingerprint;  // a copy of it
+  // A copy has been read, or there is no memory: nothing can be told from the form of the grad.
+  if (operands.tensors[kGrad] != grad || !is_plain(grad) || storage_data(grad) == nullptr)
+    cache.grad_form = kNoFingerprint;
   const char* const data = static_cast<char*>(operands.views[kGrad].data);
   if (cache.grad_form != kNoFingerprint)  // DLPack has a null pointer for tensors without elements
     cache.grad_offset = data != nullptr ? data - storage_data(grad) : 0;

@@ -156,3 +156,42 @@ def test_inference_tensors_are_left_to_torch() -> None:
         optimizer = fusedopt.SGD([param], lr=1.0)
         optimizer.step()
     assert param.tolist() == [-1.0] * 4
+
+
+# What may be set where fusedopt is imported.
+AMBIENT = {
+    "nothing": "contextlib.nullcontext()",
+    "default dtype bfloat16": "torch.set_default_dtype(torch.bfloat16)",
+    "default dtype float64": "torch.set_default_dtype(torch.float64)",
+    "deterministic": "torch.use_deterministic_algorithms(True)",
+    "no grad": "torch.no_grad()",
+    "inference": "torch.inference_mode()",
+    "deferred initialisation": "torch.device('meta')",
+    "fake tensors": "FakeTensorMode()",
+}
+IMPORTED = """
+import contextlib, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+def of_torch():
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+    return *modes, str(torch.zeros(1).device), type(torch.zeros(1)), torch.get_rng_state().tolist()
+
+with {} or contextlib.nullcontext():
+    torch.manual_seed(0)
+    before = of_torch()
+    import fusedopt
+    assert of_torch() == before
+print(fusedopt._C.build_info()["fingerprint_obstacle"])
+"""
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("setting", AMBIENT.values(), ids=AMBIENT)
+def test_imports_leave_torch_alone_and_do_not_depend_on_it(setting: str) -> None:
+    """The random state, too: an import must not change the numbers of a seeded run."""
+    code = IMPORTED.format(setting)
+    if "FakeTensorMode" in setting:  # torch.get_rng_state() is none then
+        code = code.replace(", torch.get_rng_state().tolist()", "")
+    is_off = os.environ.get("FUSEDOPT_FINGERPRINTS") == "0"
+    assert run_python("-c", code).strip() == ("FUSEDOPT_FINGERPRINTS=0" if is_off else "None")

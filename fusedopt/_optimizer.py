@@ -126,29 +126,32 @@ class FusedOptimizer(torch.optim.Optimizer):
             grad_scale = float(grad_scale)
         plan = self._plan()
         threads = torch.get_num_threads()
+        found: _C.PendingStep | list[tuple[int, int]] | None = None
         try:
-            changed = plan.step(
+            found = plan.step(
                 self.param_groups, self.state, grad_scale, found_inf, threads, self._checks_grads
             )
-            if isinstance(changed, _C.PendingStep):
-                changed = self._create_state_and_run(changed)
+            changed = self._complete(found) if isinstance(found, _C.PendingStep) else found
         finally:
+            if isinstance(found, _C.PendingStep):
+                found.close()
             self._grad_status = plan.grad_status
         if changed:
             drop_unused(self, changed)
         return loss
 
-    def _create_state_and_run(self, step: _C.PendingStep) -> list[tuple[int, int]] | None:
+    def _complete(self, step: _C.PendingStep) -> list[tuple[int, int]] | None:
         """The rest of a step that has found state missing; without it, none is created."""
+        discard = create_state(self, step.missing, step.counts_on_gpu)
         try:
-            discard = create_state(self, step.missing, step.counts_on_gpu)
-            try:
-                return step.run()
-            finally:
-                if not step.has_run:
-                    discard()
+            return step.run()
         finally:
-            step.close()
+            if not step.has_run:
+                try:
+                    discard()
+                except BaseException:  # Ctrl-C, before it has begun
+                    discard()
+                    raise
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -187,7 +190,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         In float32 where parameters are narrower: from the master weights if there are any.
         """
         self._refuse_swapped("fp32_params()")
-        specs = Specs(self)
+        specs = Specs(self, is_strict=False)
         return [
             read_weight(param, self.state.get(param, {}), specs.of(param, group))
             for group in self.param_groups

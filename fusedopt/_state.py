@@ -16,17 +16,22 @@ if TYPE_CHECKING:
 
 
 class Specs:
-    """What the states of an optimizer's parameters hold, asked once for each group and dtype."""
+    """What the states of an optimizer's parameters hold, asked once for each group and dtype.
 
-    def __init__(self, optimizer: "FusedOptimizer") -> None:
+    Raises ValueError for a parameter that cannot have the master weight which its group asks for;
+    that does not matter, and there is none, without ``is_strict``.
+    """
+
+    def __init__(self, optimizer: "FusedOptimizer", is_strict: bool = True) -> None:
         self._row = optimizer._row
+        self._is_strict = is_strict
         self._known: dict[tuple[int, torch.dtype], _C.StateSpec] = {}
         self._groups: list[ParamGroup] = []  # alive, so that their ids stay theirs
 
     def of(self, param: Tensor, group: ParamGroup) -> _C.StateSpec:
         key = id(group), param.dtype
         if key not in self._known:
-            self._known[key] = _C.state_spec(self._row, group, param.dtype)
+            self._known[key] = _C.state_spec(self._row, group, param.dtype, self._is_strict)
             self._groups.append(group)
         return self._known[key]
 

@@ -32,7 +32,7 @@ def export_all_states(optimizer: "FusedOptimizer") -> None:
 def _fill_in(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:
     """Put zeros in the place of states that are left out here, but that torch's twin reads."""
     state = state_dict["state"]
-    specs = Specs(optimizer)
+    specs = Specs(optimizer, is_strict=False)
     for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         for param, key in zip(group["params"], packed["params"], strict=True):
             entries = state.get(key)
@@ -87,16 +87,18 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
                 saved[key] = group[key]
         completed = optimizer._completed(saved)
         _C.check_group(optimizer._row, completed, index)
+        spec = None
         for at, param in enumerate(group["params"]):
             entries = state.get(param)
             if isinstance(entries, dict):
                 _C.check_state(optimizer._row, entries, completed, index, at)
                 place = _place(saved, index, at)
-                spec = specs.of(param, completed)
-                for name in spec.unused:
-                    if name not in _C.WEIGHTS_IN_STATE.values():  # which may be converted
-                        entries.pop(name, None)
-                names = [name for name, kind, _ in spec.entries if kind == "state"]
+                if spec is not (spec := specs.of(param, completed)):
+                    names = [name for name, kind, _ in spec.entries if kind == "state"]
+                    weights = set(_C.WEIGHTS_IN_STATE.values())  # which may be converted
+                    dropped = [name for name in spec.unused if name not in weights]
+                for name in dropped:
+                    entries.pop(name, None)
                 _check_shapes(entries, names, param, place)
                 if entries.get("step") is not None:
                     entries["step"] = _checked_step(entries["step"], place)

@@ -99,6 +99,8 @@ def convert(
     Raises ValueError, with ``place``, for masters and averages of another shape than the parameter.
     """
     saved = {kind: entries.pop(name, None) for kind, name in _C.WEIGHTS_IN_STATE.items()}
+    if state_dtype is None and not any(isinstance(entry, Tensor) for entry in saved.values()):
+        return None
     for kind, entry in saved.items():
         if isinstance(entry, Tensor) and entry.shape != param.shape:
             raise ValueError(

@@ -270,7 +270,7 @@ bool Collector::uses_less(const ParamUpdate& update, const ParamCache& cache,
 // of the same form may lie anywhere: the update then points there.
 Collector::Unchanged Collector::compare(const Operands& operands, ParamUpdate& update,
                                         ParamCache& cache) const {
-  if (!has_fingerprints()) return Unchanged::kNothing;
+  if (!has_fingerprints()) return Unchanged::kNothing;  // and nothing is recognizable
   const auto print_of = [](PyObject* tensor) {
     return is_plain(tensor) ? fingerprint(tensor) : kNoFingerprint;
   };
@@ -289,10 +289,12 @@ Collector::Unchanged Collector::compare(const Operands& operands, ParamUpdate& u
   const bool same_form = form == cache.grad_form && form != kNoFingerprint;
   cache.fingerprint = all;
   cache.grad_form = form;
+  cache.recognizable = false;  // unless all is unchanged, until what is not has been read
   if (!same) return Unchanged::kNothing;
   char* const storage = same_form ? storage_data(grad) : nullptr;
   if (storage == nullptr) return Unchanged::kAllButGrad;
   update.data[kGrad] = storage + cache.grad_offset;
+  cache.recognizable = true;
   return Unchanged::kAll;
 }
 

@@ -429,8 +429,11 @@ class PlainTorch {
 
   void begin() {
     const auto torch = py::module_::import("torch");
-    enter(py::module_::import("torch.utils._python_dispatch").attr("_disable_current_modes")());
-    enter(torch.attr("_C").attr("DisableTorchFunction")());
+    const py::object library = torch.attr("_C");
+    if (library.attr("_len_torch_dispatch_stack")().cast<int>() >
+        0)  // for it imports more of torch
+      enter(py::module_::import("torch.utils._python_dispatch").attr("_disable_current_modes")());
+    enter(library.attr("DisableTorchFunction")());
     enter(torch.attr("inference_mode")(false));
     enter(torch.attr("enable_grad")());
   }

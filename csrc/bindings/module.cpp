@@ -54,10 +54,10 @@ void check_state(const std::string& optimizer, const py::dict& state, const py::
 }
 
 fusedopt::StateSpec state_spec(const std::string& optimizer, const py::object& group,
-                               const py::object& dtype) {
+                               const py::object& dtype, bool is_strict) {
   const py::object dict = fusedopt::as_dict(group.ptr(), "param group");
-  fusedopt::GroupReader reader(dict.ptr(), 0, /*leave_on_gpu=*/true);
-  return fusedopt::state_spec(fusedopt::find_optimizer(optimizer), reader, dtype);
+  fusedopt::GroupReader reader(dict.ptr(), 0, /*leave_on_gpu=*/true, fusedopt::Ranges::kAny);
+  return fusedopt::state_spec(fusedopt::find_optimizer(optimizer), reader, dtype, is_strict);
 }
 
 // Whether this is a tensor whose value only a GPU knows.
@@ -98,7 +98,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("is_construction") = false);
   m.def("check_state", &check_state, py::arg("optimizer"), py::arg("state"), py::arg("group"),
         py::arg("group_index"), py::arg("index"));
-  m.def("state_spec", &state_spec, py::arg("optimizer"), py::arg("group"), py::arg("dtype"));
+  m.def("state_spec", &state_spec, py::arg("optimizer"), py::arg("group"), py::arg("dtype"),
+        py::arg("is_strict") = true);
   m.def("join_weights", &fusedopt::join_weights, py::arg("param"), py::arg("remainder"),
         py::arg("weight"));
   m.def("split_weights", &fusedopt::split_weights, py::arg("weight"), py::arg("param"),

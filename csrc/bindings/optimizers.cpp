@@ -151,11 +151,12 @@ std::optional<Master> master_for(Master wanted, DType param, bool is_complex) {
   return wanted;
 }
 
-StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::object& dtype) {
+StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::object& dtype,
+                     bool is_strict) {
   const GroupOptions options = read_options(row, reader);
   const TorchDType param = read_torch_dtype(dtype);
-  const std::optional<Master> master =
-      master_for(options.master_weights, param.dtype, param.is_complex);
+  std::optional<Master> master = master_for(options.master_weights, param.dtype, param.is_complex);
+  if (!master && !is_strict) master = Master::kNone;
   if (!master)
     throw py::value_error("master_weights='" +
                           std::string(options.master_weights == Master::kSplit

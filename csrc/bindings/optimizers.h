@@ -64,7 +64,10 @@ struct StateSpec {
   bool counts_steps;              // there is a "step"
   pybind11::object weight_dtype;  // of master weights, averages and copies of the weights
 };
-StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const pybind11::object& dtype);
+// Raises ValueError for a param that cannot have the master weight that is asked for; without
+// `is_strict`, it has none.
+StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const pybind11::object& dtype,
+                     bool is_strict);
 
 // The names in a state of the kinds "master", "remainder" and "average".
 pybind11::dict names_of_weights();

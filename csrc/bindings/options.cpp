@@ -26,7 +26,7 @@ void GroupReader::fail(const std::string& what) const {
 }
 
 void GroupReader::require(bool holds, const char* what, double value) const {
-  if (!holds || !std::isfinite(value))
+  if (ranges_ != Ranges::kAny && (!holds || !std::isfinite(value)))
     fail(std::string(what) + ": " + std::string(py::str(py::float_(value))));
 }
 

@@ -30,6 +30,7 @@ class Key {
 // Which values of options are refused. torch looks at an optimizer's defaults when it is made, and
 // at nothing later: schedules may leave the ranges, if only by rounding.
 enum class Ranges {
+  kAny,
   kOfTorch,
   kSensible,  // what a step can compute with
 };

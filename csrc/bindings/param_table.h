@@ -86,6 +86,7 @@ struct StepRequest {
   GradInfo grads;  // what the host knows of them
   int num_threads;
   bool checks_grads;
+  bool is_measured = false;  // the norm of the grads is known
 
   bool is_scaled_on_gpu() const { return !grad_scale.is_none() || !found_inf.is_none(); }
   // Whether the scaler has found infinite grads itself and asks for the step to be skipped. Waits

@@ -24,13 +24,18 @@ cpu::Isa find_isa(const std::string& name) {
 Plan::Running::Running(Plan& plan) : plan_(&plan) {
   if (plan.running_.test_and_set(std::memory_order_acquire))
     throw std::runtime_error("step() of this optimizer is already running in another thread");
-  plan.held_.reserve(plan.num_held_);
+  try {
+    plan.held_.reserve(plan.num_held_);
+  } catch (...) {
+    end();
+    throw;
+  }
 }
 
 void Plan::Running::end() {
   Plan* const plan = std::exchange(plan_, nullptr);
   if (plan == nullptr) return;
-  plan->num_held_ = plan->held_.size();
+  if (plan->held_.size() > 0) plan->num_held_ = plan->held_.size();
   const References done = plan->held_.take();  // to be let go of last, for that may run anything
   plan->running_.clear(std::memory_order_release);
 }
@@ -67,10 +72,11 @@ py::object Plan::step(const py::object& param_groups, const py::object& state,
         "their step is on the CPU, and every replay would set them up again; make a step before "
         "the capture");
   // What the host can know about the grads, it knows before anything is created.
-  GpuStep none;
   if (needs_grads(request, context) && context.gpus.empty()) {
+    GpuStep none;
     norm_.classify(table_, context);
     if (norm_.measure(table_, request, context, none, gpus_)) return py::none();
+    request.is_measured = true;  // other processes take part in it once
   }
   return py::cast(PendingStep(py::cast(this), std::move(running), std::move(request), context));
 }
@@ -106,7 +112,9 @@ py::object Plan::run(StepRequest& request, StepContext& context, bool& has_run) 
   if (reads_grads) norm_.classify(table_, context);
   const std::vector<Layout> layouts = table_.layouts();
   GpuStep on_gpus = gpus_.prepare(request, table_, context, layouts, reads_grads);
-  if (reads_grads && norm_.measure(table_, request, context, on_gpus, gpus_)) return py::none();
+  if (reads_grads && !request.is_measured &&
+      norm_.measure(table_, request, context, on_gpus, gpus_))
+    return py::none();
   if (context.clips && context.has_cpu) rescale(row_, request.grads, context);
 
   has_run = true;  // from here on, nothing fails but CUDA

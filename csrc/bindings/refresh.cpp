@@ -75,7 +75,6 @@ void assign(T& field, T value, bool& unchanged) {
 
 void Collector::refresh(const Group& group, bool is_second, Unchanged unchanged, Operands& operands,
                         ParamUpdate& update, ParamCache& cache) {
-  cache.recognizable = false;  // until all of its tensors have been read and checked
   cache.rounding = operands.rounding;
   if (cache.counts_steps && !group.options.counts_steps) {  // its count is gone, or will be
     cache.step = nullptr;

@@ -72,8 +72,7 @@ void set_counter(const Group& group, const ParamId& id, const ParamCache& cache,
                           id.text() + " is on cuda:" + std::to_string(gpu));
   // A count on the host is moved as one that is missing is created; where both are one there is
   // nothing to move.
-  if (group.options.counts_steps && !cache.step_on_gpu && !context.is_second &&
-      !cuda::is_emulated() && cache.is_complete)
+  if (group.options.counts_steps && !cache.step_on_gpu && !cuda::is_emulated() && cache.is_complete)
     context.missing.append(py::make_tuple(id.group_index, id.index));
   counter = {cache.step,
              static_cast<int32_t>(id.group_index),

@@ -355,3 +355,19 @@ def test_distributed_checkpoint_state_dict(case: Case) -> None:
     for optimizer in (first, second):
         train(optimizer, first=2)
     assert_equal(record(second), record(first))
+
+
+def test_saved_although_no_step_could_be_made() -> None:
+    """Options that do not fit the params any longer are no reason to lose a checkpoint."""
+    model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+    optimizer = fusedopt.AdamW(model.parameters(), master_weights="split", betas=(0.0, 0.9))
+    set_grads(list(model.parameters()), 0)
+    optimizer.step()
+    model.float()
+    optimizer.param_groups[0]["lr"] = math.nan
+    saved = optimizer.state_dict()["state"]
+    assert all("param_remainder" in entries for entries in saved.values())
+    assert [weight.dtype for weight in optimizer.fp32_params()] == [torch.float32] * 2
+    set_grads(list(model.parameters()), 1)
+    with pytest.raises(ValueError, match=r"learning rate|split"):
+        optimizer.step()

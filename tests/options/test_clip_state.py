@@ -352,3 +352,35 @@ def test_dtensors(world: int, tmp_path: Path) -> None:
         assert verdicts.keys() >= {"shard", "nan in shard"}
         assert len(verdicts) == 12
         assert set(verdicts.values()) <= ({"equal"} if world == 1 else {"equal", "refused"}), out
+
+
+# One process has state to create in a step in which the other has none.
+LATE_GRAD = """
+import os, sys, torch, torch.distributed as dist, fusedopt
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+rank, world = int(sys.argv[1]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=world)
+mesh = init_device_mesh("cpu", (world,))
+params = [distribute_tensor(torch.ones(8), mesh, [Shard(0)]) for _ in range(2)]
+optimizer = fusedopt.AdamW(params, max_grad_norm=1.0)
+all_reduce, calls = dist.all_reduce, []
+dist.all_reduce = lambda *args, **kwargs: calls.append(1) or all_reduce(*args, **kwargs)
+for step in range(3):
+    for index, param in enumerate(params):
+        grad = DTensor.from_local(torch.full((4,), 1.0 + step), mesh, [Shard(0)])
+        param.grad = None if (index, rank, step) == (1, 0, 0) else grad
+    calls.clear()
+    optimizer.step()
+    print(len(calls), round(float(optimizer.grad_norm) ** 2))
+dist.barrier()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads may abort a process that ends while they do
+"""
+
+
+@pytest.mark.cpu_only
+def test_processes_measure_once_whether_or_not_they_create_state(tmp_path: Path) -> None:
+    """Else their collectives are out of step for good."""
+    for out in run_ranks(tmp_path, LATE_GRAD, world=2):
+        assert out.splitlines() == ["1 12", "1 64", "1 144"]

@@ -1,5 +1,6 @@
 """Steps that are interrupted or fail half-way: wholly or not at all, and no memory of it."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -124,3 +125,58 @@ def test_param_that_is_no_tensor(intruder: object) -> None:
     with pytest.raises(TypeError, match=r"index 1.* must be a tensor"):
         optimizer.step()
     assert param.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.cpu_only
+def test_a_step_that_was_interrupted_leaves_no_lock() -> None:
+    """Even if the traceback lives on, with all its frames, as in a notebook."""
+    param = Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    optimizer = fusedopt.AdamW([param])
+
+    def interrupt(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_name in wanted:
+            wanted.clear()
+            raise KeyboardInterrupt
+
+    for name in ("_complete", "create_state", "place_steps", "new_entry"):
+        wanted = {name}
+        sys.settrace(interrupt)
+        try:
+            with pytest.raises(KeyboardInterrupt) as kept:
+                optimizer.step()
+        finally:
+            sys.settrace(None)
+        assert not optimizer.state
+        assert kept.tb is not None
+    optimizer.step()
+    assert param._version == 1
+
+
+def test_state_that_was_replaced_before_a_failed_step() -> None:
+    """A step that fails after it has seen that state is another must not pass it off as known."""
+
+    class Key(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+        fails = False
+
+        def __eq__(self, other: object) -> bool:
+            if Key.fails:
+                raise ZeroDivisionError
+            return str.__eq__(self, other)
+
+    param = Parameter(torch.zeros(8))
+    param.grad = torch.ones(8)
+    optimizer = fusedopt.SGD([param], lr=1.0, momentum=0.5)
+    optimizer.step()
+    state = optimizer.state[param]
+    state[Key("master_param")] = "of somebody else's"
+    state["momentum_buffer"] = torch.full((8,), 100.0)
+    Key.fails = True
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    Key.fails = False
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["momentum_buffer"], torch.full((8,), 51.0))
+    assert torch.equal(param.detach(), torch.full((8,), -52.0))

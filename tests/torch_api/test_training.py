@@ -212,10 +212,12 @@ def test_step_inside_a_compiled_function(case: Case) -> None:
 @main_cases
 def test_compiled_function_is_not_compiled_again(case: Case) -> None:
     """lr, step counts and state change between calls; nothing of it may be guarded on."""
+    from torch._dynamo.testing import CompileCounter
+
     torch._dynamo.reset()
     param = torch.nn.Parameter(torch.ones(4))
     optimizer = case.ours([param])
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
 
     def train_step(x: Tensor) -> None:
         optimizer.zero_grad()

@@ -40,10 +40,8 @@ Master find_master(Master wanted, const Operands& operands) {
     return Master::kNone;  // read_operand() will refuse it, by name
   }
   if (const auto master = master_for(wanted, view.dtype, view.is_complex)) return *master;
-  throw py::value_error(
-      subject(operands.id, "") + describe(param) + ", but master_weights='" +
-      (wanted == Master::kSplit ? "split' is for torch.bfloat16" : "float32' is for real numbers") +
-      "; put it into a param group without");
+  throw py::value_error(subject(operands.id, "") + describe(param) + ", but " +
+                        master_is_for(wanted) + "; put it into a param group without");
 }
 
 }  // namespace

@@ -151,6 +151,11 @@ std::optional<Master> master_for(Master wanted, DType param, bool is_complex) {
   return wanted;
 }
 
+std::string master_is_for(Master kind) {
+  return kind == Master::kSplit ? "master_weights='split' is for torch.bfloat16"
+                                : "master_weights='float32' is for real numbers";
+}
+
 StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::object& dtype,
                      bool is_strict) {
   const GroupOptions options = read_options(row, reader);
@@ -158,11 +163,8 @@ StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::obj
   std::optional<Master> master = master_for(options.master_weights, param.dtype, param.is_complex);
   if (!master && !is_strict) master = Master::kNone;
   if (!master)
-    throw py::value_error("master_weights='" +
-                          std::string(options.master_weights == Master::kSplit
-                                          ? "split' is for torch.bfloat16"
-                                          : "float32' is for real numbers") +
-                          ", not for " + std::string(py::str(dtype)));
+    throw py::value_error(master_is_for(options.master_weights) + ", not for " +
+                          std::string(py::str(dtype)));
   const auto torch = py::module_::import("torch");
   // Weights and averages of 16-bit params are wider than these.
   const bool is_narrow = !param.is_complex && item_size(param.dtype) == 2;

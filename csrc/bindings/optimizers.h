@@ -53,6 +53,7 @@ GroupOptions read_options(const OptimizerRow& row, GroupReader& reader);
 // The kind of master weight of a param of this dtype in a group that wants `wanted`. Params of 32
 // bits and more are their weights. nullopt: such a param cannot have it.
 std::optional<Master> master_for(Master wanted, DType param, bool is_complex);
+std::string master_is_for(Master kind);  // which params can have it, for messages
 
 // What the state of a parameter of a dtype (a torch.dtype) is to hold.
 struct StateSpec {

@@ -19,6 +19,11 @@ cpu::Isa find_isa(const std::string& name) {
                         cpu::isa_name(cpu::best_isa()) + "' is the highest that is");
 }
 
+// Whether all grads are read before the step.
+bool needs_grads(const StepRequest& request, const StepContext& context) {
+  return context.clips || request.checks_grads;
+}
+
 }  // namespace
 
 Plan::Running::Running(Plan& plan) : plan_(&plan) {
@@ -102,11 +107,6 @@ bool Plan::check(StepRequest& request, StepContext& context) {
   return true;
 }
 
-// Whether all grads are read before the step.
-bool Plan::needs_grads(const StepRequest& request, const StepContext& context) const {
-  return context.clips || request.checks_grads;
-}
-
 py::object Plan::run(StepRequest& request, StepContext& context, bool& has_run) {
   const bool reads_grads = needs_grads(request, context);
   if (reads_grads) norm_.classify(table_, context);
@@ -116,6 +116,7 @@ py::object Plan::run(StepRequest& request, StepContext& context, bool& has_run) 
       norm_.measure(table_, request, context, on_gpus, gpus_))
     return py::none();
   if (context.clips && context.has_cpu) rescale(row_, request.grads, context);
+  if (context.has_cpu) plan_chunks_on_cpu();
 
   has_run = true;  // from here on, nothing fails but CUDA
   if (!on_gpus.devices.empty()) {
@@ -135,7 +136,6 @@ py::object Plan::run(StepRequest& request, StepContext& context, bool& has_run) 
 void Plan::run_on_cpu(const StepContext& context, const std::vector<Layout>& layouts,
                       int num_threads) {
   if (!context.has_cpu) return tell_autograd(context);
-  plan_chunks_on_cpu();
   const Step step = {table_.updates.data(),
                      context.scalars.data(),
                      layouts.data(),

@@ -60,7 +60,6 @@ class Plan {
   };
 
   bool check(StepRequest& request, StepContext& context);
-  bool needs_grads(const StepRequest& request, const StepContext& context) const;
   pybind11::object run(StepRequest& request, StepContext& context, bool& has_run);
   void run_on_cpu(const StepContext& context, const std::vector<Layout>& layouts, int num_threads);
   void plan_chunks_on_cpu();

@@ -87,22 +87,18 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
                 saved[key] = group[key]
         completed = optimizer._completed(saved)
         _C.check_group(optimizer._row, completed, index)
-        spec = None
         for at, param in enumerate(group["params"]):
             entries = state.get(param)
             if isinstance(entries, dict):
                 _C.check_state(optimizer._row, entries, completed, index, at)
                 place = _place(saved, index, at)
-                if spec is not (spec := specs.of(param, completed)):
-                    names = [name for name, kind, _ in spec.entries if kind == "state"]
-                    weights = set(_C.WEIGHTS_IN_STATE.values())  # which may be converted
-                    dropped = [name for name in spec.unused if name not in weights]
-                for name in dropped:
+                spec = specs.of(param, completed)
+                _check_shapes(entries, spec, param, place)
+                values = convert(entries, param, saved.get("state_dtype"), spec, place)
+                for name in spec.unused:
                     entries.pop(name, None)
-                _check_shapes(entries, names, param, place)
                 if entries.get("step") is not None:
                     entries["step"] = _checked_step(entries["step"], place)
-                values = convert(entries, param, saved.get("state_dtype"), spec, place)
                 if values is not None:
                     new_values.append((param, values))
     with torch.no_grad():
@@ -131,9 +127,11 @@ def _place(group: dict[str, Any], group_index: int, index: int) -> str:
     return f"parameter {names[index]!r} ({where})" if names else f"the parameter at {where}"
 
 
-def _check_shapes(entries: dict[str, Any], names: list[str], param: Tensor, place: str) -> None:
+def _check_shapes(entries: dict[str, Any], spec: _C.StateSpec, param: Tensor, place: str) -> None:
     """Raise for states that no step of this parameter can use."""
-    for name in names:
+    for name, kind, _ in spec.entries:
+        if kind != "state":
+            continue
         entry = entries.get(name)
         if entry is None:
             continue

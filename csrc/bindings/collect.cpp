@@ -1,6 +1,7 @@
 #include "bindings/collect.h"
 
 #include <algorithm>
+#include <optional>
 
 #include "bindings/fingerprint.h"
 #include "bindings/memory.h"
@@ -9,6 +10,10 @@ namespace py = pybind11;
 
 namespace fusedopt {
 namespace {
+
+// Params are found so far ahead of their checks that their descriptions have come from memory when
+// they are read.
+constexpr size_t kParamsAhead = 4;
 
 // Raises TypeError for a value of the state that is no tensor.
 [[noreturn]] void refuse_entry(const ParamId& id, PyObject* key, PyObject* value) {
@@ -64,13 +69,31 @@ StepContext Collector::collect(const py::object& param_groups, const py::object&
   resize(context);
   dims_.clear();
   is_collected_ = false;
-  size_t at = 0;
+  struct Found {
+    const Group* group;
+    std::optional<Operands> operands;
+  };
+  Found ring[kParamsAhead];
+  size_t found = 0, checked = 0;
+  const auto check_next = [&] {
+    Found& next = ring[checked % kParamsAhead];
+    check_param(context, *next.group, *next.operands, checked++);
+  };
   for (size_t g = 0; g < context.groups.size(); ++g) {
     const Group& group = context.groups[g];
     const Py_ssize_t size = group.size();
-    for (Py_ssize_t i = 0; i < size; ++i)
-      collect_param(context, group, walk, {group.dict.ptr(), static_cast<int64_t>(g), i}, at++);
+    for (Py_ssize_t i = 0; i < size; ++i) {
+      if (found - checked == kParamsAhead) check_next();
+      if (found > checked)
+        ring[(found - 1) % kParamsAhead].operands->for_each_plain(prefetch_storage);
+      Found& place = ring[found++ % kParamsAhead];
+      place.group = &group;
+      place.operands.emplace(ParamId{group.dict.ptr(), static_cast<int64_t>(g), i}, held_);
+      find_param(group, walk, *place.operands);
+      place.operands->for_each_plain(prefetch_description);
+    }
   }
+  while (checked < found) check_next();
   table_.dims.swap(dims_);
   is_collected_ = true;
   return context;
@@ -108,26 +131,35 @@ void Collector::resize(const StepContext& context) {
   table_.is_chunked = table_.is_disjoint = false;
 }
 
-void Collector::collect_param(StepContext& context, const Group& group, StateWalk& walk,
-                              const ParamId& id, size_t at) {
-  Operands operands(id, held_);
+// Finds a param's tensors among Python's objects.
+void Collector::find_param(const Group& group, StateWalk& walk, Operands& operands) const {
+  const ParamId& id = operands.id;
   PyObject* const param = PyTuple_GET_ITEM(group.params.ptr(), id.index);
   refuse_unless_tensor(param, id, "");
+  operands.tensors[kParam] = param;
   PyObject* const grad = held_.hold(get_grad(param));
   const bool is_active = grad != Py_None;
-  if (is_active) refuse_unless_tensor(grad, id, "grad");
-  operands.tensors[kParam] = param;
-  operands.tensors[kGrad] = grad;
+  if (is_active) {
+    refuse_unless_tensor(grad, id, "grad");
+    operands.tensors[kGrad] = grad;
+  }
   find_state_dict(group, walk, is_active, operands);
+  if (!is_active) return;
+  name_operands(group, operands);
+  find_state(group, operands);
+}
+
+// Checks what has been found and enters it into the table.
+void Collector::check_param(StepContext& context, const Group& group, Operands& operands,
+                            size_t at) {
+  const ParamId& id = operands.id;
   // Of all params: where one process has no grad, others may.
-  context.has_subclasses = context.has_subclasses || !is_plain(param);
+  context.has_subclasses = context.has_subclasses || !is_plain(operands.tensors[kParam]);
 
   ParamUpdate& update = table_.updates[at];
   ParamCache& cache = table_.caches[at];
   update.device = kIdle;
-  if (!is_active) return keep_layout(update, cache);
-  name_operands(group, operands);
-  find_state(group, operands);
+  if (operands.tensors[kGrad] == nullptr) return keep_layout(update, cache);
   if (!operands.is_complete) {
     if (operands.state != nullptr)
       refuse_partial(row_, group.options.states, operands.state, id.text(),
@@ -164,7 +196,7 @@ void Collector::collect_param(StepContext& context, const Group& group, StateWal
 // Finds the dict of a parameter's state. State was created in the order of the parameters, as a
 // rule, so following the dict's order saves hashing (a Python call).
 void Collector::find_state_dict(const Group& group, StateWalk& walk, bool is_active,
-                                Operands& operands) {
+                                Operands& operands) const {
   if (!group.options.has_state) return;
   PyObject* const param = operands.tensors[kParam];
   py::object state;

@@ -24,6 +24,7 @@ constexpr size_t kFirstWord = 2;  // behind the reference counts
 constexpr size_t kMaxWords = 23;  // of a description, in the versions of torch that are known
 constexpr size_t kDataWords = 3;  // of a storage: data, and who frees it, which a snapshot changes
 constexpr size_t kStorageWords = 6;
+constexpr size_t kCacheLine = 64;
 constexpr uint64_t kMaxDims = 5;  // sizes and strides of more lie elsewhere
 
 // Byte offsets in a description, unless said otherwise; 0 for what has not been found.
@@ -510,6 +511,18 @@ uint64_t form_fingerprint(PyObject* tensor) {
 
 uint64_t fingerprint(PyObject* tensor) {
   return g_offsets.trusted ? mix_all(tensor) : kNoFingerprint;
+}
+
+void prefetch_description(PyObject* tensor) {
+  if (!g_offsets.trusted) return;
+  const char* const description = static_cast<const char*>(description_of(tensor));
+  for (size_t byte = 0; byte < kMaxWords * kWord; byte += kCacheLine)
+    __builtin_prefetch(description + byte);
+}
+
+void prefetch_storage(PyObject* tensor) {
+  if (!g_offsets.trusted) return;
+  __builtin_prefetch(pointer_at(description_of(tensor), g_offsets.storage));
 }
 
 char* storage_data(PyObject* tensor) {

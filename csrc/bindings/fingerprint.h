@@ -37,6 +37,12 @@ uint64_t form_fingerprint(PyObject* tensor);
 // is asked for (torch sets it for tensors that have none), do not show.
 uint64_t fingerprint(PyObject* tensor);
 
+// Ask the processor for the memory that fingerprint() reads, so that it is at hand a little later:
+// with thousands of tensors it lies beyond the caches. That of the storage is read in the
+// description.
+void prefetch_description(PyObject* tensor);
+void prefetch_storage(PyObject* tensor);
+
 // Where a tensor's storage begins; nullptr if it has none, or if there are no fingerprints.
 char* storage_data(PyObject* tensor);
 

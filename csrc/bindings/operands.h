@@ -41,6 +41,15 @@ struct Operands {
 
   Operands(const ParamId& at, References& references) : id(at), held(references) {}
   bool has(int k) const { return names[k] != nullptr; }
+
+  // Calls f for the plain tensors that have been found.
+  template <class F>
+  void for_each_plain(const F& f) const {
+    for (int k = 0; k <= kMaxOperands; ++k) {
+      PyObject* const tensor = k < kMaxOperands ? tensors[k] : step;
+      if (tensor != nullptr && is_plain(tensor)) f(tensor);
+    }
+  }
 };
 
 // "grad of parameter 'fc.weight' (group 0, index 3) is ", to begin a message with; for the param

@@ -8,23 +8,14 @@
 // DLPack's answer costs a hundred nanoseconds for each tensor, which is most of a step when there
 // are thousands of small ones.
 //
-// The words of torch's own description of a tensor are read where they lie. Where that is, is found
-// out at import from what torch says of probe tensors; then every kind of change that matters is
-// made to a probe and must show. If anything is not as expected, or with FUSEDOPT_FINGERPRINTS=0 in
-// the environment, all fingerprints are kNoFingerprint, which equals nothing, and every tensor is
-// read through DLPack in every step.
+// The words of torch's own description of a tensor are read where they lie (torch_layout.h). If
+// that is not as expected, or with FUSEDOPT_FINGERPRINTS=0 in the environment, all fingerprints are
+// kNoFingerprint, which equals nothing, and every tensor is read through DLPack in every step.
 namespace fusedopt {
 
 inline constexpr uint64_t kNoFingerprint = 0;
 
-// Finds out whether and where; call once, at import.
-void learn_fingerprints();
-
 bool has_fingerprints();
-
-// What of torch's description of a tensor is not as expected, or the variable that switches
-// fingerprints off; nullptr if there are any.
-const char* fingerprint_obstacle();
 
 // All functions below take plain tensors (no subclasses) that are there: a fingerprint is never
 // taken of objects that may be gone.

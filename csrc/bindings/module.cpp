@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/fingerprint.h"
+#include "bindings/torch_layout.h"
 #include "bindings/operands.h"
 #include "bindings/optimizers.h"
 #include "bindings/plan.h"
@@ -27,7 +28,7 @@ py::dict build_info() {
   info["openmp"] = cpu::openmp_version();
   info["fingerprints"] = has_fingerprints();
   info["fingerprint_obstacle"] =
-      has_fingerprints() ? py::object(py::none()) : py::str(fingerprint_obstacle());
+      has_fingerprints() ? py::object(py::none()) : py::str(layout_obstacle());
   info["lazy_keys"] = has_dispatch_keys();
   info["versions"] = has_versions();
   const char* const reason = cuda::unavailable_reason();
@@ -70,7 +71,7 @@ bool is_on_gpu(const py::object& tensor) {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   fusedopt::connect_to_torch();
-  fusedopt::learn_fingerprints();
+  fusedopt::learn_layout();
   py::class_<fusedopt::Plan>(m, "Plan")
       .def(py::init<const std::string&, const std::string&, int64_t>(), py::arg("optimizer"),
            py::arg("isa"), py::arg("chunk_elements") = 0)

@@ -24,6 +24,7 @@ class Plan:
         found_inf: Tensor | None,
         num_threads: int,
         checks_grads: bool,
+        norm_groups: list[Any],
     ) -> list[tuple[int, int]] | PendingStep | None: ...
     @property
     def grad_status(self) -> Tensor | None: ...
@@ -32,6 +33,7 @@ class Plan:
 
 class PendingStep:
     missing: list[tuple[int, int]]
+    rewritten: list[tuple[int, int]]
     counts_on_gpu: bool
     has_run: bool
     def run(self) -> list[tuple[int, int]] | None: ...

@@ -10,12 +10,25 @@ from torch import Tensor
 
 from . import _C
 from ._config import cpu_isa
+from ._norms import NormProcesses, is_shard, refuse_shards
 from ._options import OWN_OPTIONS
-from ._state import Specs, create_state, drop_unused, new_entry
+from ._state import InitialAverages, Specs, create_state, drop_unused, new_entry
 from ._state_dict import export_all_states, load_state_dict
 from ._steps import step_device, to_step
-from ._types import ParamGroup, Params, State
+from ._types import NormGroup, ParamGroup, Params, State
 from ._weights import read_weight, swapped, write_weight
+
+
+class Latest:
+    """What the latest step found out, and whether ``swap_ema()`` is open.
+
+    One object, for wrappers that copy an optimizer's ``__dict__`` (Lightning's, Fabric's) to share.
+    """
+
+    # Tensors, on a GPU if the params are there.
+    grad_status: Tensor | None = None
+    found_inf: Tensor | None = None
+    is_swapped = False
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -25,21 +38,29 @@ class FusedOptimizer(torch.optim.Optimizer):
     _option_defaults: ClassVar[dict[str, Any]]  # as its constructor's signature has them
     _own_options: ClassVar[tuple[str, ...]] = OWN_OPTIONS  # torch's twin has none of these
 
-    # What the latest step found out: tensors, on a GPU if the params are there.
-    _grad_status: Tensor | None = None
-    _found_inf: Tensor | None = None
+    _latest: "Latest"
     _checks_grads = False  # set by fusedopt.GradScaler for its steps
-    _is_swapped = False
 
     # Whether torch.amp.GradScaler is to leave unscaling and skipping to step(). As in torch, that
     # is so for optimizers made with fused=True: what stands between a scaler and its optimizer
     # (a wrapper, a trainer) often knows the usual way only.
     _step_supports_amp_scaling = False
 
-    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+    _initial_averages: InitialAverages | None = None  # until a step trains
+
+    # Over which processes the norm of the grads is taken, beside those that DTensors name.
+    _norm_processes: NormProcesses | None = None
+    _has_shards = False  # of FSDP1
+
+    def __init__(
+        self, params: Params, defaults: dict[str, Any], norm_group: NormGroup = None
+    ) -> None:
         if defaults.get("fused") and defaults.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         _C.check_group(self._row, defaults, 0, is_construction=True)
+        self._latest = Latest()
+        if norm_group is not None:
+            self._norm_processes = NormProcesses(norm_group)
         super().__init__(cast(Any, params), defaults)
         self._step_supports_amp_scaling = bool(defaults.get("fused"))
         export_all_states(self)
@@ -76,7 +97,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 param_group["params"] = params = list(params)
                 _refuse_duplicates(params, len(self.param_groups))
             _C.check_group(self._row, {**self.defaults, **param_group}, len(self.param_groups))
+            # ZeroRedundancyOptimizer enters all arguments there.
+            norm_group = param_group.get("norm_group")
+            if norm_group is not None and NormProcesses(norm_group) != self._norm_processes:
+                raise ValueError("norm_group is for the whole optimizer, not for a param group")
         super().add_param_group(param_group)
+        self._note_shards(self.param_groups[-1:])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -114,7 +140,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Set by torch.amp.GradScaler: the grads are still scaled, and some may have overflowed.
         # What is on a GPU stays there: the kernels look at it.
         found_inf = getattr(self, "found_inf", None)
-        self._found_inf, self._grad_status = found_inf, None
+        latest = self._latest
+        latest.found_inf, latest.grad_status = found_inf, None
         if found_inf is not None and not _C.is_on_gpu(found_inf):
             if float(found_inf) > 0:
                 return loss
@@ -124,27 +151,39 @@ class FusedOptimizer(torch.optim.Optimizer):
             grad_scale = 1.0
         elif not _C.is_on_gpu(grad_scale):
             grad_scale = float(grad_scale)
+        if self._has_shards:
+            self._refuse_norm_of_shards()
+        processes = self._norm_processes
         plan = self._plan()
         threads = torch.get_num_threads()
         found: _C.PendingStep | list[tuple[int, int]] | None = None
+        undo = None if self._initial_averages is None else self._begin_training()
         try:
             found = plan.step(
-                self.param_groups, self.state, grad_scale, found_inf, threads, self._checks_grads
-            )
+                self.param_groups, self.state, grad_scale, found_inf, threads, self._checks_grads,
+                [] if processes is None else processes.groups(),
+            )  # fmt: skip
             changed = self._complete(found) if isinstance(found, _C.PendingStep) else found
+        except BaseException:
+            if undo is not None:
+                undo()
+            raise
         finally:
             if isinstance(found, _C.PendingStep):
                 found.close()
-            self._grad_status = plan.grad_status
+            latest.grad_status = plan.grad_status
         if changed:
             drop_unused(self, changed)
         return loss
 
     def _complete(self, step: _C.PendingStep) -> list[tuple[int, int]] | None:
         """The rest of a step that has found state missing; without it, none is created."""
-        discard = create_state(self, step.missing, step.counts_on_gpu)
+        discard = create_state(self, step.missing, step.rewritten, step.counts_on_gpu)
         try:
-            return step.run()
+            changed = step.run()
+            if step.has_run and InitialAverages.may_be_of(self):
+                self._initial_averages = InitialAverages(self, step.missing)
+            return changed
         finally:
             if not step.has_run:
                 try:
@@ -161,7 +200,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for a GPU; None if the step did not read the grads first: without ``max_grad_norm`` and
         ``fusedopt.GradScaler``.
         """
-        status = self._grad_status  # once: another thread may be stepping
+        status = self._latest.grad_status  # once: another thread may be stepping
         return None if status is None else status_field(status, "grad_norm")
 
     @property
@@ -170,7 +209,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         An int64 tensor of one element on the parameters' device; None as ``grad_norm``.
         """
-        status = self._grad_status
+        status = self._latest.grad_status
         return None if status is None else status_field(status, "nonfinite")
 
     @property
@@ -179,10 +218,24 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         A bool tensor of one element; on the parameters' device if that is what knows.
         """
-        status, found_inf = self._grad_status, self._found_inf
+        status, found_inf = self._latest.grad_status, self._latest.found_inf
         if status is not None:
             return status_field(status, "skip") > 0
         return found_inf.sum() > 0 if isinstance(found_inf, Tensor) else torch.tensor(False)
+
+    def _begin_training(self) -> Callable[[], None] | None:
+        """What is left of a step that only set the optimizer up: see ``InitialAverages``."""
+        initial = self._initial_averages
+        if initial is None or InitialAverages.may_be_of(self):
+            return None
+        undo = initial.drop_outdated(self)
+        self._initial_averages = None
+
+        def undo_all() -> None:
+            undo()
+            self._initial_averages = initial
+
+        return undo_all
 
     def fp32_params(self) -> list[Tensor]:
         """Copies of all weights, in the order of the param groups.
@@ -227,6 +280,27 @@ class FusedOptimizer(torch.optim.Optimizer):
                     self.state[param][name] = new_entry(kind, dtype, param, {}, spec)
             write_weight(param, weight, self.state.get(param, {}), spec)
 
+    def reset_masters(self) -> None:
+        """Let the parameters be the weights: the next step makes master weights from them.
+
+        For what was written to parameters unnoticed, through ``.data`` say. No effect without
+        ``master_weights``.
+        """
+        self._refuse_swapped("reset_masters()")
+        self._forget("master", "remainder")
+
+    def reset_ema(self) -> None:
+        """Forget the averages: the next step begins them with the weights, as a first step does."""
+        self._refuse_swapped("reset_ema()")
+        self._forget("average")
+
+    def _forget(self, *kinds: str) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                for kind in kinds:
+                    if param in self.state:
+                        self.state[param].pop(_C.WEIGHTS_IN_STATE[kind], None)
+
     @contextmanager
     def swap_ema(self) -> Iterator[None]:
         """Inside, the parameters of groups with ``ema_decay`` hold the average of their weights.
@@ -244,22 +318,35 @@ class FusedOptimizer(torch.optim.Optimizer):
         ]
         if not pairs:
             raise RuntimeError("there is no average yet: set ema_decay and make a step")
-        self._is_swapped = True
+        self._latest.is_swapped = True
         try:
             with swapped(pairs):
                 yield
         finally:
-            self._is_swapped = False
+            self._latest.is_swapped = False
+
+    def _note_shards(self, groups: list[ParamGroup]) -> None:
+        self._has_shards = self._has_shards or any(
+            is_shard(param) for group in groups for param in group["params"]
+        )
+
+    def _refuse_norm_of_shards(self) -> None:
+        clips = any(group.get("max_grad_norm") is not None for group in self.param_groups)
+        if self._norm_processes is None and (clips or self._checks_grads):
+            refuse_shards()
 
     def _refuse_swapped(self, what: str) -> None:
-        if self._is_swapped:
+        if self._latest.is_swapped:
             raise RuntimeError(
                 f"{what} inside swap_ema(), where the parameters hold averages and not their values"
             )
 
     def __getstate__(self) -> State:
         self._refuse_swapped("a copy")
-        return super().__getstate__()
+        state = super().__getstate__()
+        if self._norm_processes is not None:
+            state["_norm_processes"] = self._norm_processes
+        return state
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
     def state_dict(self) -> State:
@@ -317,6 +404,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_latest", Latest())
+        self._note_shards(self.param_groups)
         self._step_supports_amp_scaling = bool(self.defaults.get("fused"))
         export_all_states(self)
         for group in self.param_groups:

@@ -19,10 +19,18 @@ OWN_OPTIONS = (
 )
 
 
+# What is given to a constructor beside options: it is the optimizer's, and not saved.
+NO_OPTIONS = ("norm_group",)
+
+
 def option_defaults(init: Callable[..., None]) -> dict[str, Any]:
     """The options of a constructor and their defaults."""
     parameters = inspect.signature(init).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.default is not p.empty and p.name not in NO_OPTIONS
+    }
 
 
 Init = TypeVar("Init", bound=Callable[..., None])
@@ -47,5 +55,6 @@ def given_options(names: dict[str, Any]) -> dict[str, Any]:
 
     Own options that are not given are left out: the param groups are torch's then.
     """
-    left_out = {"self", "params", "__class__", *(set(OWN_OPTIONS) - names["self"]._given)}
+    not_given = set(OWN_OPTIONS) - names["self"]._given
+    left_out = {"self", "params", *NO_OPTIONS, "__class__", *not_given}
     return {name: value for name, value in names.items() if name not in left_out}

@@ -105,6 +105,8 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
         for param, values in new_values:
             param.copy_(values)
     optimizer.__setstate__({"state": state, "param_groups": saved_groups})
+    if optimizer._initial_averages is not None:
+        optimizer._initial_averages.recognise(optimizer)
 
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)

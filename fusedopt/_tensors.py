@@ -41,6 +41,14 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return shard
 
 
+def count_writes(tensor: torch.Tensor) -> int:
+    """How often a tensor, or the shard that it holds, has been written to; -1 if nobody counts."""
+    try:
+        return tensor._version + (local(tensor)._version if _is_dtensor(type(tensor)) else 0)
+    except RuntimeError:  # of inference tensors
+        return -1
+
+
 def align(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     """The tensor with the placements of a DTensor param, so that the local parts fit.
 

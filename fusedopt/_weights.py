@@ -54,7 +54,35 @@ def read_weight(param: Tensor, state: State, spec: _C.StateSpec) -> Tensor:
     master = master_in(state, spec)
     if master is None:
         return param.to(spec.weight_dtype, copy=True)
-    return join(param, master[1]) if master[0] == "remainder" else master[1].clone()
+    if master[0] == "remainder":
+        return join(param, master[1])
+    return weight_of(param, master[1])
+
+
+def weight_of(param: Tensor, master: Tensor) -> Tensor:
+    """The master weight where the parameter is what it rounds to, else the parameter, as a copy.
+
+    There somebody has written to the parameter since the last step: a model was loaded, say.
+    """
+    weight = torch.empty_like(master)
+    own, mine = local(param), local(master)
+    local(weight).copy_(torch.where(own == mine.to(own.dtype), mine, own.to(mine.dtype)))
+    return weight
+
+
+def are_rewritten(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Of each (param, master weight): whether the parameter is not what the master rounds to.
+
+    Waits once for each GPU.
+    """
+    found = [
+        (local(param.detach()) != local(master).to(param.dtype)).any() for param, master in pairs
+    ]
+    flags: dict[int, bool] = {}
+    for device in {each.device for each in found}:
+        at = [index for index, each in enumerate(found) if each.device == device]
+        flags |= zip(at, torch.stack([found[index] for index in at]).tolist(), strict=True)
+    return [flags[index] for index in range(len(pairs))]
 
 
 def write_weight(param: Tensor, weight: Tensor, state: State, spec: _C.StateSpec) -> None:

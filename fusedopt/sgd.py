@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._optimizer import FusedOptimizer
 from ._options import given_options, notes_given, option_defaults
-from ._types import Params
+from ._types import NormGroup, Params
 
 
 class SGD(FusedOptimizer):
@@ -32,7 +32,7 @@ class SGD(FusedOptimizer):
 
     All arguments but ``params`` are options: their values are the defaults of the param groups,
     which may set them for themselves and be changed between steps. Those from ``state_dtype`` on
-    are not in torch's groups, nor in these unless they are given.
+    are not in torch's groups, nor in these unless they are given; ``norm_group`` never is.
 
     Args:
         params (iterable): parameters, (name, parameter) pairs, or param groups: dicts with
@@ -73,8 +73,10 @@ class SGD(FusedOptimizer):
             ``"float32"``: in ``master_param`` of the state, 4 bytes each; wider parameters need
             none and get none. ``"split"``, for bfloat16 only: the parameter and ``param_remainder``
             of the state, 2 bytes, are the weight together, exactly; the parameter is the nearest
-            bfloat16, with ties away from zero. What is written to a parameter between steps is
-            lost, or moved by the remainder: ``load_fp32_params()`` writes to both.
+            bfloat16, with ties away from zero. What is written to a parameter between steps (a
+            loaded model, a clamp) is its weight from then on, to within the remainder: where it is
+            not what the float32 weight rounds to. Writes through ``.data`` are not counted by torch
+            and not noticed: ``load_fp32_params()`` or ``reset_masters()`` take them over.
         stochastic_rounding (bool | None, default None): round what is kept in bfloat16 up or down
             with the probabilities that make the mean right, instead of to the nearest. True: all
             states, and parameters without master weights; not for float16 parameters. None, False:
@@ -85,9 +87,18 @@ class SGD(FusedOptimizer):
         max_grad_norm (float | Tensor | None, default None): above 0; grads are multiplied by
             ``min(1, max_grad_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` does,
             but ``.grad`` is not written to. The norm is the L2 norm of all grads of all groups
-            (and, of DTensors, of all their shards). A group with None is not clipped, its grads
+            (and, of DTensors, of all their shards; see ``norm_group`` for parts of a model that are
+            plain tensors). A group with None is not clipped, its grads
             count; infinity only measures. A step whose norm is infinite or NaN is skipped. A tensor
             is read on the host in every step, which waits for one on a GPU.
+        norm_group (NormGroup, default None): the processes whose optimizers step the other parts of
+            a model in plain tensors, a ``torch.distributed.ProcessGroup`` or several, or "world"
+            for all: FSDP1's shards, partitions of ``ZeroRedundancyOptimizer`` or DeepSpeed, stages
+            of a pipeline. What ``max_grad_norm`` and ``fusedopt.GradScaler`` need to know of the
+            grads is added up over them, so each of them has to make the step. Without it, a norm
+            over FSDP1's shards is refused; others cannot be told from a whole model. DTensors need
+            none for what they are sharded over. It is the optimizer's, not an option of param
+            groups, and not saved.
         error_if_nonfinite (bool, default False): raise RuntimeError instead of skipping a step for
             its norm, but not for the overflows that ``fusedopt.GradScaler`` looks for, or torch's
             with ``fused=True``. No effect where no group has a ``max_grad_norm``. Waits for the
@@ -129,6 +140,8 @@ class SGD(FusedOptimizer):
         fp32_params(): copies of all weights, in float32 where parameters are narrower.
         load_fp32_params(weights): sets parameters and master weights to such copies.
         swap_ema(): a context in which the parameters hold the averages of ``ema_decay``.
+        reset_ema(): lets the averages begin anew with the next step.
+        reset_masters(): lets the next step make the master weights from the parameters.
 
     Raises:
         TypeError: a keyword is unknown, or a hyper-parameter is neither a number nor a tensor.
@@ -163,6 +176,7 @@ class SGD(FusedOptimizer):
         stochastic_rounding: bool | None = None,
         rounding_seed: int = 0,
         max_grad_norm: float | Tensor | None = None,
+        norm_group: NormGroup = None,
         error_if_nonfinite: bool = False,
         ema_decay: float | Tensor | None = None,
         ema_bias_correction: bool = False,
@@ -171,6 +185,6 @@ class SGD(FusedOptimizer):
         defaults = given_options(locals())
         if not decoupled_weight_decay:  # torch's groups have no such key
             del defaults["decoupled_weight_decay"]
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, norm_group)
 
     _option_defaults = option_defaults(__init__)

@@ -172,8 +172,17 @@ void Collector::check_param(StepContext& context, const Group& group, Operands& 
                         (unchanged == Unchanged::kNothing && operands.state != nullptr &&
                          has_unused(row_, group.options, operands.master, operands.state));
   if (has_less) changed_.append(py::make_tuple(id.group_index, id.index));
+  const void* const param_before = update.data[kParam];
+  const void* const master_before = update.data[kMaster];
   if (unchanged != Unchanged::kAll)
     refresh(group, context.is_second, unchanged, operands, update, cache);
+  if (operands.master == Master::kFloat32 && operands.tensors[kMaster] != nullptr &&
+      !context.is_second) {
+    const bool is_moved =
+        update.data[kParam] != param_before || update.data[kMaster] != master_before;
+    if (is_moved || count_writes(operands.tensors[kParam]) != cache.writes)
+      context.rewritten.append(py::make_tuple(id.group_index, id.index));
+  }
   if (!context.is_second) {
     const auto* const states = operands.tensors + kFirstState;
     cache.is_first = group.options.states != 0 &&

@@ -89,6 +89,11 @@ bool increment_version(PyObject* tensor) {
   return true;
 }
 
+int64_t find_version(PyObject* tensor) {
+  const std::atomic<uint32_t>* const version = version_of(tensor);
+  return version != nullptr ? version->load(std::memory_order_relaxed) : -1;
+}
+
 uint64_t form_fingerprint(PyObject* tensor) {
   return g_layout.trusted ? mix_form(description_of(tensor)) : kNoFingerprint;
 }

@@ -46,6 +46,9 @@ inline uint64_t join_fingerprints(uint64_t first, uint64_t second) {
 // Counts a write to a tensor, so that autograd notices, as torch.autograd.graph.increment_version()
 // does. False if only torch can: for inference tensors, and if the place is not known.
 bool increment_version(PyObject* tensor);
+
+// How many writes have been counted, or -1 for inference tensors; only if the place is known.
+int64_t find_version(PyObject* tensor);
 bool has_versions();
 
 // torch's dispatch keys of a tensor that wraps no other, a bit set; kNoKeys if they have not been

@@ -67,8 +67,8 @@ bool GradNorm::measure(const ParamTable& table, StepRequest& request, const Step
                        GpuStep& step, Gpus& gpus) {
   const int64_t num_classes =
       context.reductions.is_none() ? 1 : static_cast<int64_t>(py::len(context.reductions));
-  const bool is_alone =
-      context.reductions.is_none() && step.devices.size() + (context.has_cpu ? 1 : 0) <= 1;
+  const bool is_alone = context.reductions.is_none() && request.norm_groups.empty() &&
+                        step.devices.size() + (context.has_cpu ? 1 : 0) <= 1;
 
   // A tensor for each device, the CPU first.
   std::vector<py::object> numbers;
@@ -90,7 +90,7 @@ bool GradNorm::measure(const ParamTable& table, StepRequest& request, const Step
     device.finalizes = is_alone;
     gpus.driver().sum_squares(device);
   }
-  if (!is_alone) combine(context, step, gpus, numbers, data);
+  if (!is_alone) combine(request, context, step, gpus, numbers, data);
   if (uses_cpu) {
     const double* const totals = data.front() + kStatusNumbers;
     const GradStatus status =
@@ -113,12 +113,13 @@ bool GradNorm::measure(const ParamTable& table, StepRequest& request, const Step
 
 // Puts what all devices, and all processes that share the params, have summed into the first class
 // of each.
-void GradNorm::combine(const StepContext& context, GpuStep& step, Gpus& gpus,
-                       const std::vector<py::object>& numbers, const std::vector<double*>& data) {
+void GradNorm::combine(const StepRequest& request, const StepContext& context, GpuStep& step,
+                       Gpus& gpus, const std::vector<py::object>& numbers,
+                       const std::vector<double*>& data) {
   py::list totals;
   for (const py::object& tensor : numbers)
     totals.append(tensor[py::slice(kStatusNumbers, py::len(tensor), 1)]);
-  const py::list combined = combine_totals(totals, context.reductions);
+  const py::list combined = combine_totals(totals, context.reductions, request.norm_groups);
   const bool uses_cpu = numbers.size() > step.devices.size();
   for (size_t i = 0; i < numbers.size(); ++i) {
     const py::object total = combined[i];

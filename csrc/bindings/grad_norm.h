@@ -40,7 +40,7 @@ class GradNorm {
 
  private:
   void sum_on_cpu(const ParamTable& table, int num_threads, double* totals, int64_t num_classes);
-  void combine(const StepContext& context, GpuStep& step, Gpus& gpus,
+  void combine(const StepRequest& request, const StepContext& context, GpuStep& step, Gpus& gpus,
                const std::vector<pybind11::object>& numbers, const std::vector<double*>& data);
 
   const cpu::Isa isa_;

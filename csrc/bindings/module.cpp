@@ -77,12 +77,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
            py::arg("isa"), py::arg("chunk_elements") = 0)
       .def("step", &fusedopt::Plan::step, py::arg("param_groups"), py::arg("state"),
            py::arg("grad_scale"), py::arg("found_inf"), py::arg("num_threads"),
-           py::arg("checks_grads"))
+           py::arg("checks_grads"), py::arg("norm_groups"))
       .def_property_readonly("grad_status", &fusedopt::Plan::status)
       .def("bookkeeping_bytes", &fusedopt::Plan::bookkeeping_bytes)
       .def("overlap_checks", &fusedopt::Plan::overlap_checks);
   py::class_<fusedopt::PendingStep>(m, "PendingStep")
       .def_readonly("missing", &fusedopt::PendingStep::missing)
+      .def_readonly("rewritten", &fusedopt::PendingStep::rewritten)
       .def_readonly("counts_on_gpu", &fusedopt::PendingStep::counts_on_gpu)
       .def_readonly("has_run", &fusedopt::PendingStep::has_run)
       .def("run", &fusedopt::PendingStep::run)

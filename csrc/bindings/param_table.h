@@ -26,6 +26,7 @@ struct ParamCache {
   int64_t grad_offset = 0;                // bytes from the grad's storage to its memory
   void* step = nullptr;  // the count, or for optimizers without one its stand-in on a GPU
   double next_step = 0;
+  int64_t writes = 0;  // to a param with a float32 master, counted when the last step had been made
   const void* checked_grad = nullptr;  // the grad's memory, when it was compared with all others'
   StepType step_type = StepType::kFloat32;
   bool step_on_gpu = false;
@@ -83,7 +84,8 @@ struct StepRequest {
   pybind11::object param_groups, state;
   // torch.amp.GradScaler's part: None, or tensors on a GPU.
   pybind11::object grad_scale, found_inf;
-  GradInfo grads;  // what the host knows of them
+  pybind11::list norm_groups;  // process groups over which the sums of grads are added up
+  GradInfo grads;              // what the host knows of them
   int num_threads;
   bool checks_grads;
   bool is_measured = false;  // the norm of the grads is known
@@ -108,6 +110,7 @@ struct StepContext {
   bool is_captured = false;     // into a CUDA graph
   std::vector<bool> gpus = {};  // with parameters to step, by number
   pybind11::list missing;       // (group, index) of params whose state lacks something
+  pybind11::list rewritten;     // of params that others may have written to, and not to the master
   // What combine_totals() (torch_api.h) needs to know of the sums of grads; None if there is one.
   pybind11::object reductions = pybind11::none();
   std::vector<Scalars> scalars = {};

@@ -57,25 +57,25 @@ Plan::Plan(const std::string& optimizer, const std::string& isa, int64_t chunk_e
 
 py::object Plan::step(const py::object& param_groups, const py::object& state,
                       const py::object& grad_scale, const py::object& found_inf, int num_threads,
-                      bool checks_grads) {
+                      bool checks_grads, const py::list& norm_groups) {
   Running running(*this);
   norm_.set_status(py::none());
   const bool is_on_gpu = is_tensor(grad_scale.ptr());
-  StepRequest request = {param_groups, state, is_on_gpu ? grad_scale : py::none(),
-                         found_inf,    {},    num_threads,
-                         checks_grads};
+  StepRequest request = {param_groups, state,       is_on_gpu ? grad_scale : py::none(),
+                         found_inf,    norm_groups, {},
+                         num_threads,  checks_grads};
   if (!is_on_gpu) request.grads.scale = grad_scale.cast<double>();
   if (!(request.grads.scale > 0)) throw py::value_error("grad_scale must be positive");
 
   StepContext context = collector_.collect(param_groups, state, /*is_second=*/false);
   if (!check(request, context)) return py::none();
   bool has_run = false;
-  if (context.missing.empty()) return run(request, context, has_run);
+  if (context.missing.empty() && context.rewritten.empty()) return run(request, context, has_run);
   if (context.is_captured)
     throw std::runtime_error(
-        "step() is captured into a CUDA graph, but the state of some parameters is not there or "
-        "their step is on the CPU, and every replay would set them up again; make a step before "
-        "the capture");
+        "step() is captured into a CUDA graph, but the state of some parameters is not there, "
+        "their step is on the CPU, or they were written to and have master weights, and every "
+        "replay would set them up again; make a step before the capture");
   // What the host can know about the grads, it knows before anything is created.
   if (needs_grads(request, context) && context.gpus.empty()) {
     GpuStep none;
@@ -157,7 +157,7 @@ void Plan::run_on_cpu(const StepContext& context, const std::vector<Layout>& lay
   if (error) std::rethrow_exception(error);
 }
 
-void Plan::tell_autograd(const StepContext& context) const {
+void Plan::tell_autograd(const StepContext& context) {
   py::list others;  // whose versions only torch can count
   size_t at = 0;
   for (const Group& group : context.groups)
@@ -166,13 +166,25 @@ void Plan::tell_autograd(const StepContext& context) const {
       const bool is_written = table_.updates[at++].device != kIdle;
       if (is_written && !(is_plain(param) && increment_version(param))) append(others.ptr(), param);
     }
-  if (others.empty()) return;
+  if (others.empty()) return count_own_writes(context);
   try {
     increment_versions(others.ptr());
   } catch (...) {  // Ctrl-C, say
     increment_versions(others.ptr());
     throw;
   }
+  count_own_writes(context);
+}
+
+// So that the next step knows whether somebody else has written to a param beside its master.
+void Plan::count_own_writes(const StepContext& context) {
+  size_t at = 0;
+  for (const Group& group : context.groups)
+    for (Py_ssize_t i = 0; i < group.size(); ++i, ++at) {
+      const ParamUpdate& update = table_.updates[at];
+      if (update.device != kIdle && update.formats.dtypes[kMaster] == DType::kFloat32)
+        table_.caches[at].writes = count_writes(PyTuple_GET_ITEM(group.params.ptr(), i));
+    }
 }
 
 // Chunks of the updates that are not on a GPU, of those that rest this time, too.
@@ -198,6 +210,7 @@ int64_t Plan::bookkeeping_bytes() {
 PendingStep::PendingStep(py::object plan, Plan::Running running, StepRequest request,
                          const StepContext& context)
     : missing(context.missing),
+      rewritten(context.rewritten),
       counts_on_gpu(context.counts_on_gpu),
       plan_(std::move(plan)),
       running_(std::move(running)),

@@ -29,14 +29,15 @@ class Plan {
 
   // Steps every parameter that has a grad, or changes nothing and raises. Grads are divided by
   // `grad_scale`, a number or a tensor on a GPU; nothing changes if `found_inf`, a tensor on a GPU
-  // or None, is above 0; nor, if `checks_grads`, if a grad is infinite or NaN.
+  // or None, is above 0; nor, if `checks_grads`, if a grad is infinite or NaN. What is to be known
+  // of all grads is added up over `norm_groups`.
   //
   // Returns None as a rule; a PendingStep, with nothing changed so far, if state must be created
-  // first; or else a list of (group, index) of the parameters whose options have changed so that
-  // they use less state than before.
+  // first, or master weights made again; or else a list of (group, index) of the parameters whose
+  // options have changed so that they use less state than before.
   pybind11::object step(const pybind11::object& param_groups, const pybind11::object& state,
                         const pybind11::object& grad_scale, const pybind11::object& found_inf,
-                        int num_threads, bool checks_grads);
+                        int num_threads, bool checks_grads, const pybind11::list& norm_groups);
 
   pybind11::object status() const { return norm_.status(); }  // see GradNorm
   int64_t overlap_checks() const { return aliases_.num_checks(); }
@@ -63,7 +64,8 @@ class Plan {
   pybind11::object run(StepRequest& request, StepContext& context, bool& has_run);
   void run_on_cpu(const StepContext& context, const std::vector<Layout>& layouts, int num_threads);
   void plan_chunks_on_cpu();
-  void tell_autograd(const StepContext& context) const;
+  void tell_autograd(const StepContext& context);
+  void count_own_writes(const StepContext& context);
 
   const OptimizerRow& row_;
   const cpu::Isa isa_;
@@ -86,7 +88,8 @@ class PendingStep {
   PendingStep(pybind11::object plan, Plan::Running running, StepRequest request,
               const StepContext& context);
 
-  pybind11::list missing;    // (group, index) of the params whose state lacks something
+  pybind11::list missing;    // (group, index) of the params whose state lacks something,
+  pybind11::list rewritten;  // and of those that may not be what their float32 master is
   const bool counts_on_gpu;  // step counts belong on the GPUs of their params
   bool has_run = false;      // something may have been written; without, the state is to go again
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "bindings/dlpack_abi.h"
+#include "bindings/fingerprint.h"
 #include "bindings/memory.h"
 
 namespace py = pybind11;
@@ -20,6 +21,7 @@ struct Torch {
   PyObject* wrapping = nullptr;        // of fusedopt._tensors
   PyObject* align = nullptr;           // of fusedopt._tensors
   PyObject* allocate = nullptr;        // of fusedopt._tensors
+  PyObject* count_writes = nullptr;    // of fusedopt._tensors
   PyObject* new_numbers = nullptr;     // of fusedopt._norms
   PyObject* combine_totals = nullptr;  // of fusedopt._norms
   PyObject* classify = nullptr;        // of fusedopt._norms
@@ -104,6 +106,7 @@ void connect_to_torch() {
   g_torch.wrapping = keep(tensors.attr("wrapping"));
   g_torch.align = keep(tensors.attr("align"));
   g_torch.allocate = keep(tensors.attr("allocate"));
+  g_torch.count_writes = keep(tensors.attr("count_writes"));
   g_torch.float_on_gpu = keep(tensors.attr("float_on_gpu"));
   const auto norms = py::module_::import("fusedopt._norms");
   g_torch.new_numbers = keep(norms.attr("new_numbers"));
@@ -165,8 +168,9 @@ const double* data_of_numbers(py::handle numbers) {
   return reinterpret_cast<const double*>(static_cast<char*>(dl.data) + dl.byte_offset);
 }
 
-py::list combine_totals(const py::list& totals, const py::object& reductions) {
-  return py::handle(g_torch.combine_totals)(totals, reductions);
+py::list combine_totals(const py::list& totals, const py::object& reductions,
+                        const py::list& norm_groups) {
+  return py::handle(g_torch.combine_totals)(totals, reductions, norm_groups);
 }
 
 py::tuple classify_params(const py::list& params) { return py::handle(g_torch.classify)(params); }
@@ -253,6 +257,11 @@ int64_t count_elements(const TensorView& view) {
   int64_t count = 1;
   for (int32_t d = 0; d < view.ndim; ++d) count *= view.shape[d];
   return count;
+}
+
+int64_t count_writes(PyObject* tensor) {
+  if (is_plain(tensor) && has_versions()) return find_version(tensor);
+  return py::handle(g_torch.count_writes)(py::handle(tensor)).cast<int64_t>();
 }
 
 void increment_versions(PyObject* list_of_tensors) {

@@ -64,8 +64,8 @@ def test_failed_first_step_stays_the_first(monkeypatch: pytest.MonkeyPatch) -> N
     param.grad = torch.ones(2)
     optimizer = fusedopt.SGD([param], lr=1.0, momentum=0.9, dampening=0.5)
 
-    def create_too_little(optimizer: Any, missing: Any, on_gpu: bool) -> object:
-        discard = create_state(optimizer, missing, on_gpu)
+    def create_too_little(optimizer: Any, *args: Any) -> object:
+        discard = create_state(optimizer, *args)
         del optimizer.state[param]["momentum_buffer"]
         return discard
 

@@ -208,8 +208,8 @@ def test_step_from_inside_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     optimizer = CASES["adamw"].ours(make_params())
     set_grads(optimizer, 0)
 
-    def nested(optimizer: Any, missing: Any, steps_on_gpu: bool) -> None:
-        create_state(optimizer, missing, steps_on_gpu)
+    def nested(optimizer: Any, *args: Any) -> None:
+        create_state(optimizer, *args)
         optimizer.step()
 
     with monkeypatch.context() as patch:

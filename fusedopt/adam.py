@@ -364,7 +364,8 @@ class AdamW(Adam):
         ema_bias_correction: bool = False,
         lr_independent_weight_decay: bool = False,
     ) -> None:
-        super().__init__(params, **given_options(locals()), decoupled_weight_decay=True)
+        options = given_options(locals())
+        super().__init__(params, **options, norm_group=norm_group, decoupled_weight_decay=True)
 
     _option_defaults = option_defaults(__init__)
 

@@ -1,0 +1,176 @@
+"""The step with a learning rate of 0 that sets an optimizer up before a checkpoint is loaded.
+
+torch.distributed.checkpoint makes it with grads of zeros, on weights that are still random.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusedopt
+from support.equality import bits
+from support.optimizers import each_name
+from support.tensors import BFLOAT16, FLOAT32, by_id, params_of, set_grads
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+checkpoint = pytest.importorskip("torch.distributed.checkpoint")
+state_dicts = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "float32-masters": {"master_weights": "float32"},
+    "split-masters": {"master_weights": "split"},
+    "averages": {"ema_decay": 0.9},
+    "corrected-averages": {"ema_decay": 0.9, "ema_bias_correction": True},
+    "masters-and-averages": {"master_weights": "float32", "ema_decay": 0.9},
+    "rounded": {"stochastic_rounding": True},
+    "independent-decay": {"weight_decay": 0.1, "lr_independent_weight_decay": True},
+}
+each_setting = pytest.mark.parametrize("options", **by_id(SETTINGS))
+
+
+def model_with(seed: int, options: dict[str, Any], name: str = "AdamW") -> tuple[nn.Module, Any]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).to(BFLOAT16)
+    if name != "AdamW" and "lr_independent_weight_decay" in options:
+        options = {**options, "decoupled_weight_decay": True}
+    return model, getattr(fusedopt, name)(model.parameters(), lr=1e-2, **options)
+
+
+def train(optimizer: Any, *seeds: int) -> None:
+    for seed in seeds:
+        set_grads(optimizer, seed)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def averages(optimizer: Any) -> list[Tensor]:
+    return [optimizer.state[param]["ema_param"] for param in params_of(optimizer)]
+
+
+@each_name
+@each_setting
+def test_it_changes_nothing(name: str, options: dict[str, Any]) -> None:
+    model, optimizer = model_with(0, options, name)
+    before = [param.detach().clone() for param in model.parameters()]
+    state_dicts.get_optimizer_state_dict(model, optimizer)
+    for param, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(bits(param.detach()), bits(old))
+    for weight, old in zip(optimizer.fp32_params(), before, strict=True):
+        assert torch.equal(weight, old.to(FLOAT32))
+    if "ema_decay" in options:
+        for average, old in zip(averages(optimizer), before, strict=True):
+            assert torch.equal(average, old.to(FLOAT32))
+
+
+def through_files(model: Any, optimizer: Any, other: Any, its: Any, folder: Path) -> None:
+    """Written in place by torch.distributed.checkpoint; what the checkpoint lacks stays."""
+
+    def content(model: Any, optimizer: Any) -> dict[str, Any]:
+        return {
+            "model": state_dicts.get_model_state_dict(model),
+            "optimizer": state_dicts.get_optimizer_state_dict(model, optimizer),
+        }
+
+    checkpoint.save(content(model, optimizer), checkpoint_id=folder)
+    loaded = content(other, its)
+    planner = checkpoint.DefaultLoadPlanner(allow_partial_load=True)
+    checkpoint.load(loaded, checkpoint_id=folder, planner=planner)
+    state_dicts.set_model_state_dict(other, loaded["model"])
+    state_dicts.set_optimizer_state_dict(other, its, loaded["optimizer"])
+
+
+def through_copies(model: Any, optimizer: Any, other: Any, its: Any, _: Path) -> None:
+    """As through files, but what stays is a copy of what the optimizer has."""
+    saved = state_dicts.get_optimizer_state_dict(model, optimizer)
+    loaded = copy.deepcopy(state_dicts.get_optimizer_state_dict(other, its))
+    for name, entries in loaded["state"].items():
+        entries |= copy.deepcopy(saved["state"][name])
+    other.load_state_dict(model.state_dict())
+    state_dicts.set_optimizer_state_dict(other, its, loaded)
+
+
+def model_alone(model: Any, _: Any, other: Any, its: Any, __: Path) -> None:
+    state_dicts.get_optimizer_state_dict(other, its)
+    other.load_state_dict(model.state_dict())
+
+
+LOADS: dict[str, Callable[..., None]] = {
+    "files": through_files,
+    "copies": through_copies,
+    "model-alone": model_alone,
+}
+each_load = pytest.mark.parametrize("load", **by_id(LOADS))
+
+
+@each_load
+@pytest.mark.parametrize("new", ["averages", "masters-and-averages", "float32-masters"])
+@pytest.mark.parametrize("old", ["plain", "split-masters"])
+def test_what_a_checkpoint_lacks_begins_with_its_weights(
+    old: str, new: str, load: Callable[..., None], tmp_path: Path
+) -> None:
+    """And not with the random ones of the new model."""
+    model, optimizer = model_with(0, SETTINGS[old])
+    train(optimizer, 1, 2, 3)
+    trained = [param.detach().to(FLOAT32) for param in model.parameters()]
+    other, its = model_with(9, SETTINGS[new])
+    load(model, optimizer, other, its, tmp_path)
+    its.param_groups[0]["lr"] = 1e-7
+    train(its, 4)
+    for weight, want in zip(its.fp32_params(), trained, strict=True):
+        torch.testing.assert_close(weight, want, rtol=1e-5, atol=1e-5)
+    if "ema_decay" in SETTINGS[new]:
+        for average, want in zip(averages(its), trained, strict=True):
+            torch.testing.assert_close(average, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("load", [through_files, through_copies])
+@each_setting
+def test_what_a_checkpoint_has_is_kept(
+    options: dict[str, Any], load: Callable[..., None], tmp_path: Path
+) -> None:
+    """Bit for bit: going on is as if nothing had been saved."""
+    model, optimizer = model_with(0, options)
+    train(optimizer, 1, 2, 3)
+    other, its = model_with(9, options)
+    load(model, optimizer, other, its, tmp_path)
+    for each in (optimizer, its):
+        train(each, 4, 5)
+    for param, twin in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(bits(param.detach()), bits(twin.detach()))
+        mine, theirs = optimizer.state[param], its.state[twin]
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            assert torch.equal(bits(value), bits(theirs[key])), key
+
+
+def test_averages_stay_where_training_begins_at_once() -> None:
+    _, optimizer = model_with(0, SETTINGS["averages"])
+    torch.distributed.checkpoint.state_dict._init_optim_state(optimizer)
+    before = averages(optimizer)
+    train(optimizer, 1)
+    assert all(a is b for a, b in zip(averages(optimizer), before, strict=True))
+
+
+def test_a_step_that_fails_leaves_the_averages() -> None:
+    model, optimizer = model_with(0, SETTINGS["averages"])
+    torch.distributed.checkpoint.state_dict._init_optim_state(optimizer)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(1.0)
+    before = averages(optimizer)
+    set_grads(optimizer, 1)
+    optimizer.param_groups[0]["lr"] = float("nan")
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        optimizer.step()
+    assert all(a is b for a, b in zip(averages(optimizer), before, strict=True))
+    optimizer.param_groups[0]["lr"] = 1e-7
+    optimizer.step()
+    for average, weight in zip(averages(optimizer), optimizer.fp32_params(), strict=True):
+        torch.testing.assert_close(average, weight, rtol=1e-3, atol=1e-3)

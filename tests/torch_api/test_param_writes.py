@@ -1,0 +1,220 @@
+"""Params that are written to between steps while they have master weights, and how these follow."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+import fusedopt
+from support.device import DEVICE
+from support.equality import bits
+from support.optimizers import step_with
+from support.snapshots import refused
+from support.tensors import BFLOAT16, FLOAT16, FLOAT32, by_id, values
+
+SIZE = 1000
+KINDS = {
+    "float32-of-bfloat16": ("float32", BFLOAT16),
+    "float32-of-float16": ("float32", FLOAT16),
+    "split": ("split", BFLOAT16),
+}
+each_kind = pytest.mark.parametrize(("kind", "dtype"), **by_id(KINDS))
+
+
+def load(param: Parameter, new: Tensor) -> None:
+    module = nn.Module()
+    module.weight = param
+    module.load_state_dict({"weight": new})
+
+
+def fill_in(param: Parameter, new: Tensor) -> None:
+    with torch.no_grad():
+        param.copy_(new)
+
+
+def replace(param: Parameter, new: Tensor) -> None:
+    param.data = new.clone()
+
+
+WRITES: dict[str, Callable[[Parameter, Tensor], None]] = {
+    "copy_": fill_in,
+    "load_state_dict": load,
+    "other-memory": replace,
+}
+each_write = pytest.mark.parametrize("write", **by_id(WRITES))
+
+
+def trained(
+    kind: str | None, dtype: torch.dtype, steps: int = 3, **more: Any
+) -> tuple[Any, Parameter]:
+    param = Parameter(values(SIZE, dtype=dtype))
+    optimizer = fusedopt.AdamW([param], lr=1e-3, weight_decay=0.0, master_weights=kind, **more)
+    for seed in range(steps):
+        step_with(optimizer, [values(SIZE, dtype=dtype, seed=100 + seed)])
+    return optimizer, param
+
+
+def rest(optimizer: Any, param: Parameter) -> None:
+    """A step that changes no weight."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    step_with(optimizer, [torch.ones_like(param)])
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+@each_write
+@each_kind
+def test_what_is_written_is_the_weight(
+    kind: str, dtype: torch.dtype, write: Callable[[Parameter, Tensor], None]
+) -> None:
+    """From the next step on, and for those who ask for the weights before it."""
+    optimizer, param = trained(kind, dtype)
+    new = values(SIZE, dtype=dtype, seed=7)
+    is_changed = param.detach() != new
+    write(param, new)
+    (weight,) = optimizer.fp32_params()
+    assert torch.equal(weight.to(dtype), new)
+    rest(optimizer, param)
+    assert torch.equal(param.detach(), new)
+    if kind == "float32":
+        master = optimizer.state[param]["master_param"]
+        assert torch.equal(master[is_changed], new[is_changed].to(FLOAT32))
+    step_with(optimizer, [values(SIZE, dtype=dtype, seed=200)])
+    moved = (param.detach() - new).abs().max()
+    assert 0 < moved <= 4e-3 + 2**-7 * new.abs().max()  # by a step, not back to where it was
+
+
+@each_kind
+def test_what_is_not_written_to_keeps_its_lower_bits(kind: str, dtype: torch.dtype) -> None:
+    optimizer, param = trained(kind, dtype)
+    (before,) = optimizer.fp32_params()
+    assert (before.to(dtype) != before).any()
+    with torch.no_grad():
+        param.clamp_(-0.5, 0.5)
+    rest(optimizer, param)
+    (after,) = optimizer.fp32_params()
+    inside = before.to(dtype).abs() < 0.5
+    assert inside.any()
+    assert not inside.all()
+    assert torch.equal(bits(after[inside]), bits(before[inside]))
+    assert torch.equal(after[~inside].to(dtype), param.detach()[~inside])
+    assert (param.detach().abs() <= 0.5).all()
+
+
+def test_master_is_made_again_only_where_something_was_written() -> None:
+    """Not after swap_ema(), which puts the params back, nor in any other step."""
+    optimizer, param = trained("float32", BFLOAT16, ema_decay=0.5)
+    master = optimizer.state[param]["master_param"]
+    with optimizer.swap_ema():
+        pass
+    with torch.no_grad():
+        param.mul_(1.0)
+    step_with(optimizer, [values(SIZE, dtype=BFLOAT16)])
+    assert optimizer.state[param]["master_param"] is master
+
+
+@pytest.mark.cpu_only
+def test_nothing_is_created_in_ordinary_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, _ = trained("float32", BFLOAT16)
+
+    def fail(*args: Any) -> None:
+        raise AssertionError(args)
+
+    monkeypatch.setattr(fusedopt._optimizer, "create_state", fail)
+    step_with(optimizer, [values(SIZE, dtype=BFLOAT16)])
+
+
+def test_a_step_that_fails_leaves_the_master_as_it_was() -> None:
+    optimizer, param = trained("float32", BFLOAT16)
+    state = optimizer.state[param]
+    fill_in(param, values(SIZE, dtype=BFLOAT16, seed=7))
+    param.grad = torch.full_like(param, float("nan"))
+    optimizer.param_groups[0] |= {"max_grad_norm": 1.0, "error_if_nonfinite": True}
+    with refused(optimizer, RuntimeError, "norm"):
+        optimizer.step()
+    assert optimizer.state[param] is state
+    optimizer.param_groups[0] |= {"max_grad_norm": None, "error_if_nonfinite": False}
+    rest(optimizer, param)
+    assert torch.equal(param.detach(), values(SIZE, dtype=BFLOAT16, seed=7))
+
+
+@each_kind
+def test_average_of_a_param_that_was_written_to(kind: str, dtype: torch.dtype) -> None:
+    """It goes on from where it was, towards what was written; a new one begins there."""
+    optimizer, param = trained(kind, dtype, ema_decay=0.5)
+    before = optimizer.state[param]["ema_param"].clone()
+    new = values(SIZE, dtype=dtype, seed=7)
+    fill_in(param, new)
+    rest(optimizer, param)
+    middle = (before + optimizer.fp32_params()[0]) / 2
+    torch.testing.assert_close(optimizer.state[param]["ema_param"], middle)
+    optimizer.reset_ema()
+    assert "ema_param" not in optimizer.state[param]
+    rest(optimizer, param)
+    assert torch.equal(optimizer.state[param]["ema_param"], optimizer.fp32_params()[0])
+
+
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+@each_kind
+def test_resume_keeps_all_bits(kind: str, dtype: torch.dtype, order: str) -> None:
+    """A checkpoint's params are what its masters round to."""
+    optimizer, param = trained(kind, dtype)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), param.detach().clone()
+    other, there = trained(kind, dtype, steps=1)
+    loads = [lambda: fill_in(there, weights), lambda: other.load_state_dict(saved)]
+    for each in loads if order == "model first" else reversed(loads):
+        each()
+    for each in (optimizer, other):
+        step_with(each, [values(SIZE, dtype=dtype, seed=300)])
+    assert torch.equal(bits(optimizer.fp32_params()[0]), bits(other.fp32_params()[0]))
+
+
+def test_checkpoint_of_a_model_that_was_written_to() -> None:
+    """Saved before the next step could notice: the first step after the load does."""
+    optimizer, param = trained("float32", BFLOAT16)
+    best = values(SIZE, dtype=BFLOAT16, seed=7)
+    fill_in(param, best)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other, there = trained("float32", BFLOAT16, steps=0)
+    fill_in(there, best)
+    other.load_state_dict(saved)
+    rest(other, there)
+    assert torch.equal(there.detach(), best)
+
+
+@each_kind
+def test_unnoticed_writes_are_taken_over_on_request(kind: str, dtype: torch.dtype) -> None:
+    optimizer, param = trained(kind, dtype)
+    new = values(SIZE, dtype=dtype, seed=7)
+    param.data.copy_(new)
+    optimizer.reset_masters()
+    rest(optimizer, param)
+    assert torch.equal(param.detach(), new)
+    assert torch.equal(optimizer.fp32_params()[0], new.to(FLOAT32))
+    with refused(optimizer, RuntimeError, "no average"), optimizer.swap_ema():
+        pass
+
+
+@pytest.mark.parametrize("reset", ["reset_masters", "reset_ema"])
+def test_nothing_is_reset_inside_swap_ema(reset: str) -> None:
+    optimizer, _ = trained("float32", BFLOAT16, ema_decay=0.5)
+    with optimizer.swap_ema(), refused(optimizer, RuntimeError, "inside swap_ema"):
+        getattr(optimizer, reset)()
+
+
+@pytest.mark.cpu_only
+def test_inference_tensors() -> None:
+    """torch counts no writes to them: they are stepped as before."""
+    with torch.inference_mode():
+        param = torch.ones(8, dtype=BFLOAT16, device=DEVICE)
+        param.grad = torch.ones_like(param)
+        optimizer = fusedopt.SGD([param], lr=0.25, master_weights="float32")
+        for _ in range(3):
+            optimizer.step()
+        assert param.tolist() == [0.25] * 8

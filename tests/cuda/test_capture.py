@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+import fusedopt
 from support.device import IS_CUDA, needs_driver, needs_gpu
 from support.files import run_python
 from support.optimizers import Case, each_case, some_cases, take_step
@@ -23,7 +25,7 @@ from support.sides import (
     warmed_up,
 )
 from support.snapshots import record, snapshot
-from support.tensors import by_id, draw, params_of, set_grads, some_dtypes, values
+from support.tensors import BFLOAT16, by_id, draw, params_of, set_grads, some_dtypes, values
 
 pytestmark = needs_driver
 
@@ -237,6 +239,24 @@ def test_refused_capture(case: Case, damage: Callable[[Any], None], pattern: str
             optimizer.step()
     assert snapshot(optimizer) == before
     optimizer.step()
+
+
+def test_capture_after_a_write_to_params_with_masters() -> None:
+    """Every replay would take the weight from the param again."""
+    params = [Parameter(tensor) for tensor in draw(SIZES, GPU.device, BFLOAT16)]
+    optimizer = fusedopt.AdamW(params, master_weights="float32", capturable=True)
+    take_step(optimizer, 0)
+    with torch.no_grad():
+        params[0].add_(1)
+    before = snapshot(optimizer)
+    with Graph().capture():
+        torch.zeros(3, device=GPU.device).add_(1)
+        with pytest.raises(RuntimeError, match="written to"):
+            optimizer.step()
+    assert snapshot(optimizer) == before
+    take_step(optimizer, 1)
+    with Graph().capture():
+        optimizer.step()
 
 
 @some_cases("momentum", "adamw")

@@ -11,12 +11,11 @@ from torch.nn import Parameter
 
 import fusedopt
 from fusedopt._norms import NormProcesses
+from support.device import DEVICE
 from support.files import run_ranks
 from support.optimizers import each_name
 from support.snapshots import refused
-from support.tensors import params_with_grads
-
-pytestmark = pytest.mark.cpu_only
+from support.tensors import by_id, params_with_grads
 
 # Each process has a part of the model, as plain tensors: a partition, a stage, or FSDP1's shards.
 RANKS = """
@@ -135,6 +134,7 @@ os._exit(0)  # gloo's threads may abort a process that ends while they do
 """
 
 
+@pytest.mark.cpu_only
 def test_norm_over_processes(tmp_path: Path) -> None:
     for out in run_ranks(tmp_path, RANKS, world=2):
         verdicts = dict(line.split(": ", 1) for line in out.splitlines())
@@ -156,12 +156,14 @@ def test_one_process_is_the_world(name: str) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("given", ["all", 3, [None], object()], ids=repr)
+@pytest.mark.parametrize("given", ["all", 3, [None]], ids=repr)
+@pytest.mark.cpu_only
 def test_no_process_group(given: Any) -> None:
     with pytest.raises(ValueError, match="norm_group must be 'world' or process groups"):
         fusedopt.AdamW([Parameter(torch.ones(2))], norm_group=given)
 
 
+@pytest.mark.cpu_only
 def test_it_is_not_a_param_groups() -> None:
     params = params_with_grads()
     with pytest.raises(ValueError, match="for the whole optimizer"):
@@ -173,9 +175,28 @@ def test_it_is_not_a_param_groups() -> None:
     fusedopt.AdamW([{"params": params, "norm_group": "world"}], norm_group="world")
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda o: pickle.loads(pickle.dumps(o))}
+
+
+@pytest.mark.parametrize("copied", **by_id(COPIES))
 def test_copies_have_it(copied: Any) -> None:
     optimizer = fusedopt.AdamW(params_with_grads(), norm_group="world")
     assert copied(optimizer)._norm_processes == optimizer._norm_processes
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer._norm_processes == NormProcesses("world")
+
+
+def test_devices_are_added_up_before_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice over, here: the sum of squares, and the count of what is not finite."""
+    monkeypatch.setattr(NormProcesses, "groups", lambda _: ["one", "other"])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums, **_: sums.mul_(2))
+    param = Parameter(torch.zeros(4, device=DEVICE))
+    optimizer = fusedopt.SGD([param], lr=1.0, max_grad_norm=1.0, norm_group="world")
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.grad_norm == 4.0
+    torch.testing.assert_close(param.detach(), torch.full_like(param, -0.25))
+    param.grad[0] = float("inf")
+    optimizer.step()
+    assert optimizer.skipped
+    assert optimizer.nonfinite_grads == 4

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import Parameter
 import fusedopt
 from support.device import DEVICE
 from support.equality import bits
+from support.files import run_ranks
 from support.optimizers import step_with
 from support.snapshots import refused
 from support.tensors import BFLOAT16, FLOAT16, FLOAT32, by_id, values
@@ -218,3 +220,45 @@ def test_inference_tensors() -> None:
         for _ in range(3):
             optimizer.step()
         assert param.tolist() == [0.25] * 8
+
+
+DTENSORS = """
+import os, sys, torch, torch.distributed as dist, fusedopt
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+rank, world = int(sys.argv[1]), int(sys.argv[3])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=world)
+mesh = init_device_mesh("cpu", (world,))
+writes = {
+    "whole": lambda param, new: param.copy_(new),
+    "shard": lambda param, new: param.to_local().copy_(new.to_local()),
+    "no write": lambda param, new: None,
+}
+for placement in (Shard(0), Replicate()):
+    def spread(value):
+        return distribute_tensor(torch.full((7,), value, dtype=torch.bfloat16), mesh, [placement])
+    for name, write in writes.items():
+        param = torch.nn.Parameter(spread(1.0))
+        optimizer = fusedopt.SGD([param], lr=2.0**-12, master_weights="float32")
+        for value in (3.0, 3.0, 0.0):
+            param.grad = spread(value)
+            optimizer.step()
+            if value == 3.0:
+                with torch.no_grad():
+                    write(param, spread(5.0))
+        weight = optimizer.fp32_params()[0].full_tensor()
+        # The last of the writes is what the weight rounds to.
+        want = 1.0 - 6 * 2.0**-12 if name == "no write" else 5.0 - 3 * 2.0**-12
+        is_right = weight.tolist() == [want] * 7 and param.grad is not None
+        print(f"{placement} {name}: {'right' if is_right else weight}")
+dist.barrier()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads may abort a process that ends while they do
+"""
+
+
+@pytest.mark.cpu_only
+def test_dtensors(tmp_path: Path) -> None:
+    """Written to as a whole, or each process its shard."""
+    for out in run_ranks(tmp_path, DTENSORS, world=2):
+        assert [line.rsplit(": ")[1] for line in out.splitlines()] == ["right"] * 6, out

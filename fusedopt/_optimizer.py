@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _C
 from ._config import cpu_isa
 from ._norms import NormProcesses, is_shard, refuse_shards
-from ._options import OWN_OPTIONS
+from ._options import OWN_OPTIONS, name_state_dtype
 from ._state import InitialAverages, Specs, create_state, drop_unused, new_entry
 from ._state_dict import export_all_states, load_state_dict
 from ._steps import step_device, to_step
@@ -61,6 +61,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._latest = Latest()
         if norm_group is not None:
             self._norm_processes = NormProcesses(norm_group)
+        name_state_dtype(defaults)
         super().__init__(cast(Any, params), defaults)
         self._step_supports_amp_scaling = bool(defaults.get("fused"))
         export_all_states(self)
@@ -103,6 +104,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise ValueError("norm_group is for the whole optimizer, not for a param group")
         super().add_param_group(param_group)
         self._note_shards(self.param_groups[-1:])
+        name_state_dtype(self.param_groups[-1])
 
     @overload
     def step(self, closure: None = None) -> None: ...

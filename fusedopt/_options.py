@@ -5,6 +5,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+from . import _C
+from ._types import ParamGroup
+
 # What all optimizers have and ``torch.optim`` lacks.
 OWN_OPTIONS = (
     "state_dtype",
@@ -58,3 +61,13 @@ def given_options(names: dict[str, Any]) -> dict[str, Any]:
     not_given = set(OWN_OPTIONS) - names["self"]._given
     left_out = {"self", "params", *NO_OPTIONS, "__class__", *not_given}
     return {name: value for name, value in names.items() if name not in left_out}
+
+
+def name_state_dtype(options: ParamGroup) -> None:
+    """Have options hold a ``state_dtype`` by its name.
+
+    torch.distributed.checkpoint gathers and moves numbers, text and tensors, but no torch.dtype.
+    """
+    name = _C.state_dtype_name(options.get("state_dtype"))
+    if name is not None:
+        options["state_dtype"] = name

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._options import name_state_dtype
 from ._state import Specs, new_entry
 from ._steps import to_step
 from ._weights import convert
@@ -22,18 +23,23 @@ EXPORT = "fusedopt"  # beside torch's hooks, whose keys are numbers
 
 
 def export_all_states(optimizer: "FusedOptimizer") -> None:
-    """Have ``state_dict()`` complete what it returns before the user's hooks see it."""
+    """Have ``state_dict()`` return what all can take, before the user's hooks see it."""
     hooks: Any = optimizer._optimizer_state_dict_post_hooks
     if EXPORT not in hooks:
-        hooks[EXPORT] = _fill_in
+        hooks[EXPORT] = _make_portable
         hooks.move_to_end(EXPORT, last=False)
 
 
-def _fill_in(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:
-    """Put zeros in the place of states that are left out here, but that torch's twin reads."""
+def _make_portable(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:
+    """Put in what torch's twin and torch.distributed.checkpoint can take.
+
+    Names in place of dtypes, and zeros in that of states that are left out here, but that torch's
+    twin reads.
+    """
     state = state_dict["state"]
     specs = Specs(optimizer, is_strict=False)
     for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        name_state_dtype(packed)
         for param, key in zip(group["params"], packed["params"], strict=True):
             entries = state.get(key)
             spec = specs.of(param, group) if entries else None
@@ -94,7 +100,7 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
                 place = _place(saved, index, at)
                 spec = specs.of(param, completed)
                 _check_shapes(entries, spec, param, place)
-                values = convert(entries, param, saved.get("state_dtype"), spec, place)
+                values = convert(entries, param, spec, place)
                 for name in spec.unused:
                     entries.pop(name, None)
                 if entries.get("step") is not None:

@@ -115,19 +115,18 @@ def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
                 param.copy_(own)
 
 
-def convert(
-    entries: State, param: Tensor, state_dtype: torch.dtype | None, spec: _C.StateSpec, place: str
-) -> Tensor | None:
+def convert(entries: State, param: Tensor, spec: _C.StateSpec, place: str) -> Tensor | None:
     """Make saved state fit the settings of the group that it is loaded into.
 
-    States take on ``state_dtype`` if that is set. A master weight of the other kind is converted;
-    one that was cast to another dtype (by ``torch.optim``) is dropped, as is all that the settings
-    have no use for. Returns the values that the parameter is to have then, or None if it stays.
+    States take on the group's ``state_dtype`` if that is set. A master weight of the other kind is
+    converted; one that was cast to another dtype (by ``torch.optim``) is dropped, as is all that
+    the settings have no use for. Returns the values that the parameter is to have then, or None if
+    it stays.
 
     Raises ValueError, with ``place``, for masters and averages of another shape than the parameter.
     """
     saved = {kind: entries.pop(name, None) for kind, name in _C.WEIGHTS_IN_STATE.items()}
-    if state_dtype is None and not any(isinstance(entry, Tensor) for entry in saved.values()):
+    if spec.state_dtype is None and not any(isinstance(entry, Tensor) for entry in saved.values()):
         return None
     for kind, entry in saved.items():
         if isinstance(entry, Tensor) and entry.shape != param.shape:
@@ -136,9 +135,9 @@ def convert(
                 f"loaded state dict, but the parameter of shape {tuple(param.shape)}"
             )
     for name, entry in entries.items():
-        is_state = state_dtype is not None and name != "step" and isinstance(entry, Tensor)
+        is_state = spec.state_dtype is not None and name != "step" and isinstance(entry, Tensor)
         if is_state and entry.is_floating_point():
-            entries[name] = entry.to(state_dtype)
+            entries[name] = entry.to(spec.state_dtype)
     master, remainder = _of(saved["master"], torch.float32), _of(saved["remainder"], torch.int16)
     values = None
     for name, kind, dtype in spec.entries:

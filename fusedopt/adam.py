@@ -65,9 +65,10 @@ class Adam(FusedOptimizer):
             ``foreach=True``.
         decoupled_weight_decay (bool, default False): decay the parameter instead of adding to the
             grad: :math:`p \leftarrow (1 - \gamma \lambda) p` before the update, which is AdamW.
-        state_dtype (torch.dtype | None, default None): ``torch.float32`` or ``torch.bfloat16``, the
-            dtype of the states whatever that of their parameter, which must be real; None: that of
-            the parameter.
+        state_dtype (torch.dtype | Literal["float32", "bfloat16"] | None, default None): dtype of
+            the states, ``torch.float32`` or ``torch.bfloat16`` or its name, whatever that of their
+            parameter, which must be real; None: that of the parameter. Param groups and state dicts
+            hold the name; a group may be given either later.
         master_weights (Literal["float32", "split"] | None, default None): keep the weights of
             16-bit parameters in float32, so that updates too small for their dtype are not lost.
             ``"float32"``: in ``master_param`` of the state, 4 bytes each; wider parameters need
@@ -176,7 +177,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
         master_weights: Literal["float32", "split"] | None = None,
         stochastic_rounding: bool | None = None,
         rounding_seed: int = 0,
@@ -246,9 +247,10 @@ class AdamW(Adam):
         fused (bool | None, default None): every step is fused, whatever this says. True lets
             ``torch.amp.GradScaler`` leave unscaling and skipping to ``step()``, and excludes
             ``foreach=True``.
-        state_dtype (torch.dtype | None, default None): ``torch.float32`` or ``torch.bfloat16``, the
-            dtype of the states whatever that of their parameter, which must be real; None: that of
-            the parameter.
+        state_dtype (torch.dtype | Literal["float32", "bfloat16"] | None, default None): dtype of
+            the states, ``torch.float32`` or ``torch.bfloat16`` or its name, whatever that of their
+            parameter, which must be real; None: that of the parameter. Param groups and state dicts
+            hold the name; a group may be given either later.
         master_weights (Literal["float32", "split"] | None, default None): keep the weights of
             16-bit parameters in float32, so that updates too small for their dtype are not lost.
             ``"float32"``: in ``master_param`` of the state, 4 bytes each; wider parameters need
@@ -353,7 +355,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
         master_weights: Literal["float32", "split"] | None = None,
         stochastic_rounding: bool | None = None,
         rounding_seed: int = 0,

@@ -65,9 +65,10 @@ class SGD(FusedOptimizer):
             grad: :math:`p \leftarrow (1 - \gamma \lambda) p` before the update (SGDW: Loshchilov
             and Hutter, arXiv 1711.05101). torch's groups have no such key, nor these unless it is
             True.
-        state_dtype (torch.dtype | None, default None): ``torch.float32`` or ``torch.bfloat16``, the
-            dtype of the states whatever that of their parameter, which must be real; None: that of
-            the parameter.
+        state_dtype (torch.dtype | Literal["float32", "bfloat16"] | None, default None): dtype of
+            the states, ``torch.float32`` or ``torch.bfloat16`` or its name, whatever that of their
+            parameter, which must be real; None: that of the parameter. Param groups and state dicts
+            hold the name; a group may be given either later.
         master_weights (Literal["float32", "split"] | None, default None): keep the weights of
             16-bit parameters in float32, so that updates too small for their dtype are not lost.
             ``"float32"``: in ``master_param`` of the state, 4 bytes each; wider parameters need
@@ -171,7 +172,7 @@ class SGD(FusedOptimizer):
         fused: bool | None = None,
         capturable: bool = False,
         decoupled_weight_decay: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
         master_weights: Literal["float32", "split"] | None = None,
         stochastic_rounding: bool | None = None,
         rounding_seed: int = 0,

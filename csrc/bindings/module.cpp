@@ -93,6 +93,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def_readonly("left_out", &fusedopt::StateSpec::left_out)
       .def_readonly("unused", &fusedopt::StateSpec::unused)
       .def_readonly("counts_steps", &fusedopt::StateSpec::counts_steps)
+      .def_readonly("state_dtype", &fusedopt::StateSpec::state_dtype)
       .def_readonly("weight_dtype", &fusedopt::StateSpec::weight_dtype);
   m.attr("WEIGHTS_IN_STATE") = fusedopt::names_of_weights();
   m.attr("GRAD_STATUS") = fusedopt::GradNorm::status_fields();
@@ -102,6 +103,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("group_index"), py::arg("index"));
   m.def("state_spec", &state_spec, py::arg("optimizer"), py::arg("group"), py::arg("dtype"),
         py::arg("is_strict") = true);
+  m.def("state_dtype_name", &fusedopt::state_dtype_name, py::arg("value"));
   m.def("join_weights", &fusedopt::join_weights, py::arg("param"), py::arg("remainder"),
         py::arg("weight"));
   m.def("split_weights", &fusedopt::split_weights, py::arg("weight"), py::arg("param"),

@@ -169,9 +169,9 @@ StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::obj
   // Weights and averages of 16-bit params are wider than these.
   const bool is_narrow = !param.is_complex && item_size(param.dtype) == 2;
   const py::object wide = is_narrow ? torch.attr("float32") : dtype;
-  py::object state_dtype = reader.state_dtype();
-  if (state_dtype.is_none()) state_dtype = dtype;
   StateSpec spec;
+  spec.state_dtype = reader.state_dtype();
+  const py::object state_dtype = spec.state_dtype.is_none() ? dtype : spec.state_dtype;
   spec.counts_steps = options.counts_steps;
   spec.weight_dtype = wide;
   const auto add = [](py::list& list, const Key& name, const char* kind, const py::object& dtype) {

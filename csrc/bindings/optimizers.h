@@ -63,6 +63,7 @@ struct StateSpec {
   pybind11::list left_out;        // of the optimizer, but the options have no use for them
   pybind11::list unused;          // names of all that other options may have left in the state
   bool counts_steps;              // there is a "step"
+  pybind11::object state_dtype;   // a torch.dtype, or None where the states' own decide
   pybind11::object weight_dtype;  // of master weights, averages and copies of the weights
 };
 // Raises ValueError for a param that cannot have the master weight that is asked for; without

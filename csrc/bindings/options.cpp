@@ -110,11 +110,11 @@ Master GroupReader::master_weights() const {
 
 py::object GroupReader::state_dtype() const {
   const py::object value = find(kStateDtype);
-  if (!value) return py::none();
-  if (!value.is_none() && !is_state_dtype(value.ptr()))
-    fail("state_dtype must be torch.float32, torch.bfloat16 or None, got " +
-         std::string(py::repr(value)));
-  return value;
+  if (!value || value.is_none()) return py::none();
+  PyObject* const dtype = find_state_dtype(value.ptr());
+  if (dtype == nullptr)
+    fail("state_dtype must be " + allowed_state_dtypes() + ", got " + std::string(py::repr(value)));
+  return py::reinterpret_borrow<py::object>(dtype);
 }
 
 bool GroupReader::errs_if_nonfinite() const { return flag(kErrorIfNonfinite); }

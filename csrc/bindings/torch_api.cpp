@@ -11,6 +11,12 @@ namespace py = pybind11;
 namespace fusedopt {
 namespace {
 
+// What states may be of: the only list.
+struct StateDtype {
+  const char* name;  // torch's, too
+  PyObject* dtype = nullptr;
+};
+
 // Filled by connect_to_torch() and read from then on. The references live as long as the process.
 struct Torch {
   PyTypeObject* tensor_type = nullptr;
@@ -25,8 +31,8 @@ struct Torch {
   PyObject* new_numbers = nullptr;     // of fusedopt._norms
   PyObject* combine_totals = nullptr;  // of fusedopt._norms
   PyObject* classify = nullptr;        // of fusedopt._norms
-  PyObject* float32 = nullptr;
   PyObject* bfloat16 = nullptr;
+  StateDtype state_dtypes[2] = {{"float32"}, {"bfloat16"}};
   PyObject* float_on_gpu = nullptr;  // of fusedopt._tensors
   PyObject* grad_name = nullptr;
   PyGetSetDef* grad = nullptr;  // TensorBase.grad, to be called without a lookup per tensor
@@ -79,6 +85,14 @@ bool read_dtype(DLDataType dtype, TensorView& view) {
   return bits == 64 || bits == 32 || bits == 16;
 }
 
+const StateDtype* look_up_state_dtype(PyObject* value) {
+  for (const StateDtype& each : g_torch.state_dtypes)
+    if (value == each.dtype ||
+        (PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, each.name) == 0))
+      return &each;
+  return nullptr;
+}
+
 // What torch calls that GPU, or the CPU for a negative number; emulated GPUs are the CPU.
 std::string torch_device(int gpu) {
   return gpu < 0 || cuda::is_emulated() ? "cpu" : "cuda:" + std::to_string(gpu);
@@ -112,8 +126,8 @@ void connect_to_torch() {
   g_torch.new_numbers = keep(norms.attr("new_numbers"));
   g_torch.combine_totals = keep(norms.attr("combine_totals"));
   g_torch.classify = keep(norms.attr("classify"));
-  g_torch.float32 = keep(torch.attr("float32"));
   g_torch.bfloat16 = keep(torch.attr("bfloat16"));
+  for (StateDtype& each : g_torch.state_dtypes) each.dtype = keep(torch.attr(each.name));
   g_torch.grad_name = PyUnicode_InternFromString("grad");
   g_torch.grad = attribute_of(base, "grad");
   g_torch.is_neg = method_of(base, "is_neg");
@@ -141,8 +155,21 @@ bool read_tensor(PyObject* tensor, TensorView& view, References& held) {
 
 bool is_tensor(PyObject* object) { return PyObject_TypeCheck(object, g_torch.tensor_type); }
 
-bool is_state_dtype(PyObject* dtype) {
-  return dtype == g_torch.float32 || dtype == g_torch.bfloat16;
+PyObject* find_state_dtype(PyObject* value) {
+  const StateDtype* const found = look_up_state_dtype(value);
+  return found == nullptr ? nullptr : found->dtype;
+}
+
+py::object state_dtype_name(const py::object& value) {
+  const StateDtype* const found = look_up_state_dtype(value.ptr());
+  return found == nullptr ? py::object(py::none()) : py::str(found->name);
+}
+
+std::string allowed_state_dtypes() {
+  std::string allowed;
+  for (const StateDtype& each : g_torch.state_dtypes)
+    allowed += "torch." + std::string(each.name) + ", '" + each.name + "', ";
+  return allowed + "or None";
 }
 
 TorchDType read_torch_dtype(const py::object& dtype) {

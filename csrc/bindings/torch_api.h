@@ -44,8 +44,14 @@ struct TorchDType {
 };
 TorchDType read_torch_dtype(const pybind11::object& dtype);
 
-// Whether states may be of this torch.dtype: float32 or bfloat16.
-bool is_state_dtype(PyObject* dtype);
+// The torch.dtype, borrowed, that states are to have by a group's `state_dtype`, which is that or
+// its name; nullptr for what states cannot be of.
+PyObject* find_state_dtype(PyObject* value);
+
+// Its name, or None.
+pybind11::object state_dtype_name(const pybind11::object& value);
+
+std::string allowed_state_dtypes();  // for messages
 
 // `count` float64 numbers on a GPU, or on the CPU if `gpu` is below 0; a tensor of its own.
 pybind11::object new_numbers(int gpu, int64_t count, double*& data);

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
-from support.equality import bits
+from support.equality import bits, both_ways
 from support.optimizers import Case, some_cases, step_with
 from support.settings import (
     EMAS,
@@ -23,8 +23,8 @@ from support.settings import (
     entries,
     suited,
 )
-from support.snapshots import refused, through_a_file
-from support.tensors import BFLOAT16, by_id, dtype_id, values
+from support.snapshots import COPIES, refused, through_a_file
+from support.tensors import BFLOAT16, FLOAT32, by_id, dtype_id, values
 
 SHAPE = (5, 61)
 OURS = (  # options that torch lacks: an optimizer keeps its own
@@ -200,3 +200,56 @@ def two_params(dtype: torch.dtype = BFLOAT16) -> list[Parameter]:
     for param in params:
         param.grad = torch.ones_like(param)
     return params
+
+
+# Names of dtypes in param groups.
+
+
+@both_ways
+def test_a_dtype_or_its_name(by_name: bool) -> Any:
+    """Given first, with a group, added, or set later; a state dict has the name in any case."""
+    dtypes = [FLOAT32, BFLOAT16]
+    given = [dtype_id(dtype) if by_name else dtype for dtype in dtypes]
+    params = [values(4, dtype=BFLOAT16) for _ in range(4)]
+    groups = [{"params": [params[0]]}, {"params": [params[1]], "state_dtype": given[1]}]
+    optimizer = fusedopt.AdamW(groups, state_dtype=given[0])
+    optimizer.add_param_group({"params": [params[2]], "state_dtype": given[1]})
+    optimizer.add_param_group({"params": [params[3]]})
+    held = [group["state_dtype"] for group in optimizer.param_groups]
+    assert [*held, optimizer.defaults["state_dtype"]] == [
+        "float32", "bfloat16", "bfloat16", "float32", "float32"
+    ]  # fmt: skip
+    assert all(type(name) is str for name in held)
+    optimizer.param_groups[3]["state_dtype"] = given[1]
+    step_with(optimizer, [values(4, dtype=BFLOAT16, seed=1)] * 4)
+    kept = [optimizer.state[param]["exp_avg"].dtype for param in params]
+    assert kept == [FLOAT32, BFLOAT16, BFLOAT16, BFLOAT16]
+    saved = through_a_file(optimizer.state_dict())
+    assert [group["state_dtype"] for group in saved["param_groups"]] == [
+        "float32", "bfloat16", "bfloat16", "bfloat16"
+    ]  # fmt: skip
+    return [params, list(optimizer.state.values())]
+
+
+def test_a_checkpoint_with_a_dtype_in_its_groups() -> None:
+    """As state dicts and pickles were before groups held names."""
+    (param,) = params = [values(4)]
+    optimizer = fusedopt.AdamW(params, state_dtype="bfloat16")
+    step_with(optimizer, [values(4)])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["state_dtype"] = BFLOAT16
+    optimizer.load_state_dict(through_a_file(saved))
+    assert optimizer.param_groups[0]["state_dtype"] == "bfloat16"
+    optimizer.param_groups[0]["state_dtype"] = BFLOAT16
+    for copied in (made_by(optimizer) for made_by in COPIES.values()):
+        step_with(copied, [values(4)])
+        assert copied.state[param_of(copied)]["exp_avg"].dtype == BFLOAT16
+        assert copied.state_dict()["param_groups"][0]["state_dtype"] == "bfloat16"
+    assert optimizer.state[param]["exp_avg"].dtype == BFLOAT16
+
+
+@pytest.mark.parametrize("wrong", ["float16", torch.float16, "fp32", 16], ids=str)
+def test_what_a_state_dtype_may_be_is_told(wrong: Any) -> None:
+    allowed = "torch.float32, 'float32', torch.bfloat16, 'bfloat16', or None"
+    with pytest.raises(ValueError, match=rf"state_dtype must be {allowed}, got .*{wrong}"):
+        fusedopt.AdamW([values(4)], state_dtype=wrong)

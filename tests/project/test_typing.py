@@ -38,7 +38,7 @@ sgd = fusedopt.SGD(
     fused=True,
     capturable=False,
     decoupled_weight_decay=True,
-    state_dtype=torch.float32,
+    state_dtype="float32",
     master_weights="split",
     stochastic_rounding=True,
     rounding_seed=1,
@@ -139,7 +139,7 @@ fusedopt.show_config()
 # Each on its own line, and what mypy calls it.
 WRONG = {
     'fusedopt.SGD(model.parameters(), master_weights="spilt")': "arg-type",
-    'fusedopt.Adam(model.parameters(), state_dtype="bfloat16")': "arg-type",
+    'fusedopt.Adam(model.parameters(), state_dtype="float16")': "arg-type",
     'fusedopt.AdamW(model.parameters(), ema_decay="0.9")': "arg-type",
     "fusedopt.Adam(model.parameters(), betas=0.9)": "arg-type",
     "fusedopt.AdamW(model.parameters(), max_norm=1.0)": "call-arg",

@@ -52,7 +52,7 @@ ODD: dict[str, tuple[Options, str]] = {
     f"{name}={value!r}": ({name: value}, name)
     for name, bad in {
         "master_weights": (True, 32, torch.float32),
-        "state_dtype": ("bfloat16", 16, float),
+        "state_dtype": ("float16", "torch.float32", "BFLOAT16", "", 16, float),
         "rounding_seed": (NAN, 1.5, 2**64),
     }.items()
     for value in bad

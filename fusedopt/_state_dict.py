@@ -13,7 +13,7 @@ from . import _C
 from ._options import name_state_dtype
 from ._state import Specs, new_entry
 from ._steps import to_step
-from ._weights import convert
+from ._weights import SAVED, STEPPED, convert, with_remainder_as
 
 if TYPE_CHECKING:
     from ._optimizer import FusedOptimizer
@@ -33,14 +33,16 @@ def export_all_states(optimizer: "FusedOptimizer") -> None:
 def _make_portable(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:
     """Put in what torch's twin and torch.distributed.checkpoint can take.
 
-    Names in place of dtypes, and zeros in that of states that are left out here, but that torch's
-    twin reads.
+    Names of dtypes in place of dtypes, remainders with another, and zeros in place of states that
+    are left out here, but that torch's twin reads.
     """
     state = state_dict["state"]
     specs = Specs(optimizer, is_strict=False)
     for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         name_state_dtype(packed)
         for param, key in zip(group["params"], packed["params"], strict=True):
+            if key in state:
+                state[key] = with_remainder_as(SAVED, state[key])
             entries = state.get(key)
             spec = specs.of(param, group) if entries else None
             if spec is None or not spec.left_out:
@@ -77,7 +79,7 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
     state: defaultdict[Any, Any] = defaultdict(dict)
     for key, entries in state_dict["state"].items():
         if key in params:
-            state[params[key]] = _move(entries, params[key])
+            state[params[key]] = _move(with_remainder_as(STEPPED, entries), params[key])
         else:  # of no parameter: kept as it is, as torch does
             state[key] = entries
     new_values: list[tuple[Tensor, Tensor]] = []

@@ -1,6 +1,6 @@
 """Weights and their averages outside of steps: masters, conversions, swaps."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ def join(param: Tensor, remainder: Tensor) -> Tensor:
 
 def split(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The bfloat16 params, nearest with ties away from zero, and int16 remainders of weights."""
-    dtypes = (torch.bfloat16, torch.int16)
+    dtypes = (torch.bfloat16, STEPPED)
     parts = [torch.empty_like(weight, dtype=dtype, requires_grad=False) for dtype in dtypes]
     shape = local(weight).shape
     param, remainder = (torch.empty(shape, dtype=dtype, device="cpu") for dtype in dtypes)
@@ -40,11 +40,26 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     return local(tensor.detach()).cpu().resolve_neg().contiguous()
 
 
+# The 16 bits of a remainder are no number. Steps read them as integers. State dicts have them as
+# bfloat16: neither gloo nor NCCL sends an int16, and what casts states to their parameter's dtype,
+# as torch.optim does, then leaves them alone.
+STEPPED, SAVED = torch.int16, torch.bfloat16
+
+
+def with_remainder_as(dtype: torch.dtype, entries: State) -> State:
+    """The entries of a state, the remainder's bits seen as ``STEPPED`` or ``SAVED``: not copied."""
+    name = _C.WEIGHTS_IN_STATE["remainder"]
+    remainder = entries.get(name) if isinstance(entries, Mapping) else None
+    if not isinstance(remainder, Tensor) or {remainder.dtype, dtype} != {STEPPED, SAVED}:
+        return entries
+    return {**entries, name: remainder.view(dtype)}
+
+
 def master_in(state: State, spec: _C.StateSpec) -> tuple[str, Tensor] | None:
     """The kind of master weight and the tensor that holds it, if the state has it."""
     for name, kind, _ in spec.entries:
         if kind in ("master", "remainder") and name in state:
-            return kind, state[name]
+            return kind, with_remainder_as(STEPPED, state)[name]
     return None
 
 
@@ -138,7 +153,7 @@ def convert(entries: State, param: Tensor, spec: _C.StateSpec, place: str) -> Te
         is_state = spec.state_dtype is not None and name != "step" and isinstance(entry, Tensor)
         if is_state and entry.is_floating_point():
             entries[name] = entry.to(spec.state_dtype)
-    master, remainder = _of(saved["master"], torch.float32), _of(saved["remainder"], torch.int16)
+    master, remainder = _of(saved["master"], torch.float32), _of(saved["remainder"], STEPPED)
     values = None
     for name, kind, dtype in spec.entries:
         if kind == "average" and isinstance(saved["average"], Tensor):

@@ -129,7 +129,9 @@ class Adam(FusedOptimizer):
             it starts from zeros.
         max_exp_avg_sq: the largest second moment so far, as ``exp_avg_sq``, with ``amsgrad``.
         master_param: float32, of a 16-bit parameter with ``master_weights="float32"``.
-        param_remainder: int16, of a bfloat16 parameter with ``master_weights="split"``.
+        param_remainder: int16, of a bfloat16 parameter with ``master_weights="split"``. State dicts
+            have the same bits, in the same memory, as bfloat16, which processes can send each
+            other: they are no numbers there.
         ema_param: float32 for a 16-bit parameter, else of the parameter's dtype, with
             ``ema_decay``.
 
@@ -310,7 +312,9 @@ class AdamW(Adam):
             it starts from zeros.
         max_exp_avg_sq: the largest second moment so far, as ``exp_avg_sq``, with ``amsgrad``.
         master_param: float32, of a 16-bit parameter with ``master_weights="float32"``.
-        param_remainder: int16, of a bfloat16 parameter with ``master_weights="split"``.
+        param_remainder: int16, of a bfloat16 parameter with ``master_weights="split"``. State dicts
+            have the same bits, in the same memory, as bfloat16, which processes can send each
+            other: they are no numbers there.
         ema_param: float32 for a 16-bit parameter, else of the parameter's dtype, with
             ``ema_decay``.
 

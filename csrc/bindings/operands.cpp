@@ -58,6 +58,9 @@ void read_operand(Operands& operands, int k) {
     throw py::type_error(subject(operands, k) + error.what());
   }
   const bool is_remainder = operands.master == Master::kSplit && k == kMaster;
+  // State dicts have its bits as bfloat16, and not all put them into the state by
+  // load_state_dict(): torch.distributed.optim.ZeroRedundancyOptimizer does so itself.
+  if (is_remainder && view.dtype == DType::kBFloat16) view.dtype = DType::kRemainder;
   if (!view.is_supported || (view.dtype == DType::kRemainder && !is_remainder))
     throw py::type_error(subject(operands, k) + describe(operands.tensors[k]) +
                          ", but dtypes that can be stepped are float32, float64, bfloat16, "

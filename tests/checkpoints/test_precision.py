@@ -1,5 +1,7 @@
 """Settings of precision in checkpoints, from one to another and to torch's, and those refused."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
+from support.device import DEVICE
 from support.equality import bits, both_ways
 from support.optimizers import Case, some_cases, step_with
 from support.settings import (
@@ -200,6 +203,109 @@ def two_params(dtype: torch.dtype = BFLOAT16) -> list[Parameter]:
     for param in params:
         param.grad = torch.ones_like(param)
     return params
+
+
+# Remainders in state dicts.
+
+PATTERNS = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=DEVICE).view(4, 2**14)
+
+
+def split_optimizer(param: Tensor | None = None) -> Any:
+    """Of one param, in whose remainder any 16 bits are."""
+    param = torch.ones_like(PATTERNS, dtype=BFLOAT16) if param is None else param
+    optimizer = fusedopt.AdamW([param], master_weights="split", state_dtype="bfloat16")
+    step_with(optimizer, [torch.zeros_like(param)])
+    remainder_of(optimizer).copy_(PATTERNS)
+    return optimizer
+
+
+def remainder_of(optimizer: Any) -> Tensor:
+    return optimizer.state[param_of(optimizer)]["param_remainder"]
+
+
+def as_int16(saved: dict[str, Any]) -> dict[str, Any]:
+    """As state dicts were before they had bfloat16 there."""
+    entries = saved["state"][0]
+    entries["param_remainder"] = entries["param_remainder"].view(torch.int16)
+    return saved
+
+
+def through_torch(saved: dict[str, Any]) -> dict[str, Any]:
+    """Which casts every state to its parameter's dtype."""
+    theirs = torch.optim.AdamW([torch.ones_like(PATTERNS, dtype=BFLOAT16)])
+    theirs.load_state_dict(saved)
+    return theirs.state_dict()
+
+
+ROUTES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "as it is": lambda saved: saved,
+    "file": through_a_file,
+    "deepcopy": copy.deepcopy,
+    "torch.optim": through_torch,
+    "int16": as_int16,
+    "file of int16": lambda saved: through_a_file(as_int16(saved)),
+}
+
+
+@pytest.mark.parametrize("route", **by_id(ROUTES))
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "into another layout"])
+def test_any_bits_of_a_remainder_are_loaded(route: Any, transposed: bool) -> None:
+    """Those that are NaN as bfloat16 included: they are never converted."""
+    saved = split_optimizer().state_dict()
+    assert saved["state"][0]["param_remainder"].dtype == BFLOAT16
+    param = torch.zeros_like(PATTERNS.t() if transposed else PATTERNS, dtype=BFLOAT16)
+    other = split_optimizer(param.t() if transposed else param)
+    remainder_of(other).zero_()
+    other.load_state_dict(route(saved))
+    assert remainder_of(other).dtype == torch.int16
+    assert torch.equal(remainder_of(other), PATTERNS)
+    assert remainder_of(other).stride() == param_of(other).stride()
+
+
+@pytest.mark.parametrize("made_by", **by_id(COPIES))
+def test_any_bits_of_a_remainder_are_copied(made_by: Callable[[Any], Any]) -> None:
+    copied = made_by(split_optimizer())
+    assert remainder_of(copied).dtype == torch.int16
+    assert torch.equal(remainder_of(copied), PATTERNS)
+
+
+def test_a_state_dict_has_the_memory_of_the_remainder() -> None:
+    """torch.distributed.checkpoint loads into the tensors of a state dict."""
+    optimizer = split_optimizer()
+    saved = optimizer.state_dict()["state"][0]["param_remainder"]
+    saved.view(torch.int16).copy_(PATTERNS.flip(0))
+    assert torch.equal(remainder_of(optimizer), PATTERNS.flip(0))
+
+
+def test_a_state_dict_has_the_memory_of_sharded_remainders(mesh: Any) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    param = distribute_tensor(torch.ones_like(PATTERNS, dtype=BFLOAT16), mesh, [Shard(0)])
+    optimizer = fusedopt.AdamW([param], master_weights="split")
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    saved = optimizer.state_dict()["state"][0]["param_remainder"]
+    assert saved.dtype == BFLOAT16
+    assert (saved.placements, saved.shape) == (param.placements, param.shape)
+    saved.to_local().view(torch.int16).copy_(PATTERNS)
+    assert torch.equal(remainder_of(optimizer).to_local(), PATTERNS)
+
+
+@both_ways
+def test_a_remainder_of_a_state_dict_may_be_put_into_the_state(by_hand: bool) -> Any:
+    """torch.distributed.optim.ZeroRedundancyOptimizer does so."""
+    optimizer = split_optimizer()
+    found = []
+    for step in ("step", "load", "step"):
+        if by_hand:
+            saved = optimizer.state_dict()["state"][0]["param_remainder"]
+            optimizer.state[param_of(optimizer)]["param_remainder"] = saved
+        if step == "load":
+            optimizer.load_fp32_params([weight + 1 for weight in optimizer.fp32_params()])
+        else:
+            step_with(optimizer, [values(*PATTERNS.shape, dtype=BFLOAT16)])
+        found += [param_of(optimizer).clone(), *optimizer.fp32_params()]
+    return found
 
 
 # Names of dtypes in param groups.

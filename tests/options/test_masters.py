@@ -227,7 +227,7 @@ BY_HAND: dict[str, tuple[str, Callable[[], Any]]] = {
     "master-on-meta": ("master_param", lambda: torch.ones(4, device="meta")),
     "master-is-a-list": ("master_param", lambda: [1.0] * 4),
     "remainder-of-32-bits": ("param_remainder", lambda: torch.ones(4, dtype=torch.int32)),
-    "remainder-of-floats": ("param_remainder", lambda: torch.ones(4, dtype=BFLOAT16)),
+    "remainder-of-floats": ("param_remainder", lambda: torch.ones(4, dtype=FLOAT16)),
     "remainder-unsigned": ("param_remainder", lambda: torch.ones(4, dtype=torch.uint16)),
     "remainder-of-another-shape": ("param_remainder", lambda: torch.ones(3, dtype=torch.int16)),
 }

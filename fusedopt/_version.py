@@ -1,10 +1,13 @@
 """Refuses a torch that is too old and a package that is not built, before anything is used."""
 
-import importlib.util
+import importlib
+import platform
 import re
+from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
 from pathlib import Path
 
 MIN_TORCH = (2, 10)
+EXTENSION = f"{__package__}._C"
 
 
 def check_torch() -> None:
@@ -23,16 +26,35 @@ def check_torch() -> None:
 
 
 def check_build() -> None:
-    """Raise ImportError if the package has no compiled extension."""
-    if importlib.util.find_spec("fusedopt._C") is not None:
-        return
-    folder = Path(__file__).resolve().parent
-    is_source = (folder.parent / "setup.py").exists()
-    advice = (
-        f"it was imported from its sources in {folder.parent}, where it has not been built for "
-        f"this Python: run `pip install -e {folder.parent}`, or start Python in another folder to "
-        "use an installed fusedopt"
-        if is_source
-        else f"{folder} has no compiled extension for this Python; install it again with pip"
+    """Raise ImportError unless the compiled extension in this folder can be loaded."""
+    folder = Path(__file__).absolute().parent
+    try:
+        # A plain import would also take the extension of other sources, where these are installed
+        # in place (pip install -e).
+        if PathFinder.find_spec(EXTENSION, [str(folder)]) is None:
+            raise ModuleNotFoundError(f"No module named {EXTENSION!r}", name=EXTENSION)
+        importlib.import_module(EXTENSION)
+    except ImportError as error:
+        raise ImportError(f"{_what_is_wrong(folder, error)} {_what_to_do(folder)}") from error
+
+
+def _what_is_wrong(folder: Path, error: ImportError) -> str:
+    if error.name != EXTENSION or not isinstance(error, ModuleNotFoundError):
+        return f"The compiled extension of fusedopt in {folder} does not load: {error}."
+    if others := sorted(path.name for path in folder.glob("_C.*so")):
+        return (
+            f"fusedopt is not built for this Python: {folder} has {', '.join(others)}, and Python "
+            f"{platform.python_version()} needs _C{EXTENSION_SUFFIXES[0]}."
+        )
+    return f"fusedopt is not built: {folder} has no compiled extension."
+
+
+def _what_to_do(folder: Path) -> str:
+    root = folder.parent
+    if not (root / "setup.py").exists():
+        return "Install it again with pip."
+    return (
+        "These are its sources, which hide an installed fusedopt from a Python that is started in "
+        f"{root} or has it on PYTHONPATH. Leave that folder to use the installed one, or build in "
+        f"it: `pip install -e {root}`, or there `python setup.py build_ext --inplace`."
     )
-    raise ImportError(f"fusedopt is not built: {advice}")

@@ -4,6 +4,7 @@ import ast
 import re
 import shutil
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -185,25 +186,76 @@ def test_import_without_torch_says_what_to_do() -> None:
     assert re.search(r"needs torch >= 2\.10; run: pip install torch", run_strictly(code))
 
 
-@pytest.mark.parametrize("kind", ["sources", "installed"])
-def test_import_without_a_build_says_what_to_do(kind: str, tmp_path: Path) -> None:
-    """Started in a folder of sources that were never built, or built for another Python."""
-    package = tmp_path / "fusedopt"
+TRY_IMPORT = """
+import sys, torch
+import importlib.util as util
+
+class Lender:  # as an installation in place has one: it knows fusedopt's modules from other sources
+    def find_spec(self, name, path=None, target=None):
+        return util.spec_from_loader(name, self) if name == "fusedopt._C" else None
+
+    def create_module(self, spec):
+        print("a lent extension was imported")
+
+    def exec_module(self, module):
+        pass
+
+sys.meta_path.append(Lender())
+torch.__version__ = sys.argv[1]
+try:
+    import fusedopt
+except ImportError as error:
+    print(error)
+    print("cause:", repr(error.__cause__))
+"""
+
+
+def import_unbuilt(folder: Path, *extensions: str, torch_version: str = "2.10.0") -> str:
+    """What an import says, where the package has these files in the place of its extension."""
+    package = folder / "fusedopt"
     package.mkdir()
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.glob("*.py*"):
         shutil.copy(path, package)
-    (package / "_C.cpython-27-other.so").touch()
+    for name in extensions:
+        (package / name).write_text("no library")
+    return run_python("-c", TRY_IMPORT, torch_version, PYTHONPATH=str(folder))
+
+
+@pytest.mark.parametrize("kind", ["sources", "installed"])
+@pytest.mark.parametrize(
+    ("extension", "problem", "cause"),
+    [
+        (None, "is not built: ", "ModuleNotFoundError"),
+        ("_C.cpython-27-other.so", "is not built for this Python: ", "ModuleNotFoundError"),
+        (f"_C{EXTENSION_SUFFIXES[0]}", "does not load: ", "ImportError"),
+    ],
+    ids=["never built", "for another Python", "broken"],
+)
+def test_import_without_a_build_says_what_to_do(
+    kind: str, extension: str | None, problem: str, cause: str, tmp_path: Path
+) -> None:
+    """Started in a folder of sources, whose package hides the one that is installed."""
     if kind == "sources":
         (tmp_path / "setup.py").touch()
-    code = (
-        "import sys\n"  # an editable install would lend its extension
-        "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)]\n"
-        "try:\n    import fusedopt\nexcept ImportError as error:\n    print(error)"
+    said = import_unbuilt(tmp_path, *([extension] if extension else []))
+    advice = (
+        "Leave that folder",
+        f"`pip install -e {tmp_path}`",
+        "`python setup.py build_ext --inplace`",
     )
-    said = run_python("-c", code, PYTHONPATH=str(tmp_path))
-    advice = rf"run `pip install -e {tmp_path}`" if kind == "sources" else "again with pip"
-    assert re.search(rf"^fusedopt is not built: .*{advice}", said), said
+    assert problem in said
+    assert extension is None or extension in said
+    assert [text in said for text in advice] == [kind == "sources"] * 3
+    assert ("Install it again with pip." in said) == (kind == "installed")
+    assert f"\ncause: {cause}(" in said
+    assert "lent" not in said
     assert "partially initialized" not in said
+
+
+def test_torch_is_checked_before_the_build(tmp_path: Path) -> None:
+    said = import_unbuilt(tmp_path, torch_version="2.9.1")
+    assert "needs torch >= 2.10" in said
+    assert "built" not in said
 
 
 def public(names: Any) -> set[str]:

@@ -236,7 +236,19 @@ class NinjaBuild(build_ext):
         subprocess.run(command, cwd=ROOT, check=True)
 
 
+def index_readme() -> str:
+    """README for an index page, which has none of the repository's files.
+
+    Images are left out, and links to files are their words alone.
+    """
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[.*\]\(.*\)\n\n", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", text)
+
+
 setup(
+    long_description=index_readme(),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension("fusedopt._C", sources=[])],
     cmdclass={"build_ext": NinjaBuild},
     setup_requires=CUDA_WHEELS if cuda_mode() == "1" and find_toolkit() is None else [],

@@ -33,7 +33,7 @@ class Plan:
 
 class PendingStep:
     missing: list[tuple[int, int]]
-    rewritten: list[tuple[int, int]]
+    maybe_written: list[tuple[int, int]]
     counts_on_gpu: bool
     has_run: bool
     def run(self) -> list[tuple[int, int]] | None: ...

@@ -1,6 +1,6 @@
 """The global norm of the grads where it takes more than one device or process to know it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,16 +17,19 @@ class NormProcesses:
 
     def __init__(self, given: NormGroup) -> None:
         self._is_world = isinstance(given, str)
-        if isinstance(given, str):
-            if given != "world":
-                raise ValueError(f"norm_group must be 'world' or process groups, got {given!r}")
-            given = []
+        if isinstance(given, str) and given != "world":
+            raise ValueError(f"norm_group must be 'world' or process groups, got {given!r}")
         self._groups = list(given) if isinstance(given, Sequence) else [given]
+        if self._is_world:
+            self._groups = []
+        elif not self._groups:
+            raise ValueError("norm_group must be 'world' or process groups, got none")
         for group in self._groups:
-            if not torch.distributed.is_available() or not _is_process_group(group):
-                is_outside = group is torch.distributed.GroupMember.NON_GROUP_MEMBER
-                what = "a group that this process is not in" if is_outside else repr(group)
-                raise ValueError(f"norm_group must be 'world' or process groups, got {what}")
+            if not _is_process_group(group):
+                raise ValueError(
+                    f"norm_group must be 'world' or process groups, got {_name(group)}"
+                )
+        _refuse_overlap(self._groups)
 
     def groups(self) -> list[Any]:
         """The process groups. A program that has begun none is alone in the world."""
@@ -53,12 +56,45 @@ class NormProcesses:
 
 
 def _is_process_group(group: Any) -> bool:
-    return isinstance(group, torch.distributed.ProcessGroup)
+    is_available = torch.distributed.is_available()
+    return is_available and isinstance(group, torch.distributed.ProcessGroup)
 
 
-def is_shard(param: Any) -> bool:
-    """Whether that is a part of an FSDP1 module's parameters, though a plain tensor."""
-    return getattr(param, "_fsdp_flattened", False) is True
+def _name(group: Any) -> str:
+    is_available = torch.distributed.is_available()
+    is_outside = is_available and group is torch.distributed.GroupMember.NON_GROUP_MEMBER
+    return "a group that this process is not in" if is_outside else repr(group)
+
+
+def _refuse_overlap(norm_groups: list[Any], sharded_over: Iterable[Any] = ()) -> None:
+    """Raise if a sum would have the grads of another process twice."""
+    before: set[int] = set()
+    for index, group in enumerate([*sharded_over, *norm_groups]):
+        others = set(torch.distributed.get_process_group_ranks(group))
+        others.discard(torch.distributed.get_rank())
+        if before & others and index >= len([*sharded_over]):
+            raise ValueError(
+                f"norm_group adds up what the processes {sorted(before & others)} have twice: they "
+                "are in another of its groups, or the parameters are DTensors that are sharded "
+                "over them, which is known without it"
+            )
+        before |= others
+
+
+def are_shards(params: list[Any]) -> bool:
+    """Whether there are parts of an FSDP1 module's parameters, which are plain tensors.
+
+    They are of one dim. FSDP1 marks whole parameters too, where it shards nothing.
+    """
+    marked = [param for param in params if getattr(param, "_fsdp_flattened", False) is True]
+    if not marked or torch.distributed.get_world_size() == 1:
+        return False
+    sizes = [getattr(param, "_unpadded_unsharded_size", None) for param in marked]
+    is_whole = [
+        param.dim() > 1 or (size is not None and size.numel() <= param.numel())
+        for param, size in zip(marked, sizes, strict=True)
+    ]
+    return not any(is_whole)
 
 
 def refuse_shards() -> None:
@@ -66,8 +102,8 @@ def refuse_shards() -> None:
     raise ValueError(
         "the parameters are shards of FSDP1 (FullyShardedDataParallel), of which this optimizer "
         "sees its process's alone, so it cannot know the norm of the grads or whether all of them "
-        "are finite: set norm_group= to the process group that they are sharded over ('world' for "
-        "all), or leave max_grad_norm out and call the model's clip_grad_norm_()"
+        "are finite: set norm_group= to the process group that they are sharded over ('world' if "
+        "that is all processes), or leave max_grad_norm out and call the model's clip_grad_norm_()"
     )
 
 
@@ -111,16 +147,23 @@ def _sharded_dims(param: Any) -> tuple[int, ...]:
 
 
 def combine_totals(
-    totals: list[Tensor], reductions: list[list[Any]] | None, norm_groups: Sequence[Any] = ()
+    totals: list[Tensor],
+    reductions: list[list[Any]] | None,
+    norm_groups: list[Any],
+    param: Tensor | None,
 ) -> list[Tensor]:
     """Add up what devices have summed, [squares, nonfinite] of each class, over processes too.
 
     ``reductions`` are those of ``classify()``; the sum of all classes is then added up over
-    ``norm_groups``. Returns the sum over all, [squares, nonfinite], on the device of each of
+    ``norm_groups``. Processes meet on the device of ``param``, the optimizer's first, whatever has
+    grads on each. Returns the sum over all, [squares, nonfinite], on the device of each of
     ``totals``. Nothing waits for a GPU unless some are on the CPU.
     """
-    first = totals[0].device
-    total = totals[0].clone()
+    sharded_over = {id(group): group for groups in reductions or [] for group in groups}
+    if norm_groups and sharded_over:
+        _refuse_overlap(norm_groups, sharded_over.values())
+    first = totals[0].device if param is None else param.device
+    total = totals[0].to(first, copy=True)
     for other in totals[1:]:
         total += other.to(first, non_blocking=first.type != "cpu")
     by_class = total.view(-1, 2)

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from . import _C
 from ._config import cpu_isa
-from ._norms import NormProcesses, is_shard, refuse_shards
+from ._initial_averages import InitialAverages, trains_nothing, without_average
+from ._norms import NormProcesses, are_shards, refuse_shards
 from ._options import OWN_OPTIONS, name_state_dtype
-from ._state import InitialAverages, Specs, create_state, drop_unused, new_entry
+from ._state import Specs, create_state, drop_unused, new_entry
 from ._state_dict import export_all_states, load_state_dict
 from ._steps import step_device, to_step
 from ._types import NormGroup, ParamGroup, Params, State
 from ._weights import read_weight, swapped, write_weight
 
 
-class Latest:
+class SharedStatus:
     """What the latest step found out, and whether ``swap_ema()`` is open.
 
     One object, for wrappers that copy an optimizer's ``__dict__`` (Lightning's, Fabric's) to share.
@@ -38,7 +39,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     _option_defaults: ClassVar[dict[str, Any]]  # as its constructor's signature has them
     _own_options: ClassVar[tuple[str, ...]] = OWN_OPTIONS  # torch's twin has none of these
 
-    _latest: "Latest"
     _checks_grads = False  # set by fusedopt.GradScaler for its steps
 
     # Whether torch.amp.GradScaler is to leave unscaling and skipping to step(). As in torch, that
@@ -58,13 +58,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         if defaults.get("fused") and defaults.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         _C.check_group(self._row, defaults, 0, is_construction=True)
-        self._latest = Latest()
+        self._latest_ = SharedStatus()
         if norm_group is not None:
             self._norm_processes = NormProcesses(norm_group)
         name_state_dtype(defaults)
         super().__init__(cast(Any, params), defaults)
         self._step_supports_amp_scaling = bool(defaults.get("fused"))
         export_all_states(self)
+
+    @property
+    def _latest(self) -> SharedStatus:
+        found: SharedStatus = self.__dict__.setdefault("_latest_", SharedStatus())
+        return found
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,11 +104,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 _refuse_duplicates(params, len(self.param_groups))
             _C.check_group(self._row, {**self.defaults, **param_group}, len(self.param_groups))
             # ZeroRedundancyOptimizer enters all arguments there.
-            norm_group = param_group.get("norm_group")
+            norm_group = param_group.pop("norm_group", None)
             if norm_group is not None and NormProcesses(norm_group) != self._norm_processes:
                 raise ValueError("norm_group is for the whole optimizer, not for a param group")
         super().add_param_group(param_group)
-        self._note_shards(self.param_groups[-1:])
+        self._note_shards()
         name_state_dtype(self.param_groups[-1])
 
     @overload
@@ -155,36 +160,45 @@ class FusedOptimizer(torch.optim.Optimizer):
             grad_scale = float(grad_scale)
         if self._has_shards:
             self._refuse_norm_of_shards()
-        processes = self._norm_processes
-        plan = self._plan()
-        threads = torch.get_num_threads()
-        found: _C.PendingStep | list[tuple[int, int]] | None = None
-        undo = None if self._initial_averages is None else self._begin_training()
-        try:
-            found = plan.step(
-                self.param_groups, self.state, grad_scale, found_inf, threads, self._checks_grads,
-                [] if processes is None else processes.groups(),
-            )  # fmt: skip
-            changed = self._complete(found) if isinstance(found, _C.PendingStep) else found
-        except BaseException:
-            if undo is not None:
-                undo()
-            raise
-        finally:
-            if isinstance(found, _C.PendingStep):
-                found.close()
-            latest.grad_status = plan.grad_status
+
+        def run() -> list[tuple[int, int]] | None:
+            return self._run(grad_scale, found_inf)
+
+        initial = self._initial_averages
+        changed = run() if initial is None else initial.through(self, run)
         if changed:
             drop_unused(self, changed)
         return loss
 
+    def _run(
+        self, grad_scale: float | Tensor, found_inf: Tensor | None
+    ) -> list[tuple[int, int]] | None:
+        """The step itself. Returns where parameters have come to use less state, if any have."""
+        plan, processes = self._plan(), self._norm_processes
+        norm_groups = [] if processes is None else processes.groups()
+        threads = torch.get_num_threads()
+        found: _C.PendingStep | list[tuple[int, int]] | None = None
+        try:
+            found = plan.step(
+                self.param_groups, self.state, grad_scale, found_inf, threads, self._checks_grads,
+                norm_groups,
+            )  # fmt: skip
+            return self._complete(found) if isinstance(found, _C.PendingStep) else found
+        finally:
+            if isinstance(found, _C.PendingStep):
+                found.close()
+            self._latest.grad_status = plan.grad_status
+
     def _complete(self, step: _C.PendingStep) -> list[tuple[int, int]] | None:
         """The rest of a step that has found state missing; without it, none is created."""
-        discard = create_state(self, step.missing, step.rewritten, step.counts_on_gpu)
+        sets_up = trains_nothing(self)
+        new_averages = without_average(self, step.missing) if sets_up else []
+        discard = create_state(self, step.missing, step.maybe_written, step.counts_on_gpu)
         try:
             changed = step.run()
-            if step.has_run and InitialAverages.may_be_of(self):
-                self._initial_averages = InitialAverages(self, step.missing)
+            if step.has_run and new_averages:
+                self._initial_averages = InitialAverages(self._initial_averages)
+                self._initial_averages.add(self, new_averages)
             return changed
         finally:
             if not step.has_run:
@@ -225,24 +239,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             return status_field(status, "skip") > 0
         return found_inf.sum() > 0 if isinstance(found_inf, Tensor) else torch.tensor(False)
 
-    def _begin_training(self) -> Callable[[], None] | None:
-        """What is left of a step that only set the optimizer up: see ``InitialAverages``."""
-        initial = self._initial_averages
-        if initial is None or InitialAverages.may_be_of(self):
-            return None
-        undo = initial.drop_outdated(self)
-        self._initial_averages = None
-
-        def undo_all() -> None:
-            undo()
-            self._initial_averages = initial
-
-        return undo_all
-
     def fp32_params(self) -> list[Tensor]:
         """Copies of all weights, in the order of the param groups.
 
-        In float32 where parameters are narrower: from the master weights if there are any.
+        In float32 where parameters are narrower: from the master weights if there are any, where
+        the parameters still are what these round to.
         """
         self._refuse_swapped("fp32_params()")
         specs = Specs(self, is_strict=False)
@@ -327,10 +328,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             self._latest.is_swapped = False
 
-    def _note_shards(self, groups: list[ParamGroup]) -> None:
-        self._has_shards = self._has_shards or any(
-            is_shard(param) for group in groups for param in group["params"]
-        )
+    def _note_shards(self) -> None:
+        params = [param for group in self.param_groups for param in group["params"]]
+        self._has_shards = are_shards(params)
 
     def _refuse_norm_of_shards(self) -> None:
         clips = any(group.get("max_grad_norm") is not None for group in self.param_groups)
@@ -373,8 +373,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         - of the options, those of torch are loaded, those that torch lacks stay as they are set
           here. Master weights of the other kind are converted, which sets the parameters to
           the nearest values of their dtype (load the model first); without any, the next step
-          makes them from the parameters, as it does averages. What the options have no use for is
-          dropped;
+          makes them from the parameters, as it does averages. A float32 master counts only where
+          the parameter is what it rounds to, so load the model, too. What the options have no use
+          for is dropped;
         - the state of a parameter is there as a whole or not at all. Only what an option needs that
           was switched on since may be missing, and is made by the next step: ``max_exp_avg_sq``
           (from zeros), ``momentum_buffer``, a master weight, ``ema_param`` and SGD's ``step``.
@@ -411,8 +412,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_latest", Latest())
-        self._note_shards(self.param_groups)
+        self._note_shards()
         self._step_supports_amp_scaling = bool(self.defaults.get("fused"))
         export_all_states(self)
         for group in self.param_groups:

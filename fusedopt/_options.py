@@ -23,7 +23,7 @@ OWN_OPTIONS = (
 
 
 # What is given to a constructor beside options: it is the optimizer's, and not saved.
-NO_OPTIONS = ("norm_group",)
+BESIDE_OPTIONS = ("norm_group",)
 
 
 def option_defaults(init: Callable[..., None]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def option_defaults(init: Callable[..., None]) -> dict[str, Any]:
     return {
         p.name: p.default
         for p in parameters
-        if p.default is not p.empty and p.name not in NO_OPTIONS
+        if p.default is not p.empty and p.name not in BESIDE_OPTIONS
     }
 
 
@@ -59,7 +59,7 @@ def given_options(names: dict[str, Any]) -> dict[str, Any]:
     Own options that are not given are left out: the param groups are torch's then.
     """
     not_given = set(OWN_OPTIONS) - names["self"]._given
-    left_out = {"self", "params", *NO_OPTIONS, "__class__", *not_given}
+    left_out = {"self", "params", *BESIDE_OPTIONS, "__class__", *not_given}
     return {name: value for name, value in names.items() if name not in left_out}
 
 

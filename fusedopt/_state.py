@@ -8,14 +8,11 @@ from torch import Tensor
 
 from . import _C
 from ._steps import place_steps
-from ._tensors import count_writes, local
 from ._types import ParamGroup, State
 from ._weights import are_rewritten, read_weight, weight_of
 
 if TYPE_CHECKING:
     from ._optimizer import FusedOptimizer
-
-AVERAGE = _C.WEIGHTS_IN_STATE["average"]
 
 
 class Specs:
@@ -56,16 +53,17 @@ def new_entry(
 def create_state(
     optimizer: "FusedOptimizer",
     missing: list[tuple[int, int]],
-    rewritten: list[tuple[int, int]],
+    maybe_written: list[tuple[int, int]],
     steps_on_gpu: bool,
 ) -> Callable[[], None]:
     """Fill in what the state of the parameters at these (group, index) lacks.
 
-    Of those that may have been ``rewritten``, make the float32 master again if they were. A
-    ``step`` that is not where it belongs, on the GPU of its parameter or on the CPU, is moved
-    there. Returns a function that undoes it all; undoes it if it raises.
+    Those of ``maybe_written`` have a float32 master: where the parameter is not what it rounds to,
+    somebody has written to the parameter, and the master follows, in its memory. A ``step`` that is
+    not where it belongs, on the GPU of its parameter or on the CPU, is moved there. Returns a
+    function that undoes it all; undoes it if it raises.
     """
-    groups = {at: optimizer.param_groups[at] for at in {at for at, _ in missing + rewritten}}
+    groups = {at: optimizer.param_groups[at] for at in {at for at, _ in missing + maybe_written}}
     params = {at: tuple(group["params"]) for at, group in groups.items()}
     specs = Specs(optimizer)
     created: list[tuple[Tensor, State | None, State, _C.StateSpec]] = []
@@ -78,9 +76,11 @@ def create_state(
         steps_on_gpu,
     )
     with torch.no_grad():
-        created += _new_masters(
-            [(params[at][index], groups[at]) for at, index in rewritten], optimizer.state, specs
+        written = _written_masters(
+            [(params[at][index], groups[at]) for at, index in maybe_written], optimizer.state, specs
         )
+        # On a GPU, a CUDA graph may hold the memory of the masters: it stays theirs.
+        masters = [(param, master, master.clone()) for param, master in written]
         for param, before, new, spec in created:
             present = before or {}
             for name, kind, dtype in spec.entries:
@@ -94,8 +94,14 @@ def create_state(
             elif param in optimizer.state:
                 optimizer.state[param].clear()
                 optimizer.state[param].update(before)
+        with torch.no_grad():
+            for _, master, old in masters:
+                master.copy_(old)
 
     try:
+        with torch.no_grad():
+            for param, master, _ in masters:
+                master.copy_(weight_of(param, master))
         for param, _, new, _ in created:
             optimizer.state.setdefault(param, {}).update(new)
     except BaseException:
@@ -104,70 +110,17 @@ def create_state(
     return discard
 
 
-def _new_masters(
+def _written_masters(
     entries: list[tuple[Tensor, ParamGroup]], states: Any, specs: Specs
-) -> list[tuple[Tensor, State | None, State, _C.StateSpec]]:
-    """For those of the parameters that are not what their float32 master rounds to, a new one."""
-    found = []
-    for param, group in entries:
-        state, spec = _entries(states[param]), specs.of(param, group)
-        found += [(param, state, name, spec) for name, kind, _ in spec.entries if kind == "master"]
-    are_new = are_rewritten([(param, state[name]) for param, state, name, _ in found])
-    return [
-        (param, state, {name: weight_of(param.detach(), state[name])}, spec)
-        for (param, state, name, spec), is_new in zip(found, are_new, strict=True)
-        if is_new
+) -> list[tuple[Tensor, Tensor]]:
+    """Of these params, (param, float32 master) where the param is not what the master rounds to."""
+    pairs = [
+        (param.detach(), states[param][name])
+        for param, group in entries
+        for name, kind, _ in specs.of(param, group).entries
+        if kind == "master"
     ]
-
-
-class InitialAverages:
-    """Averages of a first step whose learning rates were all 0, which only set the optimizer up.
-
-    ``torch.distributed.checkpoint`` makes such a step before it loads. Until training begins, they
-    are what the weights happened to be: where a parameter is written to and its average is not, as
-    by a checkpoint that has none, the average is to begin with what was written.
-    """
-
-    def __init__(self, optimizer: "FusedOptimizer", created: list[tuple[int, int]]) -> None:
-        self._found: dict[Tensor, tuple[Tensor, tuple[int, int]]] = {}
-        for group_index, index in created:
-            param = optimizer.param_groups[group_index]["params"][index]
-            average = optimizer.state[param].get(AVERAGE)
-            if average is not None:
-                self._found[param] = average, _writes(param, average)
-
-    @staticmethod
-    def may_be_of(optimizer: "FusedOptimizer") -> bool:
-        """Whether a step with these learning rates trains nothing, as far as the host knows."""
-        rates = [group["lr"] for group in optimizer.param_groups]
-        return all(not (isinstance(rate, Tensor) and rate.is_cuda) and rate == 0 for rate in rates)
-
-    def recognise(self, optimizer: "FusedOptimizer") -> None:
-        """After a state dict has been loaded: it may hold copies of these averages."""
-        for param, (average, _) in self._found.items():
-            state = optimizer.state.get(param, {})
-            loaded = state.get(AVERAGE)
-            if loaded is not None and torch.equal(local(loaded), local(average)):
-                state[AVERAGE] = average
-
-    def drop_outdated(self, optimizer: "FusedOptimizer") -> Callable[[], None]:
-        """Take out those whose parameter was written to, but not they. Returns what undoes it."""
-        dropped: list[tuple[State, Tensor]] = []
-        for param, (average, writes) in self._found.items():
-            state = optimizer.state.get(param, {})
-            now = _writes(param, average)
-            if state.get(AVERAGE) is average and now[0] != writes[0] and now[1] == writes[1]:
-                dropped.append((state, state.pop(AVERAGE)))
-
-        def undo() -> None:
-            for state, average in dropped:
-                state.setdefault(AVERAGE, average)
-
-        return undo
-
-
-def _writes(param: Tensor, average: Tensor) -> tuple[int, int]:
-    return count_writes(param), count_writes(average)
+    return [pair for pair, is_so in zip(pairs, are_rewritten(pairs), strict=True) if is_so]
 
 
 def drop_unused(optimizer: "FusedOptimizer", changed: list[tuple[int, int]]) -> None:

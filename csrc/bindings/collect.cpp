@@ -176,12 +176,14 @@ void Collector::check_param(StepContext& context, const Group& group, Operands& 
   const void* const master_before = update.data[kMaster];
   if (unchanged != Unchanged::kAll)
     refresh(group, context.is_second, unchanged, operands, update, cache);
+  if (operands.master == Master::kFloat32) context.has_masters = true;
   if (operands.master == Master::kFloat32 && operands.tensors[kMaster] != nullptr &&
       !context.is_second) {
     const bool is_moved =
         update.data[kParam] != param_before || update.data[kMaster] != master_before;
-    if (is_moved || count_writes(operands.tensors[kParam]) != cache.writes)
-      context.rewritten.append(py::make_tuple(id.group_index, id.index));
+    if (is_moved) cache.writes = kNotCounted;  // until a step has been made
+    if (count_writes(operands.tensors[kParam], held_) != cache.writes)
+      context.maybe_written.append(py::make_tuple(id.group_index, id.index));
   }
   if (!context.is_second) {
     const auto* const states = operands.tensors + kFirstState;

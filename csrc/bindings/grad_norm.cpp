@@ -119,7 +119,11 @@ void GradNorm::combine(const StepRequest& request, const StepContext& context, G
   py::list totals;
   for (const py::object& tensor : numbers)
     totals.append(tensor[py::slice(kStatusNumbers, py::len(tensor), 1)]);
-  const py::list combined = combine_totals(totals, context.reductions, request.norm_groups);
+  py::handle param;  // one that every process has, whether or not it has a grad here
+  for (const Group& group : context.groups)
+    if (!param && group.size() > 0) param = PyTuple_GET_ITEM(group.params.ptr(), 0);
+  const py::list combined =
+      combine_totals(totals, context.reductions, request.norm_groups, param ? param : py::none());
   const bool uses_cpu = numbers.size() > step.devices.size();
   for (size_t i = 0; i < numbers.size(); ++i) {
     const py::object total = combined[i];

@@ -83,7 +83,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def("overlap_checks", &fusedopt::Plan::overlap_checks);
   py::class_<fusedopt::PendingStep>(m, "PendingStep")
       .def_readonly("missing", &fusedopt::PendingStep::missing)
-      .def_readonly("rewritten", &fusedopt::PendingStep::rewritten)
+      .def_readonly("maybe_written", &fusedopt::PendingStep::maybe_written)
       .def_readonly("counts_on_gpu", &fusedopt::PendingStep::counts_on_gpu)
       .def_readonly("has_run", &fusedopt::PendingStep::has_run)
       .def("run", &fusedopt::PendingStep::run)

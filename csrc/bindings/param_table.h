@@ -17,6 +17,9 @@
 // step (scalars.h, aliases.h, grad_norm.h, gpu_steps.h) read it and add what they find out.
 namespace fusedopt {
 
+// A number of writes that no tensor has.
+inline constexpr int64_t kNotCounted = -2;
+
 // What is kept of a parameter from one step to the next, beside its ParamUpdate.
 struct ParamCache {
   enum class StepType : uint8_t { kFloat32, kFloat64, kInt64 };
@@ -26,7 +29,8 @@ struct ParamCache {
   int64_t grad_offset = 0;                // bytes from the grad's storage to its memory
   void* step = nullptr;  // the count, or for optimizers without one its stand-in on a GPU
   double next_step = 0;
-  int64_t writes = 0;  // to a param with a float32 master, counted when the last step had been made
+  // To a param with a float32 master, counted when the last step had been made.
+  int64_t writes = kNotCounted;
   const void* checked_grad = nullptr;  // the grad's memory, when it was compared with all others'
   StepType step_type = StepType::kFloat32;
   bool step_on_gpu = false;
@@ -101,16 +105,17 @@ struct StepRequest {
 // What is found out in one step, and is not kept.
 struct StepContext {
   std::vector<Group> groups = {};
-  bool is_second = false;       // state that was missing has been created for this step
-  bool clips = false;           // a group limits the norm of the grads
-  bool has_subclasses = false;  // params that are DTensors
-  bool has_cpu = false;         // parameters to step there
-  bool has_gpu_counts = false;  // step counts that only a GPU knows
-  bool counts_on_gpu = false;   // GPUs count the steps of their parameters and compute the scalars
-  bool is_captured = false;     // into a CUDA graph
-  std::vector<bool> gpus = {};  // with parameters to step, by number
-  pybind11::list missing;       // (group, index) of params whose state lacks something
-  pybind11::list rewritten;     // of params that others may have written to, and not to the master
+  bool is_second = false;        // state that was missing has been created for this step
+  bool clips = false;            // a group limits the norm of the grads
+  bool has_subclasses = false;   // params that are DTensors
+  bool has_masters = false;      // in float32
+  bool has_cpu = false;          // parameters to step there
+  bool has_gpu_counts = false;   // step counts that only a GPU knows
+  bool counts_on_gpu = false;    // GPUs count the steps of their parameters and compute the scalars
+  bool is_captured = false;      // into a CUDA graph
+  std::vector<bool> gpus = {};   // with parameters to step, by number
+  pybind11::list missing;        // (group, index) of params whose state lacks something
+  pybind11::list maybe_written;  // of params that others may have written to, and not to the master
   // What combine_totals() (torch_api.h) needs to know of the sums of grads; None if there is one.
   pybind11::object reductions = pybind11::none();
   std::vector<Scalars> scalars = {};

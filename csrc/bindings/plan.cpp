@@ -70,12 +70,14 @@ py::object Plan::step(const py::object& param_groups, const py::object& state,
   StepContext context = collector_.collect(param_groups, state, /*is_second=*/false);
   if (!check(request, context)) return py::none();
   bool has_run = false;
-  if (context.missing.empty() && context.rewritten.empty()) return run(request, context, has_run);
+  if (context.missing.empty() && context.maybe_written.empty())
+    return run(request, context, has_run);
   if (context.is_captured)
     throw std::runtime_error(
         "step() is captured into a CUDA graph, but the state of some parameters is not there, "
-        "their step is on the CPU, or they were written to and have master weights, and every "
-        "replay would set them up again; make a step before the capture");
+        "their step is on the CPU, or they have master weights and were written to since the last "
+        "step (a clamp, a loaded model), and every replay would set them up again; make a step "
+        "before the capture, and write to no parameter in between");
   // What the host can know about the grads, it knows before anything is created.
   if (needs_grads(request, context) && context.gpus.empty()) {
     GpuStep none;
@@ -178,12 +180,13 @@ void Plan::tell_autograd(const StepContext& context) {
 
 // So that the next step knows whether somebody else has written to a param beside its master.
 void Plan::count_own_writes(const StepContext& context) {
+  if (!context.has_masters) return;
   size_t at = 0;
   for (const Group& group : context.groups)
     for (Py_ssize_t i = 0; i < group.size(); ++i, ++at) {
       const ParamUpdate& update = table_.updates[at];
       if (update.device != kIdle && update.formats.dtypes[kMaster] == DType::kFloat32)
-        table_.caches[at].writes = count_writes(PyTuple_GET_ITEM(group.params.ptr(), i));
+        table_.caches[at].writes = count_writes(PyTuple_GET_ITEM(group.params.ptr(), i), held_);
     }
 }
 
@@ -210,7 +213,7 @@ int64_t Plan::bookkeeping_bytes() {
 PendingStep::PendingStep(py::object plan, Plan::Running running, StepRequest request,
                          const StepContext& context)
     : missing(context.missing),
-      rewritten(context.rewritten),
+      maybe_written(context.maybe_written),
       counts_on_gpu(context.counts_on_gpu),
       plan_(std::move(plan)),
       running_(std::move(running)),

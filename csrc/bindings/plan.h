@@ -88,10 +88,10 @@ class PendingStep {
   PendingStep(pybind11::object plan, Plan::Running running, StepRequest request,
               const StepContext& context);
 
-  pybind11::list missing;    // (group, index) of the params whose state lacks something,
-  pybind11::list rewritten;  // and of those that may not be what their float32 master is
-  const bool counts_on_gpu;  // step counts belong on the GPUs of their params
-  bool has_run = false;      // something may have been written; without, the state is to go again
+  pybind11::list missing;        // (group, index) of the params whose state lacks something,
+  pybind11::list maybe_written;  // and of those that may not be what their float32 master is
+  const bool counts_on_gpu;      // step counts belong on the GPUs of their params
+  bool has_run = false;  // something may have been written; without, the state is to go again
 
   pybind11::object run();  // the rest of Plan::step(), once the state is there
   void close() { running_.end(); }

@@ -196,8 +196,8 @@ const double* data_of_numbers(py::handle numbers) {
 }
 
 py::list combine_totals(const py::list& totals, const py::object& reductions,
-                        const py::list& norm_groups) {
-  return py::handle(g_torch.combine_totals)(totals, reductions, norm_groups);
+                        const py::list& norm_groups, py::handle param) {
+  return py::handle(g_torch.combine_totals)(totals, reductions, norm_groups, param);
 }
 
 py::tuple classify_params(const py::list& params) { return py::handle(g_torch.classify)(params); }
@@ -286,9 +286,10 @@ int64_t count_elements(const TensorView& view) {
   return count;
 }
 
-int64_t count_writes(PyObject* tensor) {
-  if (is_plain(tensor) && has_versions()) return find_version(tensor);
-  return py::handle(g_torch.count_writes)(py::handle(tensor)).cast<int64_t>();
+int64_t count_writes(PyObject* tensor, References& held) {
+  if (!has_versions()) return py::handle(g_torch.count_writes)(py::handle(tensor)).cast<int64_t>();
+  PyObject* const inner = is_plain(tensor) ? tensor : unwrap(tensor, held);
+  return find_version(tensor) + (inner != tensor ? find_version(inner) : 0);
 }
 
 void increment_versions(PyObject* list_of_tensors) {

@@ -58,9 +58,9 @@ pybind11::object new_numbers(int gpu, int64_t count, double*& data);
 
 // What all devices' and processes' [squares, nonfinite] of each class add up to, a tensor for each
 // of `totals`, on its device. `reductions`: as classify_params() gave them; what these add up to is
-// added up over `norm_groups`.
+// added up over `norm_groups`. Processes meet on the device of `param`.
 pybind11::list combine_totals(const pybind11::list& totals, const pybind11::object& reductions,
-                              const pybind11::list& norm_groups);
+                              const pybind11::list& norm_groups, pybind11::handle param);
 
 // (class of each param's grad in the global norm, what combine_totals() needs to know of them).
 pybind11::tuple classify_params(const pybind11::list& params);
@@ -100,10 +100,9 @@ bool same_shape(const TensorView& a, const TensorView& b);
 bool is_contiguous(const TensorView& view);
 int64_t count_elements(const TensorView& view);  // a complex element counts once
 
-// How often a tensor, or what it wraps, has been written to, as autograd counts it; kUncounted for
+// How often a tensor and what it wraps have been written to, as autograd counts it; below 0 for
 // inference tensors.
-inline constexpr int64_t kUncounted = -1;
-int64_t count_writes(PyObject* tensor);
+int64_t count_writes(PyObject* tensor, References& held);
 
 // Tells autograd that the tensors in the list have been written to.
 void increment_versions(PyObject* list_of_tensors);

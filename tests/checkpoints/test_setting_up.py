@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedopt
+from support.device import STEPS_ON_DEVICE
 from support.equality import bits
 from support.optimizers import each_name
 from support.tensors import BFLOAT16, FLOAT32, by_id, params_of, set_grads
@@ -156,6 +157,49 @@ def test_averages_stay_where_training_begins_at_once() -> None:
     before = averages(optimizer)
     train(optimizer, 1)
     assert all(a is b for a, b in zip(averages(optimizer), before, strict=True))
+
+
+def test_averages_of_training_are_not_taken_for_initial_ones() -> None:
+    """Where a step with a learning rate of 0, as of a warm-up, makes other state."""
+    _, optimizer = model_with(0, SETTINGS["masters-and-averages"])
+    train(optimizer, 1, 2)
+    optimizer.reset_masters()
+    before = averages(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(optimizer, 3, 4)
+    optimizer.param_groups[0]["lr"] = 1e-2
+    train(optimizer, 5)
+    assert all(a is b for a, b in zip(averages(optimizer), before, strict=True))
+
+
+def test_several_steps_set_up() -> None:
+    """A warm-up may begin with some: their writes to params are the optimizer's own."""
+    _, optimizer = model_with(0, SETTINGS["averages"])
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(optimizer, 1, 2, 3)
+    before = averages(optimizer)
+    optimizer.param_groups[0]["lr"] = 1e-2
+    train(optimizer, 4)
+    assert all(a is b for a, b in zip(averages(optimizer), before, strict=True))
+
+
+def test_a_step_that_is_skipped_leaves_the_averages() -> None:
+    model, optimizer = model_with(0, {"ema_decay": 0.9, "max_grad_norm": 1.0})
+    torch.distributed.checkpoint.state_dict._init_optim_state(optimizer)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(1.0)
+    before = averages(optimizer)
+    set_grads(optimizer, 1)
+    params_of(optimizer)[0].grad[0] = float("inf")
+    optimizer.step()
+    assert optimizer.skipped
+    if not STEPS_ON_DEVICE:  # it alone knows that it skips
+        assert all(a is b for a, b in zip(averages(optimizer), before, strict=True))
+    optimizer.param_groups[0]["lr"] = 1e-7
+    train(optimizer, 1)
+    for average, weight in zip(averages(optimizer), optimizer.fp32_params(), strict=True):
+        torch.testing.assert_close(average, weight, rtol=1e-3, atol=1e-3)
 
 
 def test_a_step_that_fails_leaves_the_averages() -> None:

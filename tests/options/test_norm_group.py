@@ -21,7 +21,9 @@ from support.tensors import by_id, params_with_grads
 RANKS = """
 import os, sys, warnings, torch, torch.distributed as dist, fusedopt
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP, ShardingStrategy
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 rank, world = int(sys.argv[1]), int(sys.argv[3])
 warnings.simplefilter("ignore")
@@ -38,7 +40,8 @@ def backward(model, step, scale=1.0):
     (model(x).square().mean() * 10 * scale).backward()
 
 def report(name, model_params, expected_params, norm, expected_norm):
-    apart = max((a - b).abs().max().item() for a, b in zip(model_params, expected_params))
+    pairs = zip(model_params, expected_params)
+    apart = max([(a - b).abs().max().item() for a, b in pairs] + [0.0])
     is_right = apart < 1e-6 and abs(norm - expected_norm) < 1e-5 * expected_norm
     print(f"{name}: {'right' if is_right else (apart, norm, expected_norm)}")
 
@@ -109,6 +112,15 @@ for use_orig in (False, True):
         want, found = [torch.cat(want)], [torch.cat(found)[: sum(p.numel() for p in want)]]
     report(f"fsdp1 {use_orig}", found, want, float(optimizer.grad_norm), expected_norm)
 
+for use_orig in (False, True):
+    model = FSDP(build(), use_orig_params=use_orig, device_id=torch.device("cpu"),
+                 sharding_strategy=ShardingStrategy.NO_SHARD)
+    optimizer = fusedopt.AdamW(model.parameters(), lr=1e-2, max_grad_norm=CLIP)
+    for step in range(3):
+        backward(model, step)
+        optimizer.step(); optimizer.zero_grad()
+    report(f"whole fsdp1 {use_orig}", [], [], float(optimizer.grad_norm), expected_norm)
+
 # What is not finite on one process skips the step on all.
 param = nn.Parameter(torch.ones(4))
 optimizer = fusedopt.SGD([param], lr=1.0, norm_group="world")
@@ -119,6 +131,15 @@ scaler.step(optimizer)
 scaler.update()
 skips = bool(optimizer.skipped) and scaler.get_scale() == 1.0 and param.tolist() == [1.0] * 4
 print(f"skipped on all: {'right' if skips else 'no'}")
+
+for options in ({"norm_group": [dist.group.WORLD] * 2}, {"norm_group": "world"}):
+    try:
+        shard = DTensor.from_local(torch.ones(4), init_device_mesh("cpu", (world,)), [Shard(0)])
+        shard.grad = DTensor.from_local(torch.ones(4), shard.device_mesh, [Shard(0)])
+        fusedopt.SGD([shard], max_grad_norm=1.0, **options).step()
+        print(f"twice {options}: no")
+    except ValueError as error:
+        print(f"twice {options}:", "right" if "twice" in str(error) else error)
 
 outside = dist.new_group([0])
 if rank == 1:
@@ -137,8 +158,8 @@ os._exit(0)  # gloo's threads may abort a process that ends while they do
 @pytest.mark.cpu_only
 def test_norm_over_processes(tmp_path: Path) -> None:
     for out in run_ranks(tmp_path, RANKS, world=2):
-        verdicts = dict(line.split(": ", 1) for line in out.splitlines())
-        assert len(verdicts) == 12, out
+        verdicts = dict(line.rsplit(": ", 1) for line in out.splitlines())
+        assert len(verdicts) == 16, out
         assert set(verdicts.values()) == {"right"}, out
 
 
@@ -156,7 +177,7 @@ def test_one_process_is_the_world(name: str) -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("given", ["all", 3, [None]], ids=repr)
+@pytest.mark.parametrize("given", ["all", 3, [None], []], ids=repr)
 @pytest.mark.cpu_only
 def test_no_process_group(given: Any) -> None:
     with pytest.raises(ValueError, match="norm_group must be 'world' or process groups"):
@@ -172,7 +193,8 @@ def test_it_is_not_a_param_groups() -> None:
     with refused(optimizer, ValueError, "for the whole optimizer"):
         optimizer.add_param_group({"params": params[1:], "norm_group": "world"})
     # As ZeroRedundancyOptimizer passes it on.
-    fusedopt.AdamW([{"params": params, "norm_group": "world"}], norm_group="world")
+    optimizer = fusedopt.AdamW([{"params": params, "norm_group": "world"}], norm_group="world")
+    assert "norm_group" not in optimizer.param_groups[0]
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda o: pickle.loads(pickle.dumps(o))}

@@ -109,15 +109,21 @@ def test_what_is_not_written_to_keeps_its_lower_bits(kind: str, dtype: torch.dty
     assert (param.detach().abs() <= 0.5).all()
 
 
-def test_master_is_made_again_only_where_something_was_written() -> None:
-    """Not after swap_ema(), which puts the params back, nor in any other step."""
+def test_master_is_written_to_only_where_the_param_was() -> None:
+    """Not after swap_ema(), which puts the params back; and it stays in its memory always."""
     optimizer, param = trained("float32", BFLOAT16, ema_decay=0.5)
     master = optimizer.state[param]["master_param"]
+    version = master._version
     with optimizer.swap_ema():
         pass
     with torch.no_grad():
         param.mul_(1.0)
     step_with(optimizer, [values(SIZE, dtype=BFLOAT16)])
+    assert master._version == version
+    with torch.no_grad():
+        param.add_(1.0)
+    step_with(optimizer, [values(SIZE, dtype=BFLOAT16)])
+    assert master._version > version
     assert optimizer.state[param]["master_param"] is master
 
 
@@ -144,6 +150,31 @@ def test_a_step_that_fails_leaves_the_master_as_it_was() -> None:
     optimizer.param_groups[0] |= {"max_grad_norm": None, "error_if_nonfinite": False}
     rest(optimizer, param)
     assert torch.equal(param.detach(), values(SIZE, dtype=BFLOAT16, seed=7))
+
+
+@pytest.mark.parametrize("write", [fill_in, replace])
+def test_a_write_is_not_forgotten_in_a_step_that_is_skipped(
+    write: Callable[[Parameter, Tensor], None],
+) -> None:
+    optimizer, param = trained("float32", BFLOAT16, max_grad_norm=1.0)
+    new = values(SIZE, dtype=BFLOAT16, seed=7)
+    write(param, new)
+    for _ in range(2):
+        step_with(optimizer, [torch.full_like(param, float("inf"))])
+        assert optimizer.skipped
+    rest(optimizer, param)
+    assert torch.equal(param.detach(), new)
+
+
+def test_a_master_follows_where_other_state_is_missing() -> None:
+    """A new average, say, which begins with what was written."""
+    optimizer, param = trained("float32", BFLOAT16)
+    new = values(SIZE, dtype=BFLOAT16, seed=7)
+    fill_in(param, new)
+    optimizer.param_groups[0]["ema_decay"] = 0.5
+    rest(optimizer, param)
+    assert torch.equal(param.detach(), new)
+    assert torch.equal(optimizer.state[param]["ema_param"], optimizer.fp32_params()[0])
 
 
 @each_kind

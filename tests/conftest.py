@@ -72,6 +72,16 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Processes for the tests of `on_ranks`."""
+    from support.processes import Ranks
+
+    processes = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield processes
+    processes.close()
+
+
 @pytest.fixture(autouse=True)
 def _restore_modes() -> Iterator[None]:
     """Tests may set the number of threads, and what becomes of subnormal numbers."""

@@ -1,0 +1,142 @@
+"""Tests that several processes of one gloo group run together, as torchrun would start them.
+
+The processes start when the first of these tests needs them and live from test to test: to import
+torch takes longer than most of the tests.
+"""
+
+import functools
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LIMIT_S = 120  # for one test
+LAST_WORDS_S = 5  # for the other ranks once one has failed; most often they wait for it
+
+
+def on_ranks(world: int) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Makes a test of a function that so many processes call, each with the same arguments.
+
+    Those must be picklable. Where a rank raises, the test fails with the words of all that did.
+    """
+
+    def decorate(run: Callable[..., Any]) -> Callable[..., None]:
+        @functools.wraps(run)
+        def test(ranks: "Ranks", **given: Any) -> None:
+            ranks.run(world, inspect.getfile(inspect.unwrap(run)), run.__name__, given)
+
+        ours = inspect.Parameter("ranks", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        asked = inspect.signature(run).parameters.values()
+        test.__signature__ = inspect.Signature([ours, *asked])  # which pytest reads
+        test.on_each_rank = run
+        return test
+
+    return decorate
+
+
+class Ranks:
+    """The groups of processes of one pytest process, by their size."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.groups: dict[int, Group] = {}
+        self.started = 0
+
+    def run(self, world: int, file: str, name: str, given: dict[str, Any]) -> None:
+        if world not in self.groups:
+            self.started += 1
+            self.groups[world] = Group(world, self.folder / f"init-{self.started}")
+        errors = self.groups[world].call(file, name, given)
+        if errors:  # the ranks may have stopped at different places, and would never meet again
+            self.groups.pop(world).kill()
+            pytest.fail("\n".join(errors), pytrace=False)
+
+    def close(self) -> None:
+        for group in self.groups.values():
+            group.kill()
+
+
+class Group:
+    """Processes that wait for what to call."""
+
+    def __init__(self, world: int, init: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(world):
+            pipe, its_pipe = context.Pipe()
+            process = context.Process(
+                target=serve, args=(rank, world, str(init), its_pipe), daemon=True
+            )
+            process.start()
+            its_pipe.close()
+            self.pipes.append(pipe)
+            self.processes.append(process)
+
+    def call(self, file: str, name: str, given: dict[str, Any]) -> list[str]:
+        """What went wrong, an entry for each rank that has something to say."""
+        for pipe in self.pipes:
+            pipe.send((file, name, given))
+        errors, deadline = [], time.monotonic() + LIMIT_S
+        waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self.pipes)}
+        while waiting:
+            ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                errors.append(f"ranks {sorted(waiting.values())} did not end")
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    error = pipe.recv()
+                except EOFError:
+                    error = "the process has died"
+                if error is not None:
+                    errors.append(f"rank {rank}: {error}")
+                    deadline = min(deadline, time.monotonic() + LAST_WORDS_S)
+        return errors
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def serve(rank: int, world: int, init: str, pipe: Any) -> None:
+    """What each process does: calls functions of test files, until it is killed."""
+    described = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(number) for name, number in described.items()})
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
+    while True:
+        try:
+            file, name, given = pipe.recv()
+        except EOFError:  # pytest has gone; an ordinary exit would have gloo's threads abort
+            os._exit(0)
+        try:
+            getattr(load(file), name).on_each_rank(**given)
+        except BaseException:
+            pipe.send(traceback.format_exc())
+        else:
+            pipe.send(None)
+
+
+@functools.cache
+def load(file: str) -> Any:
+    """A test file as a module."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -20,6 +20,7 @@ from support.twins import (  # noqa: E402
     Block,
     clipping,
     loss_of,
+    mixed_twins,
     step_clipped,
     tiny,
     twins,
@@ -28,6 +29,7 @@ from support.twins import (  # noqa: E402
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
+BFLOAT16 = torch.bfloat16
 EVEN, UNEVEN = 12, 13
 each_width = pytest.mark.parametrize("width", [EVEN, UNEVEN], ids=["even", "uneven"])
 
@@ -112,15 +114,8 @@ def clip_by_hand(model: Any) -> Any:
 FSDP2: dict[str, Any] = {
     "plain": lambda model: shard(model),
     "kept gathered": lambda model: shard(model, reshard_after_forward=False),
-    "mixed precision": lambda model: shard(model, mp_policy=bf16_compute()),
     "offloaded": lambda model: shard(model, offload_policy=offload()),
 }
-
-
-def bf16_compute() -> Any:
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def offload() -> Any:
@@ -150,6 +145,19 @@ def test_fsdp2_clips(adamw: Any, way: str, width: int) -> Any:
 
 
 @on_ranks(2)
+@pytest.mark.parametrize("clips", [False, True])
+@mixed_twins
+def test_fsdp2_mixed_precision(adamw: Any, clips: bool) -> Any:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=BFLOAT16, reduce_dtype=torch.float32)
+    model = shard(tiny(), mp_policy=policy)
+    if clips:
+        return train_clipped(adamw, model, clip_by_torch(model))
+    return train(model, adamw(model.parameters(), lr=LR), range(4))
+
+
+@on_ranks(2)
 @twins
 def test_fsdp2_accumulates(adamw: Any) -> Any:
     model = shard(tiny())
@@ -163,7 +171,6 @@ def test_fsdp2_accumulates(adamw: Any) -> Any:
     return whole(model.parameters())
 
 
-BFLOAT16 = torch.bfloat16
 SETTINGS: dict[str, Any] = {
     "plain": (torch.float32, {}),
     "averages": (torch.float32, {"ema_decay": 0.9, "max_grad_norm": 0.5}),
@@ -359,7 +366,7 @@ def test_fsdp1(adamw: Any, strategy: str, original: bool) -> Any:
 
 
 @on_ranks(2)
-@twins
+@mixed_twins
 def test_fsdp1_mixed_precision(adamw: Any) -> Any:
     from torch.distributed.fsdp import MixedPrecision
 
@@ -372,7 +379,7 @@ def test_fsdp1_mixed_precision(adamw: Any) -> Any:
 
 @on_ranks(2)
 @pytest.mark.parametrize("clips", [False, True])
-@twins
+@mixed_twins
 def test_fsdp1_scaled(adamw: Any, clips: bool) -> Any:
     """Of float16 with a scale that overflows at first, maybe on one rank alone."""
     from torch.distributed.fsdp import MixedPrecision

@@ -5,6 +5,12 @@ from pathlib import Path
 import pytest
 
 FOREIGN = [
+    # Lightning asks torch for a class of old, and has advice for larger runs.
+    "ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning",
+    "ignore:The 'train_dataloader' does not have many workers",
+    "ignore:Be aware that when using .ckpt_path., callbacks",
+    # Lightning schedules the learning rate after a step that a scaler has skipped, too.
+    "ignore:Detected call of .lr_scheduler.step",
     # PEFT asks transformers for an attribute of old.
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
 ]

@@ -1,0 +1,225 @@
+"""Lightning: its Trainer in several precisions, checkpoints, and Fabric."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import fusedopt
+from support.equality import assert_equal
+from support.tensors import by_id
+from support.twins import LR, assert_near, batch, clipping, mixed_twins, tiny, twins, whole
+
+L = pytest.importorskip("lightning", reason="make stacks installs it")
+
+pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
+
+BFLOAT16 = torch.bfloat16
+
+
+def batches() -> Any:
+    xs, ys = zip(*(batch(step) for step in range(8)), strict=True)
+    return DataLoader(TensorDataset(torch.cat(xs), torch.cat(ys)), batch_size=8)
+
+
+class Task(L.LightningModule):
+    def __init__(self, adamw: Any, dtype: torch.dtype, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.net, self.adamw, self.options = tiny().to(dtype), adamw, options
+
+    def training_step(self, pair: Any, _: int) -> Any:
+        x, y = pair
+        prediction = self.net(x.to(self.net.out.weight.dtype))
+        return torch.nn.functional.mse_loss(prediction.float(), y)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.adamw(self.net.parameters(), lr=LR, **self.options)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class ManualTask(Task):
+    """Which clips, steps and schedules itself, after every second batch."""
+
+    automatic_optimization = False
+
+    def training_step(self, pair: Any, index: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(pair, index))
+        if index % 2:
+            self.clip_gradients(optimizer, 0.3, "norm")
+            optimizer.step()
+            optimizer.zero_grad()
+            self.lr_schedulers().step()
+
+
+def fit(
+    adamw: Any,
+    folder: Path,
+    task: Any = Task,
+    dtype: torch.dtype = torch.float32,
+    options: dict[str, Any] | None = None,
+    resume: Path | None = None,
+    **arguments: Any,
+) -> Any:
+    """The Trainer, after its training."""
+    module = task(adamw, dtype, options or {})
+    arguments = {
+        "accelerator": "cpu",
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+        **arguments,
+    }
+    trainer = L.Trainer(**arguments)
+    trainer.fit(module, batches(), ckpt_path=resume)
+    assert isinstance(trainer.optimizers[0], adamw if isinstance(adamw, type) else adamw.func)
+    return trainer
+
+
+def params(trainer: Any) -> list[Any]:
+    return whole(trainer.lightning_module.net.parameters())
+
+
+def float16(init_scale: float = 2.0**20) -> dict[str, Any]:
+    """What precision="16-mixed" means on a GPU; on a CPU Lightning takes the plugin only.
+
+    The scale is so large that the first steps overflow.
+    """
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
+
+
+FULL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"gradient_clip_val": 0.3},
+    "clipped by value": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    "accumulated": {"accumulate_grad_batches": 3},
+    "float64": {"precision": "64-true", "gradient_clip_val": 0.3},
+}
+
+
+@pytest.mark.parametrize("arguments", **by_id(FULL))
+@twins
+def test_fit(adamw: Any, arguments: dict[str, Any], tmp_path: Path) -> Any:
+    return params(fit(adamw, tmp_path, **arguments))
+
+
+@twins
+def test_manual_optimization(adamw: Any, tmp_path: Path) -> Any:
+    return params(fit(adamw, tmp_path, ManualTask))
+
+
+@twins
+def test_clipping_is_left_to_the_optimizer(adamw: Any, tmp_path: Path) -> Any:
+    limit = None if adamw is fusedopt.AdamW else 0.3
+    return params(fit(adamw, tmp_path, options=clipping(adamw, 0.3), gradient_clip_val=limit))
+
+
+@pytest.mark.parametrize("limit", [None, 0.3], ids=["plain", "clipped"])
+@mixed_twins
+def test_fit_in_bf16(adamw: Any, limit: float | None, tmp_path: Path) -> Any:
+    return params(fit(adamw, tmp_path, precision="bf16-mixed", gradient_clip_val=limit))
+
+
+@pytest.mark.parametrize("limit", [None, 0.3], ids=["plain", "clipped"])
+@mixed_twins
+def test_fit_in_float16(adamw: Any, limit: float | None, tmp_path: Path) -> Any:
+    trainer = fit(adamw, tmp_path, gradient_clip_val=limit, **float16())
+    scale = trainer.precision_plugin.scaler.get_scale()
+    assert scale < 2.0**20
+    return [*params(trainer), scale]
+
+
+@pytest.mark.parametrize("adamw", [fusedopt.AdamW, torch.optim.AdamW])
+def test_fused_in_float16_is_not_clipped(adamw: Any, tmp_path: Path) -> None:
+    """One made with fused=True unscales in its step, after Lightning would have to clip."""
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        fit(partial(adamw, fused=True), tmp_path, gradient_clip_val=0.3, **float16())
+
+
+SETTINGS: dict[str, Any] = {
+    "plain": (torch.float32, {}, {}),
+    "clipped": (torch.float32, {"gradient_clip_val": 0.3}, {}),
+    "everything": (
+        BFLOAT16,
+        {},
+        {"master_weights": "split", "ema_decay": 0.9, "state_dtype": BFLOAT16, "max_grad_norm": 1},
+    ),
+    "masters": (BFLOAT16, {}, {"master_weights": "float32"}),
+    "stochastic rounding": (BFLOAT16, {}, {"stochastic_rounding": True}),
+}
+
+
+def each_epoch(folder: Path) -> dict[str, Any]:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    keep = ModelCheckpoint(folder, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+    return {"enable_checkpointing": True, "callbacks": [keep]}
+
+
+@pytest.mark.parametrize("setting", **by_id(SETTINGS))
+def test_resumes(setting: Any, tmp_path: Path) -> None:
+    """With the bits of a run that was not stopped."""
+    dtype, arguments, options = setting
+    run = partial(fit, fusedopt.AdamW, tmp_path, Task, dtype, options, **arguments)
+    straight = run(**each_epoch(tmp_path))
+    resumed = run(resume=tmp_path / "epoch=0.ckpt")
+    assert resumed.global_step == straight.global_step == 16
+    assert_equal(params(resumed), params(straight))
+    states = [trainer.optimizers[0].state_dict()["state"] for trainer in (resumed, straight)]
+    assert states[0]
+    assert_equal(*states)
+
+
+def test_resumes_in_float16(tmp_path: Path) -> None:
+    """With the scale that the first epoch has found."""
+    straight = fit(fusedopt.AdamW, tmp_path, **float16(), **each_epoch(tmp_path))
+    resumed = fit(fusedopt.AdamW, tmp_path, resume=tmp_path / "epoch=0.ckpt", **float16())
+    assert_equal(params(resumed), params(straight))
+
+
+def test_resumes_from_torch(tmp_path: Path) -> None:
+    torchs = fit(torch.optim.AdamW, tmp_path, **each_epoch(tmp_path))
+    resumed = fit(fusedopt.AdamW, tmp_path, resume=tmp_path / "epoch=0.ckpt")
+    assert_near(params(resumed), params(torchs))
+
+
+def fabric_of(precision: str) -> Any:
+    from lightning.fabric.plugins.precision import MixedPrecision
+
+    if precision == "32-true":
+        return L.Fabric(accelerator="cpu")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20) if precision == "16-mixed" else None
+    return L.Fabric(accelerator="cpu", plugins=[MixedPrecision(precision, "cpu", scaler=scaler)])
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@mixed_twins
+def test_fabric(adamw: Any, precision: str, tmp_path: Path) -> Any:
+    """Clipped by Fabric, and saved and loaded on the way."""
+    fabric = fabric_of(precision)
+
+    def make() -> tuple[Any, Any]:
+        model = tiny()
+        return fabric.setup(model, adamw(model.parameters(), lr=LR))
+
+    model, optimizer = make()
+    for step, (x, y) in enumerate(fabric.setup_dataloaders(batches())):
+        fabric.backward(torch.nn.functional.mse_loss(model(x), y))
+        fabric.clip_gradients(model, optimizer, max_norm=0.3, error_if_nonfinite=False)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 4:
+            fabric.save(tmp_path / "saved", {"model": model, "optimizer": optimizer})
+            model, optimizer = make()
+            fabric.load(tmp_path / "saved", {"model": model, "optimizer": optimizer})
+    return whole(model.parameters())

@@ -7,6 +7,8 @@
 #   make sanitize   tests under the address and undefined-behaviour sanitizers
 #   make cuda       a build for CUDA under a CUDA build of torch (in .venv-cuda): the tests of what
 #                   these could break, and a look at the kernels' machine code; needs no GPU
+#   make stacks     tests with other packages that train: transformers, Lightning, DeepSpeed ... (in
+#                   .venv-stacks)
 #   make wheel      a wheel in dist/
 #   make compdb     compile_commands.json for clangd and the like
 #   make gpu        all that needs a GPU, within twelve minutes, into GPU_OUT (GPU="--parts build step",
@@ -36,13 +38,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 WORKERS = -n auto --maxprocesses 8 --dist worksteal
 TESTS = OMP_WAIT_POLICY=passive $(BIN)/pytest $(WORKERS)
 
-.PHONY: train test bench gpu lint format sanitize cuda wheel compdb clean
+.PHONY: train test bench gpu lint format sanitize cuda stacks wheel compdb clean
 
 train: $(VENV)/built
 	$(BIN)/python examples/train_gpt.py $(TRAIN)
 
 test: $(VENV)/built build/emulated/built
-	$(TESTS) -m "not builds_sanitized" $(PYTEST)
+	$(TESTS) -m "not builds_sanitized and not stacks_only" $(PYTEST)
 	FUSEDOPT_FINGERPRINTS=0 $(TESTS) tests/torch_api tests/scaling/test_torch_scaler.py \
 	    $(PYTEST)
 	PYTHONPATH=build/emulated/lib $(TESTS) --device emulated $(PYTEST)
@@ -97,6 +99,14 @@ cuda: .venv-cuda/torch
 	.venv-cuda/bin/python -m pip --disable-pip-version-check install -q "$(TORCH_CUDA)"
 	touch $@
 
+# An installed wheel, beside packages that are pinned, as their next release may need other tests.
+stacks:
+	test -x .venv-stacks/bin/python || $(PYTHON) -m venv .venv-stacks
+	.venv-stacks/bin/python -m pip --disable-pip-version-check install -q "$(TORCH)"
+	FUSEDOPT_CUDA=0 .venv-stacks/bin/python -m pip --disable-pip-version-check install -q \
+	    "$(TORCH)" ".[test,stacks]"
+	OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 .venv-stacks/bin/pytest $(WORKERS) tests/stacks $(PYTEST)
+
 wheel: $(VENV)/built
 	$(PIP) build
 	$(BIN)/python -m build --wheel
@@ -133,4 +143,4 @@ $(VENV)/linters: $(VENV)/torch
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cuda build dist compile_commands.json fusedopt/*.so *.egg-info
+	rm -rf $(VENV) .venv-cuda .venv-stacks build dist compile_commands.json fusedopt/*.so *.egg-info

@@ -11,8 +11,8 @@ FOREIGN = [
     "ignore:Be aware that when using .ckpt_path., callbacks",
     # Lightning schedules the learning rate after a step that a scaler has skipped, too.
     "ignore:Detected call of .lr_scheduler.step",
-    # PEFT asks transformers for an attribute of old.
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
+    # PEFT and TRL call something of transformers by its name of old.
+    "ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning",
 ]
 
 

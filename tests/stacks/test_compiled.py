@@ -7,7 +7,17 @@ import torch
 
 import fusedopt
 from support.tensors import by_id
-from support.twins import LR, batch, clipping, loss_of, mixed_twins, step_clipped, tiny, twins, whole
+from support.twins import (
+    LR,
+    batch,
+    clipping,
+    loss_of,
+    mixed_twins,
+    step_clipped,
+    tiny,
+    twins,
+    whole,
+)
 
 # torch's own code warns when it is imported and of itself.
 pytestmark = [

@@ -19,7 +19,12 @@ each_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 
 
 def engine(
-    adamw: Any, stage: int, bf16: bool = False, known: bool = True, clip: float = 0.0, **options: Any
+    adamw: Any,
+    stage: int,
+    bf16: bool = False,
+    known: bool = True,
+    clip: float = 0.0,
+    **options: Any,
 ) -> Any:
     import deepspeed
 

@@ -38,7 +38,10 @@ class Task(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.adamw(self.net.parameters(), lr=LR, **self.options)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 class ManualTask(Task):

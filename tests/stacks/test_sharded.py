@@ -14,7 +14,6 @@ if not dist.is_available():
 import fusedopt  # noqa: E402
 from support.equality import assert_equal  # noqa: E402
 from support.processes import on_ranks  # noqa: E402
-from support.tensors import by_id  # noqa: E402
 from support.twins import (  # noqa: E402
     LR,
     Block,

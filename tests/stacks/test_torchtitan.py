@@ -116,9 +116,7 @@ def test_resumes(options: dict[str, Any], tmp_path: Path) -> None:
 
     straight, resumed = make(), make()
     train(*straight, range(3))
-    dcp.save(
-        {"optimizer": straight[1], "model": straight[0].state_dict()}, checkpoint_id=tmp_path
-    )
+    dcp.save({"optimizer": straight[1], "model": straight[0].state_dict()}, checkpoint_id=tmp_path)
     weights = resumed[0].state_dict()
     dcp.load({"optimizer": resumed[1], "model": weights}, checkpoint_id=tmp_path)
     resumed[0].load_state_dict(weights)

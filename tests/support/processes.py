@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-LIMIT_S = 120  # for one test
+LIMIT_S = 180  # for one test, and to start the processes
 LAST_WORDS_S = 5  # for the other ranks once one has failed; most often they wait for it
 
 

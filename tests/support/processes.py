@@ -1,9 +1,10 @@
 """Tests that several processes of one gloo group run together, as torchrun would start them.
 
-The processes start when the first of these tests needs them and live from test to test: to import
-torch takes longer than most of the tests.
+To import torch takes longer than most of these tests. So the processes start when the first test
+needs them, as forks of one that has imported it, and live from test to test.
 """
 
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -69,7 +70,10 @@ class Group:
     """Processes that wait for what to call."""
 
     def __init__(self, world: int, init: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
+        )
         self.pipes, self.processes = [], []
         for rank in range(world):
             pipe, its_pipe = context.Pipe()
@@ -84,7 +88,8 @@ class Group:
     def call(self, file: str, name: str, given: dict[str, Any]) -> list[str]:
         """What went wrong, an entry for each rank that has something to say."""
         for pipe in self.pipes:
-            pipe.send((file, name, given))
+            with contextlib.suppress(BrokenPipeError):  # noticed below
+                pipe.send((file, name, given))
         errors, deadline = [], time.monotonic() + LIMIT_S
         waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self.pipes)}
         while waiting:
@@ -113,9 +118,10 @@ def serve(rank: int, world: int, init: str, pipe: Any) -> None:
     """What each process does: calls functions of test files, until it is killed."""
     described = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ.update({name: str(number) for name, number in described.items()})
-    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
+    import torch
     import torch.distributed as dist
 
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
     while True:
         try:

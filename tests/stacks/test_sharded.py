@@ -218,7 +218,7 @@ def local_states(optimizer: Any) -> list[Any]:
 
 # The dtype among the options of a group is no value that torch's own gathering of states takes.
 no_dtypes = pytest.mark.xfail(reason="torch refuses a torch.dtype in a state dict of shards")
-no_int16 = pytest.mark.xfail(reason="gloo and NCCL gather no int16, which remainders are")
+no_int16 = pytest.mark.xfail(reason="gloo gathers no int16, which remainders are")
 FULL: list[Any] = [
     pytest.param({}, id="plain"),
     pytest.param({"ema_decay": 0.9}, id="averages"),

@@ -14,6 +14,7 @@ if not dist.is_available():
 import fusedopt  # noqa: E402
 from support.equality import assert_equal  # noqa: E402
 from support.processes import on_ranks  # noqa: E402
+from support.tensors import by_id  # noqa: E402
 from support.twins import (  # noqa: E402
     LR,
     Block,
@@ -216,20 +217,17 @@ def local_states(optimizer: Any) -> list[Any]:
     ]
 
 
-# The dtype among the options of a group is no value that torch's own gathering of states takes.
-no_dtypes = pytest.mark.xfail(reason="torch refuses a torch.dtype in a state dict of shards")
-no_int16 = pytest.mark.xfail(reason="gloo gathers no int16, which remainders are")
-FULL: list[Any] = [
-    pytest.param({}, id="plain"),
-    pytest.param({"ema_decay": 0.9}, id="averages"),
-    pytest.param({"master_weights": "float32"}, id="masters"),
-    pytest.param({"master_weights": "split"}, id="split masters", marks=no_int16),
-    pytest.param({"state_dtype": torch.float32}, id="states", marks=no_dtypes),
-]
+FULL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "averages": {"ema_decay": 0.9},
+    "masters": {"master_weights": "float32"},
+    "split masters": {"master_weights": "split"},  # neither gloo nor NCCL sends int16
+    "states": {"state_dtype": torch.float32},  # torch gathers no torch.dtype of a group
+}
 
 
 @on_ranks(2)
-@pytest.mark.parametrize("options", FULL)
+@pytest.mark.parametrize("options", **by_id(FULL))
 def test_fsdp2_resumes_from_a_full_state_dict(options: dict[str, Any]) -> None:
     """Gathered on the CPU of rank 0, and handed out from there."""
     from torch.distributed.checkpoint import state_dict as dcp

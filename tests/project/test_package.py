@@ -31,7 +31,7 @@ def source_distribution(folder: Path) -> tuple[set[str], Message]:
         if path.is_file():
             shutil.copy(path, copy)
     built = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in (".ci", "bench", "csrc", "examples", "fusedopt", "tests"):
+    for name in (".ci", "bench", "csrc", "docs", "examples", "fusedopt", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=built)
     subprocess.run(
         [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", folder],
@@ -60,7 +60,7 @@ def test_source_distribution(tmp_path: Path) -> None:
     names, metadata = source_distribution(tmp_path)
     documents = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE"}
     wanted = {"setup.py", "pyproject.toml", "Makefile", ".ci/run"} | documents
-    for folder in ("bench", "csrc", "examples", "fusedopt", "tests"):
+    for folder in ("bench", "csrc", "docs", "examples", "fusedopt", "tests"):
         assert files(folder)
         wanted |= files(folder)
     assert wanted - names == set()
@@ -106,6 +106,18 @@ def test_changelog_begins_with_what_is_unreleased() -> None:
     groups = set(re.findall(r"^### (.*)$", text, re.MULTILINE))
     assert groups <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
     assert groups
+
+
+def test_every_stack_has_tests() -> None:
+    """And every file of tests of a stack has a row."""
+    text = (ROOT / "docs/stacks.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "stack | " not in line]
+    named = [re.findall(r"`(tests/[\w/]+\.py)`", row) for row in rows]
+    assert len(rows) >= 12
+    assert all(named)
+    found = {name for names in named for name in names}
+    assert {name for name in found if not (ROOT / name).exists()} == set()
+    assert {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/stacks/test_*.py")} <= found
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

@@ -135,6 +135,7 @@ def test_sharded_grads_are_summed_over_processes(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     whole, shard = torch.tensor([9.0, 0.0, 16.0], dtype=torch.float64), torch.tensor([2.0, 1.0])
-    totals = _norms.combine_totals([torch.cat([whole[:2], shard.double()])], classify([])[1])
+    sums = torch.cat([whole[:2], shard.double()])
+    totals = _norms.combine_totals([sums], classify([])[1], norm_groups=[], param=None)
     assert reduced == ["the other process"]
     assert torch.equal(totals[0], torch.tensor([9.0 + 2 * 2.0, 2.0], dtype=torch.float64))

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _C
 from ._steps import place_steps
 from ._types import ParamGroup, State
-from ._weights import are_rewritten, read_weight, weight_of
+from ._weights import are_rewritten, overwrite, read_weight, weight_of
 
 if TYPE_CHECKING:
     from ._optimizer import FusedOptimizer
@@ -94,14 +94,12 @@ def create_state(
             elif param in optimizer.state:
                 optimizer.state[param].clear()
                 optimizer.state[param].update(before)
-        with torch.no_grad():
-            for _, master, old in masters:
-                master.copy_(old)
+        for _, master, old in masters:
+            overwrite(master, old)
 
     try:
-        with torch.no_grad():
-            for param, master, _ in masters:
-                master.copy_(weight_of(param, master))
+        for param, master, _ in masters:
+            overwrite(master, weight_of(param, master))
         for param, _, new, _ in created:
             optimizer.state.setdefault(param, {}).update(new)
     except BaseException:

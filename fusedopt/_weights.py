@@ -85,6 +85,11 @@ def weight_of(param: Tensor, master: Tensor) -> Tensor:
     return weight
 
 
+def overwrite(state: Tensor, value: Tensor) -> None:
+    """Set a tensor of the state in its memory, uncounted by autograd, as a step does."""
+    local(state).data.copy_(local(value))
+
+
 def are_rewritten(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
     """Of each (param, master weight): whether the parameter is not what the master rounds to.
 

@@ -37,12 +37,10 @@ class InitialAverages:
     has none, the average is to begin with what was written.
     """
 
-    def __init__(self, earlier: "InitialAverages | None") -> None:
+    def __init__(self, optimizer: "FusedOptimizer", params: list[Tensor]) -> None:
+        """What a step has made for these, beside what earlier ones have."""
+        earlier = optimizer._initial_averages
         self._averages: dict[Tensor, Tensor] = {} if earlier is None else dict(earlier._averages)
-        self._writes: dict[Tensor, tuple[int, int]] = {}
-
-    def add(self, optimizer: "FusedOptimizer", params: list[Tensor]) -> None:
-        """Take note of what a step has made for these."""
         for param in params:
             average = optimizer.state.get(param, {}).get(AVERAGE)
             if average is not None:

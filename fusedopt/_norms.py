@@ -1,6 +1,6 @@
 """The global norm of the grads where it takes more than one device or process to know it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -16,26 +16,19 @@ class NormProcesses:
     """
 
     def __init__(self, given: NormGroup) -> None:
-        self._is_world = isinstance(given, str)
-        if isinstance(given, str) and given != "world":
-            raise ValueError(f"norm_group must be 'world' or process groups, got {given!r}")
-        self._groups = list(given) if isinstance(given, Sequence) else [given]
-        if self._is_world:
-            self._groups = []
-        elif not self._groups:
-            raise ValueError("norm_group must be 'world' or process groups, got none")
-        for group in self._groups:
-            if not _is_process_group(group):
-                raise ValueError(
-                    f"norm_group must be 'world' or process groups, got {_name(group)}"
-                )
+        self._is_world = isinstance(given, str) and given == "world"
+        several: Any = given if isinstance(given, (list, tuple)) else [given]
+        self._groups: list[Any] = [] if self._is_world else list(several)
+        wrong = [_name(group) for group in self._groups if not _is_process_group(group)]
+        if wrong or not (self._is_world or self._groups):
+            got = ", ".join(wrong) or "none"
+            raise ValueError(f"norm_group must be 'world' or process groups, got {got}")
         _refuse_overlap(self._groups)
 
     def groups(self) -> list[Any]:
         """The process groups. A program that has begun none is alone in the world."""
-        if self._is_world and torch.distributed.is_available():
-            return [torch.distributed.group.WORLD] if torch.distributed.is_initialized() else []
-        return self._groups
+        has_begun = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return [torch.distributed.group.WORLD] if self._is_world and has_begun else self._groups
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, NormProcesses) and vars(self) == vars(other)
@@ -68,17 +61,25 @@ def _name(group: Any) -> str:
 
 def _refuse_overlap(norm_groups: list[Any], sharded_over: Iterable[Any] = ()) -> None:
     """Raise if a sum would have the grads of another process twice."""
-    before: set[int] = set()
-    for index, group in enumerate([*sharded_over, *norm_groups]):
-        others = set(torch.distributed.get_process_group_ranks(group))
-        others.discard(torch.distributed.get_rank())
-        if before & others and index >= len([*sharded_over]):
+
+    def others(group: Any) -> set[int]:
+        ranks = set(torch.distributed.get_process_group_ranks(group))
+        return ranks - {torch.distributed.get_rank()}
+
+    known = set().union(*map(others, sharded_over))
+    for group in norm_groups:
+        if twice := known & others(group):
             raise ValueError(
-                f"norm_group adds up what the processes {sorted(before & others)} have twice: they "
-                "are in another of its groups, or the parameters are DTensors that are sharded "
-                "over them, which is known without it"
+                f"norm_group adds up what the processes {sorted(twice)} have twice: they are in "
+                "another of its groups, or the parameters are DTensors that are sharded over them, "
+                "which is known without it"
             )
-        before |= others
+        known |= others(group)
+
+
+def are_marked(params: list[Any]) -> bool:
+    """Whether FSDP1 has to do with some of them."""
+    return any(getattr(param, "_fsdp_flattened", False) is True for param in params)
 
 
 def are_shards(params: list[Any]) -> bool:
@@ -86,7 +87,7 @@ def are_shards(params: list[Any]) -> bool:
 
     They are of one dim. FSDP1 marks whole parameters too, where it shards nothing.
     """
-    marked = [param for param in params if getattr(param, "_fsdp_flattened", False) is True]
+    marked = [param for param in params if are_marked([param])]
     if not marked or torch.distributed.get_world_size() == 1:
         return False
     sizes = [getattr(param, "_unpadded_unsharded_size", None) for param in marked]

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _C
 from ._config import cpu_isa
 from ._initial_averages import InitialAverages, trains_nothing, without_average
-from ._norms import NormProcesses, are_shards, refuse_shards
+from ._norms import NormProcesses, are_marked, are_shards, refuse_shards
 from ._options import OWN_OPTIONS, name_state_dtype
 from ._state import Specs, create_state, drop_unused, new_entry
 from ._state_dict import export_all_states, load_state_dict
@@ -68,8 +68,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def _latest(self) -> SharedStatus:
-        found: SharedStatus = self.__dict__.setdefault("_latest_", SharedStatus())
-        return found
+        found: SharedStatus | None = self.__dict__.get("_latest_")
+        return self.__dict__.setdefault("_latest_", SharedStatus()) if found is None else found
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,12 +104,15 @@ class FusedOptimizer(torch.optim.Optimizer):
                 _refuse_duplicates(params, len(self.param_groups))
             _C.check_group(self._row, {**self.defaults, **param_group}, len(self.param_groups))
             # ZeroRedundancyOptimizer enters all arguments there.
-            norm_group = param_group.pop("norm_group", None)
+            norm_group = param_group.get("norm_group")
             if norm_group is not None and NormProcesses(norm_group) != self._norm_processes:
                 raise ValueError("norm_group is for the whole optimizer, not for a param group")
         super().add_param_group(param_group)
-        self._note_shards()
-        name_state_dtype(self.param_groups[-1])
+        added = self.param_groups[-1]
+        added.pop("norm_group", None)
+        name_state_dtype(added)
+        if are_marked(added["params"]):
+            self._note_shards()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -161,11 +164,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._has_shards:
             self._refuse_norm_of_shards()
 
-        def run() -> list[tuple[int, int]] | None:
-            return self._run(grad_scale, found_inf)
-
-        initial = self._initial_averages
-        changed = run() if initial is None else initial.through(self, run)
+        if self._initial_averages is None:
+            changed = self._run(grad_scale, found_inf)
+        else:
+            run = functools.partial(self._run, grad_scale, found_inf)
+            changed = self._initial_averages.through(self, run)
         if changed:
             drop_unused(self, changed)
         return loss
@@ -191,14 +194,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _complete(self, step: _C.PendingStep) -> list[tuple[int, int]] | None:
         """The rest of a step that has found state missing; without it, none is created."""
-        sets_up = trains_nothing(self)
-        new_averages = without_average(self, step.missing) if sets_up else []
+        new_averages = without_average(self, step.missing) if trains_nothing(self) else []
         discard = create_state(self, step.missing, step.maybe_written, step.counts_on_gpu)
         try:
             changed = step.run()
             if step.has_run and new_averages:
-                self._initial_averages = InitialAverages(self._initial_averages)
-                self._initial_averages.add(self, new_averages)
+                self._initial_averages = InitialAverages(self, new_averages)
             return changed
         finally:
             if not step.has_run:

@@ -223,7 +223,7 @@ bool every_change_shows(const py::module_& torch) {
 // Finds the counter of writes to a tensor: the one word that a view always shares, but neither a
 // tensor of the same storage that is no view nor any other tensor; in the counter, the number that
 // torch says is the tensor's version.
-bool find_version() {
+bool find_version_counter() {
   std::vector<py::object> tensors, views, same_storage;
   for (const int byte : {0x00, 0xff, 0x5a, 0x00}) {
     litter(g_layout.num_words * kWord, byte);  // words that torch leaves as they are differ
@@ -351,7 +351,7 @@ const char* learn(size_t num_words) {
   if (!forms_are_right(torch, tensors)) return "how dtypes, devices and flags are described";
   if (!every_change_shows(torch)) return "which changes show in a description";
   g_layout.keys = find_keys();
-  if (!find_version()) g_layout.version = 0;
+  if (!find_version_counter()) g_layout.version = 0;
   return nullptr;
 }
 

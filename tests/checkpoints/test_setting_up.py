@@ -153,7 +153,7 @@ def test_what_a_checkpoint_has_is_kept(
 
 def test_averages_stay_where_training_begins_at_once() -> None:
     _, optimizer = model_with(0, SETTINGS["averages"])
-    torch.distributed.checkpoint.state_dict._init_optim_state(optimizer)
+    state_dicts._init_optim_state(optimizer)
     before = averages(optimizer)
     train(optimizer, 1)
     assert all(a is b for a, b in zip(averages(optimizer), before, strict=True))
@@ -183,38 +183,39 @@ def test_several_steps_set_up() -> None:
     assert all(a is b for a, b in zip(averages(optimizer), before, strict=True))
 
 
-def test_a_step_that_is_skipped_leaves_the_averages() -> None:
-    model, optimizer = model_with(0, {"ema_decay": 0.9, "max_grad_norm": 1.0})
-    torch.distributed.checkpoint.state_dict._init_optim_state(optimizer)
+def set_up_and_write(model: nn.Module, optimizer: Any) -> list[Tensor]:
+    """Returns the averages, which are of the weights before."""
+    state_dicts._init_optim_state(optimizer)
     with torch.no_grad():
         for param in model.parameters():
             param.add_(1.0)
-    before = averages(optimizer)
     set_grads(optimizer, 1)
-    params_of(optimizer)[0].grad[0] = float("inf")
-    optimizer.step()
-    assert optimizer.skipped
-    if not STEPS_ON_DEVICE:  # it alone knows that it skips
-        assert all(a is b for a, b in zip(averages(optimizer), before, strict=True))
+    return averages(optimizer)
+
+
+def assert_averages_begin_with_the_weights(optimizer: Any) -> None:
     optimizer.param_groups[0]["lr"] = 1e-7
     train(optimizer, 1)
     for average, weight in zip(averages(optimizer), optimizer.fp32_params(), strict=True):
         torch.testing.assert_close(average, weight, rtol=1e-3, atol=1e-3)
 
 
+def test_a_step_that_is_skipped_leaves_the_averages() -> None:
+    model, optimizer = model_with(0, {"ema_decay": 0.9, "max_grad_norm": 1.0})
+    before = set_up_and_write(model, optimizer)
+    params_of(optimizer)[0].grad[0] = float("inf")
+    optimizer.step()
+    assert optimizer.skipped
+    if not STEPS_ON_DEVICE:  # it alone knows that it skips
+        assert all(a is b for a, b in zip(averages(optimizer), before, strict=True))
+    assert_averages_begin_with_the_weights(optimizer)
+
+
 def test_a_step_that_fails_leaves_the_averages() -> None:
     model, optimizer = model_with(0, SETTINGS["averages"])
-    torch.distributed.checkpoint.state_dict._init_optim_state(optimizer)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(1.0)
-    before = averages(optimizer)
-    set_grads(optimizer, 1)
+    before = set_up_and_write(model, optimizer)
     optimizer.param_groups[0]["lr"] = float("nan")
     with pytest.raises(ValueError, match="Invalid learning rate"):
         optimizer.step()
     assert all(a is b for a, b in zip(averages(optimizer), before, strict=True))
-    optimizer.param_groups[0]["lr"] = 1e-7
-    optimizer.step()
-    for average, weight in zip(averages(optimizer), optimizer.fp32_params(), strict=True):
-        torch.testing.assert_close(average, weight, rtol=1e-3, atol=1e-3)
+    assert_averages_begin_with_the_weights(optimizer)

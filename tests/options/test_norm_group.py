@@ -190,8 +190,10 @@ def test_it_is_not_a_param_groups() -> None:
     with pytest.raises(ValueError, match="for the whole optimizer"):
         fusedopt.AdamW([{"params": params, "norm_group": "world"}])
     optimizer = fusedopt.AdamW(params[:1])
+    group = {"params": params[1:], "norm_group": "world"}
     with refused(optimizer, ValueError, "for the whole optimizer"):
-        optimizer.add_param_group({"params": params[1:], "norm_group": "world"})
+        optimizer.add_param_group(group)
+    assert group["norm_group"] == "world"
     # As ZeroRedundancyOptimizer passes it on.
     optimizer = fusedopt.AdamW([{"params": params, "norm_group": "world"}], norm_group="world")
     assert "norm_group" not in optimizer.param_groups[0]

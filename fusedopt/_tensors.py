@@ -6,20 +6,21 @@ from typing import Any
 import torch
 
 
-def wrapping(tensor_type: type[torch.Tensor]) -> tuple[str | None, bool]:
-    """How tensors of this type wrap others: a name and whether it is that of a method.
+def wrapping(tensor_type: type[torch.Tensor]) -> tuple[str | None, bool, str | None]:
+    """How tensors of this type wrap others: a name, whether it is that of a method, and another.
 
-    The attribute of that name, or what the method returns, is the tensor to look at instead. (None,
-    False) for tensors that wrap nothing: the memory is their own. A ``DTensor`` (FSDP2) holds this
-    rank's shard in ``_local_tensor``; an element-wise update of the shards is the update of the
-    whole. A collective that is still under way is waited for. Raises TypeError for other subclasses
-    that only wrap tensors: they have no memory of their own to write to.
+    The attribute of the first name, or what the method returns, is the tensor to look at instead.
+    (None, False, None) for tensors that wrap nothing: the memory is their own. A ``DTensor``
+    (FSDP2) holds this rank's shard in ``_local_tensor``; an element-wise update of the shards is
+    the update of the whole. The second name is that of the attribute with its layout over devices.
+    A collective that is still under way is waited for. Raises TypeError for other subclasses that
+    only wrap tensors: they have no memory of their own to write to.
     """
     if _is_dtensor(tensor_type):
-        return "_local_tensor", False
+        return "_local_tensor", False, "_spec"
     collectives: Any = sys.modules.get("torch.distributed._functional_collectives")
     if collectives is not None and issubclass(tensor_type, collectives.AsyncCollectiveTensor):
-        return "trigger_wait", True
+        return "trigger_wait", True, None
     # Subclasses with a dispatch of their own (fake, functional, quantized tensors) are not memory.
     if tensor_type.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise TypeError(
@@ -27,11 +28,11 @@ def wrapping(tensor_type: type[torch.Tensor]) -> tuple[str | None, bool]:
             "__torch_dispatch__ of its own, and may have no memory of its own; fusedopt steps "
             "plain tensors and DTensors of plain tensors"
         )
-    return None, False
+    return None, False, None
 
 
 def _is_dtensor(tensor_type: type[torch.Tensor]) -> bool:
-    return hasattr(tensor_type, "_local_tensor") and hasattr(tensor_type, "to_local")
+    return all(hasattr(tensor_type, name) for name in ("_local_tensor", "_spec", "to_local"))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

@@ -128,7 +128,8 @@ void Collector::resize(const StepContext& context) {
   table_.caches.resize(count);
   for (ParamUpdate& update : table_.updates) update.layout = kDense;
   for (ParamCache& cache : table_.caches) cache.is_disjoint = false;
-  table_.is_chunked = table_.is_disjoint = false;
+  if (!table_.specs.empty()) table_.specs.resize(count);
+  table_.is_chunked = table_.is_disjoint = table_.is_classified = false;
 }
 
 // Finds a param's tensors among Python's objects.
@@ -144,21 +145,21 @@ void Collector::find_param(const Group& group, StateWalk& walk, Operands& operan
     operands.tensors[kGrad] = grad;
   }
   find_state_dict(group, walk, is_active, operands);
-  if (!is_active) return;
-  name_operands(group, operands);
-  find_state(group, operands);
+  if (is_active) {
+    name_operands(group, operands);
+    find_state(group, operands);
+  }
+  operands.find_shards();
 }
 
 // Checks what has been found and enters it into the table.
 void Collector::check_param(StepContext& context, const Group& group, Operands& operands,
                             size_t at) {
   const ParamId& id = operands.id;
-  // Of all params: where one process has no grad, others may.
-  context.has_subclasses = context.has_subclasses || !is_plain(operands.tensors[kParam]);
-
   ParamUpdate& update = table_.updates[at];
   ParamCache& cache = table_.caches[at];
   update.device = kIdle;
+  compare_specs(operands, at);  // of all params: where one process has no grad, others may
   if (operands.tensors[kGrad] == nullptr) return keep_layout(update, cache);
   if (!operands.is_complete) {
     if (operands.state != nullptr)
@@ -195,7 +196,6 @@ void Collector::check_param(StepContext& context, const Group& group, Operands& 
   update.device = cache.device;
   update.rule = row_.rule;
   update.variant = group.options.variant;
-  update.norm_class = 0;
   if (update.device == kCpu)
     context.has_cpu = true;
   else
@@ -307,25 +307,60 @@ bool Collector::uses_less(const ParamUpdate& update, const ParamCache& cache,
   return less;
 }
 
+// Notices where a DTensor, its states or its grad lie over devices unlike in the step before. What
+// torch makes anew in every step, as grads, has the same layout object as a rule.
+void Collector::compare_specs(Operands& operands, size_t at) {
+  const auto has_spec = [](const Shard& shard) { return shard.spec != nullptr; };
+  if (table_.specs.empty()) {
+    if (std::none_of(operands.shards, operands.shards + kMaxOperands, has_spec)) return;
+    table_.specs.resize(table_.updates.size());
+  }
+  auto& specs = table_.specs[at];
+  const auto take = [&](int k) {
+    PyObject* const spec = operands.shards[k].spec;
+    py::object& before = specs[static_cast<size_t>(k)];
+    if (before.ptr() == spec) return false;
+    held_.hold(std::exchange(before, py::reinterpret_borrow<py::object>(spec)));
+    return true;
+  };
+  if (take(kParam)) {
+    table_.is_classified = false;
+    operands.has_known_specs = false;
+  }
+  if (operands.tensors[kGrad] == nullptr) return;  // it rests: its states have not been found
+  for (int k = kFirstState; k < kMaxOperands; ++k)
+    if (take(k)) operands.has_known_specs = false;
+  if (take(kGrad) || !operands.has_known_specs || !specs[kGrad]) {
+    operands.is_grad_alike = are_alike(operands.shards[kGrad].spec, operands.shards[kParam].spec);
+    if (!operands.is_grad_alike) held_.hold(std::exchange(specs[kGrad], py::object()));
+  }
+}
+
 // What of a parameter's tensors is as it was in the step before, so that its update stands. A grad
 // of the same form may lie anywhere: the update then points there.
 Collector::Unchanged Collector::compare(const Operands& operands, ParamUpdate& update,
                                         ParamCache& cache) const {
   if (!has_fingerprints()) return Unchanged::kNothing;  // and nothing is recognizable
-  const auto print_of = [](PyObject* tensor) {
-    return is_plain(tensor) ? fingerprint(tensor) : kNoFingerprint;
+  const auto print_of = [](PyObject* plain) {
+    return plain != nullptr ? fingerprint(plain) : kNoFingerprint;
   };
-  uint64_t all = print_of(operands.tensors[kParam]);
+  uint64_t all = print_of(operands.shards[kParam].tensor);
   for (int k = kFirstState; k <= kMaxOperands; ++k) {
-    PyObject* const tensor = k == kMaxOperands ? operands.step : operands.tensors[k];
-    const uint64_t print = tensor == nullptr ? 1 : print_of(tensor);
+    const bool is_step = k == kMaxOperands;
+    PyObject* const tensor = is_step ? operands.step : operands.tensors[k];
+    PyObject* const plain = !is_step                                ? operands.shards[k].tensor
+                            : tensor != nullptr && is_plain(tensor) ? tensor
+                                                                    : nullptr;
+    const uint64_t print = tensor == nullptr ? 1 : print_of(plain);
     all = all == kNoFingerprint || print == kNoFingerprint ? kNoFingerprint
                                                            : join_fingerprints(all, print);
   }
-  PyObject* const grad = operands.tensors[kGrad];
-  const uint64_t form = is_plain(grad) ? form_fingerprint(grad) : kNoFingerprint;
-  const bool same = operands.is_complete && cache.recognizable && all == cache.fingerprint &&
-                    all != kNoFingerprint && cache.rounding == operands.rounding &&
+  PyObject* const grad = operands.shards[kGrad].tensor;
+  const uint64_t form =
+      grad != nullptr && operands.is_grad_alike ? form_fingerprint(grad) : kNoFingerprint;
+  const bool same = operands.is_complete && operands.has_known_specs && cache.recognizable &&
+                    all == cache.fingerprint && all != kNoFingerprint &&
+                    cache.rounding == operands.rounding &&
                     master_of(update.formats.dtypes[kMaster]) == operands.master;
   const bool same_form = form == cache.grad_form && form != kNoFingerprint;
   cache.fingerprint = all;

@@ -51,6 +51,7 @@ class Collector {
   void keep_layout(ParamUpdate& update, ParamCache& cache);
   bool uses_less(const ParamUpdate& update, const ParamCache& cache, const Operands& operands,
                  const Group& group) const;
+  void compare_specs(Operands& operands, size_t at);
   Unchanged compare(const Operands& operands, ParamUpdate& update, ParamCache& cache) const;
 
   // For what is not as it was (refresh.cpp).

@@ -32,16 +32,24 @@ GradStatus read_status(const py::object& numbers) {
 
 }  // namespace
 
-void GradNorm::classify(ParamTable& table, StepContext& context) {
-  if (!context.has_subclasses) return;
-  py::list params;
-  for (const Group& group : context.groups)
-    for (const py::handle param : group.params) params.append(param);
-  const py::tuple classes = classify_params(params);
-  const py::list of_params = classes[0];
+void GradNorm::classify(ParamTable& table, const StepContext& context) {
+  if (table.is_classified) return;
+  for (ParamUpdate& update : table.updates) update.norm_class = 0;
+  table.reductions = py::none();
+  bool has_dtensors = false;
   for (size_t at = 0; at < table.updates.size(); ++at)
-    table.updates[at].norm_class = of_params[at].cast<uint8_t>();
-  context.reductions = classes[1];
+    has_dtensors = has_dtensors || table.is_dtensor(at);
+  if (has_dtensors) {
+    py::list params;
+    for (const Group& group : context.groups)
+      for (const py::handle param : group.params) params.append(param);
+    const py::tuple classes = classify_params(params);
+    const py::list of_params = classes[0];
+    for (size_t at = 0; at < table.updates.size(); ++at)
+      table.updates[at].norm_class = of_params[at].cast<uint8_t>();
+    table.reductions = classes[1];
+  }
+  table.is_classified = true;
 }
 
 void GradNorm::sum_on_cpu(const ParamTable& table, int num_threads, double* totals,
@@ -66,8 +74,8 @@ void GradNorm::sum_on_cpu(const ParamTable& table, int num_threads, double* tota
 bool GradNorm::measure(const ParamTable& table, StepRequest& request, const StepContext& context,
                        GpuStep& step, Gpus& gpus) {
   const int64_t num_classes =
-      context.reductions.is_none() ? 1 : static_cast<int64_t>(py::len(context.reductions));
-  const bool is_alone = context.reductions.is_none() && request.norm_groups.empty() &&
+      table.reductions.is_none() ? 1 : static_cast<int64_t>(py::len(table.reductions));
+  const bool is_alone = table.reductions.is_none() && request.norm_groups.empty() &&
                         step.devices.size() + (context.has_cpu ? 1 : 0) <= 1;
 
   // A tensor for each device, the CPU first.
@@ -90,7 +98,7 @@ bool GradNorm::measure(const ParamTable& table, StepRequest& request, const Step
     device.finalizes = is_alone;
     gpus.driver().sum_squares(device);
   }
-  if (!is_alone) combine(request, context, step, gpus, numbers, data);
+  if (!is_alone) combine(table, request, context, step, gpus, numbers, data);
   if (uses_cpu) {
     const double* const totals = data.front() + kStatusNumbers;
     const GradStatus status =
@@ -113,9 +121,9 @@ bool GradNorm::measure(const ParamTable& table, StepRequest& request, const Step
 
 // Puts what all devices, and all processes that share the params, have summed into the first class
 // of each.
-void GradNorm::combine(const StepRequest& request, const StepContext& context, GpuStep& step,
-                       Gpus& gpus, const std::vector<py::object>& numbers,
-                       const std::vector<double*>& data) {
+void GradNorm::combine(const ParamTable& table, const StepRequest& request,
+                       const StepContext& context, GpuStep& step, Gpus& gpus,
+                       const std::vector<py::object>& numbers, const std::vector<double*>& data) {
   py::list totals;
   for (const py::object& tensor : numbers)
     totals.append(tensor[py::slice(kStatusNumbers, py::len(tensor), 1)]);
@@ -123,7 +131,7 @@ void GradNorm::combine(const StepRequest& request, const StepContext& context, G
   for (const Group& group : context.groups)
     if (!param && group.size() > 0) param = PyTuple_GET_ITEM(group.params.ptr(), 0);
   const py::list combined =
-      combine_totals(totals, context.reductions, request.norm_groups, param ? param : py::none());
+      combine_totals(totals, table.reductions, request.norm_groups, param ? param : py::none());
   const bool uses_cpu = numbers.size() > step.devices.size();
   for (size_t i = 0; i < numbers.size(); ++i) {
     const py::object total = combined[i];

@@ -17,8 +17,8 @@ class GradNorm {
  public:
   explicit GradNorm(cpu::Isa isa) : isa_(isa) {}
 
-  // Enters into the updates, and context.reductions, over which processes their grads are summed.
-  void classify(ParamTable& table, StepContext& context);
+  // Enters into the updates, and table.reductions, over which processes their grads are summed.
+  void classify(ParamTable& table, const StepContext& context);
 
   // Reads all grads and sets request.grads.norm, if the host has to know. What GPUs find out stays
   // there otherwise. Returns whether the step is to be skipped, as far as the host knows. Raises
@@ -40,8 +40,9 @@ class GradNorm {
 
  private:
   void sum_on_cpu(const ParamTable& table, int num_threads, double* totals, int64_t num_classes);
-  void combine(const StepRequest& request, const StepContext& context, GpuStep& step, Gpus& gpus,
-               const std::vector<pybind11::object>& numbers, const std::vector<double*>& data);
+  void combine(const ParamTable& table, const StepRequest& request, const StepContext& context,
+               GpuStep& step, Gpus& gpus, const std::vector<pybind11::object>& numbers,
+               const std::vector<double*>& data);
 
   const cpu::Isa isa_;
   std::vector<ChunkStart> leaves_;   // if they were needed, for grads of

@@ -15,16 +15,24 @@ namespace {
 struct Wrapping {
   PyObject* name = nullptr;  // of the attribute, or of the method; nullptr: it wraps nothing
   bool is_method = false;
+  PyObject* spec = nullptr;  // name of the attribute with a DTensor's layout over devices
 };
 
 // Asked once for each type, which is then kept for good.
 Wrapping wrapping_of(PyTypeObject* type) {
-  static auto* const known = new std::unordered_map<PyTypeObject*, Wrapping>();
+  using Known = std::unordered_map<PyTypeObject*, Wrapping>;
+  static auto* const known = new Known();
   static auto* const mutex = new std::mutex();
+  static std::atomic<const Known::value_type*> latest{nullptr};  // entries stay where they are
+  const Known::value_type* const last = latest.load(std::memory_order_acquire);
+  if (last != nullptr && last->first == type) return last->second;
   {
     const std::lock_guard<std::mutex> lock(*mutex);
     const auto found = known->find(type);
-    if (found != known->end()) return found->second;
+    if (found != known->end()) {
+      latest.store(&*found, std::memory_order_release);
+      return found->second;
+    }
   }
   const auto object = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type));
   Wrapping wrapping;
@@ -32,6 +40,7 @@ Wrapping wrapping_of(PyTypeObject* type) {
     const py::tuple answer = ask_wrapping(object);
     if (!answer[0].is_none()) wrapping.name = py::object(answer[0]).release().ptr();
     wrapping.is_method = answer[1].cast<bool>();
+    if (!answer[2].is_none()) wrapping.spec = py::object(answer[2]).release().ptr();
   } catch (const py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
     throw UnknownTensorType(py::str(error.value()));
@@ -73,6 +82,34 @@ PyObject* unwrap(PyObject* tensor, References& held) {
     tensor = held.hold(std::move(inner));
   }
   return tensor;
+}
+
+Shard find_shard(PyObject* tensor, References& held) {
+  if (is_plain(tensor)) return {tensor, nullptr};
+  Wrapping wrapping;
+  try {
+    wrapping = wrapping_of(Py_TYPE(tensor));
+  } catch (const UnknownTensorType&) {
+    return {};  // unwrap() will raise it again, where the tensor has a name
+  }
+  if (wrapping.spec == nullptr) return {};
+  const auto read = [&](PyObject* name) {
+    return held.hold(py::object(py::handle(tensor).attr(py::handle(name))));
+  };
+  PyObject* const shard = read(wrapping.name);
+  return {is_plain(shard) ? shard : nullptr, read(wrapping.spec)};
+}
+
+bool are_alike(PyObject* spec, PyObject* other) {
+  if (spec == other) return true;
+  if (spec == nullptr || other == nullptr) return false;
+  static PyObject* const mesh = PyUnicode_InternFromString("mesh");
+  static PyObject* const placements = PyUnicode_InternFromString("placements");
+  const auto read = [](PyObject* from, PyObject* name) {
+    return py::object(py::handle(from).attr(py::handle(name)));
+  };
+  return read(spec, mesh).is(read(other, mesh)) &&
+         read(spec, placements).equal(read(other, placements));
 }
 
 Contents contents_of(PyObject* memory, const TensorView& view) {

@@ -21,6 +21,19 @@ struct UnknownTensorType : std::runtime_error {
 // Waits for a pending collective. Raises UnknownTensorType for other wrappers.
 PyObject* unwrap(PyObject* tensor, References& held);
 
+// What can be told of a tensor without a call of a function in Python. Borrowed from it, or from
+// `held`.
+struct Shard {
+  // The plain tensor that its values are in: itself, or what a DTensor has of it in this process;
+  // nullptr if only unwrap() can tell.
+  PyObject* tensor = nullptr;
+  PyObject* spec = nullptr;  // a DTensor's layout over devices; torch makes a new one to change it
+};
+Shard find_shard(PyObject* tensor, References& held);
+
+// Whether DTensors of these layouts lie alike over devices; false also where only Python can tell.
+bool are_alike(PyObject* spec, PyObject* other);
+
 // Whether and why memory does not hold the values of the tensor that unwrap() gave.
 enum class Contents {
   kValues,

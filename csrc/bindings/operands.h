@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "bindings/memory.h"
 #include "bindings/options.h"
 #include "bindings/torch_api.h"
 #include "core/hyper.h"
@@ -31,24 +32,31 @@ struct Operands {
   References& held;  // where what is found on the way to a tensor's memory is kept
   // Each in its place (core/layout.h), which is in use if it has a name.
   PyObject* tensors[kMaxOperands] = {};  // borrowed from `held`; null for state that is missing
+  Shard shards[kMaxOperands];            // of those that have been found
   const Key* names[kMaxOperands] = {&kParamName, &kGradName};
   TensorView views[kMaxOperands];  // of those that have been read
   PyObject* state = nullptr;       // the dict they are from
   PyObject* step = nullptr;        // null if it is missing, and for optimizers that do not count
   Master master = Master::kNone;
   StochasticRounding rounding = StochasticRounding::kNone;
-  bool is_complete = false;  // the state has all that is in use
+  bool is_complete = false;     // the state has all that is in use
+  bool has_known_specs = true;  // a DTensor and its states lie over devices as in the step before
+  bool is_grad_alike = true;    // and the grad as its param
 
   Operands(const ParamId& at, References& references) : id(at), held(references) {}
   bool has(int k) const { return names[k] != nullptr; }
 
+  void find_shards() {
+    for (int k = 0; k < kMaxOperands; ++k)
+      if (tensors[k] != nullptr) shards[k] = find_shard(tensors[k], held);
+  }
+
   // Calls f for the plain tensors that have been found.
   template <class F>
   void for_each_plain(const F& f) const {
-    for (int k = 0; k <= kMaxOperands; ++k) {
-      PyObject* const tensor = k < kMaxOperands ? tensors[k] : step;
-      if (tensor != nullptr && is_plain(tensor)) f(tensor);
-    }
+    for (const Shard& shard : shards)
+      if (shard.tensor != nullptr) f(shard.tensor);
+    if (step != nullptr && is_plain(step)) f(step);
   }
 };
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <utility>
 #include <vector>
@@ -51,9 +52,16 @@ struct ParamTable {
   std::vector<ParamCache> caches;
   std::vector<Dims> dims;                   // of updates that are not dense
   std::vector<cuda::StepCounter> counters;  // of this step, if GPUs count
+  // How DTensors, and their states, lie over devices; empty if there have been none.
+  std::vector<std::array<pybind11::object, kMaxOperands>> specs;
   // What was found out of all parameters together, until one of them changes.
-  bool is_disjoint = false;  // no memory is written twice
-  bool is_chunked = false;   // the plan's chunks fit the updates
+  bool is_disjoint = false;    // no memory is written twice
+  bool is_chunked = false;     // the plan's chunks fit the updates
+  bool is_classified = false;  // which grads are added up over which processes; see GradNorm
+  // What combine_totals() (torch_api.h) needs to know of that; None if all are this process's.
+  pybind11::object reductions = pybind11::none();
+
+  bool is_dtensor(size_t at) const { return !specs.empty() && specs[at][kParam]; }
 
   const Dims* dims_of(const ParamUpdate& update) const {  // nullptr: it is dense
     const auto layout = static_cast<size_t>(update.layout);
@@ -107,7 +115,6 @@ struct StepContext {
   std::vector<Group> groups = {};
   bool is_second = false;        // state that was missing has been created for this step
   bool clips = false;            // a group limits the norm of the grads
-  bool has_subclasses = false;   // params that are DTensors
   bool has_masters = false;      // in float32
   bool has_cpu = false;          // parameters to step there
   bool has_gpu_counts = false;   // step counts that only a GPU knows
@@ -116,8 +123,6 @@ struct StepContext {
   std::vector<bool> gpus = {};   // with parameters to step, by number
   pybind11::list missing;        // (group, index) of params whose state lacks something
   pybind11::list maybe_written;  // of params that others may have written to, and not to the master
-  // What combine_totals() (torch_api.h) needs to know of the sums of grads; None if there is one.
-  pybind11::object reductions = pybind11::none();
   std::vector<Scalars> scalars = {};
   struct ScalarsKey {
     size_t group;

@@ -165,8 +165,10 @@ void Plan::tell_autograd(const StepContext& context) {
   for (const Group& group : context.groups)
     for (Py_ssize_t i = 0; i < group.size(); ++i) {
       PyObject* const param = PyTuple_GET_ITEM(group.params.ptr(), i);
-      const bool is_written = table_.updates[at++].device != kIdle;
-      if (is_written && !(is_plain(param) && increment_version(param))) append(others.ptr(), param);
+      const bool is_written = table_.updates[at].device != kIdle;
+      const bool is_known = is_plain(param) || table_.is_dtensor(at);
+      if (is_written && !(is_known && increment_version(param))) append(others.ptr(), param);
+      ++at;
     }
   if (others.empty()) return count_own_writes(context);
   try {

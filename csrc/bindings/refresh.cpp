@@ -13,6 +13,9 @@ namespace fusedopt {
 namespace {
 
 void check_alignment(const Operands& operands, int k) {
+  if (are_alike(operands.shards[k].spec, operands.shards[kParam].spec) &&
+      operands.shards[k].spec != nullptr)
+    return;
   const py::object aligned = align(operands.tensors[k], operands.tensors[kParam]);
   if (aligned.ptr() != operands.tensors[k])
     throw py::value_error(subject(operands.id, operands.names[k]->name()) +
@@ -20,6 +23,7 @@ void check_alignment(const Operands& operands, int k) {
 }
 
 void align_grad(Operands& operands) {
+  if (operands.shards[kGrad].spec != nullptr && operands.is_grad_alike) return;
   PyObject* const grad = operands.tensors[kGrad];
   read_operand(operands, kGrad);
   try {
@@ -100,14 +104,14 @@ void Collector::read_param_and_grad(Operands& operands, ParamCache& cache) {
   cache.device = device;
   if (!is_plain(operands.tensors[kParam]) || !is_plain(operands.tensors[kGrad]))
     align_grad(operands);
-  PyObject* const grad = operands.tensors[kGrad];
   read_operand(operands, kGrad);
-  // A copy has been read, or there is no memory: nothing can be told from the form of the grad.
-  if (operands.tensors[kGrad] != grad || !is_plain(grad) || storage_data(grad) == nullptr)
+  // Another tensor has been read, or there is no memory: nothing can be told from the grad's form.
+  PyObject* const shard = operands.shards[kGrad].tensor;
+  if (operands.views[kGrad].memory != shard || storage_data(shard) == nullptr)
     cache.grad_form = kNoFingerprint;
   const char* const data = static_cast<char*>(operands.views[kGrad].data);
   if (cache.grad_form != kNoFingerprint)  // DLPack has a null pointer for tensors without elements
-    cache.grad_offset = data != nullptr ? data - storage_data(grad) : 0;
+    cache.grad_offset = data != nullptr ? data - storage_data(shard) : 0;
   check_against_param(operands, kGrad);
   if (operands.rounding == StochasticRounding::kAll &&
       operands.views[kParam].dtype == DType::kFloat16)

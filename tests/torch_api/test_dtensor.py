@@ -1,6 +1,7 @@
 """DTensor parameters (FSDP2, tensor parallel), on meshes of one process and, with gloo, of two."""
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+import fusedopt
+from fusedopt import _C
 from support.equality import assert_equal, assert_same_math
 from support.files import run_ranks
 from support.optimizers import Build, Case, like_torch, main_cases, train, varied_cases
@@ -140,6 +143,41 @@ def test_versions(case: Case, mesh: Any) -> None:
         loss.backward()
 
 
+def python_calls(run: Any) -> int:
+    """How many functions of Python's, or of C seen from Python, are called."""
+    calls = 0
+
+    def count(_frame: Any, event: str, _arg: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+# Without fingerprints, versions are counted by torch.
+@pytest.mark.skipif(not _C.build_info()["fingerprints"], reason="fingerprints are off")
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"ema_decay": 0.9}], ids=str)
+def test_a_step_calls_no_python_for_each_param(options: dict[str, Any], mesh: Any) -> None:
+    """Nor for its grad, which FSDP2 makes anew with the layout object of its param."""
+
+    def calls(count: int) -> int:
+        params = [Parameter(shard(mesh, torch.ones(4, 3))) for _ in range(count)]
+        optimizer = fusedopt.AdamW(params, **options)
+        for _ in range(3):
+            for param in params:
+                spec: Any = param
+                param.grad = DTensor(torch.ones(4, 3), spec._spec, requires_grad=False)
+            found = python_calls(optimizer.step)
+        return found
+
+    assert calls(20) == calls(2)
+
+
 # Run by two processes. Grads may be placed otherwise than their parameter (sequence parallel leaves
 # Partial grads on replicated norm weights); torch.optim redistributes them.
 TWO_RANKS = """
@@ -158,35 +196,59 @@ PLACED = {
     "other dim": (Shard(0), Shard(1)),
 }
 full = torch.arange(12.0, dtype=torch.float64).view(4, 3)
-for name, (placement, of_grad) in PLACED.items():
-    results = []
-    for cls in (fusedopt.AdamW, torch.optim.AdamW):
-        param = torch.nn.Parameter(distribute_tensor(full.clone(), mesh, [placement]))
-        if of_grad == Partial():
-            part = (full - 5) * (3 if rank else -2)
-            param.grad = DTensor.from_local(part, mesh, [Partial()])
-        else:
-            param.grad = distribute_tensor(full - 5, mesh, [of_grad])
+
+def set_grad(param, placement):
+    if placement == Partial():
+        part = (full - 5) * (3 if rank else -2)
+        param.grad = DTensor.from_local(part, mesh, [Partial()])
+    else:
+        param.grad = distribute_tensor(full - 5, mesh, [placement])
+
+def train(cls, placement, of_grads):
+    param = torch.nn.Parameter(distribute_tensor(full.clone(), mesh, [placement]))
+    optimizer = cls([("w", param)], lr=0.5)
+    for of_grad in of_grads:
+        set_grad(param, of_grad)
         before = param.detach().to_local().clone()
         try:
-            cls([("w", param)], lr=0.5).step()
+            optimizer.step()
         except (TypeError, ValueError) as error:
             unchanged = torch.equal(param.detach().to_local(), before)
-            results.append("refused" if unchanged and "'w'" in str(error) else "bad error")
-        else:
-            results.append(param.detach().to_local())
-    ours, theirs = results
+            return "refused" if unchanged and "'w'" in str(error) else "bad error"
+    return param.detach().to_local()
+
+LATER = {f"{name} later": ((p, g), [p, p, g, g, p]) for name, (p, g) in PLACED.items()}
+AT_ONCE = {name: ((p, g), [g]) for name, (p, g) in PLACED.items()}
+for name, ((placement, of_grad), of_grads) in (AT_ONCE | LATER).items():
+    ours, theirs = [train(cls, placement, of_grads) for cls in (fusedopt.AdamW, torch.optim.AdamW)]
     if isinstance(ours, str):
         verdict = ours
     else:
         same = torch.allclose(ours, theirs, rtol=1e-13, atol=1e-14)
         verdict = "equal" if same else "wrong"
     print(f"{name}: {verdict}")
+
+# Which grads are summed over both ranks follows the params, as they are in each step.
+params = [torch.nn.Parameter(distribute_tensor(full.clone(), mesh, [Shard(0)])) for _ in range(2)]
+optimizer = fusedopt.AdamW(params, max_grad_norm=1.0)
+wrong = []
+for placements in ([Shard(0)] * 2, [Shard(0)] * 2, [Shard(0), Replicate()], [Replicate()] * 2,
+                   [Shard(0), None], [None, Replicate()], [Shard(0)] * 2):
+    for at, placement in enumerate(placements):
+        param = full.clone() if placement is None else distribute_tensor(
+            full.clone(), mesh, [placement])
+        grad = full - 5 if placement is None else distribute_tensor(full - 5, mesh, [placement])
+        optimizer.param_groups[0]["params"][at] = param = torch.nn.Parameter(param)
+        param.grad = grad
+    optimizer.step()
+    if abs(optimizer.grad_norm.item() - 2 ** 0.5 * (full - 5).norm().item()) > 1e-12:
+        wrong.append(placements)
+print(f"norm follows: {wrong or 'equal'}")
 dist.barrier()
 sys.stdout.flush()
 os._exit(0)  # gloo's threads may abort a process that ends while they do
 """
-VERDICTS = {
+AT_ONCE = {
     "shard": {"equal"},
     "uneven shard": {"equal"},
     "replicate": {"equal"},
@@ -194,6 +256,8 @@ VERDICTS = {
     "replicated grad": {"equal", "refused"},
     "other dim": {"equal", "refused"},
 }
+LATER = {f"{name} later": verdicts for name, verdicts in AT_ONCE.items()}
+VERDICTS = {**AT_ONCE, **LATER, "norm follows": {"equal"}}
 
 
 @pytest.fixture(scope="module")

@@ -69,6 +69,19 @@ def align(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     return aligned
 
 
+def first_element(tensor: torch.Tensor) -> int:
+    """The number, in the whole of a DTensor, of the first element that this rank has of it.
+
+    The elements of a shard of rows follow each other from there on.
+    """
+    sharded: Any = tensor.detach()
+    chunk = sharded.__create_chunk_list__()[0]  # what torch.distributed.checkpoint asks for
+    number = 0
+    for size, offset in zip(tensor.shape, chunk.offsets, strict=True):
+        number = number * size + offset
+    return int(number)
+
+
 def allocate(device: str, size: int, kind: str) -> torch.Tensor:
     """Memory of ``size`` bytes for the CUDA driver; ``kind`` as in ``Memory`` of core/gpu.h."""
     if kind == "page-locked":

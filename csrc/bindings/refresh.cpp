@@ -190,10 +190,15 @@ void Collector::lay_out(const Operands& operands, ParamUpdate& update) {
     present |= 1u << k;
   }
   update.layout = kDense;
-  if (contiguous) return;
-  Dims dims = make_dims(operands, update.formats.stochastic != 0);
+  update.first_element = 0;
+  const bool has_draws = update.formats.stochastic != 0;
+  if (has_draws && operands.shards[kParam].spec != nullptr)
+    update.first_element = find_first_element(operands.tensors[kParam]);
+  const bool can_be_dense = !has_draws || has_whole_draw_blocks(update.first_element, update.numel);
+  if (contiguous && can_be_dense) return;
+  Dims dims = make_dims(operands, has_draws);
   coalesce(dims);
-  if (is_dense(dims, present)) return;
+  if (can_be_dense && is_dense(dims, present)) return;
   update.layout = static_cast<int32_t>(dims_.size());
   dims_.push_back(std::move(dims));
 }

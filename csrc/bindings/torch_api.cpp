@@ -26,6 +26,7 @@ struct Torch {
   PyObject* increment_version = nullptr;
   PyObject* wrapping = nullptr;        // of fusedopt._tensors
   PyObject* align = nullptr;           // of fusedopt._tensors
+  PyObject* first_element = nullptr;   // of fusedopt._tensors
   PyObject* allocate = nullptr;        // of fusedopt._tensors
   PyObject* count_writes = nullptr;    // of fusedopt._tensors
   PyObject* new_numbers = nullptr;     // of fusedopt._norms
@@ -119,6 +120,7 @@ void connect_to_torch() {
   const auto tensors = py::module_::import("fusedopt._tensors");
   g_torch.wrapping = keep(tensors.attr("wrapping"));
   g_torch.align = keep(tensors.attr("align"));
+  g_torch.first_element = keep(tensors.attr("first_element"));
   g_torch.allocate = keep(tensors.attr("allocate"));
   g_torch.count_writes = keep(tensors.attr("count_writes"));
   g_torch.float_on_gpu = keep(tensors.attr("float_on_gpu"));
@@ -263,6 +265,10 @@ py::tuple ask_wrapping(const py::object& tensor_type) {
 
 py::object align(PyObject* tensor, PyObject* param) {
   return py::handle(g_torch.align)(py::handle(tensor), py::handle(param));
+}
+
+int64_t find_first_element(PyObject* tensor) {
+  return py::handle(g_torch.first_element)(py::handle(tensor)).cast<int64_t>();
 }
 
 bool same_shape(const TensorView& a, const TensorView& b) {

@@ -96,6 +96,10 @@ pybind11::tuple ask_wrapping(const pybind11::object& tensor_type);
 // redistribute() returns. Costs a call into Python; not for plain tensors.
 pybind11::object align(PyObject* tensor, PyObject* param);
 
+// Of a DTensor: the number in the whole tensor of the first element that this process has. Costs a
+// call into Python.
+int64_t find_first_element(PyObject* tensor);
+
 bool same_shape(const TensorView& a, const TensorView& b);
 bool is_contiguous(const TensorView& view);
 int64_t count_elements(const TensorView& view);  // a complex element counts once

@@ -19,14 +19,15 @@ namespace fusedopt {
 struct alignas(32) ParamUpdate {
   void* data[kMaxOperands];  // by operand (core/layout.h); nullptr for those that are absent
   int64_t numel;
-  int32_t scalars;  // index into Step::scalars
-  int32_t layout;   // index into Step::layouts, or kDense
+  int64_t first_element;  // its number in the tensor that this is a part of; 0: this is all of it
+  int32_t scalars;        // index into Step::scalars
+  int32_t layout;         // index into Step::layouts, or kDense
   Formats formats;
   RuleId rule;
   uint8_t variant;     // of the rule, its number
   uint8_t device;      // kIdle, kCpu or the number of a GPU above kFirstGpu
   uint8_t norm_class;  // grads of one class are summed together (fusedopt/_norms.py)
-  uint8_t unused[12];
+  uint8_t unused[4];
 };
 inline constexpr int32_t kDense = -1;
 inline constexpr uint8_t kIdle = 0;  // there is no grad in this step, so nothing is done

@@ -42,9 +42,10 @@ struct Block {
 
   Formats stored_as;
   DType format;           // as Formats::one_format()
-  const uint32_t* draws;  // of the elements; nullptr if `at` is the number of one in its tensor
+  const uint32_t* draws;  // of the elements; nullptr if they follow from `at` and `first_element`
   void* const* data = nullptr;  // of each operand
   int64_t at = 0;               // elements from there to the block
+  int64_t first_element = 0;    // as ParamUpdate's
   int64_t ahead = 0;            // how far ahead to ask for memory, in elements
 
   FUSEDOPT_HD const Formats& formats() const { return stored_as; }
@@ -109,9 +110,8 @@ struct Block {
       });
       return;
     }
-    // Blocks begin at multiples of their size, so all elements have the same upper half of the
-    // number, and one key.
-    const uint64_t first = static_cast<uint64_t>(at) / 2;
+    static_assert(kBlock<T> <= kMaxDrawBlock, "all pairs of a block have one key");
+    const uint64_t first = static_cast<uint64_t>(first_element + at) / 2;
     const uint32_t key = draw_key(rounding_key, first);
     Raw lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
@@ -141,6 +141,7 @@ struct Block {
 struct Piece {
   void* const* data;
   int64_t begin, end;
+  int64_t first_element = 0;  // as ParamUpdate's
 };
 
 struct Pieces {
@@ -163,6 +164,7 @@ __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
   for (int i = 0; i < count; ++i) {
     const Piece piece = pieces[i];  // a copy, which the stores below cannot change
     block.data = piece.data;
+    block.first_element = piece.first_element;
     for (block.at = piece.begin; block.at < piece.end; block.at += kBlock<T>) {
       // No prefetch beyond the end: those cache lines may be another thread's.
       block.ahead = block.at + kPrefetchAhead + kBlock<T> <= piece.end ? kPrefetchAhead : 0;
@@ -192,7 +194,7 @@ class Tile {
         const Item* const source = static_cast<const Item*>(update.data[k]) + from.at(k);
         copy(reinterpret_cast<Item*>(bytes_[k]) + offset, 1, source, from.stride(k), run);
       });
-      draw(offset, run, from.at(kIndex), from.stride(kIndex));
+      draw(offset, run, update.first_element + from.at(kIndex), from.stride(kIndex));
     });
     fill_up(n);
   }
@@ -217,7 +219,7 @@ class Tile {
     int64_t offset = 0;
     for (int i = 0; formats_.stochastic != 0 && i < pieces.count; ++i) {
       const Piece& piece = pieces.list[i];
-      draw(offset, piece.end - piece.begin, piece.begin, 1);
+      draw(offset, piece.end - piece.begin, piece.first_element + piece.begin, 1);
       offset += piece.end - piece.begin;
     }
     fill_up(pieces.elements);
@@ -370,8 +372,8 @@ __attribute__((noinline)) Parts update_alike(const Step& step, Parts parts) {
     if (update.layout == kDense) {
       static_assert(kChunkAlignment % kBlock<T> == 0, "`begin` is a multiple of a block");
       const int64_t rest = end & -kBlock<T>;
-      if (begin < rest) whole.add({update.data, begin, rest});
-      if (rest < end) rests.add({update.data, rest, end});
+      if (begin < rest) whole.add({update.data, begin, rest, update.first_element});
+      if (rest < end) rests.add({update.data, rest, end, update.first_element});
       const bool is_full = whole.count == kMaxPieces || rests.count == kMaxPieces ||
                            rests.elements > kTileElements - kBlock<T>;
       if (is_full || step.in_order) update_pieces();

@@ -92,9 +92,10 @@ class Singles {
   }
 
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& draws) const {
+    const int64_t first = load_item(&update_->first_element);
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
-      draws[j] = own_draw(rounding_key, static_cast<uint64_t>(at_[j][kIndex]));
+      draws[j] = own_draw(rounding_key, static_cast<uint64_t>(first + at_[j][kIndex]));
   }
 
  private:

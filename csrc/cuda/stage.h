@@ -156,7 +156,7 @@ class Stages {
       : plan_(plan),
         own_(opaque(shared + 16 * thread)),
         thread_(thread),
-        first_pair_(static_cast<uint64_t>(chunk.begin) / 2) {
+        first_pair_(static_cast<uint64_t>(update.first_element + chunk.begin) / 2) {
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
       data_[k] = same_for_warp(static_cast<char*>(update.data[k]) + chunk.begin * plan.sizes[k]);
     });
@@ -174,7 +174,7 @@ class Stages {
   }
 
   FUSEDOPT_HD const StagePlan& plan() const { return plan_; }
-  FUSEDOPT_HD uint64_t first_pair() const { return first_pair_; }       // of the chunk's elements
+  FUSEDOPT_HD uint64_t first_pair() const { return first_pair_; }       // of the chunk's draws
   FUSEDOPT_HD char* data(int operand) const { return data_[operand]; }  // at the chunk's start
 
   FUSEDOPT_HD bool has_two() const { return plan_.has_two != 0; }

@@ -255,6 +255,10 @@ Problem in_any_formats(Problem problem, std::mt19937& random) {
     problem.dtypes[kMaster] =
         param == DType::kBFloat16 && random() % 2 == 0 ? DType::kRemainder : DType::kFloat32;
   problem.dtypes[kEma] = random() % 2 == 0 ? any() : DType::kAbsent;
+  // A part of a tensor, which may begin before or after a change of the draws' key.
+  constexpr int64_t kFirst[] = {0, 2, kMaxDrawBlock, (int64_t{2} << 32) - kMaxDrawBlock,
+                                int64_t{3} << 40};
+  problem.first_number = kFirst[problem.numel % 5];
   return rounded_stochastically(problem, random() % 2 == 0 ? static_cast<unsigned>(random()) : 0u);
 }
 
@@ -345,6 +349,7 @@ ParamUpdate make_update(const Problem& problem, std::vector<Buffer>& buffers) {
   }
   update.formats.stochastic = static_cast<uint8_t>(problem.stochastic);
   update.numel = problem.numel;
+  update.first_element = problem.first_number;
   update.layout = problem.dims.empty() ? kDense : 0;
   update.rule = problem.rule;
   update.variant = static_cast<uint8_t>(problem.variant);

@@ -6,6 +6,7 @@ mesh are collective; without one, the model is whole and there are no processes.
 
 import copy
 import hashlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "split": (BFLOAT16, {"master_weights": "split", "state_dtype": "bfloat16"}),
     "masters": (BFLOAT16, {"master_weights": "float32"}),
     "average": (BFLOAT16, {"ema_decay": 0.9}),
+    "stochastic": (BFLOAT16, {"stochastic_rounding": True, "rounding_seed": 3}),
 }
 FULL = {"full_state_dict": True}
 # How a state dict of torch.distributed.checkpoint is asked for, and what loading it needs to know.
@@ -55,15 +57,15 @@ def make(setting: str, mesh: Any, seed: int = 0) -> Made:
     """Shards are uneven, and one process has nothing of the last bias."""
     dtype, options = SETTINGS[setting]
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1)).to(dtype)
+    sizes = (3, 5, 34, 41, 1)  # rows of even and of odd length
+    layers = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+    model = nn.Sequential(*layers).to(dtype)
     if mesh is not None:
         fully_shard(model, mesh=mesh)
     biases = [param for param in model.parameters() if param.dim() == 1]
     weights = [param for param in model.parameters() if param.dim() > 1]
     groups = [{"params": weights}, {"params": biases, "weight_decay": 0.0}]
-    # Stochastic rounding draws by an element's place in its shard, which other processes have
-    # otherwise.
-    return model, fusedopt.AdamW(groups, lr=0.01, stochastic_rounding=False, **options)
+    return model, fusedopt.AdamW(groups, lr=0.01, **options)
 
 
 def train(made: Made, *seeds: int) -> None:
@@ -104,6 +106,16 @@ def everything(made: Made) -> dict[str, str]:
             contents = whole.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             digest = hashlib.sha256(contents).hexdigest()[:16]
             found[f"{key} of {name}"] = f"{entry.dtype} {tuple(entry.shape)} {digest}"
+    return found
+
+
+def bits_of_all(mesh: Any) -> dict[str, dict[str, str]]:
+    """What three steps make of every setting."""
+    found = {}
+    for setting in SETTINGS:
+        made = make(setting, mesh)
+        train(made, 1, 2, 3)
+        found[setting] = everything(made)
     return found
 
 

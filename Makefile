@@ -9,6 +9,8 @@
 #                   these could break, and a look at the kernels' machine code; needs no GPU
 #   make stacks     tests with other packages that train: transformers, Lightning, DeepSpeed ... (in
 #                   .venv-stacks)
+#   make docs       the documentation site in build/site, warnings as errors (in .venv-docs; needs no
+#                   compiler and no torch)
 #   make wheel      a wheel in dist/
 #   make compdb     compile_commands.json for clangd and the like
 #   make gpu        all that needs a GPU, within twelve minutes, into GPU_OUT (GPU="--parts build step",
@@ -32,13 +34,17 @@ GPU_OUT ?= build/gpu
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
+# What an extra of pyproject.toml pins, without the project itself.
+pinned = $$($(PYTHON) -c "import re; \
+    print(*re.findall(r'[\w-]+==[\d.]+', re.search(r'^$(1) = \[(.*?)\]', open('pyproject.toml').read(), \
+    re.M | re.S)[1]))")
 
 # Tests run in a process per core, whose threads must not take the cores from each other: they do
 # not spin while they wait. Tests still have as many threads as they ask for.
 WORKERS = -n auto --maxprocesses 8 --dist worksteal
 TESTS = OMP_WAIT_POLICY=passive $(BIN)/pytest $(WORKERS)
 
-.PHONY: train test bench gpu lint format sanitize cuda stacks wheel compdb clean
+.PHONY: train test bench gpu lint format sanitize cuda stacks docs wheel compdb clean
 
 train: $(VENV)/built
 	$(BIN)/python examples/train_gpt.py $(TRAIN)
@@ -83,7 +89,7 @@ sanitize: $(VENV)/built
 # An installed wheel, and not the sources. What the CPU driver computes is tested by make test.
 CUDA_TESTS = $(patsubst %,tests/%,cuda torch_api) \
     $(patsubst %,tests/numerics/test_%.py,hypothesis layouts worked_examples) \
-    $(patsubst %,tests/project/test_%.py,build install layers readme) \
+    $(patsubst %,tests/project/test_%.py,build install layers docs figures) \
     $(patsubst %,tests/refusals/test_%.py,errors interrupted options params) \
     tests/checkpoints/test_state_dict.py tests/scaling/test_torch_scaler.py
 
@@ -106,6 +112,11 @@ stacks:
 	FUSEDOPT_CUDA=0 .venv-stacks/bin/python -m pip --disable-pip-version-check install -q \
 	    "$(TORCH)" ".[test,stacks]"
 	OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 .venv-stacks/bin/pytest $(WORKERS) tests/stacks $(PYTEST)
+
+docs:
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install -q $(call pinned,docs)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
 wheel: $(VENV)/built
 	$(PIP) build
@@ -138,9 +149,8 @@ build/emulated/built: $(VENV)/torch $(SOURCES) $(wildcard fusedopt/*.py)
 	touch $@
 
 $(VENV)/linters: $(VENV)/torch
-	$(PIP) $$($(BIN)/python -c "import re; \
-	    print(*re.findall(r'[\w-]+==[\d.]+', re.search(r'lint = (.*)', open('pyproject.toml').read())[1]))")
+	$(PIP) $(call pinned,lint)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cuda .venv-stacks build dist compile_commands.json fusedopt/*.so *.egg-info
+	rm -rf $(VENV) .venv-cuda .venv-stacks .venv-docs build dist compile_commands.json fusedopt/*.so *.egg-info

@@ -59,7 +59,7 @@ def files(folder: str, pattern: str = "**/*") -> set[str]:
 def test_source_distribution(tmp_path: Path) -> None:
     names, metadata = source_distribution(tmp_path)
     documents = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE"}
-    wanted = {"setup.py", "pyproject.toml", "Makefile", ".ci/run"} | documents
+    wanted = {"setup.py", "pyproject.toml", "Makefile", "mkdocs.yml", ".ci/run"} | documents
     for folder in ("bench", "csrc", "docs", "examples", "fusedopt", "tests"):
         assert files(folder)
         wanted |= files(folder)
@@ -118,10 +118,3 @@ def test_every_stack_has_tests() -> None:
     found = {name for names in named for name in names}
     assert {name for name in found if not (ROOT / name).exists()} == set()
     assert {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/stacks/test_*.py")} <= found
-
-
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
-def test_links_lead_to_files(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
-    assert [link for link in links if not (ROOT / link).exists()] == []

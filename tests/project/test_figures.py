@@ -1,30 +1,22 @@
-"""README's Python code runs as it stands; its figures are those of the committed runs."""
+"""Figures in README and docs/ are those of the committed runs."""
 
 import json
-import re
-from pathlib import Path
+from collections import Counter
 from typing import Any
 
 import pytest
 
-from support import readme_tables
+from support import figure_tables
 from support.files import ROOT
 
-README = ROOT / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("benchmarks", "settings")
+}
+ADAMW = ("AdamW", "float32")
 ONE_TENSOR = "one-256Mi"
 LARGE = ("one-64Mi", "gpt2-124m")
-
-
-def test_there_is_code_that_uses_the_package() -> None:
-    assert any("fusedopt" in block for block in BLOCKS)
-
-
-@pytest.mark.parametrize("index", range(len(BLOCKS)), ids=lambda index: f"block {index + 1}")
-def test_code_runs(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each block on its own, in an empty folder: a reader copies one of them."""
-    monkeypatch.chdir(tmp_path)
-    exec(compile(BLOCKS[index], f"README.md, block {index + 1}", "exec"), {"__name__": "__main__"})
 
 
 def results(name: str) -> dict[str, Any]:
@@ -37,10 +29,10 @@ def gpu_cases() -> list[dict[str, Any]]:
 
 
 def assert_said(*texts: str) -> None:
-    """Wherever the lines break."""
-    readme = " ".join(README.read_text().split())
+    """On the page of benchmarks, wherever the lines break."""
+    page = " ".join(PAGES["benchmarks"].split())
     for text in texts:
-        assert text in readme, text
+        assert text in page, text
 
 
 @pytest.fixture
@@ -53,14 +45,53 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> None:
     "name", ["step-cpu", "step-cuda", "training-step-cpu", "training-step-cuda", "precision-cpu"]
 )
 def test_tables(name: str) -> None:
-    """What readme_tables.py prints, line for line."""
+    """What figure_tables.py prints, line for line."""
     names = [name, "step-cuda-sgd-adam"] if name == "step-cuda" else [name]
-    for lines in readme_tables.tables_of([results(each) for each in names]):
+    for lines in figure_tables.tables_of([results(each) for each in names]):
         assert len(lines) > 5
-        readme = README.read_text().splitlines()
+        page = PAGES["settings" if name == "precision-cpu" else "benchmarks"]
         for line in lines:
-            assert line in readme
-        assert "\n".join(lines) in README.read_text()
+            assert line in page.splitlines()
+        assert "\n".join(lines) in page
+
+
+@pytest.mark.cpu_only
+@pytest.mark.usefixtures("bench")
+def test_sentences_about_the_cpu() -> None:
+    from lib.targets import TARGETS
+
+    cases = results("step-cpu")["cases"]
+    fp32 = {c["workload"]: c for c in cases if (c["optimizer"], c["dtype"]) == ADAMW}
+    large, groups, host = (
+        fp32[work]["contenders"] for work in ("one-64Mi", "groups-400x5000", "host-1000x1")
+    )
+    missed = [line.split()[1:4] for line in TARGETS["cpu"].compare(cases)[0] if "MISS" in line]
+    assert Counter(work for *_, work in missed) == {
+        "many-1000x1000": 2,
+        "groups-400x5000": 2,
+        "host-1000x1": 1,
+    }
+    assert_said(
+        f"moves at {large['fusedopt']['percent_of_multiply']:.0f} % of the bandwidth of an "
+        "in-place multiply",
+        f"move at {groups['fusedopt']['percent_of_copy']:.0f} % of the bandwidth of a copy",
+        f"{host['fusedopt']['us_per_tensor']:.1f} us per tensor (torch fused there: "
+        f"{host['torch-fused']['us_per_tensor']:.1f} us)",
+    )
+
+
+@pytest.mark.cpu_only
+def test_sentences_about_the_demo() -> None:
+    content = results("train-gpt-cpu")
+    ours, theirs = content["runs"]
+    assert_said(
+        f"at most {content['apart']['max']:.0e} in".replace("e-0", "e-")
+        + f" {content['config']['steps']} steps",
+        f"final loss {ours['final_loss']:.2f} for both",
+        f"takes {ours['optimizer_share']:.1%} of a training step instead of "
+        f"{theirs['optimizer_share']:.1%}, {ours['optimizer_ms']:.3g} ms instead of "
+        f"{theirs['optimizer_ms']:.2g} ms".replace("%", " %"),
+    )
 
 
 @pytest.mark.cpu_only

@@ -1,8 +1,8 @@
-"""README's tables, from JSON files that the benchmarks wrote.
+"""The tables of docs/, from JSON files that the benchmarks wrote.
 
 Examples:
-    python tests/support/readme_tables.py bench/results/training-step-cpu.json
-    python tests/support/readme_tables.py bench/results/step-cuda{,-sgd-adam}.json
+    python tests/support/figure_tables.py bench/results/training-step-cpu.json
+    python tests/support/figure_tables.py bench/results/step-cuda{,-sgd-adam}.json
 """
 
 from __future__ import annotations

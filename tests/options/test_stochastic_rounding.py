@@ -297,7 +297,7 @@ def test_second_moments_after_grads_have_fallen(
     state = optimizer.state[param]
     ratio = (state["exp_avg_sq"].to("cpu", FLOAT64).sqrt() / exact.sqrt()).mean().item()
     if stochastic is False:
-        assert abs(ratio - 1.67) < 0.01  # as README says
+        assert abs(ratio - 1.67) < 0.01  # as docs/numerics.md says
         return
     assert abs(ratio - 1) < 0.005
     if amsgrad:  # of numbers that are right in the mean the largest is a little larger

@@ -56,6 +56,16 @@ def test_tables(name: str) -> None:
 
 
 @pytest.mark.cpu_only
+def test_readme_has_excerpts() -> None:
+    """Its figures are lines of the pages' tables, under the same heads."""
+    there = {line for page in PAGES.values() for line in page.splitlines()}
+    section = README.partition("## Numbers\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(lines) >= 10
+    assert [line for line in lines if line not in there] == []
+
+
+@pytest.mark.cpu_only
 @pytest.mark.usefixtures("bench")
 def test_sentences_about_the_cpu() -> None:
     from lib.targets import TARGETS
@@ -109,6 +119,8 @@ def test_launches_and_traffic_on_the_gpu() -> None:
     cases = [c for c in content["parts"]["ncu"]["cases"] if c["workload"] in LARGE]
     more = max(case["read"] / case["expected_read"] - 1 for case in cases)
     assert all(case["written"] <= case["expected_written"] for case in cases)
+    sentence = f"was {llama[0]} kernel, where torch's fused takes {llama[1]}."
+    assert sentence in " ".join(README.split())
     machine = content["machine"]
     assert_said(
         f"commit {machine['commit'][:7]}, torch {machine['torch']}, driver "

@@ -9,6 +9,7 @@ from latex2mathml.converter import convert
 
 BLOCK = re.compile(r"^\.\. math::\n((?:    .*\n|\n)+)", re.MULTILINE)
 ROLE = re.compile(r":math:`([^`]+)`")
+LEFT = re.compile(r":\w+:`.*|^ *\.\. .*", re.MULTILINE)  # other reStructuredText
 EXAMPLE = re.compile(r"^>>> .*\n(?:.+\n?)*", re.MULTILINE)
 DEFAULT = re.compile(r"^( {4}\w+ \(.*), default .*?\): ", re.MULTILINE)  # the signature has them
 # A list that is no section of Google's: a sentence that ends with a colon, and indented entries.
@@ -28,6 +29,11 @@ def to_markdown(text: str) -> str:
     text = BLOCK.sub(lambda found: math(found[1], "block") + "\n\n", text)
     # Markdown takes <math> at the start of a line for a block.
     text = ROLE.sub(lambda found: f"<span>{math(found[1], 'inline')}</span>", text)
+    if left := LEFT.search(text):
+        raise ValueError(
+            f"no Markdown is known for {left[0]!r} in the docstring that begins "
+            f"{text.partition(chr(10))[0]!r}"
+        )
     text = EXAMPLE.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", text)
     text = DEFAULT.sub(r"\1): ", text)
     return LIST.sub(_as_list, text)

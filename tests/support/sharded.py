@@ -39,7 +39,16 @@ SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "split": (BFLOAT16, {"master_weights": "split", "state_dtype": "bfloat16"}),
     "masters": (BFLOAT16, {"master_weights": "float32"}),
     "average": (BFLOAT16, {"ema_decay": 0.9}),
-    "stochastic": (BFLOAT16, {"stochastic_rounding": True, "rounding_seed": 3}),
+    "everything": (
+        BFLOAT16,
+        {
+            "master_weights": "split",
+            "state_dtype": "bfloat16",
+            "stochastic_rounding": True,
+            "ema_decay": 0.9,
+            "max_grad_norm": 1.0,
+        },
+    ),
 }
 FULL = {"full_state_dict": True}
 # How a state dict of torch.distributed.checkpoint is asked for, and what loading it needs to know.

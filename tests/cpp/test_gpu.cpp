@@ -83,6 +83,24 @@ void test_mixtures() {
   check_steps(model);
 }
 
+// The first average is the weight as it is stored, whatever the average could hold.
+void test_first_averages() {
+  Model model = empty_model();
+  for (Scalars& scalars : model.scalars) {
+    const auto rule = static_cast<RuleId>(&scalars - model.scalars.data());
+    scalars = scalars_at(problems_of(rule).back(), {1, false}, 1.0);
+  }
+  for (Problem problem : all_problems())
+    for (const DType dtype : kAllDTypes) {
+      problem = in_format(problem, dtype);
+      problem.dtypes[kEma] = DType::kFloat64;
+      problem.numel = 333;
+      model.add(problem);
+      model.add(with_dims(problem, strided_layouts()[1]));
+    }
+  check_steps(model);
+}
+
 // First each operand alone, then all, not aligned as wide accesses need.
 void test_misaligned() {
   std::mt19937 random(6);
@@ -302,6 +320,7 @@ void test_nothing_to_do() {
 void test_gpu() {
   test_formats_and_sizes();
   test_masters_and_emas();
+  test_first_averages();
   test_mixtures();
   test_misaligned();
   test_strided();

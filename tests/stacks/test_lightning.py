@@ -1,7 +1,8 @@
-"""Lightning: its Trainer in several precisions, checkpoints, and Fabric."""
+"""Lightning: its Trainer in several precisions, checkpoints, Fabric, and the callback for it."""
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,3 +227,231 @@ def test_fabric(adamw: Any, precision: str, tmp_path: Path) -> Any:
             model, optimizer = make()
             fabric.load(tmp_path / "saved", {"model": model, "optimizer": optimizer})
     return whole(model.parameters())
+
+
+AVERAGING: Any = {"ema_decay": 0.5}
+
+
+def averages(trainer: Any) -> list[Any]:
+    (optimizer,) = trainer.optimizers
+    return [
+        optimizer.state[param]["ema_param"].clone()
+        for param in trainer.lightning_module.parameters()
+    ]
+
+
+class Watched(Task):
+    """Keeps the params that every evaluation has seen, beside the averages of that time."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.seen: list[tuple[Any, Any]] = []
+
+    def validation_step(self, *_: Any) -> None:
+        has_averages = self.trainer.optimizers and self.trainer.optimizers[0].state
+        now = averages(self.trainer) if has_averages else None
+        self.seen.append((whole(self.net.parameters()), now))
+
+    test_step = validation_step
+
+    def predict_step(self, *_: Any) -> int:
+        self.validation_step()
+        return 0  # Lightning warns of None
+
+
+class Failing(Watched):
+    def validation_step(self, *_: Any) -> None:
+        if not self.trainer.sanity_checking:
+            raise ArithmeticError
+
+    test_step = validation_step
+
+
+def callback(**options: Any) -> Any:
+    from fusedopt.integrations.lightning import FusedOptimizerCallback
+
+    return FusedOptimizerCallback(**options)
+
+
+def evaluated(folder: Path, task: Any = Watched, **arguments: Any) -> Any:
+    """A Trainer after two epochs with the callback, a validation at the end of each."""
+    arguments = {"callbacks": [callback()], "max_epochs": 2, **arguments}
+    module = task(fusedopt.AdamW, torch.float32, AVERAGING)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **{"enable_checkpointing": False, **arguments},
+    )
+    trainer.fit(module, batches(), batches())
+    return trainer
+
+
+def test_callback_evaluates_the_averages(tmp_path: Path) -> None:
+    trainer = evaluated(tmp_path)
+    module, weights = trainer.lightning_module, params(trainer)
+    for run in (trainer.validate, trainer.test, trainer.predict):
+        run(module, batches())
+        assert_equal(params(trainer), weights)
+    of_sanity_check, seen = module.seen[:2], module.seen[2:]  # before there are averages
+    assert len(seen) == 5 * 8
+    assert_equal(of_sanity_check, [(whole(tiny().parameters()), None)] * 2)
+    for found, now in seen:
+        assert_equal(found, now)
+    assert not torch.equal(seen[0][1][0], seen[-1][1][0])
+    assert not torch.equal(weights[0], seen[-1][1][0])
+
+
+def test_callback_leaves_weights_of_a_file(tmp_path: Path) -> None:
+    """No averages of the latest step belong to them, then and later."""
+    trainer = evaluated(tmp_path, **each_epoch_beside_the_callback(tmp_path))
+    module = trainer.lightning_module
+    saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=False)["state_dict"]
+    module.seen.clear()
+    trainer.test(module, batches(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False)
+    trainer.test(module, batches(), verbose=False)
+    assert len(module.seen) == 16
+    for found, _ in module.seen:
+        assert_equal(found, list(saved.values()))
+
+
+def each_epoch_beside_the_callback(folder: Path, **options: Any) -> dict[str, Any]:
+    found = each_epoch(folder)
+    return {**found, "callbacks": [callback(**options), *found["callbacks"]]}
+
+
+def test_callback_after_an_evaluation_that_raises(tmp_path: Path) -> None:
+    trainers: list[Any] = []
+
+    class Kept(Failing):
+        def on_fit_start(self) -> None:
+            trainers.append(self.trainer)
+
+    with pytest.raises(ArithmeticError):
+        evaluated(tmp_path, Kept)
+    (trainer,) = trainers
+    (optimizer,) = trainer.optimizers
+    assert_equal(params(trainer), optimizer.fp32_params())  # refused within a swap
+    assert not torch.equal(params(trainer)[0], averages(trainer)[0])
+
+
+def test_callback_saves_the_averages(tmp_path: Path) -> None:
+    """As the model of a checkpoint, from which training goes on with the same bits."""
+    keep = each_epoch_beside_the_callback(tmp_path, averages_in_checkpoints=True)
+    straight = evaluated(tmp_path, **keep)
+    saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=False)
+    assert_equal(list(saved["state_dict"].values()), averages(straight))
+    resumed = fit(
+        fusedopt.AdamW,
+        tmp_path,
+        options=AVERAGING,
+        resume=tmp_path / "epoch=0.ckpt",
+        callbacks=keep["callbacks"][:1],
+    )
+    assert_equal(params(resumed), params(straight))
+    assert_equal(averages(resumed), averages(straight))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_callback_logs_the_norm(accumulate: int, tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import CSVLogger
+
+    norms: list[float] = []
+
+    class Noted(Task):
+        def configure_optimizers(self) -> Any:
+            optimizer = fusedopt.AdamW(self.net.parameters(), lr=LR, max_grad_norm=0.3)
+            optimizer.register_step_post_hook(lambda *_: norms.append(float(optimizer.grad_norm)))
+            return optimizer
+
+    fit(
+        fusedopt.AdamW,
+        tmp_path,
+        Noted,
+        callbacks=[callback(grad_norm="norm")],
+        logger=CSVLogger(tmp_path, name="", version=""),
+        log_every_n_steps=1,
+        accumulate_grad_batches=accumulate,
+    )
+    header, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    column = header.split(",").index("norm")
+    logged = [float(row.split(",")[column]) for row in rows]
+    assert len(norms) == {1: 16, 3: 6}[accumulate]
+    assert logged == pytest.approx(norms, rel=1e-6)
+
+
+@pytest.mark.parametrize("adamw", [fusedopt.AdamW, torch.optim.AdamW])
+def test_callback_without_options(adamw: Any, tmp_path: Path) -> None:
+    arguments: Any = {"gradient_clip_val": 0.3}
+    plain = fit(adamw, tmp_path, **arguments)
+    assert_equal(params(fit(adamw, tmp_path, callbacks=[callback()], **arguments)), params(plain))
+
+
+def test_callback_refuses(tmp_path: Path, mesh: Any) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from torch.distributed.fsdp import fully_shard
+
+    clipped: Any = {"options": {"max_grad_norm": 1.0}, "callbacks": [callback()]}
+    with pytest.raises(ValueError, match=r"gradient_clip_val=0.3 and by the optimizer's max_grad"):
+        fit(fusedopt.AdamW, tmp_path, gradient_clip_val=0.3, **clipped)
+    fit(fusedopt.AdamW, tmp_path, gradient_clip_val=0.0, **clipped)  # which does not clip
+
+    saving = callback(averages_in_checkpoints=True)
+    with pytest.raises(ValueError, match="with save_weights_only"):
+        fit(
+            fusedopt.AdamW,
+            tmp_path,
+            options=AVERAGING,
+            callbacks=[saving, ModelCheckpoint(tmp_path, save_weights_only=True)],
+            enable_checkpointing=True,
+        )
+
+    class Sharded(Task):
+        def configure_optimizers(self) -> Any:
+            fully_shard(self.net, mesh=mesh)
+            return super().configure_optimizers()
+
+    with pytest.raises(ValueError, match="its parameters are sharded"):
+        fit(fusedopt.AdamW, tmp_path, Sharded, callbacks=[saving])
+
+    optimizer = fusedopt.AdamW(tiny().parameters(), ema_decay=0.9)
+    of_deepspeed = SimpleNamespace(global_step=0, optimizers=[SimpleNamespace(optimizer=optimizer)])
+    with pytest.raises(ValueError, match="partitions of its own"):
+        callback().on_fit_start(of_deepspeed, None)
+
+
+def test_callback_in_pytorch_lightning(tmp_path: Path) -> None:
+    """The same code under another name, whose Trainer takes the callback as it is."""
+    other = pytest.importorskip("pytorch_lightning", reason="Lightning brings it along")
+    seen: list[Any] = []
+
+    class Module(other.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = tiny()
+
+        training_step = Task.training_step
+
+        def validation_step(self, *_: Any) -> None:
+            seen.append((whole(self.net.parameters()), averages(self.trainer)))
+
+        def configure_optimizers(self) -> Any:
+            return fusedopt.AdamW(self.parameters(), lr=LR, max_grad_norm=0.3, **AVERAGING)
+
+    trainer = other.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        callbacks=[callback()],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(Module(), batches(), batches())
+    assert len(seen) == 8
+    assert_equal(*map(list, zip(*seen, strict=True)))
+    assert trainer.callback_metrics["grad_norm"] > 0

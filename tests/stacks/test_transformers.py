@@ -1,5 +1,7 @@
-"""Hugging Face: the Trainer, and LoRA adapters of PEFT in it."""
+"""Hugging Face: the Trainer, LoRA adapters of PEFT in it, and the mixin for it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,21 @@ def fit(
     **arguments: Any,
 ) -> Any:
     """The Trainer, after its training."""
+    trainer = make(adamw, folder, model, options, **arguments)
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    return trainer
+
+
+def make(
+    adamw: Any,
+    folder: Path,
+    model: Any = None,
+    options: dict[str, Any] | None = None,
+    trainer_class: Any = None,
+    optimizers: Any = (None, None),
+    **arguments: Any,
+) -> Any:
+    """The Trainer, of an optimizer's class or, without it, of an optimizer."""
     from transformers import Trainer, TrainingArguments
 
     arguments = {
@@ -74,6 +91,7 @@ def fit(
         "lr_scheduler_type": "cosine",
         "warmup_steps": 2,
         "learning_rate": LR,
+        "weight_decay": 0.1,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
@@ -81,14 +99,14 @@ def fit(
         "disable_tqdm": True,
         **arguments,
     }
-    trainer = Trainer(
+    return (trainer_class or Trainer)(
         model=model or llama(),
         args=TrainingArguments(**arguments),
         train_dataset=Sequences(),
-        optimizer_cls_and_kwargs=(adamw, {"lr": LR, "weight_decay": 0.1, **(options or {})}),
+        eval_dataset=Sequences(),
+        optimizers=optimizers,
+        optimizer_cls_and_kwargs=adamw and (adamw, {"lr": LR, **(options or {})}),
     )
-    trainer.train(resume_from_checkpoint=resume and str(resume))
-    return trainer
 
 
 def logged(trainer: Any, what: str) -> list[float]:
@@ -177,3 +195,172 @@ def test_trainer_resumes_from_torch(tmp_path: Path) -> None:
     torchs = fit(torch.optim.AdamW, tmp_path, save_strategy="steps", save_steps=3)
     resumed = fit(fusedopt.AdamW, tmp_path, resume=tmp_path / "checkpoint-3")
     assert_near(whole(resumed.model.parameters()), whole(torchs.model.parameters()))
+
+
+def mixed(*bases: Any) -> Any:
+    """A Trainer class with the mixin."""
+    from transformers import Trainer
+
+    from fusedopt.integrations.transformers import TrainerMixin
+
+    return type("MyTrainer", (TrainerMixin, *(bases or (Trainer,))), {})
+
+
+@contextmanager
+def no_clipping_by_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nor measuring, for which the Trainer asks it to clip by infinity."""
+    with monkeypatch.context() as patch:
+        patch.delattr("accelerate.Accelerator.clip_grad_norm_")
+        yield
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@twins
+def test_mixin_clips_once(
+    adamw: Any, accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """Whatever the Trainer's own limit is; and logs the norm as the Trainer does."""
+    if adamw is fusedopt.AdamW:
+        with no_clipping_by_accelerate(monkeypatch):
+            trainer = fit(
+                adamw,
+                tmp_path,
+                options=clipping(adamw, 0.1),
+                trainer_class=mixed(),
+                max_grad_norm=0.01,
+                gradient_accumulation_steps=accumulate,
+            )
+    else:
+        trainer = fit(adamw, tmp_path, max_grad_norm=0.1, gradient_accumulation_steps=accumulate)
+    norms = logged(trainer, "grad_norm")
+    assert len(norms) == STEPS
+    assert max(norms) > 0.1
+    return [*losses_and_params(trainer), torch.tensor(norms)]
+
+
+def test_mixin_with_an_optimizer_that_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = clipping(fusedopt.AdamW, 0.1)
+    expected = fit(fusedopt.AdamW, tmp_path, options=options, trainer_class=mixed())
+    first = make(fusedopt.AdamW, tmp_path, options=options)
+    made = (first.create_optimizer(), None)
+    trainer = make(None, tmp_path, first.model, trainer_class=mixed(), optimizers=made)
+    with no_clipping_by_accelerate(monkeypatch):
+        trainer.train()
+    assert trainer.optimizer.optimizer is made[0]
+    assert_equal(losses_and_params(trainer), losses_and_params(expected))
+
+
+@pytest.mark.parametrize("adamw", [fusedopt.AdamW, torch.optim.AdamW])
+def test_mixin_without_options(adamw: Any, tmp_path: Path) -> None:
+    """It does what the Trainer does."""
+    arguments: Any = {"max_grad_norm": 0.1, "eval_strategy": "epoch"}
+    plain = fit(adamw, tmp_path, **arguments)
+    other = fit(adamw, tmp_path, trainer_class=mixed(), **arguments)
+    for what in ("grad_norm", "eval_loss"):
+        assert logged(plain, what) == logged(other, what) != []
+    assert_equal(losses_and_params(other), losses_and_params(plain))
+
+
+AVERAGING: Any = {"ema_decay": 0.5}
+
+
+def averages(trainer: Any) -> list[Any]:
+    state = trainer.optimizer.optimizer.state
+    return [state[param]["ema_param"].clone() for param in trainer.model.parameters()]
+
+
+def test_mixin_evaluates_the_averages(tmp_path: Path) -> None:
+    trainer = fit(fusedopt.AdamW, tmp_path, options=AVERAGING, trainer_class=mixed())
+    weights = whole(trainer.model.parameters())
+    found = trainer.evaluate()["eval_loss"], trainer.predict(Sequences()).metrics["test_loss"]
+    assert_equal(whole(trainer.model.parameters()), weights)
+
+    plain = make(fusedopt.AdamW, tmp_path, trainer.model)
+    of_weights = plain.evaluate()["eval_loss"]
+    with torch.no_grad():
+        for param, average in zip(trainer.model.parameters(), averages(trainer), strict=True):
+            param.copy_(average)
+    of_averages = plain.evaluate()["eval_loss"]
+    assert found == (of_averages, of_averages)
+    assert of_averages != of_weights
+
+
+def test_mixin_saves_the_averages(tmp_path: Path) -> None:
+    """But for checkpoints, from which training goes on with the same bits."""
+    from transformers import LlamaForCausalLM
+
+    def run(**more: Any) -> Any:
+        return fit(fusedopt.AdamW, tmp_path, options=AVERAGING, trainer_class=mixed(), **more)
+
+    def saved(folder: Path) -> list[Any]:
+        return whole(LlamaForCausalLM.from_pretrained(folder).parameters())
+
+    straight = run(save_strategy="steps", save_steps=3)
+    straight.save_model(str(tmp_path / "final"))
+    assert_equal(saved(tmp_path / "final"), averages(straight))
+    weights = whole(straight.model.parameters())
+    assert_equal(saved(tmp_path / "checkpoint-6"), weights)
+    resumed = run(resume=tmp_path / "checkpoint-3")
+    assert_equal(whole(resumed.model.parameters()), weights)
+    assert_equal(averages(resumed), averages(straight))
+
+
+def test_mixin_loads_the_best_averages(tmp_path: Path) -> None:
+    """With such a learning rate the first evaluation is the best."""
+    arguments: Any = {
+        "trainer_class": mixed(),
+        "learning_rate": 1.0,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+    }
+    trainer = fit(fusedopt.AdamW, tmp_path, options={**AVERAGING, "lr": 1.0}, **arguments)
+    assert trainer.state.best_metric < logged(trainer, "eval_loss")[-1]
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+    with pytest.raises(ValueError, match="not saved with save_only_model"):
+        fit(fusedopt.AdamW, tmp_path, options=AVERAGING, save_only_model=True, **arguments)
+
+
+def test_mixin_before_there_are_averages(tmp_path: Path) -> None:
+    plain = make(fusedopt.AdamW, tmp_path).evaluate()["eval_loss"]
+    trainer = make(fusedopt.AdamW, tmp_path, options=AVERAGING, trainer_class=mixed())
+    assert trainer.evaluate()["eval_loss"] == plain
+    trainer.args.eval_on_start = True
+    trainer.train()
+    assert logged(trainer, "eval_loss")[-1] == plain
+
+
+def test_mixin_after_an_evaluation_that_raises(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    class Failing(Trainer):
+        def prediction_step(self, *_: Any, **__: Any) -> Any:
+            raise ArithmeticError
+
+    trainer = fit(fusedopt.AdamW, tmp_path, options=AVERAGING, trainer_class=mixed(Failing))
+    weights = whole(trainer.model.parameters())
+    with pytest.raises(ArithmeticError):
+        trainer.evaluate()
+    assert_equal(whole(trainer.model.parameters()), weights)
+    assert trainer.optimizer.state_dict()["state"]  # refused within a swap
+
+
+def test_mixin_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Trainer
+
+    from fusedopt.integrations.transformers import TrainerMixin
+
+    with pytest.raises(TypeError, match=r"MyTrainer\(TrainerMixin, transformers.Trainer\)"):
+        type("Wrong", (Trainer, TrainerMixin), {})
+    for options in ({"max_grad_norm": 1.0}, AVERAGING):
+        trainer = make(fusedopt.AdamW, tmp_path, options=options, trainer_class=mixed())
+        trainer.is_deepspeed_enabled = True
+        with pytest.raises(ValueError, match="gradient_clipping in DeepSpeed's configuration"):
+            trainer.create_optimizer()
+    monkeypatch.delattr(Trainer, "_get_grad_norm")
+    with pytest.raises(RuntimeError, match=r"relies on _get_grad_norm of transformers.Trainer"):
+        mixed()

@@ -1,6 +1,5 @@
 """torchtitan: its container of optimizers over FSDP2, its clipping, and checkpoints of the two."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,11 @@ pytest.importorskip("torchtitan", reason="make stacks installs it")
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
 
-def container(adamw: Any, model: Any, **options: Any) -> Any:
-    """Of two groups. A subclass knows fusedopt's optimizers by "fusedopt.NAME"."""
-    from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+def container(adamw: Any, model: Any, implementation: str = "fused", **options: Any) -> Any:
+    """Of two groups."""
+    from torchtitan.components.optimizer import ParamGroupConfig
 
-    class Container(OptimizersContainer):
-        @dataclass(kw_only=True, slots=True)
-        class Config(OptimizersContainer.Config):
-            pass
-
-        @staticmethod
-        def _resolve_optimizer_factory(name: str) -> Any:
-            if name.startswith("fusedopt."):
-                return getattr(fusedopt, name.removeprefix("fusedopt."))
-            return OptimizersContainer._resolve_optimizer_factory(name)
+    from fusedopt.integrations.torchtitan import OptimizersContainer
 
     name = "fusedopt.AdamW" if adamw is fusedopt.AdamW else "AdamW"
     options = {"lr": LR, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, **options}
@@ -40,7 +30,8 @@ def container(adamw: Any, model: Any, **options: Any) -> Any:
         ParamGroupConfig(pattern=pattern, optimizer_name=name, optimizer_kwargs=group)
         for pattern, group in groups.items()
     ]
-    return Container(Container.Config(param_groups=configs), model_parts=[model])
+    config = OptimizersContainer.Config(param_groups=configs, implementation=implementation)
+    return config.build(model_parts=[model])
 
 
 def shard(model: Any) -> Any:
@@ -121,3 +112,20 @@ def test_resumes(options: dict[str, Any], tmp_path: Path) -> None:
     dcp.load({"optimizer": resumed[1], "model": weights}, checkpoint_id=tmp_path)
     resumed[0].load_state_dict(weights)
     assert_equal(train(*resumed, range(3, 5)), train(*straight, range(3, 5)))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_names(name: str) -> None:
+    from fusedopt.integrations.torchtitan import OptimizersContainer
+
+    factory = OptimizersContainer._resolve_optimizer_factory
+    assert factory(f"fusedopt.{name}") is getattr(fusedopt, name)
+    assert factory("AdamW") is torch.optim.AdamW
+    with pytest.raises(NotImplementedError, match=r"fusedopt\.Lion not added"):
+        factory("fusedopt.Lion")
+
+
+def test_states_in_bf16_are_an_option_of_ours() -> None:
+    container(torch.optim.AdamW, tiny(), "fused_opt_states_bf16")
+    with pytest.raises(ValueError, match="set state_dtype='bfloat16' in optimizer_kwargs"):
+        container(fusedopt.AdamW, tiny(), "fused_opt_states_bf16")

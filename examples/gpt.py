@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -109,19 +110,26 @@ def load_text(path: Path | None) -> Tensor:
 
 
 class Batches:
-    """Random windows of the text; the same seed gives the same batches."""
+    """Random windows of the text; the same seed gives the same batches.
 
-    def __init__(self, text: Tensor, batch: int, context: int, seed: int) -> None:
+    ``part`` of ``parts`` is what one of several processes has of each.
+    """
+
+    def __init__(
+        self, text: Tensor, batch: int, context: int, seed: int, part: int = 0, parts: int = 1
+    ) -> None:
         if len(text) <= context + 1:
             raise SystemExit(f"the text has {len(text)} bytes; it needs more than {context + 1}")
         self.text = text
         self.offsets = torch.arange(context + 1)
         self.batch = batch
+        self.part, self.parts = part, parts
         self.generator = torch.Generator().manual_seed(seed)
 
     def next(self, device: torch.device) -> tuple[Tensor, Tensor]:
         high = len(self.text) - len(self.offsets) + 1
         starts = torch.randint(high, (self.batch, 1), generator=self.generator)
+        starts = starts.tensor_split(self.parts)[self.part]
         windows = self.text[starts + self.offsets].to(device)
         return windows[:, :-1], windows[:, 1:]
 
@@ -134,6 +142,8 @@ class Run:
     model: GPT
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    clip: float | None = 1.0  # by torch's function; None: the optimizer does
+    forward: nn.Module | None = None  # the model, or what DistributedDataParallel makes of it
     losses: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     optimizer_s: list[float] = field(default_factory=list)
@@ -141,15 +151,16 @@ class Run:
     def train(self, tokens: Tensor, targets: Tensor) -> None:
         start = _now(tokens.device)
         self.optimizer.zero_grad()
-        logits = self.model(tokens).flatten(0, 1).float()
+        logits = (self.forward or self.model)(tokens).flatten(0, 1).float()
         loss = functional.cross_entropy(logits, targets.flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         before = _now(tokens.device)
         self.optimizer.step()
         after = _now(tokens.device)
         self.schedule.step()
-        self.losses.append(loss.item())
+        self.losses.append(_mean_of_processes(loss.detach()))
         self.optimizer_s.append(after - before)
         self.step_s.append(_now(tokens.device) - start)
 
@@ -167,6 +178,13 @@ class Run:
         }
 
 
+def _mean_of_processes(loss: Tensor) -> float:
+    if not (dist.is_available() and dist.is_initialized()):
+        return loss.item()
+    dist.all_reduce(loss)
+    return loss.item() / dist.get_world_size()
+
+
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -182,7 +200,7 @@ def start_run(
         {"params": [p for p in params if p.ndim >= 2]},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
-    made = getattr(library, optimizer)(groups, **HYPER[optimizer], **options)
+    made = getattr(library, optimizer)(groups, **{**HYPER[optimizer], **options})
     schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: learning_rate(step, steps))
     return Run(name, model, made, schedule)
 
@@ -199,14 +217,14 @@ def tail_mean(losses: Sequence[float]) -> float:
     return sum(tail) / len(tail)
 
 
-def show_progress(done: int, steps: int, runs: list[Run], seconds: float) -> None:
-    """A bar on a terminal; ten lines in a log."""
+def show_progress(done: int, steps: int, runs: list[Run], seconds: float, first: int = 0) -> None:
+    """A bar on a terminal; ten lines in a log. ``seconds`` are those since step ``first``."""
     live = sys.stderr.isatty()
     if not live and done * 10 // steps == (done - 1) * 10 // steps:
         return
     filled = 30 * done // steps
     losses = "  ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs)
-    left = seconds / done * (steps - done)
+    left = seconds / (done - first) * (steps - done)
     line = (
         f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{steps}  {left:3.0f} s left  loss {losses}"
     )

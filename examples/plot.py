@@ -1,4 +1,4 @@
-"""The picture of train_gpt.py: both loss curves, their difference, where the time goes."""
+"""The picture of train_gpt.py: the loss curves, their difference, where the time goes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ def draw(path: Path, title: str, result: dict[str, Any]) -> None:
         {"figure.constrained_layout.use": True, "savefig.dpi": 130, "axes.grid": True,
          "axes.axisbelow": True, "grid.alpha": 0.3, "legend.frameon": False}
     )  # fmt: skip
+    is_compared = result["apart"] is not None
     figure, axes = pyplot.subplot_mosaic(
-        [["loss", "time"], ["apart", "time"]],
+        [["loss", "time"], ["apart" if is_compared else "loss", "time"]],
         figsize=(12, 6.5),
         width_ratios=(2.2, 1),
         height_ratios=(2, 1),
     )
     _draw_losses(axes["loss"], result["runs"])
-    _draw_difference(axes["apart"], result["runs"], result["apart"])
+    if is_compared:
+        _draw_difference(axes["apart"], result["runs"], result["apart"])
+        axes["apart"].sharex(axes["loss"])
     _draw_time(axes["time"], result["runs"])
-    axes["apart"].sharex(axes["loss"])
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -35,9 +37,10 @@ def draw(path: Path, title: str, result: dict[str, Any]) -> None:
 
 
 def _draw_losses(axis: Any, runs: list[dict[str, Any]]) -> None:
-    ours, theirs = runs
+    ours, *others = runs
     axis.plot(ours["losses"], color=COLORS[0], linewidth=3.5, alpha=0.5, label=ours["name"])
-    axis.plot(theirs["losses"], color=COLORS[1], linewidth=1, label=theirs["name"])
+    for theirs in others:
+        axis.plot(theirs["losses"], color=COLORS[1], linewidth=1, label=theirs["name"])
     axis.set_ylabel("loss (nats per byte)")
     axis.set_title("Loss of each batch")
     axis.legend()
@@ -62,7 +65,7 @@ def _draw_time(axis: Any, runs: list[dict[str, Any]]) -> None:
     optimizer = [run["optimizer_ms"] for run in runs]
     rest = [run["step_ms"] - run["optimizer_ms"] for run in runs]
     axis.bar(labels, rest, width=0.6, color="0.8")
-    bars = axis.bar(labels, optimizer, width=0.6, bottom=rest, color=COLORS)
+    bars = axis.bar(labels, optimizer, width=0.6, bottom=rest, color=COLORS[: len(runs)])
     texts = [f"{r['optimizer_ms']:.2f} ms\n{r['optimizer_share']:.1%}" for r in runs]
     axis.bar_label(bars, [f"optimizer\n{text}" for text in texts], padding=3)
     for bar in axis.containers[0]:

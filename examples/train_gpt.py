@@ -2,17 +2,22 @@
 
 Both runs start from the same weights and see the same batches, and they take turns step by step,
 so that whatever else the machine does slows both. Their loss curves have to lie on each other
-(exit status 1 if not); what differs is the time that the optimizer takes.
+(exit status 1 if not); what differs is the time that the optimizer takes. With a setting that
+torch.optim lacks, but for --max-grad-norm, there is the run with fusedopt alone.
 
 Examples:
     python examples/train_gpt.py
     python examples/train_gpt.py --optimizer SGD --steps 200 --text my_book.txt
+    python examples/train_gpt.py --dtype bfloat16 --master-weights split --ema-decay 0.99
+    torchrun --nproc-per-node 2 examples/train_gpt.py --fsdp --checkpoint gpt --save-every 100
+    torchrun --nproc-per-node 2 examples/train_gpt.py --fsdp --checkpoint gpt --resume
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import os
 import platform
@@ -22,7 +27,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import parallel
 import torch
+import torch.distributed as dist
 from gpt import (
     BATCH,
     GPT,
@@ -37,6 +44,7 @@ from gpt import (
 )
 
 import fusedopt
+from fusedopt.integrations import swap_ema
 
 TORCH_KINDS: dict[str, dict[str, bool]] = {
     "default": {},
@@ -51,30 +59,74 @@ TORCH_KINDS: dict[str, dict[str, bool]] = {
 EARLY_STEPS = 50
 TOLERANCES = {"float32": (1e-3, 0.01), "bfloat16": (0.3, 0.1)}  # early, final
 
+NUMBER: dict[str, Any] = {"type": float, "metavar": "X"}
+SWITCH: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+# The arguments of fusedopt.AdamW, all but `differentiable`, which must be False, and `norm_group`,
+# which the params of DDP and of FSDP2 do not need. Those of the other optimizers are among them,
+# but for SGD's few.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lr": NUMBER,
+    "betas": NUMBER | {"nargs": 2},
+    "eps": NUMBER,
+    "weight_decay": NUMBER,
+    "amsgrad": SWITCH,
+    "maximize": SWITCH,
+    "foreach": SWITCH,
+    "capturable": SWITCH,
+    "fused": SWITCH,
+    "state_dtype": {"choices": ["float32", "bfloat16"]},
+    "master_weights": {"choices": ["float32", "split"]},
+    "stochastic_rounding": SWITCH,
+    "rounding_seed": {"type": int, "metavar": "N"},
+    "max_grad_norm": NUMBER,
+    "error_if_nonfinite": SWITCH,
+    "ema_decay": NUMBER,
+    "ema_bias_correction": SWITCH,
+    "lr_independent_weight_decay": SWITCH,
+}
+
 
 def start_runs(args: argparse.Namespace) -> list[Run]:
+    """With fusedopt and, if it has all that is asked for, with torch.optim."""
     torch.manual_seed(args.seed)
     first = GPT(Config()).to(args.device, getattr(torch, args.dtype))
-    kinds: tuple[tuple[str, Any, dict[str, bool]], ...] = (
-        ("fusedopt", fusedopt, {}),
-        (f"torch.optim ({args.torch})", torch.optim, TORCH_KINDS[args.torch]),
-    )
-    return [
-        start_run(name, copy.deepcopy(first), library, args.optimizer, args.steps, options)
-        for name, library, options in kinds
-    ]
+    asked = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+
+    def start(name: str, library: Any, options: dict[str, Any], clip: float | None) -> Run:
+        model = copy.deepcopy(first)
+        forward = parallel.spread(model, args.parallel)
+        run = start_run(name, model, library, args.optimizer, args.steps, options)
+        run.clip, run.forward = clip, forward
+        return run
+
+    limit = asked.get("max_grad_norm")
+    runs = [start("fusedopt", fusedopt, asked, clip=1.0 if limit is None else None)]
+    # Which of its implementations is not asked by these two.
+    of_torch = {k: v for k, v in asked.items() if k not in ("foreach", "fused", "max_grad_norm")}
+    if set(of_torch) <= set(inspect.signature(getattr(torch.optim, args.optimizer)).parameters):
+        name, kind = f"torch.optim ({args.torch})", TORCH_KINDS[args.torch]
+        runs.append(start(name, torch.optim, of_torch | kind, clip=limit or 1.0))
+    return runs
 
 
 def train(runs: list[Run], batches: Batches, args: argparse.Namespace) -> int:
     """Turn by turn, and each in turn first; the number of steps made before time ran out."""
+    first = parallel.load(args.checkpoint, runs, batches) if args.resume else 0
+    if first >= args.steps:
+        raise SystemExit(f"--resume: the checkpoint has made all of {args.steps} steps")
     start = time.perf_counter()
-    for step in range(args.steps):
+    for step in range(first, args.steps):
         tokens, targets = batches.next(args.device)
         for run in runs if step % 2 == 0 else runs[::-1]:
             run.train(tokens, targets)
         seconds = time.perf_counter() - start
-        show_progress(step + 1, args.steps, runs, seconds)
-        if seconds > args.max_seconds and step + 1 < args.steps:
+        if batches.part == 0:
+            show_progress(step + 1, args.steps, runs, seconds, first)
+        is_last = step + 1 == args.steps
+        stops = not is_last and parallel.is_true_of_the_first(seconds > args.max_seconds)
+        if args.checkpoint and (is_last or stops or (step + 1) % args.save_every == 0):
+            parallel.save(args.checkpoint, step + 1, runs, batches)
+        if stops:
             print(f"\nstopped after {step + 1} of {args.steps} steps: {seconds:.0f} s have passed "
                   "(--max-seconds); on a busy machine, try --threads 1")  # fmt: skip
             return step + 1
@@ -99,13 +151,15 @@ def agreement(ours: Run, theirs: Run, dtype: str) -> dict[str, Any]:
     }
 
 
-def report(runs: list[Run], figures: list[dict[str, float]], apart: dict[str, Any]) -> None:
+def report(runs: list[Run], figures: list[dict[str, float]], apart: dict[str, Any] | None) -> None:
     print(f"\n{'':24}{'loss':>8}{'tokens/s':>10}{'ms/step':>9}{'optimizer ms':>14}{'share':>8}")
     for run, row in zip(runs, figures, strict=True):
         print(
             f"{run.name:24}{row['final_loss']:8.4f}{row['tokens_per_s']:10.0f}{row['step_ms']:9.1f}"
             f"{row['optimizer_ms']:14.3f}{row['optimizer_share']:8.1%}"
         )
+    if apart is None:
+        return
     median, total = (
         figures[1][key] / figures[0][key] for key in ("optimizer_ms", "optimizer_total_s")
     )
@@ -151,9 +205,25 @@ def parse_args() -> argparse.Namespace:
         help="picture to write (default: %(default)s)")  # fmt: skip
     add("--no-plot", action="store_true", help="write no picture; matplotlib is not needed then")
     add("--json", type=Path, metavar="FILE", help="write machine, figures and both curves")
+    add("--ddp", dest="parallel", action="store_const", const="ddp",
+        help="replicate the model over the processes of torchrun")  # fmt: skip
+    add("--fsdp", dest="parallel", action="store_const", const="fsdp",
+        help="shard it over them, with FSDP2")  # fmt: skip
+    add("--checkpoint", type=Path, metavar="FOLDER", help="save there at the end")
+    add("--save-every", type=int, default=10**9, metavar="N", help="and after every N steps")
+    add("--resume", action="store_true", help="go on from the latest checkpoint")
+    settings = parser.add_argument_group("settings of the optimizer, as help(fusedopt.AdamW) says")
+    for name, kind in SETTINGS.items():
+        settings.add_argument(f"--{name.replace('_', '-')}", default=None, **kind)
     args = parser.parse_args()
-    if min(args.steps, args.threads or 1) < 1:
-        parser.error("--steps and --threads must be at least 1")
+    if min(args.steps, args.threads or 1, args.save_every) < 1:
+        parser.error("--steps, --threads and --save-every must be at least 1")
+    if args.resume and not args.checkpoint:
+        parser.error("--resume needs --checkpoint")
+    known = inspect.signature(getattr(fusedopt, args.optimizer)).parameters
+    for name in SETTINGS:
+        if getattr(args, name) is not None and name not in known:
+            parser.error(f"{args.optimizer} has no {name}")
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch finds no CUDA device here")
     return args
@@ -165,9 +235,15 @@ def main() -> int:
         from plot import draw  # a missing matplotlib should show now, not after the training
     if args.threads:
         torch.set_num_threads(args.threads)
+    part, parts = 0, 1
+    if args.parallel:
+        args.device = parallel.join_processes(args.device)
+        part, parts = dist.get_rank(), dist.get_world_size()
+        if BATCH % parts:
+            raise SystemExit(f"a batch of {BATCH} cannot be divided among {parts} processes")
     machine = machine_info(args.device)
     config = Config()
-    batches = Batches(load_text(args.text), BATCH, config.context, args.seed)
+    batches = Batches(load_text(args.text), BATCH, config.context, args.seed, part, parts)
     runs = start_runs(args)
     params = list(runs[0].model.parameters())
     title = (
@@ -178,9 +254,11 @@ def main() -> int:
     print(where, f"{title}, {len(batches.text) / 1e6:.1f} MB of text", sep="\n")
     steps = train(runs, batches, args)
     figures = [run.figures(BATCH * config.context) for run in runs]
-    apart = agreement(runs[0], runs[1], args.dtype)
+    apart = agreement(runs[0], runs[1], args.dtype) if len(runs) > 1 else None
     report(runs, figures, apart)
-    print("\nThe model trained with fusedopt writes:\n" + runs[0].model.generate(b"def ", 300))
+    with swap_ema(runs[0].optimizer, runs[0].model):  # if it keeps averages
+        written = runs[0].model.generate(b"def ", 300)
+    print("\nThe model trained with fusedopt writes:\n" + written)
     result = {
         "machine": machine,
         "config": asdict(config) | {"batch": BATCH, "steps": steps, "seed": args.seed},
@@ -190,13 +268,15 @@ def main() -> int:
             for run, row in zip(runs, figures, strict=True)
         ],
     }
-    if args.json:
+    if args.json and part == 0:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {args.json}")
-    if not args.no_plot:
+    if not args.no_plot and part == 0:
         draw(args.plot, f"{title}\n{where}", result)
-    return 0 if apart["good"] else 1
+    if args.parallel:
+        dist.destroy_process_group()
+    return 0 if apart is None or apart["good"] else 1
 
 
 if __name__ == "__main__":

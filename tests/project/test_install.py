@@ -176,6 +176,7 @@ def test_import_is_light_and_checks_torch_first() -> None:
     assert re.search(r"needs torch >= 2\.10.*2\.9\.1.*pip install -U torch", error)
     assert "fusedopt._C" in modules.split()
     assert [name for name in modules.split() if not name.startswith("fusedopt")] == []
+    assert "fusedopt.integrations" not in modules.split()
 
 
 @pytest.mark.unsanitized  # imports, and no more

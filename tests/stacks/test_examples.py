@@ -1,19 +1,14 @@
 """The files of examples/, as their docstrings say to run them: each learns what it is to learn."""
 
-import contextlib
-import importlib.util
-import io
-import os
 import re
-import runpy
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
 
 import pytest
 import torch.distributed as dist
 
+from support import examples
+from support.examples import skip_without
 from support.files import ROOT, run_python
 from support.processes import on_ranks
 
@@ -34,44 +29,17 @@ EXAMPLES: dict[str, list[str]] = {
     "deepspeed_zero.py": ["deepspeed"],
     "torchtitan_optimizer.py": ["torchtitan"],
 }
-Run: TypeAlias = Callable[..., str]
-
-
-def path_of(name: str) -> Path:
-    for package in EXAMPLES[name]:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"make stacks installs {package}")
-    return ROOT / "examples" / name
-
-
-@contextlib.contextmanager
-def as_before() -> Iterator[None]:
-    """Packages leave notes for their next start: in the environment, accelerate in its state."""
-    environment = dict(os.environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
-        if "accelerate" in sys.modules:
-            from accelerate.state import AcceleratorState
-
-            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs one in this process, which has imported most of it, in an empty folder."""
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
+    """Runs one, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
 
     def run(name: str, *arguments: object) -> str:
-        path = path_of(name)
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        with as_before():
-            runpy.run_path(str(path), run_name="__main__")
-        return capsys.readouterr().out
+        skip_without(*EXAMPLES[name])
+        return examples.run(name, *arguments)
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return run
 
 
@@ -88,7 +56,7 @@ def assert_falls(losses: list[float], to: float) -> None:
 
 def test_every_example_is_run() -> None:
     files = {path.name for path in (ROOT / "examples").glob("*.py")}
-    of_the_demo = {"gpt.py", "plot.py", "train_gpt.py"}
+    of_the_demo = {"gpt.py", "parallel.py", "plot.py", "train_gpt.py"}
     assert files - of_the_demo == set(EXAMPLES)
     table = (ROOT / "examples/README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| \[(\w+\.py)\]", table, re.MULTILINE)) == (
@@ -112,46 +80,34 @@ def assert_same(name: str, together: str, alone: str) -> None:
         assert numbers(what, together) == pytest.approx(numbers(what, alone), rel=SAME[name])
 
 
-def run_in_group(name: str, *arguments: object) -> str:
-    """What this process prints, as one of a group that is there already."""
-    printed = io.StringIO()
-    with (
-        as_before(),
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(printed),
-    ):
-        patch.setattr(dist, "init_process_group", lambda *_, **__: None)
-        patch.setattr(dist, "destroy_process_group", lambda *_: None)
-        patch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(path_of(name)), run_name="__main__")
-    return printed.getvalue()
-
-
 @pytest.fixture
-def alone(name: str, run: Run) -> str:
+def alone(name: str, run: Callable[..., str]) -> str:
     return run(name)
 
 
 @on_ranks(2)
 @pytest.mark.parametrize("name", ["ddp.py", "deepspeed_zero.py", "torchtitan_optimizer.py"])
 def test_two_processes_learn_as_one_does(name: str, alone: str) -> None:
-    together = run_in_group(name, *(["--stage", 3] if name == "deepspeed_zero.py" else []))
+    skip_without(*EXAMPLES[name])
+    together = examples.run_in_group(name, *(["--stage", 3] if name == "deepspeed_zero.py" else []))
     if dist.get_rank() == 0:
         assert_same(name, together, alone)
 
 
 @pytest.mark.parametrize("name", ["fsdp2.py"])
-def test_torchrun(name: str, alone: str, run: Run, tmp_path: Path) -> None:
+def test_torchrun(name: str, alone: str, run: Callable[..., str], tmp_path: Path) -> None:
     """And that the run goes on as one process, from a checkpoint of two."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    together = run_python(*launcher, path_of(name), "--checkpoint", tmp_path, OMP_NUM_THREADS="1")
+    together = run_python(
+        *launcher, ROOT / "examples" / name, "--checkpoint", tmp_path, OMP_NUM_THREADS="1"
+    )
     assert_same(name, together, alone)
     more = run(name, "--checkpoint", tmp_path)
     assert numbers("step", together + more) == list(range(40))
     assert max(numbers("loss", more)) < 2 * numbers("loss", together)[-1]
 
 
-def test_accelerate(run: Run) -> None:
+def test_accelerate(run: Callable[..., str]) -> None:
     first = numbers("held-out loss", run("accelerate_loop.py"))
     assert_falls(first, to=0.1)
     more = numbers("held-out loss", run("accelerate_loop.py", "--resume"))
@@ -161,7 +117,10 @@ def test_accelerate(run: Run) -> None:
 @on_ranks(2)
 def test_accelerate_in_two_processes(tmp_path: Path) -> None:
     """Which have a batch each, and so make half as many steps."""
-    losses = numbers("held-out loss", run_in_group("accelerate_loop.py", "--output", tmp_path))
+    skip_without("accelerate")
+    losses = numbers(
+        "held-out loss", examples.run_in_group("accelerate_loop.py", "--output", tmp_path)
+    )
     if dist.get_rank() == 0:
         assert len(losses) == 5
         assert_falls(losses, to=0.5)
@@ -170,7 +129,7 @@ def test_accelerate_in_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_hf_trainer(lora: bool, run: Run, tmp_path: Path) -> None:
+def test_hf_trainer(lora: bool, run: Callable[..., str], tmp_path: Path) -> None:
     out = run("hf_trainer.py", *(["--lora"] if lora else []))
     assert len(numbers("grad_norm", out)) == 6
     assert_falls(numbers("eval_loss", out), to=1.0 if lora else 0.95)
@@ -179,7 +138,7 @@ def test_hf_trainer(lora: bool, run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "hf-trainer/checkpoint-60/optimizer.pt").exists()
 
 
-def test_lightning(run: Run, tmp_path: Path) -> None:
+def test_lightning(run: Callable[..., str], tmp_path: Path) -> None:
     (norm,), (loss,) = (
         numbers(what, line)
         for what, line in zip(

@@ -24,16 +24,15 @@ import platform
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import parallel
 import torch
 import torch.distributed as dist
+from flags import SETTINGS, TORCH_KINDS, parse_args
 from gpt import (
     BATCH,
     GPT,
-    HYPER,
     Batches,
     Config,
     Run,
@@ -46,11 +45,6 @@ from gpt import (
 import fusedopt
 from fusedopt.integrations import swap_ema
 
-TORCH_KINDS: dict[str, dict[str, bool]] = {
-    "default": {},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
 # The two runs differ by rounding alone, which training amplifies: at first the curves agree to
 # many digits, later one batch's loss may differ in the fourth, while both learn the same. The
 # yardstick is how far torch's own fused and unfused AdamW are apart in this program, given as in
@@ -58,32 +52,6 @@ TORCH_KINDS: dict[str, dict[str, bool]] = {
 # 6e-6). bfloat16, where unfused torch rounds after every operation: 0.09, 0.11, 0.02.
 EARLY_STEPS = 50
 TOLERANCES = {"float32": (1e-3, 0.01), "bfloat16": (0.3, 0.1)}  # early, final
-
-NUMBER: dict[str, Any] = {"type": float, "metavar": "X"}
-SWITCH: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-# The arguments of fusedopt.AdamW, all but `differentiable`, which must be False, and `norm_group`,
-# which the params of DDP and of FSDP2 do not need. Those of the other optimizers are among them,
-# but for SGD's few.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "lr": NUMBER,
-    "betas": NUMBER | {"nargs": 2},
-    "eps": NUMBER,
-    "weight_decay": NUMBER,
-    "amsgrad": SWITCH,
-    "maximize": SWITCH,
-    "foreach": SWITCH,
-    "capturable": SWITCH,
-    "fused": SWITCH,
-    "state_dtype": {"choices": ["float32", "bfloat16"]},
-    "master_weights": {"choices": ["float32", "split"]},
-    "stochastic_rounding": SWITCH,
-    "rounding_seed": {"type": int, "metavar": "N"},
-    "max_grad_norm": NUMBER,
-    "error_if_nonfinite": SWITCH,
-    "ema_decay": NUMBER,
-    "ema_bias_correction": SWITCH,
-    "lr_independent_weight_decay": SWITCH,
-}
 
 
 def start_runs(args: argparse.Namespace) -> list[Run]:
@@ -124,7 +92,8 @@ def train(runs: list[Run], batches: Batches, args: argparse.Namespace) -> int:
             show_progress(step + 1, args.steps, runs, seconds, first)
         is_last = step + 1 == args.steps
         stops = not is_last and parallel.is_true_of_the_first(seconds > args.max_seconds)
-        if args.checkpoint and (is_last or stops or (step + 1) % args.save_every == 0):
+        is_due = args.save_every and (step + 1) % args.save_every == 0
+        if args.checkpoint and (is_last or stops or is_due):
             parallel.save(args.checkpoint, step + 1, runs, batches)
         if stops:
             print(f"\nstopped after {step + 1} of {args.steps} steps: {seconds:.0f} s have passed "
@@ -185,52 +154,8 @@ def machine_info(device: torch.device) -> dict[str, Any]:
     }
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--optimizer", choices=HYPER, default="AdamW", help="default: %(default)s")
-    add("--torch", choices=TORCH_KINDS, default="default",
-        help="implementation in torch.optim to run against (default: its own choice)")  # fmt: skip
-    add("--steps", type=int, default=500, metavar="N", help="default: %(default)s")
-    add("--max-seconds", type=float, default=150.0, metavar="S",
-        help="stop early on a slow or busy machine (default: %(default)s)")  # fmt: skip
-    add("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
-    add("--dtype", choices=TOLERANCES, default="float32", help="of the model: %(default)s")
-    add("--threads", type=int, metavar="N", help="CPU threads; default: torch's choice")
-    add("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
-    add("--text", type=Path, metavar="FILE", help="default: Python's standard library")
-    add("--plot", type=Path, default=Path("train_gpt.png"), metavar="FILE",
-        help="picture to write (default: %(default)s)")  # fmt: skip
-    add("--no-plot", action="store_true", help="write no picture; matplotlib is not needed then")
-    add("--json", type=Path, metavar="FILE", help="write machine, figures and both curves")
-    add("--ddp", dest="parallel", action="store_const", const="ddp",
-        help="replicate the model over the processes of torchrun")  # fmt: skip
-    add("--fsdp", dest="parallel", action="store_const", const="fsdp",
-        help="shard it over them, with FSDP2")  # fmt: skip
-    add("--checkpoint", type=Path, metavar="FOLDER", help="save there at the end")
-    add("--save-every", type=int, default=10**9, metavar="N", help="and after every N steps")
-    add("--resume", action="store_true", help="go on from the latest checkpoint")
-    settings = parser.add_argument_group("settings of the optimizer, as help(fusedopt.AdamW) says")
-    for name, kind in SETTINGS.items():
-        settings.add_argument(f"--{name.replace('_', '-')}", default=None, **kind)
-    args = parser.parse_args()
-    if min(args.steps, args.threads or 1, args.save_every) < 1:
-        parser.error("--steps, --threads and --save-every must be at least 1")
-    if args.resume and not args.checkpoint:
-        parser.error("--resume needs --checkpoint")
-    known = inspect.signature(getattr(fusedopt, args.optimizer)).parameters
-    for name in SETTINGS:
-        if getattr(args, name) is not None and name not in known:
-            parser.error(f"{args.optimizer} has no {name}")
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch finds no CUDA device here")
-    return args
-
-
 def main() -> int:
-    args = parse_args()
+    args = parse_args(__doc__)
     if not args.no_plot:
         from plot import draw  # a missing matplotlib should show now, not after the training
     if args.threads:

@@ -56,7 +56,7 @@ def assert_falls(losses: list[float], to: float) -> None:
 
 def test_every_example_is_run() -> None:
     files = {path.name for path in (ROOT / "examples").glob("*.py")}
-    of_the_demo = {"gpt.py", "parallel.py", "plot.py", "train_gpt.py"}
+    of_the_demo = {"flags.py", "gpt.py", "parallel.py", "plot.py", "train_gpt.py"}
     assert files - of_the_demo == set(EXAMPLES)
     table = (ROOT / "examples/README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| \[(\w+\.py)\]", table, re.MULTILINE)) == (

@@ -127,15 +127,15 @@ def test_plots(options: list[str], tmp_path: Path) -> None:
 
 def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import train_gpt
+    import flags
 
     arguments = set(inspect.signature(fusedopt.AdamW).parameters)
-    assert arguments - set(train_gpt.SETTINGS) == {"params", "differentiable", "norm_group"}
-    assert set(train_gpt.SETTINGS) <= arguments
+    assert arguments - set(flags.SETTINGS) == {"params", "differentiable", "norm_group"}
+    assert set(flags.SETTINGS) <= arguments
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "resumes nothing": (["--resume"], "--resume needs --checkpoint"),
+    "resumes nothing": (["--resume"], "--save-every need --checkpoint"),
     "no such folder": (["--resume", "--checkpoint", "none"], "there is no checkpoint in none"),
     "of another optimizer": (["--optimizer", "SGD", "--eps", "1"], "SGD has no eps"),
     "no steps": (["--save-every", "0"], "must be at least 1"),

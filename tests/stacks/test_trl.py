@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import fusedopt
 from support.twins import LR, twins, whole
 
 pytest.importorskip("trl", reason="make stacks installs it")
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
+LIMIT = 0.3
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 
@@ -27,12 +30,18 @@ def tokenizer() -> Any:
     )
 
 
+@pytest.mark.parametrize("mixin", [False, True], ids=["plain", "with the mixin"])
 @twins
-def test_sft_trainer(adamw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def test_sft_trainer(
+    adamw: Any, mixin: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """Clipped by the Trainer or, with the mixin, by the optimizer."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
     from trl import SFTConfig, SFTTrainer
+
+    from fusedopt.integrations.transformers import TrainerMixin
 
     set_seed(0)
     config = LlamaConfig(
@@ -49,20 +58,30 @@ def test_sft_trainer(adamw: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         max_steps=4,
         per_device_train_batch_size=4,
         learning_rate=LR,
-        max_grad_norm=0.3,
+        max_grad_norm=LIMIT,
+        logging_steps=1,
         save_strategy="no",
         report_to=[],
         use_cpu=True,
         bf16=False,
         disable_tqdm=True,
     )
-    trainer = SFTTrainer(
+    clips_itself = mixin and adamw is fusedopt.AdamW
+    trainer_class = type("Mixed", (TrainerMixin, SFTTrainer), {}) if mixin else SFTTrainer
+    if clips_itself:
+        arguments.max_grad_norm = LIMIT / 10  # not used
+    trainer = trainer_class(
         model=LlamaForCausalLM(config),
         args=arguments,
         train_dataset=Dataset.from_dict({"text": texts}),
         processing_class=tokenizer(),
-        optimizer_cls_and_kwargs=(adamw, {"lr": LR}),
+        optimizer_cls_and_kwargs=(
+            adamw,
+            {"lr": LR, **({"max_grad_norm": LIMIT} if clips_itself else {})},
+        ),
     )
     trainer.train()
     assert trainer.state.global_step == 4
-    return whole(trainer.model.parameters())
+    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry]
+    assert max(norms) > LIMIT
+    return [*whole(trainer.model.parameters()), torch.tensor(norms)]

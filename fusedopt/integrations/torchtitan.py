@@ -1,9 +1,10 @@
 """torchtitan: its container of optimizers, which knows those of fusedopt by name.
 
 >>> from fusedopt.integrations.torchtitan import OptimizersContainer
->>> config = OptimizersContainer.Config(
-...     param_groups=[ParamGroupConfig(".*", "fusedopt.AdamW", {"lr": 3e-4, "ema_decay": 0.999})]
+>>> group = ParamGroupConfig(
+...     pattern=".*", optimizer_name="fusedopt.AdamW", optimizer_kwargs={"lr": 3e-4}
 ... )
+>>> config = OptimizersContainer.Config(param_groups=[group])
 """
 
 from collections.abc import Callable

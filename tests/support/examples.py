@@ -1,7 +1,6 @@
 """The programs of examples/, run as a user does, but in a process that has imported most of it."""
 
 import contextlib
-import importlib.util
 import io
 import os
 import runpy
@@ -56,9 +55,3 @@ def _as_before() -> Iterator[None]:
             from accelerate.state import AcceleratorState
 
             AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def skip_without(*packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"make stacks installs {package}")

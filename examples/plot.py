@@ -29,6 +29,7 @@ def draw(path: Path, title: str, result: dict[str, Any]) -> None:
     if is_compared:
         _draw_difference(axes["apart"], result["runs"], result["apart"])
         axes["apart"].sharex(axes["loss"])
+    axes["apart" if is_compared else "loss"].set_xlabel("step")
     _draw_time(axes["time"], result["runs"])
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,6 @@ def _draw_difference(axis: Any, runs: list[dict[str, Any]], apart: dict[str, Any
     limits = {"color": "black", "linestyle": "--", "linewidth": 1}
     axis.hlines(apart["early_limit"], 0, min(early, steps) - 1, **limits)
     axis.set_yscale("log")
-    axis.set_xlabel("step")
     axis.set_ylabel("difference (nats)")
     axis.set_title(f"Difference (dashed: allowed in the first {early} steps)")
 

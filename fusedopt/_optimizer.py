@@ -311,7 +311,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         For evaluation. Rounded to the parameters' dtype; afterwards they hold exactly what they
         held before. Parameters that were never stepped stay as they are. Raises RuntimeError if
-        there is no average yet, or inside another ``swap_ema()``.
+        there is no average yet, or inside another ``swap_ema()``. FSDP2 does not notice that its
+        shards have changed, and may go on with what it has gathered before:
+        ``fusedopt.integrations.swap_ema(optimizer, model)`` has it gather anew.
         """
         self._refuse_swapped("swap_ema()")
         pairs = [

@@ -109,8 +109,8 @@ def refuse_shards() -> None:
 
 
 def new_numbers(device: str, count: int) -> Tensor:
-    """``count`` float64 numbers."""
-    return torch.empty(count, dtype=torch.float64, device=device)
+    """``count`` int64 numbers."""
+    return torch.empty(count, dtype=torch.int64, device=device)
 
 
 def classify(params: list[Tensor]) -> tuple[list[int], list[list[Any]]]:
@@ -147,31 +147,32 @@ def _sharded_dims(param: Any) -> tuple[int, ...]:
     )
 
 
-def combine_totals(
-    totals: list[Tensor],
+def combine_sums(
+    sums: list[Tensor],
     reductions: list[list[Any]] | None,
     norm_groups: list[Any],
     param: Tensor | None,
 ) -> list[Tensor]:
-    """Add up what devices have summed, [squares, nonfinite] of each class, over processes too.
+    """Add up what devices have summed, the extension's ``NormSums`` of each class, in int64.
 
     ``reductions`` are those of ``classify()``; the sum of all classes is then added up over
     ``norm_groups``. Processes meet on the device of ``param``, the optimizer's first, whatever has
-    grads on each. Returns the sum over all, [squares, nonfinite], on the device of each of
-    ``totals``. Nothing waits for a GPU unless some are on the CPU.
+    grads on each. Returns the sum over all, one ``NormSums``, on the device of each of ``sums``.
+    Nothing waits for a GPU unless some are on the CPU.
     """
-    sharded_over = {id(group): group for groups in reductions or [] for group in groups}
+    reductions = reductions or [[]]
+    sharded_over = {id(group): group for groups in reductions for group in groups}
     if norm_groups and sharded_over:
         _refuse_overlap(norm_groups, sharded_over.values())
-    first = totals[0].device if param is None else param.device
-    total = totals[0].to(first, copy=True)
-    for other in totals[1:]:
+    first = sums[0].device if param is None else param.device
+    total = sums[0].to(first, copy=True)
+    for other in sums[1:]:
         total += other.to(first, non_blocking=first.type != "cpu")
-    by_class = total.view(-1, 2)
-    for index, groups in enumerate(reductions or []):
+    by_class = total.view(len(reductions), -1)
+    for index, groups in enumerate(reductions):
         for group in groups:
             torch.distributed.all_reduce(by_class[index], group=group)
     combined = by_class.sum(dim=0)
     for group in norm_groups:
         torch.distributed.all_reduce(combined, group=group)
-    return [combined.to(other.device, non_blocking=True) for other in totals]
+    return [combined.to(other.device, non_blocking=True) for other in sums]

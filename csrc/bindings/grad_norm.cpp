@@ -11,9 +11,9 @@ namespace py = pybind11;
 namespace fusedopt {
 namespace {
 
-// A GradStatus as doubles of one tensor; what a device has summed, [squares, nonfinite] of each
-// class, follows.
-constexpr int64_t kStatusNumbers = sizeof(GradStatus) / sizeof(double);
+// A GradStatus as words of an int64 tensor; what a device has summed, a NormSums of each class,
+// follows.
+constexpr int64_t kStatusWords = sizeof(GradStatus) / sizeof(int64_t);
 
 GradStatus read_status(const py::object& numbers) {
   const py::object copy = numbers.attr("cpu")();
@@ -52,27 +52,8 @@ void GradNorm::classify(ParamTable& table, const StepContext& context) {
   table.is_classified = true;
 }
 
-void GradNorm::sum_on_cpu(const ParamTable& table, int num_threads, double* totals,
-                          int64_t num_classes) {
-  std::vector<int64_t> sizes;
-  for (const ParamUpdate& update : table.updates)
-    sizes.push_back(update.device == kCpu ? update.numel : 0);
-  if (leaves_.empty() || sizes != leaf_sizes_) {
-    leaves_ = plan_leaves(sizes);
-    leaves_.shrink_to_fit();
-    leaf_sizes_.swap(sizes);
-  }
-  const std::vector<Layout> layouts = table.layouts();
-  const py::gil_scoped_release release;
-  const std::vector<PartialSum> sums =
-      cpu::sum_squares(table.updates.data(), layouts.data(), leaves_, isa_, num_threads);
-  for (int64_t c = 0; c < num_classes; ++c)
-    sum_leaves(sums.data(), static_cast<int64_t>(sums.size()), static_cast<int32_t>(c),
-               totals + 2 * c);
-}
-
-bool GradNorm::measure(const ParamTable& table, StepRequest& request, const StepContext& context,
-                       GpuStep& step, Gpus& gpus) {
+bool GradNorm::measure(const ParamTable& table, const Step& on_cpu, StepRequest& request,
+                       const StepContext& context, GpuStep& step, Gpus& gpus) {
   const int64_t num_classes =
       table.reductions.is_none() ? 1 : static_cast<int64_t>(py::len(table.reductions));
   const bool is_alone = table.reductions.is_none() && request.norm_groups.empty() &&
@@ -80,37 +61,38 @@ bool GradNorm::measure(const ParamTable& table, StepRequest& request, const Step
 
   // A tensor for each device, the CPU first.
   std::vector<py::object> numbers;
-  std::vector<double*> data;
+  std::vector<NormSums*> sums;
   const auto add_device = [&](int gpu) {
-    data.push_back(nullptr);
-    numbers.push_back(new_numbers(gpu, kStatusNumbers + 2 * num_classes, data.back()));
+    int64_t* data = nullptr;
+    numbers.push_back(new_numbers(gpu, kStatusWords + num_classes * kNormWords, data));
+    sums.push_back(reinterpret_cast<NormSums*>(data + kStatusWords));
+    return reinterpret_cast<GradStatus*>(data);
   };
-  const bool uses_cpu = context.has_cpu || step.devices.empty();
-  if (uses_cpu) {
-    add_device(-1);
-    sum_on_cpu(table, request.num_threads, data.back() + kStatusNumbers, num_classes);
+  GradStatus* const status_on_cpu =
+      context.has_cpu || step.devices.empty() ? add_device(-1) : nullptr;
+  if (status_on_cpu != nullptr) {
+    const py::gil_scoped_release release;
+    cpu::sum_squares(on_cpu, isa_, request.num_threads, sums.front(), num_classes);
   }
   for (cuda::DeviceStep& device : step.devices) {
-    add_device(device.gpu);
-    device.status = reinterpret_cast<GradStatus*>(data.back());
-    device.totals = data.back() + kStatusNumbers;
+    device.status = add_device(device.gpu);
+    device.norm_sums = sums.back();
     device.num_classes = num_classes;
-    device.finalizes = is_alone;
     gpus.driver().sum_squares(device);
   }
-  if (!is_alone) combine(table, request, context, step, gpus, numbers, data);
-  if (uses_cpu) {
-    const double* const totals = data.front() + kStatusNumbers;
-    const GradStatus status =
-        finalize_norm(totals[0], static_cast<int64_t>(totals[1]), request.grads.scale,
-                      /*found_inf=*/false, context.clips);
-    std::memcpy(data.front(), &status, sizeof(status));
+  if (!is_alone) combine(table, request, context, step, gpus, numbers, sums);
+  if (status_on_cpu != nullptr)
+    *status_on_cpu =
+        finalize_norm(*sums.front(), request.grads.scale, /*found_inf=*/false, context.clips);
+  for (size_t i = 0; i < step.devices.size(); ++i) {
+    step.devices[i].norm_sums = sums[numbers.size() - step.devices.size() + i];
+    gpus.driver().finalize_norm(step.devices[i]);
   }
   set_status(numbers.front());  // from now on, other threads may read it
   for (const py::object& tensor : numbers) gpus.keep(tensor, context, step);
 
   const bool errs = context.any_group(&GroupOptions::errs_if_nonfinite);
-  if (!uses_cpu && !errs) return false;
+  if (status_on_cpu == nullptr && !errs) return false;
   const GradStatus status = read_status(numbers.front());
   const bool is_bad = status.nonfinite > 0 || is_nonfinite(status.grad_norm);
   const bool is_overflow = request.checks_grads && status.nonfinite > 0;  // of a scaler's scale
@@ -119,30 +101,22 @@ bool GradNorm::measure(const ParamTable& table, StepRequest& request, const Step
   return status.skip > 0;
 }
 
-// Puts what all devices, and all processes that share the params, have summed into the first class
-// of each.
+// Replaces what each device has summed by what all devices, and all processes that share the
+// params, have.
 void GradNorm::combine(const ParamTable& table, const StepRequest& request,
                        const StepContext& context, GpuStep& step, Gpus& gpus,
-                       const std::vector<py::object>& numbers, const std::vector<double*>& data) {
-  py::list totals;
+                       const std::vector<py::object>& numbers, std::vector<NormSums*>& sums) {
+  py::list own;
   for (const py::object& tensor : numbers)
-    totals.append(tensor[py::slice(kStatusNumbers, py::len(tensor), 1)]);
+    own.append(tensor[py::slice(kStatusWords, py::len(tensor), 1)]);
   py::handle param;  // one that every process has, whether or not it has a grad here
   for (const Group& group : context.groups)
     if (!param && group.size() > 0) param = PyTuple_GET_ITEM(group.params.ptr(), 0);
   const py::list combined =
-      combine_totals(totals, table.reductions, request.norm_groups, param ? param : py::none());
-  const bool uses_cpu = numbers.size() > step.devices.size();
-  for (size_t i = 0; i < numbers.size(); ++i) {
-    const py::object total = combined[i];
-    if (uses_cpu && i == 0) {
-      std::memcpy(data[0] + kStatusNumbers, data_of_numbers(total), 2 * sizeof(double));
-      continue;
-    }
-    cuda::DeviceStep& device = step.devices[i - (uses_cpu ? 1 : 0)];
-    gpus.keep(total, context, step);
-    device.totals = const_cast<double*>(data_of_numbers(total));
-    gpus.driver().finalize_norm(device);
+      combine_sums(own, table.reductions, request.norm_groups, param ? param : py::none());
+  for (size_t i = 0; i < sums.size(); ++i) {
+    gpus.keep(combined[i], context, step);
+    sums[i] = reinterpret_cast<NormSums*>(data_of_numbers(combined[i]));
   }
 }
 

@@ -7,7 +7,6 @@
 
 #include "bindings/gpu_steps.h"
 #include "bindings/param_table.h"
-#include "core/chunks.h"
 #include "core/norm.h"
 
 // Finds out about the grads before a step: their global norm, and whether all of them are finite.
@@ -23,10 +22,10 @@ class GradNorm {
   // Reads all grads and sets request.grads.norm, if the host has to know. What GPUs find out stays
   // there otherwise. Returns whether the step is to be skipped, as far as the host knows. Raises
   // RuntimeError for grads that are not finite if a group has error_if_nonfinite.
-  bool measure(const ParamTable& table, StepRequest& request, const StepContext& context,
-               GpuStep& step, Gpus& gpus);
+  bool measure(const ParamTable& table, const Step& on_cpu, StepRequest& request,
+               const StepContext& context, GpuStep& step, Gpus& gpus);
 
-  // What the latest step found out: a float64 tensor whose memory begins with a GradStatus; None if
+  // What the latest step found out: an int64 tensor whose memory begins with a GradStatus; None if
   // the grads were not read.
   pybind11::object status() const;
   void set_status(pybind11::object status);
@@ -34,19 +33,12 @@ class GradNorm {
   // (offset in bytes, name of a torch.dtype) of each field of a GradStatus, by its name.
   static pybind11::dict status_fields();
 
-  size_t bytes() const {
-    return leaves_.capacity() * sizeof(ChunkStart) + leaf_sizes_.capacity() * sizeof(int64_t);
-  }
-
  private:
-  void sum_on_cpu(const ParamTable& table, int num_threads, double* totals, int64_t num_classes);
   void combine(const ParamTable& table, const StepRequest& request, const StepContext& context,
                GpuStep& step, Gpus& gpus, const std::vector<pybind11::object>& numbers,
-               const std::vector<double*>& data);
+               std::vector<NormSums*>& sums);
 
   const cpu::Isa isa_;
-  std::vector<ChunkStart> leaves_;   // if they were needed, for grads of
-  std::vector<int64_t> leaf_sizes_;  // these sizes
   mutable std::mutex mutex_;
   pybind11::object status_ = pybind11::none();
 };

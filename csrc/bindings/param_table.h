@@ -58,7 +58,7 @@ struct ParamTable {
   bool is_disjoint = false;    // no memory is written twice
   bool is_chunked = false;     // the plan's chunks fit the updates
   bool is_classified = false;  // which grads are added up over which processes; see GradNorm
-  // What combine_totals() (torch_api.h) needs to know of that; None if all are this process's.
+  // What combine_sums() (torch_api.h) needs to know of that; None if all are this process's.
   pybind11::object reductions = pybind11::none();
 
   bool is_dtensor(size_t at) const { return !specs.empty() && specs[at][kParam]; }

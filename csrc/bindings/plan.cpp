@@ -82,7 +82,9 @@ py::object Plan::step(const py::object& param_groups, const py::object& state,
   if (needs_grads(request, context) && context.gpus.empty()) {
     GpuStep none;
     norm_.classify(table_, context);
-    if (norm_.measure(table_, request, context, none, gpus_)) return py::none();
+    const std::vector<Layout> layouts = table_.layouts();
+    const Step on_cpu = step_on_cpu(context, layouts);
+    if (norm_.measure(table_, on_cpu, request, context, none, gpus_)) return py::none();
     request.is_measured = true;  // other processes take part in it once
   }
   return py::cast(PendingStep(py::cast(this), std::move(running), std::move(request), context));
@@ -114,11 +116,11 @@ py::object Plan::run(StepRequest& request, StepContext& context, bool& has_run) 
   if (reads_grads) norm_.classify(table_, context);
   const std::vector<Layout> layouts = table_.layouts();
   GpuStep on_gpus = gpus_.prepare(request, table_, context, layouts, reads_grads);
+  const Step on_cpu = step_on_cpu(context, layouts);
   if (reads_grads && !request.is_measured &&
-      norm_.measure(table_, request, context, on_gpus, gpus_))
+      norm_.measure(table_, on_cpu, request, context, on_gpus, gpus_))
     return py::none();
   if (context.clips && context.has_cpu) rescale(row_, request.grads, context);
-  if (context.has_cpu) plan_chunks_on_cpu();
 
   has_run = true;  // from here on, nothing fails but CUDA
   if (!on_gpus.devices.empty()) {
@@ -130,20 +132,24 @@ py::object Plan::run(StepRequest& request, StepContext& context, bool& has_run) 
     }
   }
   write_steps(table_, context);
-  run_on_cpu(context, layouts, request.num_threads);
+  run_on_cpu(on_cpu, context, request.num_threads);
   return collector_.take_changed();
 }
 
+// What the CPU is to do. It borrows the context's scalars, whose values may still change.
+Step Plan::step_on_cpu(const StepContext& context, const std::vector<Layout>& layouts) {
+  plan_chunks_on_cpu();
+  return {table_.updates.data(),
+          context.scalars.data(),
+          layouts.data(),
+          chunks_.data(),
+          static_cast<int64_t>(chunks_.size()) - 1,
+          in_order_};
+}
+
 // Runs what is on the CPU, and tells autograd of all that has been written.
-void Plan::run_on_cpu(const StepContext& context, const std::vector<Layout>& layouts,
-                      int num_threads) {
+void Plan::run_on_cpu(const Step& step, const StepContext& context, int num_threads) {
   if (!context.has_cpu) return tell_autograd(context);
-  const Step step = {table_.updates.data(),
-                     context.scalars.data(),
-                     layouts.data(),
-                     chunks_.data(),
-                     static_cast<int64_t>(chunks_.size()) - 1,
-                     in_order_};
   std::exception_ptr error;  // Ctrl-C, say: the step is then done before it is raised
   {
     std::optional<py::gil_scoped_release> release;
@@ -207,7 +213,7 @@ int64_t Plan::bookkeeping_bytes() {
   const Running running(*this);
   size_t bytes = sizeof(*this) + table_.updates.capacity() * sizeof(ParamUpdate) +
                  table_.caches.capacity() * sizeof(ParamCache) +
-                 chunks_.capacity() * sizeof(ChunkStart) + norm_.bytes() + aliases_.bytes();
+                 chunks_.capacity() * sizeof(ChunkStart) + aliases_.bytes();
   for (const Dims& dims : table_.dims) bytes += sizeof(Dims) + dims.capacity() * sizeof(Dim);
   return static_cast<int64_t>(bytes);
 }

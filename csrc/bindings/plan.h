@@ -62,7 +62,8 @@ class Plan {
 
   bool check(StepRequest& request, StepContext& context);
   pybind11::object run(StepRequest& request, StepContext& context, bool& has_run);
-  void run_on_cpu(const StepContext& context, const std::vector<Layout>& layouts, int num_threads);
+  Step step_on_cpu(const StepContext& context, const std::vector<Layout>& layouts);
+  void run_on_cpu(const Step& step, const StepContext& context, int num_threads);
   void plan_chunks_on_cpu();
   void tell_autograd(const StepContext& context);
   void count_own_writes(const StepContext& context);

@@ -24,14 +24,14 @@ struct Torch {
   int (*describe)(void*, DLTensor*) = nullptr;
   int (*current_stream)(int32_t, int32_t, void**) = nullptr;
   PyObject* increment_version = nullptr;
-  PyObject* wrapping = nullptr;        // of fusedopt._tensors
-  PyObject* align = nullptr;           // of fusedopt._tensors
-  PyObject* first_element = nullptr;   // of fusedopt._tensors
-  PyObject* allocate = nullptr;        // of fusedopt._tensors
-  PyObject* count_writes = nullptr;    // of fusedopt._tensors
-  PyObject* new_numbers = nullptr;     // of fusedopt._norms
-  PyObject* combine_totals = nullptr;  // of fusedopt._norms
-  PyObject* classify = nullptr;        // of fusedopt._norms
+  PyObject* wrapping = nullptr;       // of fusedopt._tensors
+  PyObject* align = nullptr;          // of fusedopt._tensors
+  PyObject* first_element = nullptr;  // of fusedopt._tensors
+  PyObject* allocate = nullptr;       // of fusedopt._tensors
+  PyObject* count_writes = nullptr;   // of fusedopt._tensors
+  PyObject* new_numbers = nullptr;    // of fusedopt._norms
+  PyObject* combine_sums = nullptr;   // of fusedopt._norms
+  PyObject* classify = nullptr;       // of fusedopt._norms
   PyObject* bfloat16 = nullptr;
   StateDtype state_dtypes[2] = {{"float32"}, {"bfloat16"}};
   PyObject* float_on_gpu = nullptr;  // of fusedopt._tensors
@@ -126,7 +126,7 @@ void connect_to_torch() {
   g_torch.float_on_gpu = keep(tensors.attr("float_on_gpu"));
   const auto norms = py::module_::import("fusedopt._norms");
   g_torch.new_numbers = keep(norms.attr("new_numbers"));
-  g_torch.combine_totals = keep(norms.attr("combine_totals"));
+  g_torch.combine_sums = keep(norms.attr("combine_sums"));
   g_torch.classify = keep(norms.attr("classify"));
   g_torch.bfloat16 = keep(torch.attr("bfloat16"));
   for (StateDtype& each : g_torch.state_dtypes) each.dtype = keep(torch.attr(each.name));
@@ -185,21 +185,21 @@ TorchDType read_torch_dtype(const py::object& dtype) {
           is_complex};
 }
 
-py::object new_numbers(int gpu, int64_t count, double*& data) {
+py::object new_numbers(int gpu, int64_t count, int64_t*& data) {
   py::object numbers = py::handle(g_torch.new_numbers)(torch_device(gpu), count);
-  data = const_cast<double*>(data_of_numbers(numbers));
+  data = data_of_numbers(numbers);
   return numbers;
 }
 
-const double* data_of_numbers(py::handle numbers) {
+int64_t* data_of_numbers(py::handle numbers) {
   DLTensor dl;
   if (g_torch.describe(numbers.ptr(), &dl) != 0) throw py::error_already_set();
-  return reinterpret_cast<const double*>(static_cast<char*>(dl.data) + dl.byte_offset);
+  return reinterpret_cast<int64_t*>(static_cast<char*>(dl.data) + dl.byte_offset);
 }
 
-py::list combine_totals(const py::list& totals, const py::object& reductions,
-                        const py::list& norm_groups, py::handle param) {
-  return py::handle(g_torch.combine_totals)(totals, reductions, norm_groups, param);
+py::list combine_sums(const py::list& sums, const py::object& reductions,
+                      const py::list& norm_groups, py::handle param) {
+  return py::handle(g_torch.combine_sums)(sums, reductions, norm_groups, param);
 }
 
 py::tuple classify_params(const py::list& params) { return py::handle(g_torch.classify)(params); }

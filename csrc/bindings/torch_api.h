@@ -53,19 +53,19 @@ pybind11::object state_dtype_name(const pybind11::object& value);
 
 std::string allowed_state_dtypes();  // for messages
 
-// `count` float64 numbers on a GPU, or on the CPU if `gpu` is below 0; a tensor of its own.
-pybind11::object new_numbers(int gpu, int64_t count, double*& data);
+// `count` int64 numbers on a GPU, or on the CPU if `gpu` is below 0; a tensor of its own.
+pybind11::object new_numbers(int gpu, int64_t count, int64_t*& data);
 
-// What all devices' and processes' [squares, nonfinite] of each class add up to, a tensor for each
-// of `totals`, on its device. `reductions`: as classify_params() gave them; what these add up to is
+// What all devices' and processes' sums, a NormSums of each class, add up to: a tensor for each of
+// `sums`, on its device. `reductions`: as classify_params() gave them; what these add up to is
 // added up over `norm_groups`. Processes meet on the device of `param`.
-pybind11::list combine_totals(const pybind11::list& totals, const pybind11::object& reductions,
-                              const pybind11::list& norm_groups, pybind11::handle param);
+pybind11::list combine_sums(const pybind11::list& sums, const pybind11::object& reductions,
+                            const pybind11::list& norm_groups, pybind11::handle param);
 
-// (class of each param's grad in the global norm, what combine_totals() needs to know of them).
+// (class of each param's grad in the global norm, what combine_sums() needs to know of them).
 pybind11::tuple classify_params(const pybind11::list& params);
 
-const double* data_of_numbers(pybind11::handle numbers);
+int64_t* data_of_numbers(pybind11::handle numbers);
 
 bool is_on_gpu(const TensorView& view);
 

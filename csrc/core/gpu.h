@@ -56,10 +56,9 @@ struct DeviceStep {
   const float* found_inf;   // above 0: the step changes nothing
   // If the grads are read before the step, where their sums and their GradStatus go on the device.
   bool reads_grads;
-  bool clips;      // as in finalize_norm() of core/norm.h
-  bool finalizes;  // the sums of this device are all there are, so sum_squares() writes `status`
-  GradStatus* status;   // else finalize_norm() writes it; nullptr if the grads are not read
-  double* totals;       // [squares, nonfinite] of each norm class; finalize_norm() reads the first
+  bool clips;           // as in finalize_norm() of core/norm.h
+  GradStatus* status;   // nullptr if the grads are not read
+  NormSums* norm_sums;  // of each norm class; finalize_norm() reads the first
   int64_t num_classes;  // number of norm classes of the updates
 };
 
@@ -80,7 +79,7 @@ class Driver {
   virtual void prepare(const DeviceStep& device_step) = 0;
 
   // Enqueues the reading of the grads of the step that was prepared, and, when the sums of all
-  // devices have been brought together in `totals`, the writing of the GradStatus.
+  // devices have been brought together in `norm_sums`, the writing of the GradStatus.
   virtual void sum_squares(const DeviceStep& device_step) = 0;
   virtual void finalize_norm(const DeviceStep& device_step) = 0;
 

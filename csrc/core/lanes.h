@@ -36,6 +36,9 @@ FUSEDOPT_HD T select(bool condition, T then, T otherwise) {
 }
 
 FUSEDOPT_HD uint32_t as_bits(float value) { return bit_cast<uint32_t>(value); }
+FUSEDOPT_HD uint64_t as_bits(double value) { return bit_cast<uint64_t>(value); }
+FUSEDOPT_HD uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+FUSEDOPT_HD uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
 FUSEDOPT_HD float as_float(uint32_t bits) { return bit_cast<float>(bits); }
 
 // Conversions between the type that computes and float.

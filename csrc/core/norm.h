@@ -1,104 +1,159 @@
-// The global norm of the grads. Floating-point sums depend on their order, so all drivers sum in
-// one fixed tree, whatever the number of threads.
+// The global norm of the grads. Its bits depend on the grads alone: not on their order, nor on how
+// they are divided among registers, threads, devices and processes. Sums of floating-point numbers
+// depend on their order; so the squares are cut into integers on a grid, and integers are summed:
+// J. Demmel, H. D. Nguyen, "Parallel Reproducible Summation", IEEE Transactions on Computers 64
+// (2015); P. Ahrens, J. Demmel, H. D. Nguyen, "Algorithms for Efficient Reproducible Floating Point
+// Summation", ACM TOMS 46 (2020).
 //
-// A tensor is cut into leaves. The squares of a leaf are summed in lanes: element i goes to lane i
-// mod (kLeafThreads kV), where kV elements take 16 bytes, as a GPU's block reads them with 128-bit
-// loads. Neighbouring lanes are those of one thread. Its sum, in double from there on, goes up
-// through the warps to the sum of the leaf. The sums of the leaves are summed in the same way, in
-// one lane for each thread.
+// The grid has a bin for every 20 binary digits of squares: that of number b counts multiples of
+// 2^(20 b). A square is rounded to a multiple of 2^(20 b), its slice for bin b; what is left is
+// rounded to a multiple of 2^(20 (b-1)), and so on, always to the nearest. All of it is exact, and
+// a slice is at most 2^19. To find the slices of bins b and below, the grad is multiplied by
+// 2^(-10 b) before it is squared. That rounds nothing, the first slice is then in units of 1, and
+// no square overflows; one that underflows has no slice that is not 0.
+//
+// A square's own bin is the highest one in which its slice is not 0, where it is above 0. Whoever
+// sums finds slices for kSlices bins, from the highest own bin that it has met down; those above
+// are all 0. The result has the kSlices bins from the highest one down whose sum is not 0. That is
+// the highest own bin of all, so every square has been counted in each of these bins, and what is
+// in lower ones is left out. Hence it makes no difference who has met what.
+//
+// What is left out of a square is at most 2^-60 of the largest one. So a sum of 2^36 squares is
+// right to 2^-24, and of fewer or less uneven ones to the last digits of a double; bins have room
+// for 2^44. Grads of at most 32 bits are squared in float, which rounds each square, and float64
+// in double. Grads below 2^-120 in float, and below 2^-1020 in double, lose digits; subnormal
+// floats are 0, as everywhere.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
-#include "core/chunks.h"
-#include "core/dtypes.h"
+#include "core/bits.h"
 #include "core/lanes.h"
 #include "core/macros.h"
 
 namespace fusedopt {
 
-inline constexpr int kTreeWidth = 32;  // a warp of a GPU
-inline constexpr int kLeafThreads = 128;
-inline constexpr int kTotalThreads = 1024;
-inline constexpr int64_t kMinLeafElements = 8192;
-inline constexpr int64_t kMaxLeaves = 1024;  // of one tensor, about
+inline constexpr int kSlices = 4;
+inline constexpr int kSliceBits = 20;
+inline constexpr int kGradBits = kSliceBits / 2;  // a bin has this many binary digits of grads
 
-// kV: elements in 16 bytes.
-template <class Storage>
-inline constexpr int kLeafVector = 16 / static_cast<int>(sizeof(Storage));
-
-// The result of one leaf.
-struct PartialSum {
-  double squares;
-  int32_t nonfinite;   // elements that are infinite or NaN
-  int32_t norm_class;  // as ParamUpdate::norm_class
+// What the bits of a number mean.
+template <class T>
+struct FloatBits;
+template <>
+struct FloatBits<float> {
+  using Word = uint32_t;
+  using Signed = int32_t;
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr Word kRootOfTwo = 0x3504f3;  // mantissa of the largest x with x * x <= 2
+  static constexpr int kMostSquares = 4095;     // whose slices a word has room for
 };
-
-// Cuts grads of these sizes into leaves. One more start than there are leaves is the end.
-inline std::vector<ChunkStart> plan_leaves(const std::vector<int64_t>& sizes) {
-  std::vector<ChunkStart> starts;
-  const auto num_updates = static_cast<int64_t>(sizes.size());
-  for (int64_t update = 0; update < num_updates; ++update) {
-    const int64_t size = sizes[static_cast<size_t>(update)];
-    const int64_t leaf = (size / (kMinLeafElements * kMaxLeaves) + 1) * kMinLeafElements;
-    for (int64_t element = 0; element < size; element += leaf) starts.push_back({update, element});
-  }
-  starts.push_back({num_updates, 0});
-  return starts;
-}
+template <>
+struct FloatBits<double> {
+  using Word = uint64_t;
+  using Signed = int64_t;
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr Word kRootOfTwo = 0x6a09e667f3bcc;
+  static constexpr int kMostSquares = INT32_MAX;
+};
+template <class T>
+using Word = typename FloatBits<T>::Word;
 
 template <class T>
-FUSEDOPT_HD T add_square(T sum, T grad) {
-  return fma(grad, grad, sum);
+inline constexpr Word<T> kInfinityBits =
+    Word<T>{2 * FloatBits<T>::kBias + 1} << FloatBits<T>::kMantissa;
+
+// The highest own bin of a T; the lowest is -kTopBin.
+template <class T>
+inline constexpr int kTopBin = (FloatBits<T>::kBias - 1) / kGradBits;
+
+// What is known of a set of grads: the sums of slices, and how many are infinite or NaN. Those of
+// two sets are added, word by word, to those of both.
+inline constexpr int kBins = 2 * kTopBin<double> + kSlices;
+struct NormSums {
+  int64_t bins[kBins];
+  int64_t infinite;
+  int64_t nan;
+
+  NormSums& operator+=(const NormSums& other) {
+    for (int i = 0; i < kBins; ++i) bins[i] += other.bins[i];
+    infinite += other.infinite;
+    nan += other.nan;
+    return *this;
+  }
+};
+inline constexpr int64_t kNormWords = sizeof(NormSums) / sizeof(int64_t);
+
+// Where the sum of a bin is.
+FUSEDOPT_HD constexpr int bin_index(int bin) { return bin + kTopBin<double> + kSlices - 1; }
+
+template <class T>
+FUSEDOPT_HD T power_of_two(int exponent) {
+  using Bits = FloatBits<T>;
+  return bit_cast<T>(static_cast<Word<T>>(exponent + Bits::kBias) << Bits::kMantissa);
+}
+
+// What the grads are multiplied by for slices from this bin down.
+template <class T>
+FUSEDOPT_HD T norm_scale(int bin) {
+  return power_of_two<T>(-kGradBits * bin);
+}
+
+// Numbers near this one have the unit of slice number k as their last digit.
+template <class T>
+FUSEDOPT_HD constexpr Word<T> magic_bits(int k) {
+  using Bits = FloatBits<T>;
+  return (static_cast<Word<T>>(Bits::kBias + Bits::kMantissa - kSliceBits * k) << Bits::kMantissa) +
+         (Word<T>{1} << (Bits::kMantissa - 1));
+}
+
+// The bits of the largest square that has no slice above the first.
+template <class T>
+inline constexpr Word<T> kLargestSquare =
+    Word<T>{FloatBits<T>::kBias + kSliceBits - 1} << FloatBits<T>::kMantissa;
+
+// The own bin of a square, by the bits of the grad's magnitude, which is finite.
+template <class T>
+FUSEDOPT_HD int own_bin(Word<T> magnitude) {
+  using Bits = FloatBits<T>;
+  constexpr Word<T> kBin = Word<T>{kGradBits} << Bits::kMantissa;
+  constexpr Word<T> kLowest =  // the largest grad of the lowest bin
+      (Word<T>{Bits::kBias + kGradBits - 1 - kGradBits * kTopBin<T>} << Bits::kMantissa) +
+      Bits::kRootOfTwo;
+  const Word<T> above = magnitude > kLowest ? magnitude - kLowest : 0;
+  return static_cast<int>((above + kBin - 1) / kBin) - kTopBin<T>;
+}
+
+// The square of a grad, for add_slices().
+template <class V>
+FUSEDOPT_HD V scaled_square(V grad, V scale) {
+  const V scaled = grad * scale;
+  return scaled * scaled;
+}
+
+// Adds a square's slices, each in the place of its bits above those of a magic number: the sum has
+// those once for each square.
+template <class T, class V, class Words>
+FUSEDOPT_HD void add_slices(V square, Words (&sums)[kSlices]) {
+  for (int k = 0; k < kSlices; ++k) {
+    const V magic = bit_cast<T>(magic_bits<T>(k));
+    const V rounded = square + magic;
+    sums[k] = sums[k] + as_bits(rounded);
+    square = square - (rounded - magic);
+  }
+}
+
+// What add_slices() has added of slice number k for `count` squares.
+template <class T>
+FUSEDOPT_HD int64_t slice_sum(Word<T> sum, int64_t count, int k) {
+  return static_cast<typename FloatBits<T>::Signed>(sum -
+                                                    static_cast<Word<T>>(count) * magic_bits<T>(k));
 }
 
 template <class T>
 FUSEDOPT_HD bool is_nonfinite(T value) {
   return value - value != 0;
-}
-
-// The sum of one thread's lanes, in their type and only then in double.
-template <class T, int kV>
-FUSEDOPT_HD double sum_lanes(const T (&lanes)[kV]) {
-  T sums[kV];
-  for (int j = 0; j < kV; ++j) sums[j] = lanes[j];
-  for (int width = 1; width < kV; width *= 2)
-    for (int j = 0; j < kV; j += 2 * width) sums[j] += sums[j + width];
-  return static_cast<double>(sums[0]);
-}
-
-// The sum of the values of one warp's threads, of which the first `count` have a value. It
-// overwrites the values.
-inline double sum_warp(double* values, int count) {
-  for (int t = count; t < kTreeWidth; ++t) values[t] = 0;
-  for (int width = kTreeWidth / 2; width > 0; width /= 2)
-    for (int t = 0; t < width; ++t) values[t] += values[t + width];
-  return values[0];
-}
-
-// The same for a block of whole warps, of which the first `count` threads have a value.
-inline double sum_block(double* values, int count) {
-  double warps[kTreeWidth] = {};
-  for (int first = 0; first < count; first += kTreeWidth)
-    warps[first / kTreeWidth] = sum_warp(values + first, std::min(kTreeWidth, count - first));
-  return sum_warp(warps, kTreeWidth);
-}
-
-// Adds up all leaves of one norm class: the squares, and how many elements are not finite.
-inline void sum_leaves(const PartialSum* leaves, int64_t num_leaves, int32_t norm_class,
-                       double* total) {
-  double values[kTotalThreads] = {};
-  int64_t nonfinite = 0;
-  for (int64_t i = 0; i < num_leaves; ++i) {
-    if (leaves[i].norm_class != norm_class) continue;
-    values[i % kTotalThreads] += leaves[i].squares;
-    nonfinite += leaves[i].nonfinite;
-  }
-  total[0] = sum_block(values, kTotalThreads);
-  total[1] = static_cast<double>(nonfinite);
 }
 
 // What is known of all grads before a step, and whether the step takes place.
@@ -109,11 +164,26 @@ struct GradStatus {
   float unused;
 };
 
-// Decides from the sums. With `clips`, a norm that is not finite, by an overflow of the squares for
-// example, is a reason to skip as well.
-FUSEDOPT_HD GradStatus finalize_norm(double squares, int64_t nonfinite, double grad_scale,
-                                     bool found_inf, bool clips) {
-  const double norm = std::sqrt(squares) / grad_scale;
+// The norm of all grads, from their sums.
+FUSEDOPT_HD double norm_of(const NormSums& sums) {
+  if (sums.nan > 0) return NAN;
+  if (sums.infinite > 0) return INFINITY;
+  int top = -kTopBin<double>;
+#pragma unroll
+  for (int bin = top + 1; bin <= kTopBin<double>; ++bin)
+    if (sums.bins[bin_index(bin)] != 0) top = bin;
+  double squares = 0;
+  for (int k = kSlices - 1; k >= 0; --k)
+    squares = squares * power_of_two<double>(-kSliceBits) +
+              static_cast<double>(sums.bins[bin_index(top - k)]);
+  return std::sqrt(squares) * power_of_two<double>(kGradBits * top);
+}
+
+// Decides from the sums. With `clips`, a norm that is not finite is a reason to skip as well.
+FUSEDOPT_HD GradStatus finalize_norm(const NormSums& sums, double grad_scale, bool found_inf,
+                                     bool clips) {
+  const double norm = norm_of(sums) / grad_scale;
+  const int64_t nonfinite = sums.infinite + sums.nan;
   const bool skips = found_inf || nonfinite > 0 || (clips && is_nonfinite(norm));
   return {norm, nonfinite, skips ? 1.0f : 0.0f, 0};
 }

@@ -62,11 +62,9 @@ int openmp_version();  // date of the OpenMP standard that is built in; 0: none
 // Updates of other devices are left alone.
 void run(const Step& step, Isa isa, int num_threads, const std::function<void()>& first = [] {});
 
-// Sums the squares of the grads: a result for each leaf (core/norm.h), in their order. Grads on
-// other devices count as 0.
-std::vector<PartialSum> sum_squares(const ParamUpdate* updates, const Layout* layouts,
-                                    const std::vector<ChunkStart>& leaves, Isa isa,
-                                    int num_threads);
+// Sums the squares of the grads of a step's updates (core/norm.h), one sum for each of so many norm
+// classes.
+void sum_squares(const Step& step, Isa isa, int num_threads, NormSums* sums, int64_t num_classes);
 
 }  // namespace cpu
 }  // namespace fusedopt

@@ -1,5 +1,4 @@
-// The CPU driver: chooses the instruction set, and gives threads their chunks of a step and their
-// leaves of the norm.
+// The CPU driver: chooses the instruction set, and gives threads their chunks of a step.
 
 #include <algorithm>
 #include <atomic>
@@ -20,9 +19,6 @@ namespace {
 // slice of the scheduler, which is milliseconds.
 constexpr int64_t kMinParallelChunks = 24;
 constexpr int64_t kMinChunksPerThread = 4;
-// The same for the reading of grads.
-constexpr int64_t kMinParallelElements = kMinParallelChunks * kMinChunkElements;
-constexpr int64_t kLeavesAtATime = 8;
 
 const Kernels& kernels_of(Isa isa) {
 #if defined(FUSEDOPT_X86_64)
@@ -60,17 +56,17 @@ void run_in_threads(int64_t num_threads, const First& first, const WorkOff& work
   work_off();
 }
 
-// The result of one leaf. Only if its sum is not finite is it read again, to count such elements.
-PartialSum sum_leaf(const Kernels& kernels, const ParamUpdate& update, const Layout* layouts,
-                    int64_t begin, int64_t end) {
-  if (update.device != kCpu || begin >= end) return {0, 0, update.norm_class};
-  double threads[kLeafThreads];
-  const int used = kernels.sum_leaf(update, layouts, begin, end, threads);
-  const double squares = sum_block(threads, used);
-  const int64_t nonfinite =
-      is_nonfinite(squares) ? kernels.count_nonfinite(update, layouts, begin, end) : 0;
-  return {squares, static_cast<int32_t>(std::min<int64_t>(nonfinite, INT32_MAX)),
-          update.norm_class};
+int64_t threads_for(const Step& step, int num_threads) {
+  const auto wanted = std::min<int64_t>(num_threads, step.num_chunks / kMinChunksPerThread);
+  return step.num_chunks >= kMinParallelChunks ? std::max<int64_t>(wanted, 1) : 1;
+}
+
+// A thread takes one chunk after the other until none is left, so that one that the system stops
+// for a while does not hold up the others.
+template <class F>
+void take_chunks(const Step& step, std::atomic<int64_t>& next, const F& run_chunk) {
+  for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < step.num_chunks;)
+    run_chunk(chunk);
 }
 
 }  // namespace
@@ -108,43 +104,30 @@ int openmp_version() {
 #endif
 }
 
-// One parallel region for the whole step. Threads take one chunk after the other until none is
-// left, so a thread that the system stops for a while does not hold up the others.
+// One parallel region for the whole step.
 void run(const Step& step, Isa isa, int num_threads, const std::function<void()>& first) {
   const Kernels& kernels = kernels_of(isa);
   std::atomic<int64_t> next{0};
-  const auto wanted = std::min<int64_t>(num_threads, step.num_chunks / kMinChunksPerThread);
-  run_in_threads(step.num_chunks >= kMinParallelChunks ? wanted : 1, first, [&] {
-    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < step.num_chunks;)
-      kernels.run_chunk(step, chunk);
+  run_in_threads(threads_for(step, num_threads), first, [&] {
+    take_chunks(step, next, [&](int64_t chunk) { kernels.run_chunk(step, chunk); });
   });
 }
 
-std::vector<PartialSum> sum_squares(const ParamUpdate* updates, const Layout* layouts,
-                                    const std::vector<ChunkStart>& leaves, Isa isa,
-                                    int num_threads) {
+void sum_squares(const Step& step, Isa isa, int num_threads, NormSums* sums, int64_t num_classes) {
   const Kernels& kernels = kernels_of(isa);
-  const auto count = static_cast<int64_t>(leaves.size()) - 1;
-  std::vector<PartialSum> sums(static_cast<size_t>(count));
-  std::atomic<int64_t> next{0};
-  int64_t elements = 0;
-  for (size_t i = 0; i + 1 < leaves.size(); ++i)
-    if (leaves[i].element == 0) elements += updates[leaves[i].update].numel;
+  const int64_t wanted = threads_for(step, num_threads);
+  std::vector<NormSums> parts(static_cast<size_t>(wanted * num_classes));
+  std::atomic<int64_t> next{0}, next_part{0};
   run_in_threads(
-      elements >= kMinParallelElements ? num_threads : 1, [] {},
+      wanted, [] {},
       [&] {
-        for (int64_t first;
-             (first = next.fetch_add(kLeavesAtATime, std::memory_order_relaxed)) < count;)
-          for (int64_t i = first; i < std::min(first + kLeavesAtATime, count); ++i) {
-            const ChunkStart from = leaves[static_cast<size_t>(i)];
-            const ChunkStart to = leaves[static_cast<size_t>(i) + 1];
-            const ParamUpdate& update = updates[from.update];
-            sums[static_cast<size_t>(i)] =
-                sum_leaf(kernels, update, layouts, from.element,
-                         to.update == from.update ? to.element : update.numel);
-          }
+        NormSums* const own = parts.data() + num_classes * next_part.fetch_add(1);
+        HighestBins highest;
+        take_chunks(step, next,
+                    [&](int64_t chunk) { kernels.sum_chunk(step, chunk, highest, own); });
       });
-  return sums;
+  std::fill(sums, sums + num_classes, NormSums());
+  for (size_t i = 0; i < parts.size(); ++i) sums[i % static_cast<size_t>(num_classes)] += parts[i];
 }
 
 }  // namespace fusedopt::cpu

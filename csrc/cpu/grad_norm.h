@@ -1,5 +1,5 @@
-// Sums the squares of grads on a CPU, in the tree of core/norm.h. Part of isa_kernels.h, which says
-// what must not be used here.
+// Sums the squares of grads on a CPU (core/norm.h). Part of isa_kernels.h, which says what must not
+// be used here.
 #pragma once
 
 #include "core/dtypes.h"
@@ -7,6 +7,7 @@
 #include "core/norm.h"
 #include "core/step.h"
 #include "cpu/cursor.h"
+#include "cpu/isa.h"
 #include "cpu/update.h"
 
 namespace fusedopt::cpu {
@@ -15,104 +16,112 @@ namespace {
 // How far ahead memory is asked for. A loop that only reads needs it earlier than an update, which
 // does more between two reads (cpu/update.h).
 constexpr int kNormPrefetchBytes = 4096;
+// Squares that are summed before the sums are looked at: few enough that their grads are still in
+// the cache if they have to be read again.
+constexpr int64_t kRunElements = 4096;
+static_assert(kRunElements / 4 <= FloatBits<float>::kMostSquares, "more than a lane has room for");
 
-// Copies n elements that are `stride` apart, as T.
-template <class T>
-void gather(T* to, const void* from, DType dtype, int64_t at, int64_t stride, int64_t n) {
-  with_storage<double>(dtype, [=](auto format) {
-    using Storage = decltype(format);
-    const Storage* const source = static_cast<const Storage*>(from) + at;
-    for (int64_t i = 0; i < n; ++i) to[i] = load<T>(source[i * stride]);
-  });
-}
-
-// Calls visit(grads as T, offset in the leaf, n) for elements [begin, end), a tile at a time.
-template <class T, class Visit>
-void visit_strided(const ParamUpdate& update, const Layout& layout, int64_t begin, int64_t end,
-                   const Visit& visit) {
-  T tile[kTileElements];
-  Cursor cursor(layout, begin);
-  for (int64_t at = begin; at < end; at += kTileElements) {
-    const int64_t n = end - at < kTileElements ? end - at : kTileElements;
-    for_each_run(cursor, n, [&](int64_t offset, int64_t run, const Cursor& from) {
-      gather(tile + offset, update.data[kGrad], update.formats.dtypes[kGrad], from.at(kGrad),
-             from.stride(kGrad), run);
-    });
-    visit(tile, at - begin, n);
+// Makes `bin` the highest own bin of some grads, of which one is above it. Returns false if some
+// are not finite; these are then counted, and the others need not be.
+template <class T, class Storage>
+bool raise_bin(const Storage* grads, int64_t n, int& bin, NormSums& sums) {
+  Word<T> largest = 0;
+  int64_t infinite = 0, nan = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Word<T> magnitude = fusedopt::as_bits(load<T>(grads[i])) << 1 >> 1;
+    infinite += magnitude == kInfinityBits<T> ? 1 : 0;
+    nan += magnitude > kInfinityBits<T> ? 1 : 0;
+    largest = larger(largest, magnitude);
   }
+  sums.infinite += infinite;
+  sums.nan += nan;
+  if (infinite + nan > 0) return false;
+  bin = own_bin<T>(largest);
+  return true;
 }
 
-// Adds the squares of as many consecutive grads as there are lanes, a register at a time.
-template <class Storage, int kLanes, class T>
-FUSEDOPT_HD void add_to_all(T (&lanes)[kLanes], const Storage* grads) {
+// Adds up to kRunElements squares, whole blocks. `bin` is the highest own bin so far.
+template <class T, class Storage>
+__attribute__((noinline)) void add_run(const Storage* grads, int64_t n, int& bin, NormSums& sums) {
   using V = Register<T>;
-  constexpr int kBytes = kBlock<T> * sizeof(Storage);
-  const char* const from = reinterpret_cast<const char*>(grads);
-  for (int i = 0; i < kLanes / kBlock<T>; ++i) {
-    V values[kCount], sums[kCount];
-    Stored<V, Storage>::load(from + i * kBytes, values);
-    for (int byte = 0; byte < kBytes; byte += kCacheLine)
-      __builtin_prefetch(from + i * kBytes + byte + kNormPrefetchBytes);
-    Stored<V, T>::load(reinterpret_cast<const char*>(lanes) + i * sizeof(sums), sums);
-    for (int j = 0; j < kCount; ++j) sums[j] = add_square(sums[j], values[j]);
-    Stored<V, T>::store(reinterpret_cast<char*>(lanes) + i * sizeof(sums), sums);
+  using Words = decltype(as_bits(V()));
+  constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
+  constexpr int64_t kBytes = kBlock<T> * sizeof(Storage);
+  for (;;) {
+    const V scale = norm_scale<T>(bin);
+    Words largest = Word<T>{0}, slices[kSlices];
+    for (Words& slice : slices) slice = Word<T>{0};
+    const char* from = reinterpret_cast<const char*>(grads);
+    for (int64_t block = 0; block < n / kBlock<T>; ++block, from += kBytes) {
+      for (int64_t byte = 0; byte < kBytes; byte += kCacheLine)
+        __builtin_prefetch(from + byte + kNormPrefetchBytes);
+      V values[kCount];
+      Stored<V, Storage>::load(from, values);
+      for (int j = 0; j < kCount; ++j) {
+        const V square = scaled_square(values[j], scale);
+        largest = larger(largest, as_bits(square));
+        add_slices<T>(square, slices);
+      }
+    }
+    Word<T> lanes[kLanes];
+    write(lanes, largest.raw);
+    bool fits = true;
+    for (const Word<T> lane : lanes) fits = fits && lane <= kLargestSquare<T>;
+    if (!fits && raise_bin<T>(grads, n, bin, sums)) continue;
+    for (int k = 0; fits && k < kSlices; ++k) {
+      write(lanes, slices[k].raw);
+      for (const Word<T> lane : lanes)
+        sums.bins[bin_index(bin - k)] += slice_sum<T>(lane, n / kLanes, k);
+    }
+    return;
   }
 }
 
-// The lanes of a leaf, and from them the sums of its threads. Each lane adds
-// its elements in the same order, however wide the registers are, so the bits are those of a GPU.
-// Returns how many threads have a sum.
+// Adds consecutive squares. Zeros fill the last block up.
+template <class T, class Storage>
+void add_squares(const Storage* grads, int64_t n, int& bin, NormSums& sums) {
+  const int64_t whole = n / kBlock<T> * kBlock<T>;
+  for (int64_t at = 0; at < whole; at += kRunElements)
+    add_run<T>(grads + at, whole - at < kRunElements ? whole - at : kRunElements, bin, sums);
+  if (whole == n) return;
+  Storage rest[kBlock<T>];
+  __builtin_memset(rest, 0, sizeof(rest));
+  __builtin_memcpy(rest, grads + whole, static_cast<size_t>(n - whole) * sizeof(Storage));
+  add_run<T>(rest, kBlock<T>, bin, sums);
+}
+
+// Adds the squares of elements [begin, end) of an update's grad. Strided ones are gathered.
 template <class Storage>
-int sum_squares(const ParamUpdate& update, const Layout* layouts, int64_t begin, int64_t end,
-                double* threads) {
+void add_squares(const ParamUpdate& update, const Layout* layouts, int64_t begin, int64_t end,
+                 int& bin, NormSums& sums) {
   using T = typename Compute<Storage>::Type;
-  constexpr int kV = kLeafVector<Storage>, kLanes = kLeafThreads * kV;
-  const int64_t size = end - begin;
-  const int used = size < kLanes ? static_cast<int>((size + kV - 1) / kV) : kLeafThreads;
-  T lanes[kLanes];
-  for (int i = 0; i < used * kV; ++i) lanes[i] = 0;
-  const auto add = [&](const auto* grads, int64_t first, int64_t n) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i)
-      lanes[first + i] = add_square(lanes[first + i], load<T>(grads[i]));
-  };
-  static_assert(kLanes % kTileElements == 0, "a tile must not go beyond the last lane");
-  if (update.layout == kDense) {
-    const Storage* const grads = static_cast<const Storage*>(update.data[kGrad]) + begin;
-    const int64_t whole = size / kLanes * kLanes;
-    for (int64_t at = 0; at < whole; at += kLanes) add_to_all<Storage, kLanes>(lanes, grads + at);
-    add(grads + whole, 0, size - whole);
-  } else {
-    visit_strided<T>(update, layouts[update.layout], begin, end,
-                     [&](const T* grads, int64_t at, int64_t n) { add(grads, at % kLanes, n); });
+  const Storage* const grads = static_cast<const Storage*>(update.data[kGrad]);
+  if (update.layout == kDense) return add_squares<T>(grads + begin, end - begin, bin, sums);
+  Storage tile[kRunElements];
+  Cursor cursor(layouts[update.layout], begin);
+  for (int64_t at = begin; at < end; at += kRunElements) {
+    const int64_t n = end - at < kRunElements ? end - at : kRunElements;
+    for_each_run(cursor, n, [&](int64_t offset, int64_t run, const Cursor& from) {
+      const Storage* const source = grads + from.at(kGrad);
+      for (int64_t i = 0; i < run; ++i) tile[offset + i] = source[i * from.stride(kGrad)];
+    });
+    add_squares<T>(tile, n, bin, sums);
   }
-  // sum_lanes() (core/norm.h) for all threads at once.
-  for (int width = kV / 2; width > 0; width /= 2)
-#pragma GCC ivdep
-    for (int i = 0; i < used * width; ++i) lanes[i] = lanes[2 * i] + lanes[2 * i + 1];
-  for (int t = 0; t < used; ++t) threads[t] = static_cast<double>(lanes[t]);
-  return used;
 }
 
-int sum_leaf(const ParamUpdate& update, const Layout* layouts, int64_t begin, int64_t end,
-             double* threads) {
-  int used = 0;
-  const FlushMode mode(update.formats.dtypes[kGrad] != DType::kFloat64);
-  with_storage<double>(update.formats.dtypes[kGrad], [&](auto format) {
-    used = sum_squares<decltype(format)>(update, layouts, begin, end, threads);
-  });
-  return used;
-}
-
-int64_t count_nonfinite(const ParamUpdate& update, const Layout* layouts, int64_t begin,
-                        int64_t end) {
-  const Dim line = consecutive(update.numel);
-  const Layout layout = update.layout == kDense ? Layout{&line, 1} : layouts[update.layout];
-  int64_t count = 0;
-  visit_strided<double>(update, layout, begin, end, [&](const double* grads, int64_t, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) count += is_nonfinite(grads[i]) ? 1 : 0;
-  });
-  return count;
+// The grads of a chunk, each added to the sums of its norm class.
+void sum_chunk_here(const Step& step, int64_t chunk, HighestBins& highest, NormSums* classes) {
+  for (Parts parts(step, chunk); !parts.done(); parts.next()) {
+    const ParamUpdate& update = parts.update();
+    const DType dtype = update.formats.dtypes[kGrad];
+    const bool is_double = dtype == DType::kFloat64;
+    const FlushMode mode(!is_double);
+    with_storage<double>(dtype, [&](auto format) {
+      add_squares<decltype(format)>(update, step.layouts, parts.begin(), parts.end(),
+                                    is_double ? highest.in_double : highest.in_float,
+                                    classes[update.norm_class]);
+    });
+  }
 }
 
 }  // namespace

@@ -6,16 +6,17 @@
 
 namespace fusedopt::cpu {
 
+// The highest bins of the squares that a thread has met (core/norm.h).
+struct HighestBins {
+  int in_float = -kTopBin<float>;
+  int in_double = -kTopBin<double>;
+};
+
 struct Kernels {
   // Runs chunk number `chunk` of a step.
   void (*run_chunk)(const Step& step, int64_t chunk);
-  // Sums the squares of a leaf, elements [begin, end) of an update's grad, as kLeafThreads threads
-  // would (core/norm.h): writes the sum of each thread, and returns how many have one.
-  int (*sum_leaf)(const ParamUpdate& update, const Layout* layouts, int64_t begin, int64_t end,
-                  double* threads);
-  // How many of these elements are infinite or NaN.
-  int64_t (*count_nonfinite)(const ParamUpdate& update, const Layout* layouts, int64_t begin,
-                             int64_t end);
+  // Adds the squares of the chunk's grads to the sums of their norm classes.
+  void (*sum_chunk)(const Step& step, int64_t chunk, HighestBins& highest, NormSums* classes);
 };
 
 const Kernels& kernels_baseline();

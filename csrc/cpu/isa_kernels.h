@@ -27,7 +27,7 @@ void run_chunk_here(const Step& step, int64_t chunk) {
     });
 }
 
-constexpr Kernels kKernels = {run_chunk_here, sum_leaf, count_nonfinite};
+constexpr Kernels kKernels = {run_chunk_here, sum_chunk_here};
 
 }  // namespace
 }  // namespace fusedopt::cpu

@@ -41,6 +41,10 @@ struct RawVec<uint32_t, kLanes> {
   typedef uint32_t Type __attribute__((vector_size(kLanes * 4)));
 };
 template <int kLanes>
+struct RawVec<uint64_t, kLanes> {
+  typedef uint64_t Type __attribute__((vector_size(kLanes * 8)));
+};
+template <int kLanes>
 struct RawVec<uint16_t, kLanes> {
   typedef uint16_t Type __attribute__((vector_size(kLanes * 2)));
 };
@@ -76,6 +80,8 @@ struct Vec {
     return mask ? then.raw : otherwise.raw;
   }
 
+  FUSEDOPT_HD friend Vec larger(Vec a, Vec b) { return a.raw > b.raw ? a.raw : b.raw; }
+
   FUSEDOPT_HD friend Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(Raw) == 64 && sizeof(T) == 4)
@@ -110,6 +116,10 @@ struct Vec {
 template <int kLanes>
 FUSEDOPT_HD Vec<uint32_t, kLanes> as_bits(Vec<float, kLanes> value) {
   return typename Vec<uint32_t, kLanes>::Raw(value.raw);
+}
+template <int kLanes>
+FUSEDOPT_HD Vec<uint64_t, kLanes> as_bits(Vec<double, kLanes> value) {
+  return typename Vec<uint64_t, kLanes>::Raw(value.raw);
 }
 template <int kLanes>
 FUSEDOPT_HD Vec<float, kLanes> as_float(Vec<uint32_t, kLanes> bits) {

@@ -40,6 +40,19 @@ bool raise_bin(const Storage* grads, int64_t n, int& bin, NormSums& sums) {
   return true;
 }
 
+// Loads two registers of grads.
+template <class Storage, class V>
+FUSEDOPT_HD void load_in_any_order(const char* from, V (&to)[kCount]) {
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    using Words = typename Lanes<V>::Bits;
+    const Words pairs = read<typename Words::Raw>(from);
+    to[0] = as_float(pairs << 16);
+    to[1] = as_float(pairs & 0xffff0000u);
+  } else {
+    Stored<V, Storage>::load(from, to);
+  }
+}
+
 // Adds up to kRunElements squares, whole blocks. `bin` is the highest own bin so far.
 template <class T, class Storage>
 __attribute__((noinline)) void add_run(const Storage* grads, int64_t n, int& bin, NormSums& sums) {
@@ -56,7 +69,7 @@ __attribute__((noinline)) void add_run(const Storage* grads, int64_t n, int& bin
       for (int64_t byte = 0; byte < kBytes; byte += kCacheLine)
         __builtin_prefetch(from + byte + kNormPrefetchBytes);
       V values[kCount];
-      Stored<V, Storage>::load(from, values);
+      load_in_any_order<Storage>(from, values);
       for (int j = 0; j < kCount; ++j) {
         const V square = scaled_square(values[j], scale);
         largest = larger(largest, as_bits(square));

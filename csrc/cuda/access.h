@@ -50,6 +50,15 @@ FUSEDOPT_HD void store_words(void* to, const Words<kWords>& from) {
   store_item(static_cast<Words<kWords>*>(to), from);
 }
 
+// Adds to a number in global memory that other threads add to as well.
+FUSEDOPT_HD void add_to(int64_t& to, int64_t value) {
+#if defined(__CUDA_ARCH__)
+  atomicAdd(reinterpret_cast<unsigned long long*>(&to), static_cast<unsigned long long>(value));
+#else
+  to += value;
+#endif
+}
+
 // A place in a block's shared memory: on the device a 32-bit address within it, which takes one
 // register where a pointer takes two.
 #if defined(__CUDA_ARCH__)

@@ -72,7 +72,9 @@ class Device {
   }
 
   void finalize_norm(const DeviceStep& device_step) const {
-    runtime::finalize_norm(finalizing(device_step, device_step.status), device_step.stream);
+    runtime::finalize_norm({device_step.norm_sums, device_step.grad_scale, device_step.found_inf,
+                            device_step.status, device_step.clips},
+                           device_step.stream);
   }
 
   // One launch of the update kernel for each key; where the device computes the scalars, a small
@@ -105,35 +107,24 @@ class Device {
     table.mirror().is_sent();
   }
 
-  // The sums of the leaves, then one total for each norm class. With `finalizes`, the total's
-  // kernel writes the GradStatus as well.
-  void enqueue_sums(const DeviceStep& device_step) {
+  void enqueue_sums(const DeviceStep& device_step) const {
     const TableLayout& parts = current_->parts();
-    SumSquaresCall call = {};
-    call.stream = device_step.stream;
-    call.arguments.updates = reinterpret_cast<const ParamUpdate*>(current_->at(parts.updates));
-    call.arguments.leaves = reinterpret_cast<const ChunkStart*>(current_->at(parts.leaves));
-    call.arguments.layouts = reinterpret_cast<const Layout*>(current_->at(parts.layouts));
-    call.arguments.sums = reinterpret_cast<PartialSum*>(current_->at(parts.sums));
-    call.num_leaves = static_cast<int64_t>(partition_.find_leaves(device_step).size()) - 1;
-    for (const int64_t w : partition_.rows()) {
-      if (device_step.updates[w].device == kIdle) continue;
-      const bool is_double = device_step.updates[w].formats.dtypes[kGrad] == DType::kFloat64;
-      (is_double ? call.in_double : call.in_float) = true;
+    runtime::clear(device_step.norm_sums,
+                   device_step.num_classes * static_cast<int64_t>(sizeof(NormSums)),
+                   device_step.stream);
+    for (const Rows& rows : partition_.keys()) {
+      SumSquaresCall call = {};
+      call.stream = device_step.stream;
+      call.arguments.updates =
+          reinterpret_cast<const ParamUpdate*>(current_->at(parts.updates)) + rows.first_row;
+      call.arguments.leaves =
+          reinterpret_cast<const ChunkStart*>(current_->at(parts.leaves)) + rows.first_leaf;
+      call.arguments.layouts = reinterpret_cast<const Layout*>(current_->at(parts.layouts));
+      call.arguments.sums = device_step.norm_sums;
+      call.num_leaves = rows.num_leaves;
+      call.in_double = rows.key.formats.dtypes[kGrad] == DType::kFloat64;
+      runtime::sum_squares(call);
     }
-    runtime::sum_squares(call);
-    for (int64_t c = 0; c < device_step.num_classes; ++c) {
-      const TotalArguments total = {call.arguments.sums, call.num_leaves, static_cast<int32_t>(c),
-                                    device_step.totals + 2 * c};
-      runtime::total(total,
-                     finalizing(device_step, device_step.finalizes ? device_step.status : nullptr),
-                     device_step.stream);
-    }
-  }
-
-  static FinalizeArguments finalizing(const DeviceStep& device_step, GradStatus* status) {
-    return {device_step.totals, device_step.grad_scale, device_step.found_inf, status,
-            device_step.clips};
   }
 
   // The number that makes a step do nothing if it is above 0, in device memory or nullptr. Where

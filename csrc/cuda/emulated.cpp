@@ -1,6 +1,6 @@
 // Takes the place of runtime.cu in builds for tests: runs the code of the kernels on the host, one
 // thread after the other, with host memory as device memory. It works because no thread of a kernel
-// waits for another; only the sums of squares are put together differently.
+// waits for another; only where the sums of squares are put together do threads of a block.
 
 #include <atomic>
 #include <cstdlib>
@@ -56,19 +56,18 @@ void update_all(const UpdateArguments<Rule, T>& arguments, int64_t num_chunks) {
   }
 }
 
-// One block of sum_squares_kernel, with the host's version of its tree.
+// One block of sum_squares_kernel.
 template <class T>
 void sum_leaf(const SumSquaresArguments& arguments, int64_t i) {
   const FlushMode flush(sizeof(T) == sizeof(float));
   const Leaf leaf = load_leaf(arguments, i);
-  if (!is_summed_in<T>(leaf.update)) return;
-  double values[kLeafThreads];
-  for (uint32_t thread = 0; thread < kLeafThreads; ++thread)
-    values[thread] = sum_thread<T>(leaf, arguments.layouts, thread);
-  PartialSum sum = {sum_block(values, kLeafThreads), 0, leaf.update.norm_class};
-  for (uint32_t thread = 0; thread < kLeafThreads && is_nonfinite(sum.squares); ++thread)
-    sum.nonfinite += count_thread<T>(leaf, arguments.layouts, thread);
-  arguments.sums[i] = sum;
+  if (leaf.update.device == kIdle) return;
+  NormSums& sums = arguments.sums[leaf.update.norm_class];
+  for (uint32_t thread = 0; thread < kBlockThreads; ++thread) {
+    const ThreadSum<T> own = sum_thread<T>(leaf, arguments.layouts, thread, sums);
+    for (int k = 0; k < kSlices; ++k)
+      sums.bins[bin_index(own.bin - k)] += slice_sum<T>(own.slices[k], own.count, k);
+  }
 }
 
 }  // namespace
@@ -111,6 +110,10 @@ void copy_to_device(void* to, const void* from, int64_t bytes, void*) {
   std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
+void clear(void* data, int64_t bytes, void*) {
+  enqueue([data, bytes] { std::memset(data, 0, static_cast<size_t>(bytes)); });
+}
+
 std::shared_ptr<void> allocate_persistent(int64_t bytes) {
   void* const data = std::aligned_alloc(256, static_cast<size_t>(bytes));  // as CUDA aligns it
   return std::shared_ptr<void>(data, std::free);
@@ -136,17 +139,8 @@ void update(const UpdateCall& call) {
 
 void sum_squares(const SumSquaresCall& call) {
   enqueue([call] {
-    for (int64_t i = 0; i < call.num_leaves; ++i) {
-      if (call.in_float) sum_leaf<float>(call.arguments, i);
-      if (call.in_double) sum_leaf<double>(call.arguments, i);
-    }
-  });
-}
-
-void total(const TotalArguments& arguments, const FinalizeArguments& finalizing, void*) {
-  enqueue([arguments, finalizing] {
-    sum_leaves(arguments.sums, arguments.num_leaves, arguments.norm_class, arguments.total);
-    finalize_thread(finalizing);
+    for (int64_t i = 0; i < call.num_leaves; ++i)
+      call.in_double ? sum_leaf<double>(call.arguments, i) : sum_leaf<float>(call.arguments, i);
   });
 }
 

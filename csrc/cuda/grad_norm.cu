@@ -1,6 +1,6 @@
-// Compiles the kernels that sum the squares of grads. Sums begin in float for grads of at most 32
-// bits, and end in double. As all computation in float, they flush subnormal numbers: the build
-// compiles this file, like float.cu, with the flag that makes a GPU do so.
+// Compiles the kernels that sum the squares of grads, in float for grads of at most 32 bits. As all
+// computation in float, this flushes subnormal numbers: the build compiles this file, like
+// float.cu, with the flag that makes a GPU do so. It does not concern double.
 
 #include "cuda/kernels.cuh"
 

@@ -1,7 +1,5 @@
-// What one thread does to find the norm of the grads. The tree of the sums is that of core/norm.h,
-// the same on CPU and GPU. Here are its first level, the squares that a thread sums in its lanes of
-// a leaf, and the last, the GradStatus. The levels between are in kernels.cuh and runtime.cu, as
-// they take more than one thread.
+// What one thread does to find the norm of the grads (core/norm.h): it sums the squares of its part
+// of a leaf. What the threads of a block have is brought together in kernels.cuh.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +8,7 @@
 #include "core/step.h"
 #include "cuda/access.h"
 #include "cuda/thread_slice.h"
+#include "cuda/tuning.h"
 
 namespace fusedopt::cuda {
 
@@ -18,28 +17,19 @@ struct SumSquaresArguments {
   const ParamUpdate* updates;
   const ChunkStart* leaves;  // one more than there are; ChunkStart::update is a row of `updates`
   const Layout* layouts;
-  PartialSum* sums;  // one for each leaf
-};
-
-// Arguments of the kernel that adds the leaves of one norm class up.
-struct TotalArguments {
-  const PartialSum* sums;
-  int64_t num_leaves;
-  int32_t norm_class;
-  double* total;  // [squares, nonfinite] of that class
+  NormSums* sums;  // of each norm class
 };
 
 // What the GradStatus is made of.
 struct FinalizeArguments {
-  const double* total;
+  const NormSums* sums;
   const float* grad_scale;  // or nullptr
   const float* found_inf;   // or nullptr
-  GradStatus* status;       // nullptr: other sums are still to be added before it can be known
+  GradStatus* status;
   bool clips;
 };
 
-// A leaf of the tree: elements [begin, end) of one update's grad, in the order in which its layout
-// visits them.
+// A leaf: elements [begin, end) of one update's grad, in the order in which its layout visits them.
 struct Leaf {
   ParamUpdate update;
   int64_t begin, end;
@@ -49,14 +39,6 @@ FUSEDOPT_HD Leaf load_leaf(const SumSquaresArguments& arguments, int64_t leaf) {
   const ChunkStart from = arguments.leaves[leaf], to = arguments.leaves[leaf + 1];
   const ParamUpdate update = load_update(arguments.updates + from.update);
   return {update, from.element, to.update == from.update ? to.element : update.numel};
-}
-
-// Whether the kernel that sums in T does this leaf: float64 grads are summed in double, all others
-// in float. A leaf without a grad is done by both, which write the same 0.
-template <class T>
-FUSEDOPT_HD bool is_summed_in(const ParamUpdate& update) {
-  const bool is_double = update.formats.dtypes[kGrad] == DType::kFloat64;
-  return update.device == kIdle || is_double == (sizeof(T) == sizeof(double));
 }
 
 // The offset of the element that a strided layout visits as number `element`.
@@ -72,87 +54,136 @@ FUSEDOPT_HD int64_t find_grad(const Layout& layout, int64_t element, bool is_sma
   return at;
 }
 
-// Calls add(lane, grad) for all grads of a thread: kV neighbours, one for each of its lanes, in
-// every sweep of the block over the leaf. Aligned dense grads are loaded 16 bytes at a time, four
-// loads ahead. All others, and what is left, are loaded one by one, and go to the same lanes in the
-// same order: the bits of the sum do not depend on the alignment.
-template <class Storage, class Add>
-FUSEDOPT_HD void visit_grads(const Leaf& leaf, const Layout* layouts, uint32_t thread,
-                             const Add& add) {
-  using T = typename Compute<Storage>::Type;
-  constexpr int kV = kLeafVector<Storage>;
-  constexpr int64_t kLanes = kLeafThreads * kV;
+// The squares of one thread.
+template <class T>
+struct ThreadSum {
+  Word<T> slices[kSlices] = {};
+  int32_t count = 0;  // of squares that add_slices() has added
+  int32_t bin = -kTopBin<T>;
+
+  template <int kCount>
+  FUSEDOPT_HD void add(const T (&grads)[kCount], NormSums& sums) {
+    T squares[kCount];
+    if (square(grads, squares) > kLargestSquare<T>) {
+      if (!raise_for(grads, sums)) return;
+      square(grads, squares);
+    }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) add_slices<T>(squares[j], slices);
+    count += kCount;
+  }
+
+  // Makes `higher` the bin of the first slice. Those that are then too low are dropped.
+  FUSEDOPT_HD void raise(int higher) {
+#pragma unroll
+    for (int k = 0; k < kSlices; ++k)
+      slices[k] = static_cast<Word<T>>(slice_sum<T>(slices[k], count, k));
+    count = 0;
+    for (; bin < higher; ++bin) {
+#pragma unroll
+      for (int k = kSlices - 1; k > 0; --k) slices[k] = slices[k - 1];
+      slices[0] = 0;
+    }
+  }
+
+ private:
+  // Returns the bits of the largest square.
+  template <int kCount>
+  FUSEDOPT_HD Word<T> square(const T (&grads)[kCount], T (&squares)[kCount]) const {
+    const T scale = norm_scale<T>(bin);
+    Word<T> largest = 0;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      squares[j] = scaled_square(grads[j], scale);
+      largest = larger(largest, as_bits(squares[j]));
+    }
+    return largest;
+  }
+
+  // For grads of which one is above the bin, or not finite: these are counted, the others need not
+  // be added then, and the result is false.
+  template <int kCount>
+  FUSEDOPT_HD bool raise_for(const T (&grads)[kCount], NormSums& sums) {
+    Word<T> largest = 0;
+    int infinite = 0, nan = 0;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const Word<T> magnitude = as_bits(grads[j]) << 1 >> 1;
+      infinite += magnitude == kInfinityBits<T> ? 1 : 0;
+      nan += magnitude > kInfinityBits<T> ? 1 : 0;
+      largest = larger(largest, magnitude);
+    }
+    if (infinite > 0) add_to(sums.infinite, infinite);
+    if (nan > 0) add_to(sums.nan, nan);
+    if (infinite + nan > 0) return false;
+    raise(own_bin<T>(largest));
+    return true;
+  }
+};
+
+// Adds all grads of a thread: kV neighbours in every sweep of the block over the leaf. Aligned
+// dense grads are loaded 16 bytes at a time, four loads ahead. All others, and what is left, are
+// loaded one by one.
+template <class Storage, class T>
+FUSEDOPT_HD void add_grads(const Leaf& leaf, const Layout* layouts, uint32_t thread,
+                           ThreadSum<T>& sum, NormSums& sums) {
+  constexpr int kV = 16 / static_cast<int>(sizeof(Storage)), kAhead = 4;
+  constexpr int64_t kSweep = kBlockThreads * kV;
+  static_assert(kLeafElements / kBlockThreads + kV <= FloatBits<T>::kMostSquares);
   struct Vector {
     Storage values[kV];
   };
   const auto* const grads = static_cast<const Storage*>(leaf.update.data[kGrad]);
   const bool is_dense = leaf.update.layout == kDense;
+  T values[kV];
   int64_t at = leaf.begin + thread * kV;
-  if (is_dense && reinterpret_cast<uintptr_t>(grads + at) % sizeof(Words<4>) == 0) {
-    const int64_t sweeps = (leaf.end - leaf.begin) / kLanes;
-#pragma unroll 4
-    for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
-      const auto grads_at = bit_cast<Vector>(load_words<4>(grads + at + sweep * kLanes));
+  if (is_dense && reinterpret_cast<uintptr_t>(grads + at) % sizeof(Words<4>) == 0)
+    for (; at + (kAhead - 1) * kSweep + kV <= leaf.end; at += kAhead * kSweep) {
+      Vector ahead[kAhead];
 #pragma unroll
-      for (int j = 0; j < kV; ++j) add(j, load<T>(grads_at.values[j]));
-    }
-    at += sweeps * kLanes;
-  }
-  for (; at < leaf.end; at += kLanes)
+      for (int i = 0; i < kAhead; ++i)
+        ahead[i] = bit_cast<Vector>(load_words<4>(grads + at + i * kSweep));
 #pragma unroll
-    for (int j = 0; j < kV; ++j)
-      if (at + j < leaf.end) {
-        const int64_t place = is_dense ? at + j
-                                       : find_grad(layouts[leaf.update.layout], at + j,
-                                                   leaf.update.numel <= INT32_MAX);
-        add(j, load<T>(load_item(grads + place)));
+      for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+        for (int j = 0; j < kV; ++j) values[j] = load<T>(ahead[i].values[j]);
+        sum.add(values, sums);
       }
+    }
+  for (; at < leaf.end; at += kSweep) {
+#pragma unroll
+    for (int j = 0; j < kV; ++j) {
+      values[j] = 0;
+      if (at + j >= leaf.end) continue;
+      const int64_t place =
+          is_dense ? at + j
+                   : find_grad(layouts[leaf.update.layout], at + j, leaf.update.numel <= INT32_MAX);
+      values[j] = load<T>(load_item(grads + place));
+    }
+    sum.add(values, sums);
+  }
 }
 
-// Calls `f` with a value of the grad's storage type, one of those that are summed in T.
-template <class T, class F>
-FUSEDOPT_HD void with_grad_storage(const ParamUpdate& update, const F& f) {
+// The squares of a thread's grads. What is not finite is counted at once, in the sums of its class.
+template <class T>
+FUSEDOPT_HD ThreadSum<T> sum_thread(const Leaf& leaf, const Layout* layouts, uint32_t thread,
+                                    NormSums& sums) {
+  ThreadSum<T> sum;
   if constexpr (sizeof(T) == sizeof(double))
-    f(double{});
+    add_grads<double>(leaf, layouts, thread, sum, sums);
   else
-    with_storage<T>(update.formats.dtypes[kGrad], f);
-}
-
-// The squares of a thread's grads. From here on the tree is in double.
-template <class T>
-FUSEDOPT_HD double sum_thread(const Leaf& leaf, const Layout* layouts, uint32_t thread) {
-  if (leaf.update.device == kIdle) return 0;
-  double sum = 0;
-  with_grad_storage<T>(leaf.update, [&](auto format) {
-    using Storage = decltype(format);
-    T lanes[kLeafVector<Storage>] = {};
-    visit_grads<Storage>(leaf, layouts, thread,
-                         [&](int j, T grad) { lanes[j] = add_square(lanes[j], grad); });
-    sum = sum_lanes(lanes);
-  });
+    with_storage<T>(leaf.update.formats.dtypes[kGrad], [&](auto format) {
+      add_grads<decltype(format)>(leaf, layouts, thread, sum, sums);
+    });
   return sum;
-}
-
-// How many of a thread's grads are infinite or NaN. This takes another read of the leaf, and is
-// only asked for if its sum is infinite or NaN: without such a grad, or an overflow, it is not.
-template <class T>
-FUSEDOPT_HD int32_t count_thread(const Leaf& leaf, const Layout* layouts, uint32_t thread) {
-  int32_t count = 0;
-  if (leaf.update.device == kIdle) return count;
-  with_grad_storage<T>(leaf.update, [&](auto format) {
-    visit_grads<decltype(format)>(leaf, layouts, thread,
-                                  [&](int, T grad) { count += is_nonfinite(grad) ? 1 : 0; });
-  });
-  return count;
 }
 
 // Writes the GradStatus, for the whole device. One thread does it.
 FUSEDOPT_HD void finalize_thread(const FinalizeArguments& arguments) {
-  if (arguments.status == nullptr) return;
   const float scale = arguments.grad_scale != nullptr ? *arguments.grad_scale : 1.0f;
   const bool found_inf = arguments.found_inf != nullptr && *arguments.found_inf > 0;
-  *arguments.status = finalize_norm(arguments.total[0], static_cast<int64_t>(arguments.total[1]),
-                                    static_cast<double>(scale), found_inf, arguments.clips);
+  *arguments.status =
+      finalize_norm(*arguments.sums, static_cast<double>(scale), found_inf, arguments.clips);
 }
 
 }  // namespace fusedopt::cuda

@@ -37,4 +37,16 @@ inline std::vector<ChunkStart> plan_grid(const std::vector<int64_t>& sizes) {
   return starts;
 }
 
+// Cuts grads of these sizes into leaves, whose squares are summed by a block each.
+inline std::vector<ChunkStart> plan_leaves(const std::vector<int64_t>& sizes) {
+  std::vector<ChunkStart> starts;
+  const auto num_updates = static_cast<int64_t>(sizes.size());
+  for (int64_t update = 0; update < num_updates; ++update)
+    for (int64_t element = 0; element < sizes[static_cast<size_t>(update)];
+         element += kLeafElements)
+      starts.push_back({update, element});
+  starts.push_back({num_updates, 0});
+  return starts;
+}
+
 }  // namespace fusedopt::cuda

@@ -1,5 +1,5 @@
 // The large kernels, which are compiled in files of their own with flags of their own (float.cu,
-// double.cu, grad_norm.cu), and the sums over a block.
+// double.cu, grad_norm.cu).
 #pragma once
 
 #include "cuda/grad_norm.h"
@@ -30,46 +30,42 @@ const void* update_kernel_of(RuleId id) {
   return kernel;
 }
 
-// The sum of a warp's values, which its first thread gets, in the order of sum_warp()
-// (core/norm.h), so that it has the same bits as on the host.
-inline __device__ double warp_sum(double value) {
-  for (int width = kTreeWidth / 2; width > 0; width /= 2)
+// The sum of the values of a warp's threads.
+inline __device__ int64_t warp_sum(int64_t value) {
+#pragma unroll
+  for (int width = kWarp / 2; width > 0; width /= 2)
     value += __shfl_xor_sync(0xffffffffu, value, width);
-  return value;
-}
-
-// The same for a block, as sum_block() has it: the sum of the sums of its warps.
-template <int kThreads>
-__device__ double block_sum(double value) {
-  __shared__ double warps[kTreeWidth];
-  const int warp = threadIdx.x / kTreeWidth, lane = threadIdx.x % kTreeWidth;
-  value = warp_sum(value);
-  if (lane == 0) warps[warp] = value;
-  __syncthreads();
-  if (warp == 0) value = warp_sum(lane < kThreads / kTreeWidth ? warps[lane] : 0.0);
   return value;
 }
 
 // One block for each leaf. Eight blocks on an SM leave a thread 64 registers.
 template <class T>
-__global__ void __launch_bounds__(kLeafThreads, 8)
+__global__ void __launch_bounds__(kBlockThreads, 8)
     sum_squares_kernel(const __grid_constant__ SumSquaresArguments arguments) {
   const Leaf leaf = load_leaf(arguments, blockIdx.x);
-  if (!is_summed_in<T>(leaf.update)) return;
-  __shared__ double squares;
-  __shared__ int nonfinite;
-  const double sum = block_sum<kLeafThreads>(sum_thread<T>(leaf, arguments.layouts, threadIdx.x));
-  if (threadIdx.x == 0) {
-    squares = sum;
-    nonfinite = 0;
+  if (leaf.update.device == kIdle) return;
+  NormSums& sums = arguments.sums[leaf.update.norm_class];
+  ThreadSum<T> own = sum_thread<T>(leaf, arguments.layouts, threadIdx.x, sums);
+
+  __shared__ int32_t bins[kBlockWarps];
+  __shared__ int64_t slices[kBlockWarps][kSlices];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int32_t warps_bin = __reduce_max_sync(0xffffffffu, own.bin);
+  if (lane == 0) bins[warp] = warps_bin;
+  __syncthreads();
+  int32_t bin = bins[0];
+  for (int w = 1; w < kBlockWarps; ++w) bin = max(bin, bins[w]);
+  own.raise(bin);
+#pragma unroll
+  for (int k = 0; k < kSlices; ++k) {
+    const int64_t slice = warp_sum(static_cast<typename FloatBits<T>::Signed>(own.slices[k]));
+    if (lane == 0) slices[warp][k] = slice;
   }
   __syncthreads();
-  // The same for all threads of the block, which makes a barrier inside possible. Rarely true.
-  if (is_nonfinite(squares)) {
-    atomicAdd(&nonfinite, count_thread<T>(leaf, arguments.layouts, threadIdx.x));
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) arguments.sums[blockIdx.x] = {squares, nonfinite, leaf.update.norm_class};
+  if (threadIdx.x >= kSlices) return;
+  int64_t slice = 0;
+  for (int w = 0; w < kBlockWarps; ++w) slice += slices[w][threadIdx.x];
+  if (slice != 0) add_to(sums.bins[bin_index(bin - static_cast<int>(threadIdx.x))], slice);
 }
 
 template <class T>

@@ -68,7 +68,7 @@ struct UpdateCall {
 struct SumSquaresCall {
   SumSquaresArguments arguments;
   int64_t num_leaves;
-  bool in_float, in_double;  // which of the two kernels has grads to sum
+  bool in_double;  // the grads are float64
   void* stream;
 };
 

@@ -1,5 +1,5 @@
-// Does what cuda/runtime.h says with the CUDA runtime, and holds the small kernels: step scalars,
-// totals and GradStatus. It is compiled without flushing, because these compute in double; the
+// Does what cuda/runtime.h says with the CUDA runtime, and holds the small kernels: step scalars
+// and GradStatus. It is compiled without flushing, because these compute in double; the
 // large kernels are compiled in files of their own.
 
 #include "cuda/runtime.h"
@@ -106,29 +106,6 @@ const void* step_scalars_kernel_of(RuleId id) {
   return kernel;
 }
 
-// Adds up the sums of all leaves of one norm class, in a single block: the tree of core/norm.h, in
-// double. Counts of numbers that are not finite may be added in any order, as they are integers.
-__global__ void __launch_bounds__(kTotalThreads)
-    total_kernel(const __grid_constant__ TotalArguments arguments,
-                 const __grid_constant__ FinalizeArguments finalizing) {
-  __shared__ unsigned long long nonfinite;
-  if (threadIdx.x == 0) nonfinite = 0;
-  __syncthreads();
-  double squares = 0;
-  for (int64_t i = threadIdx.x; i < arguments.num_leaves; i += kTotalThreads) {
-    const PartialSum sum = arguments.sums[i];
-    if (sum.norm_class != arguments.norm_class) continue;
-    squares += sum.squares;
-    if (sum.nonfinite > 0) atomicAdd(&nonfinite, static_cast<unsigned long long>(sum.nonfinite));
-  }
-  squares = block_sum<kTotalThreads>(squares);
-  __syncthreads();  // all counts have been added
-  if (threadIdx.x != 0) return;
-  arguments.total[0] = squares;
-  arguments.total[1] = static_cast<double>(nonfinite);
-  finalize_thread(finalizing);
-}
-
 // One thread.
 __global__ void finalize_kernel(const __grid_constant__ FinalizeArguments arguments) {
   finalize_thread(arguments);
@@ -183,7 +160,6 @@ void check_kernels(int gpu) {
   const CaptureModeGuard relaxed;
   std::vector<const void*> kernels = {sum_squares_kernel_of<float>(),
                                       sum_squares_kernel_of<double>(),
-                                      reinterpret_cast<const void*>(&total_kernel),
                                       reinterpret_cast<const void*>(&finalize_kernel)};
   cudaError_t error = cudaSuccess;
   for (int rule = 0; rule < Rules::kSize; ++rule) {
@@ -213,6 +189,11 @@ void copy_to_device(void* to, const void* from, int64_t bytes, void* stream) {
   check(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
                         static_cast<cudaStream_t>(stream)),
         "cudaMemcpyAsync");
+}
+
+void clear(void* data, int64_t bytes, void* stream) {
+  check(cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)),
+        "cudaMemsetAsync");
 }
 
 std::shared_ptr<void> allocate_persistent(int64_t bytes) {
@@ -275,16 +256,8 @@ void update(const UpdateCall& call) {
 
 void sum_squares(const SumSquaresCall& call) {
   if (call.num_leaves == 0) return;
-  const auto run = [&](const void* kernel) {
-    launch(kernel, call.num_leaves, kLeafThreads, 0, call.stream, call.arguments);
-  };
-  if (call.in_float) run(sum_squares_kernel_of<float>());
-  if (call.in_double) run(sum_squares_kernel_of<double>());
-}
-
-void total(const TotalArguments& arguments, const FinalizeArguments& finalizing, void* stream) {
-  launch(reinterpret_cast<const void*>(&total_kernel), 1, kTotalThreads, 0, stream, arguments,
-         finalizing);
+  launch(call.in_double ? sum_squares_kernel_of<double>() : sum_squares_kernel_of<float>(),
+         call.num_leaves, kBlockThreads, 0, call.stream, call.arguments);
 }
 
 void finalize_norm(const FinalizeArguments& arguments, void* stream) {

@@ -30,6 +30,9 @@ void check_kernels(int gpu);
 // as it is until the copy is done.
 void copy_to_device(void* to, const void* from, int64_t bytes, void* stream);
 
+// Fills device memory with zeros, in the order of the stream.
+void clear(void* data, int64_t bytes, void* stream);
+
 // Allocates device memory for the table of a captured graph, from CUDA itself: memory that torch
 // allocates during a capture is shared by graphs, which write to it when they are replayed. The
 // graph may be replayed as long as the memory is held.
@@ -58,7 +61,6 @@ class Event {
 // The kernels, enqueued on the stream that is given.
 void update(const UpdateCall& call);
 void sum_squares(const SumSquaresCall& call);
-void total(const TotalArguments& arguments, const FinalizeArguments& finalizing, void* stream);
 void finalize_norm(const FinalizeArguments& arguments, void* stream);
 void step_scalars(RuleId rule, const StepScalarsArguments& arguments, void* stream);
 

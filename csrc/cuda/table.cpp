@@ -68,7 +68,7 @@ bool Partition::update(const DeviceStep& device_step) {
   return changed;
 }
 
-// Rows and chunks of every launch, in the order in which their first parameters come.
+// Rows, chunks and leaves of every launch, in the order in which their first parameters come.
 void Partition::divide_up() {
   rows_.clear();
   keys_.clear();
@@ -87,36 +87,17 @@ void Partition::divide_up() {
       rows_.push_back(static_cast<int64_t>(w));
       sizes.push_back(members_[w].numel);
     }
-    const std::vector<ChunkStart> chunks = plan_grid(sizes);
+    const std::vector<ChunkStart> chunks = plan_grid(sizes), leaves = plan_leaves(sizes);
     const auto same = std::find_if(keys_.begin(), keys_.end(), [&](const Rows& rows) {
       return rows.key.rule == key.rule && rows.key.formats.in_double() == key.formats.in_double();
     });
     keys_.push_back({key, first_row, static_cast<int64_t>(sizes.size()),
                      static_cast<int64_t>(chunks_.size()), static_cast<int64_t>(chunks.size()) - 1,
+                     static_cast<int64_t>(leaves_.size()), static_cast<int64_t>(leaves.size()) - 1,
                      same != keys_.end() ? same->scalars : num_scalars_tables_++});
     chunks_.insert(chunks_.end(), chunks.begin(), chunks.end());
+    leaves_.insert(leaves_.end(), leaves.begin(), leaves.end());
   }
-}
-
-const std::vector<ChunkStart>& Partition::find_leaves(const DeviceStep& device_step) {
-  std::vector<int64_t> sizes(members_.size(), 0), rows(members_.size());
-  for (size_t row = 0; row < rows_.size(); ++row) {
-    const auto w = static_cast<size_t>(rows_[row]);
-    if (device_step.updates[w].device != kIdle) sizes[w] = members_[w].numel;
-    rows[w] = static_cast<int64_t>(row);
-  }
-  if (!leaves_.empty() && sizes == leaf_sizes_) return leaves_;  // the same grads as before
-  leaves_ = plan_leaves(sizes);
-  leaf_sizes_.swap(sizes);
-  for (size_t i = 0; i + 1 < leaves_.size(); ++i)
-    leaves_[i].update = rows[static_cast<size_t>(leaves_[i].update)];
-  return leaves_;
-}
-
-int64_t Partition::max_leaves() const {
-  std::vector<int64_t> sizes;
-  for (const Member& member : members_) sizes.push_back(member.numel);
-  return static_cast<int64_t>(plan_leaves(sizes).size());
 }
 
 // The smallest room among all kernels decides, so that the answer depends on their number alone.
@@ -134,7 +115,6 @@ TableLayout plan_table(const DeviceStep& device_step, const Partition& partition
   TableLayout parts = {};
   parts.has_counters = device_step.counters != nullptr;
   parts.has_leaves = device_step.reads_grads;
-  const auto num_leaves = device_step.reads_grads ? partition.max_leaves() : int64_t{0};
   parts.max_layouts = device_step.num_layouts > 0 ? with_room(device_step.num_layouts) : 0;
   parts.max_dims = device_step.num_layouts > 0 ? with_room(count_dims(device_step)) : 0;
   parts.max_groups = parts.has_counters ? with_room(device_step.num_groups) : 0;
@@ -149,7 +129,8 @@ TableLayout plan_table(const DeviceStep& device_step, const Partition& partition
   };
   const auto num_rows = static_cast<int64_t>(partition.rows().size());
   parts.chunks = reserve(static_cast<int64_t>(partition.chunks().size()), sizeof(ChunkStart));
-  parts.leaves = reserve(num_leaves, sizeof(ChunkStart));
+  parts.leaves = reserve(parts.has_leaves ? static_cast<int64_t>(partition.leaves().size()) : 0,
+                         sizeof(ChunkStart));
   parts.dims = reserve(parts.max_dims, sizeof(Dim));
   parts.layouts = reserve(parts.max_layouts, sizeof(Layout));
   parts.groups = reserve(parts.max_groups, sizeof(HyperParamsRef));
@@ -158,7 +139,6 @@ TableLayout plan_table(const DeviceStep& device_step, const Partition& partition
   parts.scalars = reserve(partition.num_scalars_tables(), scalars_bytes(parts.max_scalars));
   parts.mirror_bytes = end;
   parts.computed = reserve(parts.has_counters ? num_rows : 0, sizeof(Scalars));
-  parts.sums = reserve(num_leaves, sizeof(PartialSum));
   parts.bytes = end;
   return parts;
 }
@@ -178,15 +158,15 @@ bool DeviceTable::fits(const DeviceStep& device_step) const {
          (few || device_step.num_scalars <= parts_.max_scalars);
 }
 
-void DeviceTable::fill(const DeviceStep& device_step, Partition& partition) {
+void DeviceTable::fill(const DeviceStep& device_step, const Partition& partition) {
   const auto put_starts = [&](int64_t offset, const std::vector<ChunkStart>& starts) {
     mirror_.put(offset, starts.data(), static_cast<int64_t>(starts.size() * sizeof(ChunkStart)));
   };
-  // Only a new table lacks the chunks: with another partition the driver makes a new table.
+  // Only a new table lacks them: with another partition the driver makes a new table.
   if (mirror_.bytes_changed() == mirror_.size()) {
     put_starts(parts_.chunks, partition.chunks());
+    if (parts_.has_leaves) put_starts(parts_.leaves, partition.leaves());
   }
-  if (device_step.reads_grads) put_starts(parts_.leaves, partition.find_leaves(device_step));
   fill_layouts(device_step);
   fill_updates(device_step, partition);
   if (device_step.counters != nullptr)

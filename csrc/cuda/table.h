@@ -19,6 +19,7 @@ struct Rows {
   LaunchKey key;
   int64_t first_row, num_rows;
   int64_t first_chunk, num_chunks;  // one more start follows, the end
+  int64_t first_leaf, num_leaves;   // of their grads (core/norm.h); as with chunks
   int64_t scalars;                  // which table of scalars; launches of one rule and type share
 };
 
@@ -35,11 +36,7 @@ class Partition {
   int64_t num_scalars_tables() const { return num_scalars_tables_; }
   // Starts of all launches' chunks. ChunkStart::update counts rows from the launch's first_row.
   const std::vector<ChunkStart>& chunks() const { return chunks_; }
-  // Leaves of the global norm (core/norm.h) of the grads that there are. They come in the order of
-  // the parameters, not of the rows, because the order is part of the norm's definition. Their rows
-  // count from 0. There are never more than max_leaves(), as if every parameter had a grad.
-  const std::vector<ChunkStart>& find_leaves(const DeviceStep& device_step);
-  int64_t max_leaves() const;  // with the end
+  const std::vector<ChunkStart>& leaves() const { return leaves_; }  // the same
 
  private:
   void divide_up();
@@ -54,8 +51,7 @@ class Partition {
   std::vector<Rows> keys_;
   int64_t num_scalars_tables_ = 0;
   std::vector<ChunkStart> chunks_;
-  std::vector<ChunkStart> leaves_;   // as found last,
-  std::vector<int64_t> leaf_sizes_;  // for grads of these sizes
+  std::vector<ChunkStart> leaves_;
 };
 
 // The parts of the block, as offsets. Those that change most often come last, because what is sent
@@ -65,7 +61,6 @@ struct TableLayout {
   int64_t scalars;       // one table after the other, by Rows::scalars
   int64_t mirror_bytes;  // size of all parts above, which the host writes
   int64_t computed;      // scalars that the device computes, sizeof(Scalars) for each row
-  int64_t sums;          // a PartialSum for each leaf
   int64_t bytes;
   // What there is room for.
   int64_t max_dims, max_layouts, max_groups, max_scalars;
@@ -89,7 +84,7 @@ class DeviceTable {
   int64_t scalars_of(const Rows& rows) const;  // offset of the table of scalars of a launch
 
   // Writes a step into the mirror. What changes by it is then to be sent.
-  void fill(const DeviceStep& device_step, Partition& partition);
+  void fill(const DeviceStep& device_step, const Partition& partition);
 
  private:
   void fill_layouts(const DeviceStep& device_step);

@@ -31,4 +31,8 @@ inline constexpr int64_t kWarpElements = 256;
 inline constexpr int64_t kEnoughChunks = 32768;
 inline constexpr int64_t kMinChunkElements = 1024;
 
+// Elements whose squares a block sums: so many that bringing its threads' sums together does not
+// count, and few enough that small models have work for all of a GPU.
+inline constexpr int64_t kLeafElements = 32768;
+
 }  // namespace fusedopt::cuda

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._optimizer import FusedOptimizer
 from .._state_dict import _check_groups, _place
+from .._steps import to_step
 from .._types import ParamGroup, State
 from ._drop_in import NO_UNCORRECTED, refuse
 
@@ -74,6 +75,13 @@ def as_count(step: Any, what: str) -> int:
     return int(count)
 
 
+def with_count(state: State) -> State:
+    """The state with a tensor for a ``step`` that is an int, by which it is known as fusedopt's."""
+    if not isinstance(state.get("step"), int):
+        return state
+    return {**state, "step": to_step(state["step"], torch.device("cpu"))}
+
+
 def group_count(group: ParamGroup, index: int) -> int | None:
     """The step count that apex, TransformerEngine and DeepSpeed keep in a param group."""
     step = group.get("step")
@@ -110,12 +118,12 @@ def convert(
         steps = group_count(saved, index)
         groups.append({key: value for key, value in saved.items() if key not in unused})
         for at, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
-            entries = state.get(key)
-            if not entries:
-                continue
+            entries = state.get(key, {})
             place = _place(group, index, at)
             if not isinstance(entries, Mapping):
                 raise TypeError(f"the state of {place} is {entries!r}, but must be a dict")
+            if not entries:
+                continue
             if not (passes_own and isinstance(entries.get("step"), Tensor)):
-                state[key] = read(SavedState(entries, param, place), steps)
+                state[key] = with_count(read(SavedState(entries, param, place), steps))
     return {**state_dict, "state": state, "param_groups": groups}

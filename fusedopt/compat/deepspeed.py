@@ -13,7 +13,7 @@ from .._optimizer import FusedOptimizer
 from .._types import Params, State
 from ..adam import Adam
 from ._drop_in import NO_AMSGRAD, NO_UNCORRECTED, DropIn, refuse
-from ._reader import FLOATS, SavedState, as_count, convert
+from ._reader import FLOATS, SavedState, as_count, convert, with_count
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NO_AMSGRAD_THERE = f"DeepSpeed ignores it; {NO_AMSGRAD}"
@@ -112,7 +112,7 @@ def _read_folder(folder: Path, name: str, param: Tensor, step: int | None) -> St
         step = torch.load(counted, map_location="cpu", weights_only=True)
     if step is None:
         raise ValueError(f"there is no step.pt of {place}: give step=")
-    return {"step": as_count(step, f"step of {place}"), **states}
+    return with_count({"step": as_count(step, f"step of {place}"), **states})
 
 
 class DeepSpeedCPUAdam(DropIn, Adam):

@@ -237,6 +237,11 @@ class FusedAdam(DropIn, Adam):
         elif param.dtype == torch.float32:
             state[MASTER] = param.detach()
 
+    def _state_of(self, param: Tensor, name: str) -> Tensor:
+        is_master = name == MASTER and param.dtype == torch.float32
+        state: Tensor = param.detach() if is_master else self.state[param][name]
+        return state
+
     def initialize_state(self, param: Tensor, store_param_remainders: bool | None = None) -> None:  # noqa: ARG002
         """Make the state of a parameter anew, as before its first step.
 
@@ -260,7 +265,7 @@ class FusedAdam(DropIn, Adam):
         A copy in float32 of what is bfloat16, unless ``skip_unscale``; else the state itself:
         remainders are int16 and float32 is float32.
         """
-        value = local(self.state[param][state_name])
+        value = local(self._state_of(param, state_name))
         return value if skip_unscale or value.dtype != torch.bfloat16 else value.float()
 
     @torch.no_grad()
@@ -273,7 +278,7 @@ class FusedAdam(DropIn, Adam):
         if state_name not in self.state.get(param, {}):
             self.initialize_state(param)
         value, own = local(unscaled_state.detach()), local(param.detach())
-        state = local(self.state[param][state_name])
+        state = local(self._state_of(param, state_name))
         if value.shape != state.shape:
             raise ValueError(
                 f"{state_name} is of shape {tuple(value.shape)}, not {tuple(state.shape)}"

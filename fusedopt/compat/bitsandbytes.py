@@ -20,9 +20,10 @@ def convert_state_dict(state_dict: State, optimizer: FusedOptimizer) -> State:
     ``AdamW`` for both, since bitsandbytes' Adam decouples the decay, too. The 8-bit kinds, the
     paged ones as well, have codes in ``state1`` and ``state2``: an element of a moment is the
     number that ``qmap`` has for its code, times ``absmax`` of its block of 256 elements (2048
-    before version 0.45), in the order in which they lie in memory. That is computed in float32,
-    which the moments become, as bitsandbytes does. Other state dicts, of fusedopt and torch, are
-    returned unchanged.
+    before version 0.45), as bitsandbytes computes it, in float32. Elements are taken in the order
+    in which they lie in memory, as its CUDA kernels take them, which matters for states that kept
+    the strides of a channels_last parameter. Other state dicts, of fusedopt and torch, are returned
+    unchanged.
 
     Raises TypeError or ValueError, which name the parameter, where the state is of another kind:
     without scales, of ``block_wise=False``, of AdEMAMix or of an optimizer with one state.

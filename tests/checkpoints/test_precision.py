@@ -115,6 +115,28 @@ def test_from_torch_and_back(case: Case, ema: dict[str, Any], row: Row) -> None:
     assert not torch.equal(param_of(back), before)
 
 
+@each_row
+@some_cases("momentum-l2", "adamw", "adam-no-beta1")
+def test_torch_goes_on_in_float32(case: Case, row: Row) -> None:
+    """From the weights and states of any setting, as fusedopt does without the setting."""
+    dtype = row[1]
+    saved = build(case, row, [values(*SHAPE, dtype=dtype)], ema_decay=0.9)
+    step_with(saved, grads(row, 1, 2))
+    (weight,), wide = saved.fp32_params(), FLOAT32 if dtype.itemsize == 2 else dtype
+    ours = suited(case, row).ours([weight.clone()])
+    theirs = suited(case, row).theirs([weight.clone()])
+    for each in (ours, theirs):
+        each.load_state_dict(through_a_file(saved.state_dict()))
+    for name, value in entries(saved, param_of(saved)).items():
+        if name not in ("param", "ema_param"):
+            assert torch.equal(everything(theirs)[name], value.to(wide)), name
+            ours.state[param_of(ours)][name] = value.to(wide)
+    for seed in (3, 4):
+        for each in (ours, theirs):
+            step_with(each, [values(*SHAPE, dtype=wide, seed=seed)])
+    torch.testing.assert_close(param_of(ours), param_of(theirs), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"lr": 0.007}, {"weight_decay": 0.25}, {"maximize": True}])
 def test_options_of_torch_are_the_checkpoints(options: dict[str, Any]) -> None:
     theirs = torch.optim.AdamW([torch.ones(3)], **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _C
 from .._optimizer import FusedOptimizer
 from .._state import Specs, drop_unused, new_entry
+from .._state_dict import _place
 from .._steps import step_device, to_step
 from .._tensors import local
 from .._types import ParamGroup, Params, State
@@ -183,6 +184,11 @@ class FusedAdam(DropIn, Adam):
         self.defaults["master_weights"] = self._kind(wanted, [])
         for group in self.param_groups:
             group["master_weights"] = self._kind(wanted, group["params"])
+        self._name_all_masters()
+
+    def _forget(self, *kinds: str) -> None:
+        super()._forget(*kinds)
+        self._name_all_masters()
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         """Drop the grads, or fill them with zeros; None: as the constructor was told."""
@@ -203,7 +209,7 @@ class FusedAdam(DropIn, Adam):
     def _run(
         self, grad_scale: float | Tensor, found_inf: Tensor | None
     ) -> list[tuple[int, int]] | None:
-        grads = decoupled_grads(self._params()) if self.use_decoupled_grad else nullcontext()
+        grads = decoupled_grads(self.param_groups) if self.use_decoupled_grad else nullcontext()
         with grads:
             changed = super()._run(grad_scale, found_inf)
         for group in self.param_groups:
@@ -220,6 +226,9 @@ class FusedAdam(DropIn, Adam):
 
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
+        self._name_all_masters()
+
+    def _name_all_masters(self) -> None:
         for param in self._params():
             self._name_master(param)
 
@@ -247,9 +256,9 @@ class FusedAdam(DropIn, Adam):
 
         What is kept of the weight is for the param group to say, not for the second argument.
         """
-        group = next(
-            group for group in self.param_groups if any(param is each for each in group["params"])
-        )
+        group = next((g for g in self.param_groups if any(param is p for p in g["params"])), None)
+        if group is None:
+            raise ValueError("the tensor is not a parameter of this optimizer")
         spec = Specs(self).of(param, group)
         state: State = {"step": to_step(0.0, step_device(param, group))}
         for name, kind, dtype in spec.entries:
@@ -270,12 +279,12 @@ class FusedAdam(DropIn, Adam):
 
     @torch.no_grad()
     def set_scaled_state(self, param: Tensor, state_name: str, unscaled_state: Tensor) -> None:
-        """Set a state of a parameter, which is made if there is none.
+        """Set one of the states of a parameter, which are made if there are none.
 
         ``master_param`` may be a float32 weight, or an int16 remainder to the bfloat16 parameter,
         whichever the state has. ValueError if shape or dtype do not fit.
         """
-        if state_name not in self.state.get(param, {}):
+        if not self.state.get(param):
             self.initialize_state(param)
         value, own = local(unscaled_state.detach()), local(param.detach())
         state = local(self._state_of(param, state_name))
@@ -328,12 +337,18 @@ class FusedAdam(DropIn, Adam):
 
 
 @contextmanager
-def decoupled_grads(params: Iterable[Any]) -> Iterator[None]:
+def decoupled_grads(groups: list[ParamGroup]) -> Iterator[None]:
     """Inside, ``grad`` of each parameter is its ``decoupled_grad``, or None if it has none.
 
-    Afterwards it is what it was, whatever happens.
+    Afterwards it is what it was, whatever happens. Raises ValueError for one that does not fit.
     """
     kept: list[tuple[Any, Tensor | None, torch.dtype | None]] = []
+
+    def replace(param: Any, grad: Tensor | None) -> None:
+        kept.append((param, param.grad, param.grad_dtype))
+        param.grad = None
+        param.grad_dtype = None  # any
+        param.grad = grad
 
     def restore() -> None:
         for param, grad, dtype in kept:
@@ -342,13 +357,16 @@ def decoupled_grads(params: Iterable[Any]) -> Iterator[None]:
             param.grad = grad
 
     try:
-        for param in params:
-            grad = getattr(param, "decoupled_grad", None)
-            if grad is not None or param.grad is not None:
-                kept.append((param, param.grad, param.grad_dtype))
-                param.grad = None
-                param.grad_dtype = None  # any
-                param.grad = grad
+        for index, group in enumerate(groups):
+            for at, param in enumerate(group["params"]):
+                grad = getattr(param, "decoupled_grad", None)
+                if grad is None and param.grad is None:
+                    continue
+                try:
+                    replace(param, grad)
+                except (RuntimeError, TypeError) as error:  # torch's, of shapes and devices
+                    place = _place(group, index, at)
+                    raise ValueError(f"decoupled_grad of {place} does not fit: {error}") from error
         yield
     finally:
         try:

@@ -84,6 +84,10 @@ ROWS = {
     "te-capturable": Row(
         "te", {**FAST, "capturable": True}, fusedopt.AdamW, {**FAST, **F32, **AS_TENSOR}
     ),
+    "te-capturable-remainders": Row(
+        *("te", {**FAST, **TE_SPLIT, "capturable": True}, fusedopt.AdamW),
+        *({**FAST, **F32, **SPLIT, **AS_TENSOR}, (BFLOAT16,), ("master_param",)),
+    ),
     "apex-defaults": Row("apex", {}, fusedopt.AdamW, {"weight_decay": 0.0, **F32}),
     "apex": Row("apex", FAST, fusedopt.AdamW, {**FAST, **F32}),
     "apex-l2": Row("apex", {**FAST, **L2}, fusedopt.Adam, {**FAST, **F32}),

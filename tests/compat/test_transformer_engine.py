@@ -219,9 +219,10 @@ def test_a_refused_step_leaves_grads_as_they_were() -> None:
         param.decoupled_grad = torch.ones(param.shape)
     optimizer.step()
     before = snapshot(optimizer)
-    params[1].decoupled_grad = torch.ones(7)
-    with pytest.raises(RuntimeError, match="size"):
-        optimizer.step()
+    for wrong in (torch.ones(7), "grad"):
+        params[1].decoupled_grad = wrong
+        with pytest.raises(ValueError, match=r"decoupled_grad of .* index 1 does not fit"):
+            optimizer.step()
     params[1].decoupled_grad = torch.ones(5)
     optimizer.param_groups[0]["eps"] = float("nan")
     with pytest.raises(ValueError, match="eps"):
@@ -341,10 +342,35 @@ def test_masters_have_their_name_whatever_they_are() -> None:
     assert_named()
     optimizer.initialize_state(low, True)
     assert_named()
+    optimizer.reset_masters()
+    train(optimizer, steps=1)
+    assert_named()
     optimizer.master_weights = False  # as Megatron-FSDP does
     train(optimizer, steps=1)
     assert {*optimizer.state[low]} == {"step", "exp_avg", "exp_avg_sq"}
     assert not optimizer.master_weights
+
+
+def test_as_megatron_fsdp_begins() -> None:
+    """Its fully_shard_optimizer() makes a step with an lr of 0, and sets all counts back."""
+    ours, twin = FusedAdam(bfloat16_params(6), lr=0.1), FusedAdam(bfloat16_params(6), lr=0.1)
+    (param,), (group,) = params_of(ours), ours.param_groups
+    before = param.detach().clone()
+    param.grad, group["lr"] = torch.zeros_like(param), 0.0
+    ours.step()
+    group["lr"], group["step"] = 0.1, 0
+    ours.state[param]["step"].zero_()
+    ours.zero_grad()
+    assert torch.equal(param, before)
+    for optimizer in (ours, twin):
+        train(optimizer, steps=2)
+    assert group["step"] == 2
+    assert_equal(record(ours), record(twin))
+
+
+def test_a_state_of_no_parameter() -> None:
+    with pytest.raises(ValueError, match="not a parameter of this optimizer"):
+        FusedAdam(bfloat16_params(3)).initialize_state(torch.ones(3))
 
 
 @pytest.mark.parametrize("given", ["weight", "remainder"])

@@ -310,10 +310,9 @@ class FusedAdam(DropIn, Adam):
             if count is not None:
                 packed["step"] = count
             for param, key in zip(group["params"], packed["params"], strict=True):
-                if key in found["state"]:
-                    unused = specs.of(param, group).unused
-                    entries = found["state"][key].items()
-                    found["state"][key] = {k: v for k, v in entries if k not in unused}
+                entries = found["state"].get(key, {})
+                if MASTER in entries and MASTER in specs.of(param, group).unused:
+                    found["state"][key] = {k: v for k, v in entries.items() if k != MASTER}
         return found
 
     def _count_steps(self) -> int | None:

@@ -351,6 +351,15 @@ def test_masters_have_their_name_whatever_they_are() -> None:
     assert not optimizer.master_weights
 
 
+def test_a_first_moment_that_is_left_out_is_saved_as_zeros() -> None:
+    """For torch, as fusedopt.Adam does it."""
+    optimizer = FusedAdam(bfloat16_params(4), betas=(0.0, 0.9), **SPLIT)
+    train(optimizer, steps=1)
+    (entries,) = optimizer.state_dict()["state"].values()
+    assert torch.equal(entries["exp_avg"], torch.zeros(4))
+    assert "exp_avg" not in optimizer.state[params_of(optimizer)[0]]
+
+
 def test_as_megatron_fsdp_begins() -> None:
     """Its fully_shard_optimizer() makes a step with an lr of 0, and sets all counts back."""
     ours, twin = FusedAdam(bfloat16_params(6), lr=0.1), FusedAdam(bfloat16_params(6), lr=0.1)

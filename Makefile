@@ -25,10 +25,11 @@ TORCH ?= torch==2.13.0
 TORCH_CUDA ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
-# Where a wheel is to be had for; those are taken that start, from PATH or pyenv.
+# What wheels are for; those are built of which PATH or pyenv has an interpreter and its headers.
 CPYTHONS := 3.10 3.11 3.12 3.13 3.14
 python = $(firstword $(foreach candidate,python$(1) $(wildcard ~/.pyenv/versions/$(1).*/bin/python$(1)), \
-    $(shell $(candidate) -c "import sys; print(sys.executable)" 2>/dev/null)))
+    $(shell $(candidate) -c "import os, sys, sysconfig; print(sys.executable if \
+        os.path.exists(sysconfig.get_path('include') + '/Python.h') else '')" 2>/dev/null)))
 PYTHONS ?= $(foreach version,$(CPYTHONS),$(call python,$(version)))
 DIST ?= dist
 BENCH ?= --shapes all
@@ -104,7 +105,7 @@ CUDA_TESTS = $(patsubst %,tests/%,cuda torch_api) \
 
 cuda: .venv-cuda/torch
 	.venv-cuda/bin/python -m pip --disable-pip-version-check install -q "$(TORCH_CUDA)"
-	$(MAKE) wheels PYTHONS=.venv-cuda/bin/python DIST=build/cuda
+	$(MAKE) wheels FUSEDOPT_CUDA=1 PYTHONS=.venv-cuda/bin/python DIST=build/cuda
 	.venv-cuda/bin/python -m pip --disable-pip-version-check install -q --force-reinstall --no-deps \
 	    build/cuda/*.whl
 	.venv-cuda/bin/python -m pip --disable-pip-version-check install -q \

@@ -25,7 +25,7 @@ TORCH ?= torch==2.13.0
 TORCH_CUDA ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
-# What wheels are for; those are built of which PATH or pyenv has an interpreter and its headers.
+# The versions to build wheels for, where PATH or pyenv has an interpreter with its headers.
 CPYTHONS := 3.10 3.11 3.12 3.13 3.14
 python = $(firstword $(foreach candidate,python$(1) $(wildcard ~/.pyenv/versions/$(1).*/bin/python$(1)), \
     $(shell $(candidate) -c "import os, sys, sysconfig; print(sys.executable if \
@@ -50,7 +50,7 @@ TESTS = OMP_WAIT_POLICY=passive $(BIN)/pytest $(WORKERS)
 # The requirements that file $(1) gives the name $(2).
 pinned = $$($(PYTHON) -c "import re; text = open('$(1)').read(); \
     print(*re.findall(r'[\w-]+==[\d.*]+', re.search(r'^$(2) = \[(.*?)\]', text, re.M | re.S)[1]))")
-# Where a toolkit from PyPI lies, once for all builds, if the machine has none on PATH.
+# Where a CUDA toolkit from PyPI goes, one for all builds, if the machine has no nvcc on PATH.
 NVCC := $(if $(CUDA_HOME)$(shell command -v nvcc),,.venv-wheels/nvcc)
 
 .PHONY: train test bench gpu lint format sanitize cuda stacks wheels check-wheels compdb clean

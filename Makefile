@@ -3,15 +3,17 @@
 #   make test       all tests, then those of the CUDA driver with its kernels emulated on the CPU
 #   make bench      the step benchmark (BENCH="--optimizer SGD --shapes resnet50" to choose);
 #                   bench/README.md says what answers which question
-#   make lint       ruff, mypy, clang-format
+#   make lint       ruff, mypy, clang-format, the form of the workflows
 #   make sanitize   tests under the address and undefined-behaviour sanitizers
-#   make cuda       a build for CUDA under a CUDA build of torch (in .venv-cuda): the tests of what
+#   make cuda       a wheel with CUDA under a CUDA build of torch (in .venv-cuda): the tests of what
 #                   these could break, and a look at the kernels' machine code; needs no GPU
 #   make stacks     tests with other packages that train: transformers, Lightning, DeepSpeed ... (in
 #                   .venv-stacks)
 #   make docs       the documentation site in build/site, warnings as errors (in .venv-docs; needs no
 #                   compiler and no torch)
-#   make wheel      a wheel in dist/
+#   make wheels     wheels for each CPython there is, with CUDA, and a source distribution, in dist/
+#                   (PYTHONS="python3.12 /a/b/python" to choose; in .venv-wheels)
+#   make check-wheels   each of these wheels, tried in a fresh environment with torch
 #   make compdb     compile_commands.json for clangd and the like
 #   make gpu        all that needs a GPU, within twelve minutes, into GPU_OUT (GPU="--parts build step",
 #                   each part alone within four; GPU="--wheel FILE" installs that and builds nothing)
@@ -25,6 +27,13 @@ TORCH ?= torch==2.13.0
 TORCH_CUDA ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
+# The versions to build wheels for, where PATH or pyenv has an interpreter with its headers.
+CPYTHONS := 3.10 3.11 3.12 3.13 3.14
+python = $(firstword $(foreach candidate,python$(1) $(wildcard ~/.pyenv/versions/$(1).*/bin/python$(1)), \
+    $(shell $(candidate) -c "import os, sys, sysconfig; print(sys.executable if \
+        os.path.exists(sysconfig.get_path('include') + '/Python.h') else '')" 2>/dev/null)))
+PYTHONS ?= $(foreach version,$(CPYTHONS),$(call python,$(version)))
+DIST ?= dist
 BENCH ?= --shapes all
 TRAIN ?=
 PYTEST ?=
@@ -34,17 +43,18 @@ GPU_OUT ?= build/gpu
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
-# What an extra of pyproject.toml pins, without the project itself.
-pinned = $$($(PYTHON) -c "import re; \
-    print(*re.findall(r'[\w-]+==[\d.]+', re.search(r'^$(1) = \[(.*?)\]', open('pyproject.toml').read(), \
-    re.M | re.S)[1]))")
-
 # Tests run in a process per core, whose threads must not take the cores from each other: they do
 # not spin while they wait. Tests still have as many threads as they ask for.
 WORKERS = -n auto --maxprocesses 8 --dist worksteal
 TESTS = OMP_WAIT_POLICY=passive $(BIN)/pytest $(WORKERS)
 
-.PHONY: train test bench gpu lint format sanitize cuda stacks docs wheel compdb clean
+# The requirements that file $(1) gives the name $(2).
+pinned = $$($(PYTHON) -c "import re; text = open('$(1)').read(); \
+    print(*re.findall(r'[\w-]+==[\d.*]+', re.search(r'^$(2) = \[(.*?)\]', text, re.M | re.S)[1]))")
+# Where a CUDA toolkit from PyPI goes, one for all builds, if the machine has no nvcc on PATH.
+NVCC := $(if $(CUDA_HOME)$(shell command -v nvcc),,.venv-wheels/nvcc)
+
+.PHONY: train test bench gpu lint format sanitize cuda stacks docs wheels check-wheels compdb clean
 
 train: $(VENV)/built
 	$(BIN)/python examples/train_gpt.py $(TRAIN)
@@ -66,6 +76,7 @@ lint: $(VENV)/linters
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/linters
 	$(BIN)/ruff check --fix .
@@ -86,7 +97,7 @@ sanitize: $(VENV)/built
 	$(SANITIZED) --device emulated tests/cuda tests/options/test_clip_history.py \
 	    tests/options/test_masters.py $(PYTEST)
 
-# An installed wheel, and not the sources. What the CPU driver computes is tested by make test.
+# A wheel as `make wheels` makes it, and not the sources. What the CPU driver computes is tested by make test.
 CUDA_TESTS = $(patsubst %,tests/%,cuda torch_api) \
     $(patsubst %,tests/numerics/test_%.py,hypothesis layouts worked_examples) \
     $(patsubst %,tests/project/test_%.py,build install layers docs figures) \
@@ -95,8 +106,11 @@ CUDA_TESTS = $(patsubst %,tests/%,cuda torch_api) \
 
 cuda: .venv-cuda/torch
 	.venv-cuda/bin/python -m pip --disable-pip-version-check install -q "$(TORCH_CUDA)"
-	FUSEDOPT_CUDA=1 FUSEDOPT_STRICT=1 .venv-cuda/bin/python -m pip --disable-pip-version-check \
-	    install -q ".[test,bench]" pybind11
+	$(MAKE) wheels FUSEDOPT_CUDA=1 PYTHONS=.venv-cuda/bin/python DIST=build/cuda
+	.venv-cuda/bin/python -m pip --disable-pip-version-check install -q --force-reinstall --no-deps \
+	    build/cuda/*.whl
+	.venv-cuda/bin/python -m pip --disable-pip-version-check install -q \
+	    "$$(ls build/cuda/*.whl)[test,bench]" pybind11
 	OMP_WAIT_POLICY=passive PYTHONSAFEPATH=1 .venv-cuda/bin/pytest $(WORKERS) $(CUDA_TESTS) $(PYTEST)
 	.venv-cuda/bin/python tests/support/sass.py
 
@@ -115,12 +129,50 @@ stacks:
 
 docs:
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip --disable-pip-version-check install -q $(call pinned,docs)
+	.venv-docs/bin/python -m pip --disable-pip-version-check install -q $(call pinned,pyproject.toml,docs)
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
-wheel: $(VENV)/built
-	$(PIP) build
-	$(BIN)/python -m build --wheel
+# Wheels to publish. All Pythons share build/wheels/temp, where ninja sees by their commands that only
+# the bindings must be compiled again. libgomp stays torch's, whose threads the CPU driver shares.
+wheels: .venv-wheels/tools $(NVCC)
+	rm -rf build/wheels/lib* build/wheels/raw $(DIST)/fusedopt-*
+	set -e; for python in $(PYTHONS); do echo "a wheel for $$python"; \
+	    $(CUDA_BUILD) $(WHEEL_PIP) --python $$(command -v $$python) wheel -q --no-deps -w build/wheels/raw . \
+	        --config-settings=--build-option="build --build-base=build/wheels --build-temp=build/wheels/temp"; \
+	done
+	PATH="$(CURDIR)/.venv-wheels/bin:$$PATH" auditwheel repair --exclude libgomp.so.1 -w $(DIST) build/wheels/raw/*.whl
+	FUSEDOPT_CUDA=0 .venv-wheels/bin/python -m build --sdist -o $(DIST) >/dev/null
+	.venv-wheels/bin/twine check --strict $(DIST)/fusedopt-*
+	@ls -l $(DIST)
+	@$(if $(filter file,$(origin PYTHONS)),$(foreach version,$(CPYTHONS),$(if $(call python,$(version)),, \
+	    echo "no Python $(version), so no wheel for it";)))
+
+# Each in an environment where nothing was before.
+check-wheels: .venv-wheels/tools
+	set -e; for python in $(PYTHONS); do \
+	    tag=cp$$($$python -c "import sys; print(*sys.version_info[:2], sep='')"); \
+	    env=build/wheels/$$tag; rm -rf $$env; $$python -m venv --without-pip $$env; \
+	    $(WHEEL_PIP) --python $$env/bin/python install -q "$(TORCH)" $(DIST)/fusedopt-*-$$tag-*.whl \
+	        pytest hypothesis numpy; \
+	    $$env/bin/python -I -c "import fusedopt; fusedopt.show_config()"; \
+	    PYTHONSAFEPATH=1 $$env/bin/pytest -q $(WHEEL_TESTS) $(PYTEST); rm -rf $$env; \
+	done
+
+WHEEL_TESTS = tests/project/test_install.py tests/torch_api/test_dropin.py
+WHEEL_PIP = .venv-wheels/bin/pip --disable-pip-version-check
+
+# With CUDA (or FUSEDOPT_CUDA=0) for all architectures, whatever GPU this machine has.
+CUDA_BUILD = FUSEDOPT_CUDA=$(or $(FUSEDOPT_CUDA),1) FUSEDOPT_STRICT=1 \
+    FUSEDOPT_CUDA_ARCHS="$(or $(FUSEDOPT_CUDA_ARCHS),all)" $(NVCC:%=CUDA_HOME=$(CURDIR)/%/nvidia/cu13)
+
+.venv-wheels/tools: pyproject.toml
+	test -x .venv-wheels/bin/python || $(PYTHON) -m venv .venv-wheels
+	$(WHEEL_PIP) install -q -U pip $(call pinned,pyproject.toml,wheels)
+	touch $@
+
+.venv-wheels/nvcc: setup.py .venv-wheels/tools
+	$(WHEEL_PIP) install -q -U --no-deps --target $@ $(call pinned,setup.py,CUDA_WHEELS)
+	touch $@
 
 # From the emulated build, which compiles the most of csrc/ as C++. The bindings are compiled as one
 # source that includes the others; here each has an entry.
@@ -149,8 +201,8 @@ build/emulated/built: $(VENV)/torch $(SOURCES) $(wildcard fusedopt/*.py)
 	touch $@
 
 $(VENV)/linters: $(VENV)/torch
-	$(PIP) $(call pinned,lint)
+	$(PIP) $(call pinned,pyproject.toml,lint)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cuda .venv-stacks .venv-docs build dist compile_commands.json fusedopt/*.so *.egg-info
+	rm -rf $(VENV) .venv-cuda .venv-stacks .venv-docs .venv-wheels build dist compile_commands.json fusedopt/*.so *.egg-info

@@ -5,8 +5,8 @@ Environment:
     FUSEDOPT_CUDA         1: build for CUDA or fail; 0: for the CPU only (default: for CUDA if nvcc
                           is found); emulated: CUDA's code on the host (for tests)
     CUDA_HOME             the CUDA toolkit (default: that of nvcc on PATH, then the usual places)
-    FUSEDOPT_CUDA_ARCHS   compute capabilities, e.g. "80;90" or "90+PTX" (default: those of the GPUs
-                          of this machine; without one, all that this nvcc and ALL_ARCHS share)
+    FUSEDOPT_CUDA_ARCHS   compute capabilities, e.g. "80;90" or "90+PTX", or all: what this nvcc and
+                          ALL_ARCHS share (default: those of the machine's GPUs; without one, all)
     FUSEDOPT_STRICT       1: warnings are errors, and so are spills and float64 arithmetic in the
                           float32 kernels (for development)
     FUSEDOPT_SANITIZE     a value for -fsanitize=, e.g. "address,undefined" (for development)
@@ -106,12 +106,13 @@ def toolkit() -> Path | None:
 
 def cuda_archs(nvcc: Path) -> list[str]:
     """Compute capabilities to build for, such as "90", the last perhaps with "+PTX"."""
-    if wanted := os.environ.get("FUSEDOPT_CUDA_ARCHS"):
+    wanted = os.environ.get("FUSEDOPT_CUDA_ARCHS")
+    if wanted and wanted != "all":
         archs = re.split(r"[;, ]+", wanted.replace(".", "").strip())
         if bad := [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch)]:
             raise SystemExit(f"FUSEDOPT_CUDA_ARCHS: {bad[0]!r} is not of the form 90 or 90+PTX")
         return archs
-    if shutil.which("nvidia-smi"):
+    if wanted != "all" and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         said = subprocess.run(query, capture_output=True, text=True)
         if present := re.findall(r"^(\d+)\.(\d)$", said.stdout, re.MULTILINE):

@@ -20,7 +20,7 @@ namespace {
 constexpr int64_t kMinParallelChunks = 24;
 constexpr int64_t kMinChunksPerThread = 4;
 
-const Kernels& kernels_of(Isa isa) {
+const Kernels& kernels_of([[maybe_unused]] Isa isa) {
 #if defined(FUSEDOPT_X86_64)
   if (isa == Isa::kAvx512) return kernels_avx512();
   if (isa == Isa::kAvx2) return kernels_avx2();

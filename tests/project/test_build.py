@@ -137,6 +137,13 @@ def test_archs_of_the_gpus_present(setup: Any, tmp_path: Path) -> None:
     assert setup(tmp_path / "bin")["cuda_archs"](home / "bin/nvcc") == ["90", "100"]
 
 
+def test_all_archs_on_a_machine_with_a_gpu(setup: Any, tmp_path: Path) -> None:
+    script(tmp_path / "bin/nvidia-smi", 'printf "9.0\\n"')
+    home = toolkit(tmp_path / "home")
+    archs = setup(tmp_path / "bin", FUSEDOPT_CUDA_ARCHS="all")["cuda_archs"](home / "bin/nvcc")
+    assert archs == ["80", "90", "100+PTX"]
+
+
 def test_archs_without_a_gpu_are_those_the_compiler_knows(setup: Any, tmp_path: Path) -> None:
     home = toolkit(tmp_path / "home")
     assert setup()["cuda_archs"](home / "bin/nvcc") == ["80", "90", "100+PTX"]

@@ -100,7 +100,7 @@ def test_isas_rise_from_the_baseline() -> None:
 
 
 THREADS = """
-import os, time, torch, fusedopt
+import os, pathlib, time, torch, fusedopt
 
 def workers():
     return {tid for tid in os.listdir("/proc/self/task") if int(tid) != os.getpid()}
@@ -138,7 +138,10 @@ torch.set_num_threads(1)
 quiet = settle()
 optimizer.step()
 print("left alone", int(settle() == quiet))
-print("runtimes", len(fusedopt._config._openmp_runtimes()))
+runtimes = fusedopt._config._openmp_runtimes()
+print("runtimes", len(runtimes))
+bundled = {str(path) for path in pathlib.Path(torch.__file__).parent.glob("lib/libgomp*")}
+print("foreign", int(bool(bundled) and runtimes != sorted(bundled)))
 """
 
 
@@ -151,7 +154,7 @@ def test_threads() -> None:
     out = run_strictly(THREADS, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
     facts = {name: int(value) for name, value in (line.rsplit(" ", 1) for line in out.splitlines())}
     assert facts == {
-        "one": 0, "three": 2, "torch": 2, "woken": 1, "left alone": 1, "runtimes": 1,
+        "one": 0, "three": 2, "torch": 2, "woken": 1, "left alone": 1, "runtimes": 1, "foreign": 0,
     }  # fmt: skip
 
 

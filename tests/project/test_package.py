@@ -1,4 +1,4 @@
-"""What is published: the source distribution, its metadata, CHANGELOG.md, CITATION.cff."""
+"""What is published: the source distribution, its metadata, wheels, CHANGELOG.md, CITATION.cff."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def source_distribution(folder: Path) -> tuple[set[str], Message]:
         if path.is_file():
             shutil.copy(path, copy)
     built = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in (".ci", "bench", "csrc", "docs", "examples", "fusedopt", "tests"):
+    for name in (".ci", ".github", "bench", "csrc", "docs", "examples", "fusedopt", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=built)
     subprocess.run(
         [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", folder],
@@ -60,7 +60,7 @@ def test_source_distribution(tmp_path: Path) -> None:
     names, metadata = source_distribution(tmp_path)
     documents = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE"}
     wanted = {"setup.py", "pyproject.toml", "Makefile", "mkdocs.yml", ".ci/run"} | documents
-    for folder in ("bench", "csrc", "docs", "examples", "fusedopt", "tests"):
+    for folder in (".github", "bench", "csrc", "docs", "examples", "fusedopt", "tests"):
         assert files(folder)
         wanted |= files(folder)
     assert wanted - names == set()
@@ -84,6 +84,18 @@ def test_source_distribution(tmp_path: Path) -> None:
     kept = [line for line in readme.splitlines() if line and not LINK.search(line)]
     assert [line for line in description.splitlines() if line in kept] == kept
     assert "CONTRIBUTING.md" in description
+
+
+def test_wheels_are_built_alike_by_make_and_by_the_workflow() -> None:
+    """For the Pythons of the classifiers, from shared objects, with the libgomp of torch."""
+    makefile, project = (ROOT / "Makefile").read_text(), (ROOT / "pyproject.toml").read_text()
+    pythons = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    assert f"\nCPYTHONS := {' '.join(pythons)}\n" in makefile
+    cpythons = [f"cp{python.replace('.', '')}-manylinux*" for python in pythons]
+    assert f'\nbuild = "{" ".join(cpythons)}"\n' in project
+    for pattern in ('--build-base=[^"]*', "auditwheel repair --exclude [^ ]+"):
+        (used,) = re.findall(pattern, makefile)
+        assert used in project
 
 
 def test_citation_is_of_this_version() -> None:

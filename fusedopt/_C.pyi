@@ -25,6 +25,7 @@ class Plan:
         num_threads: int,
         checks_grads: bool,
         norm_groups: list[Any],
+        grad_norm: float | Tensor | None,
     ) -> list[tuple[int, int]] | PendingStep | None: ...
     @property
     def grad_status(self) -> Tensor | None: ...

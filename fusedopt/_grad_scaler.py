@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from ._optimizer import FusedOptimizer, forget_scaling, status_field
+from . import _C
+from ._norms import status_field
+from ._optimizer import FusedOptimizer, forget_scaling
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -48,7 +50,7 @@ class GradScaler(torch.amp.GradScaler):
                 status = optimizer._latest.grad_status
                 if status is not None:
                     # A copy, for torch adds those of others to it.
-                    flag = status_field(status, "skip").clone()
+                    flag = status_field(status, _C.GRAD_STATUS, "skip").clone()
                     self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {
                         flag.device: flag
                     }

@@ -113,6 +113,59 @@ def new_numbers(device: str, count: int) -> Tensor:
     return torch.empty(count, dtype=torch.int64, device=device)
 
 
+def given_norm(norm: Any) -> float | Tensor:
+    """A norm of grads that is given to a step, whole if it is a DTensor. Raises for what is none.
+
+    torch.nn.utils.clip_grad_norm_ returns a DTensor of the shards' norms for params of FSDP2.
+    """
+    if not isinstance(norm, Tensor):
+        if isinstance(norm, bool) or not hasattr(type(norm), "__float__"):
+            raise TypeError(f"grad_norm must be a number or a tensor, got {norm!r}")
+        number = float(norm)
+        if number < 0:
+            raise ValueError(f"grad_norm must not be negative, got {number}")
+        return number
+    norm = norm.detach()
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
+    if norm.numel() != 1 or norm.is_complex():
+        kind = f"{norm.dtype} of shape {tuple(norm.shape)}"
+        raise ValueError(f"grad_norm must be one real number, got a tensor of {kind}")
+    whole: Tensor = norm.reshape(())
+    return whole
+
+
+def new_status(
+    device: str,
+    count: int,
+    fields: dict[str, tuple[int, str]],
+    norm: float | Tensor,
+    scale: float | Tensor,
+    found_inf: Tensor | None,
+) -> Tensor:
+    """``new_numbers()`` that begin with the extension's ``GradStatus`` of a norm that is known.
+
+    It is that of grads multiplied by ``scale``. Nothing waits for a GPU unless it is asked from the
+    CPU.
+    """
+    status = torch.zeros(count, dtype=torch.int64, device=device)
+    norm = torch.as_tensor(norm, dtype=torch.float64).to(device, non_blocking=device != "cpu")
+    skips = ~norm.isfinite()
+    if found_inf is not None:
+        skips = skips | (found_inf.to(device) > 0).any()
+    norm = norm / (scale.to(device) if isinstance(scale, Tensor) else scale)
+    status_field(status, fields, "grad_norm").copy_(norm)
+    status_field(status, fields, "skip").copy_(skips)
+    return status
+
+
+def status_field(status: Tensor, fields: dict[str, tuple[int, str]], name: str) -> Tensor:
+    """One field of the extension's ``GradStatus``, which the memory of ``status`` begins with."""
+    offset, dtype = fields[name]
+    wanted: torch.dtype = getattr(torch, dtype)
+    return status.view(wanted)[offset // wanted.itemsize]
+
+
 def classify(params: list[Tensor]) -> tuple[list[int], list[list[Any]]]:
     """Which grads are added up over which processes.
 

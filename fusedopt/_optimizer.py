@@ -11,7 +11,14 @@ from torch import Tensor
 from . import _C
 from ._config import cpu_isa
 from ._initial_averages import InitialAverages, trains_nothing, without_average
-from ._norms import NormProcesses, are_marked, are_shards, refuse_shards
+from ._norms import (
+    NormProcesses,
+    are_marked,
+    are_shards,
+    given_norm,
+    refuse_shards,
+    status_field,
+)
 from ._options import OWN_OPTIONS, name_state_dtype
 from ._state import Specs, create_state, drop_unused, new_entry
 from ._state_dict import export_all_states, load_state_dict
@@ -28,6 +35,7 @@ class SharedStatus:
 
     # Tensors, on a GPU if the params are there.
     grad_status: Tensor | None = None
+    counts_nonfinite = True  # in grad_status
     found_inf: Tensor | None = None
     is_swapped = False
 
@@ -115,17 +123,29 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._note_shards()
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, grad_norm: float | Tensor | None = None) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(
+        self, closure: Callable[[], float], *, grad_norm: float | Tensor | None = None
+    ) -> float: ...
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        grad_norm: float | Tensor | None = None,
+    ) -> float | None:
         """Update every parameter that has a grad, or change nothing and raise.
 
         Args:
             closure: re-evaluates the model and returns the loss; called with grad enabled.
+            grad_norm: L2 norm of all grads as they are in ``.grad``, for those who know it (of all
+                parts of a model, say). ``max_grad_norm`` clips by it, and the grads are not read
+                first. A number, or a tensor of one element, of any device; a DTensor, as
+                ``torch.nn.utils.get_total_norm`` may return, is made whole. Infinity and NaN skip
+                the step, or raise with ``error_if_nonfinite``.
 
         Returns:
             What ``closure`` returned, else None.
@@ -135,7 +155,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 or of a tensor subclass without memory of its own.
             ValueError: a grad or state does not fit its parameter in shape or device, a state is
                 incomplete, parameters share memory with each other or with a grad that is not
-                exactly theirs, or a hyper-parameter is NaN or infinite or makes no sense.
+                exactly theirs, a hyper-parameter is NaN or infinite or makes no sense, or
+                ``grad_norm`` is negative, is not one real number, or no group has
+                ``max_grad_norm``.
             RuntimeError: a parameter is on a device that this build does not step, ``step`` of the
                 same optimizer is running in another thread or inside ``swap_ema()``, grads are
                 infinite or NaN and ``error_if_nonfinite`` is True, a CUDA graph is captured
@@ -143,6 +165,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 error. Errors of kernels come with a later call, as always with CUDA.
         """
         self._refuse_swapped("step()")
+        if grad_norm is not None:
+            grad_norm = given_norm(grad_norm)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -152,6 +176,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         latest = self._latest
         latest.found_inf, latest.grad_status = found_inf, None
+        latest.counts_nonfinite = grad_norm is None
         if found_inf is not None and not _C.is_on_gpu(found_inf):
             if float(found_inf) > 0:
                 return loss
@@ -161,20 +186,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             grad_scale = 1.0
         elif not _C.is_on_gpu(grad_scale):
             grad_scale = float(grad_scale)
-        if self._has_shards:
+        if self._has_shards and grad_norm is None:
             self._refuse_norm_of_shards()
 
         if self._initial_averages is None:
-            changed = self._run(grad_scale, found_inf)
+            changed = self._run(grad_scale, found_inf, grad_norm)
         else:
-            run = functools.partial(self._run, grad_scale, found_inf)
+            run = functools.partial(self._run, grad_scale, found_inf, grad_norm)
             changed = self._initial_averages.through(self, run)
         if changed:
             drop_unused(self, changed)
         return loss
 
     def _run(
-        self, grad_scale: float | Tensor, found_inf: Tensor | None
+        self,
+        grad_scale: float | Tensor,
+        found_inf: Tensor | None,
+        grad_norm: float | Tensor | None,
     ) -> list[tuple[int, int]] | None:
         """The step itself. Returns where parameters have come to use less state, if any have."""
         plan, processes = self._plan(), self._norm_processes
@@ -184,7 +212,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             found = plan.step(
                 self.param_groups, self.state, grad_scale, found_inf, threads, self._checks_grads,
-                norm_groups,
+                norm_groups, grad_norm,
             )  # fmt: skip
             return self._complete(found) if isinstance(found, _C.PendingStep) else found
         finally:
@@ -218,16 +246,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         ``fusedopt.GradScaler``.
         """
         status = self._latest.grad_status  # once: another thread may be stepping
-        return None if status is None else status_field(status, "grad_norm")
+        return None if status is None else status_field(status, _C.GRAD_STATUS, "grad_norm")
 
     @property
     def nonfinite_grads(self) -> Tensor | None:
         """How many elements of the latest step's grads were infinite or NaN.
 
-        An int64 tensor of one element on the parameters' device; None as ``grad_norm``.
+        An int64 tensor of one element on the parameters' device; None as ``grad_norm``, and after
+        a step that was given the norm.
         """
-        status = self._latest.grad_status
-        return None if status is None else status_field(status, "nonfinite")
+        latest = self._latest
+        status = latest.grad_status if latest.counts_nonfinite else None
+        return None if status is None else status_field(status, _C.GRAD_STATUS, "nonfinite")
 
     @property
     def skipped(self) -> Tensor:
@@ -237,7 +267,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         status, found_inf = self._latest.grad_status, self._latest.found_inf
         if status is not None:
-            return status_field(status, "skip") > 0
+            return status_field(status, _C.GRAD_STATUS, "skip") > 0
         return found_inf.sum() > 0 if isinstance(found_inf, Tensor) else torch.tensor(False)
 
     def fp32_params(self) -> list[Tensor]:
@@ -439,13 +469,6 @@ def forget_scaling(optimizer: torch.optim.Optimizer) -> None:
     """Take off what torch.amp.GradScaler has handed over for one step."""
     for name in ("grad_scale", "found_inf"):
         optimizer.__dict__.pop(name, None)
-
-
-def status_field(status: Tensor, name: str) -> Tensor:
-    """One field of the extension's ``GradStatus``, which the memory of ``status`` begins with."""
-    offset, dtype = _C.GRAD_STATUS[name]
-    wanted: torch.dtype = getattr(torch, dtype)
-    return status.view(wanted)[offset // wanted.itemsize]
 
 
 def _refuse_duplicates(params: list[Any], group_index: int) -> None:

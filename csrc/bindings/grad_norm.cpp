@@ -22,12 +22,13 @@ GradStatus read_status(const py::object& numbers) {
   return status;
 }
 
-[[noreturn]] void raise_nonfinite(const GradStatus& status) {
+[[noreturn]] void raise_nonfinite(const GradStatus& status, bool is_given) {
+  const std::string count =
+      is_given ? "" : ", with " + std::to_string(status.nonfinite) + " infinite or NaN elements";
   throw std::runtime_error("the norm of the grads is " +
-                           std::string(py::str(py::float_(status.grad_norm))) + ", with " +
-                           std::to_string(status.nonfinite) +
-                           " infinite or NaN elements, so nothing was changed; to skip such steps "
-                           "instead, set error_if_nonfinite=False");
+                           std::string(py::str(py::float_(status.grad_norm))) + count +
+                           ", so nothing was changed; to skip such steps instead, set "
+                           "error_if_nonfinite=False");
 }
 
 }  // namespace
@@ -88,15 +89,39 @@ bool GradNorm::measure(const ParamTable& table, const Step& on_cpu, StepRequest&
     step.devices[i].norm_sums = sums[numbers.size() - step.devices.size() + i];
     gpus.driver().finalize_norm(step.devices[i]);
   }
+  return conclude(request, context, step, gpus, numbers);
+}
+
+bool GradNorm::take(StepRequest& request, const StepContext& context, GpuStep& step, Gpus& gpus) {
+  std::vector<py::object> numbers;
+  const auto add_device = [&](int gpu) {
+    const py::object scale =
+        request.grad_scale.is_none() ? py::float_(request.grads.scale) : request.grad_scale;
+    numbers.push_back(new_status(gpu, kStatusWords, status_fields(), request.grad_norm, scale,
+                                 gpu < 0 ? py::none() : request.found_inf));
+    return reinterpret_cast<GradStatus*>(data_of_numbers(numbers.back()));
+  };
+  if (context.has_cpu || step.devices.empty()) add_device(-1);
+  for (cuda::DeviceStep& device : step.devices) device.status = add_device(device.gpu);
+  return conclude(request, context, step, gpus, numbers);
+}
+
+// What follows from the status of each device, of which the host waits for the first if it has to
+// know.
+bool GradNorm::conclude(StepRequest& request, const StepContext& context, GpuStep& step, Gpus& gpus,
+                        const std::vector<py::object>& numbers) {
+  const bool uses_cpu = numbers.size() > step.devices.size();
   set_status(numbers.front());  // from now on, other threads may read it
   for (const py::object& tensor : numbers) gpus.keep(tensor, context, step);
 
   const bool errs = context.any_group(&GroupOptions::errs_if_nonfinite);
-  if (status_on_cpu == nullptr && !errs) return false;
+  if (!uses_cpu && !errs) return false;
   const GradStatus status = read_status(numbers.front());
+  const bool is_given = !request.grad_norm.is_none();
   const bool is_bad = status.nonfinite > 0 || is_nonfinite(status.grad_norm);
-  const bool is_overflow = request.checks_grads && status.nonfinite > 0;  // of a scaler's scale
-  if (errs && is_bad && !is_overflow && !request.has_found_inf()) raise_nonfinite(status);
+  // Of a scaler's scale.
+  const bool is_overflow = request.checks_grads && (is_given || status.nonfinite > 0);
+  if (errs && is_bad && !is_overflow && !request.has_found_inf()) raise_nonfinite(status, is_given);
   request.grads.norm = status.grad_norm;
   return status.skip > 0;
 }

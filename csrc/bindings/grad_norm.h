@@ -25,6 +25,9 @@ class GradNorm {
   bool measure(const ParamTable& table, const Step& on_cpu, StepRequest& request,
                const StepContext& context, GpuStep& step, Gpus& gpus);
 
+  // The same with a norm that the caller knows: no grad is read.
+  bool take(StepRequest& request, const StepContext& context, GpuStep& step, Gpus& gpus);
+
   // What the latest step found out: an int64 tensor whose memory begins with a GradStatus; None if
   // the grads were not read.
   pybind11::object status() const;
@@ -34,6 +37,8 @@ class GradNorm {
   static pybind11::dict status_fields();
 
  private:
+  bool conclude(StepRequest& request, const StepContext& context, GpuStep& step, Gpus& gpus,
+                const std::vector<pybind11::object>& numbers);
   void combine(const ParamTable& table, const StepRequest& request, const StepContext& context,
                GpuStep& step, Gpus& gpus, const std::vector<pybind11::object>& numbers,
                std::vector<NormSums*>& sums);

@@ -77,7 +77,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
            py::arg("isa"), py::arg("chunk_elements") = 0)
       .def("step", &fusedopt::Plan::step, py::arg("param_groups"), py::arg("state"),
            py::arg("grad_scale"), py::arg("found_inf"), py::arg("num_threads"),
-           py::arg("checks_grads"), py::arg("norm_groups"))
+           py::arg("checks_grads"), py::arg("norm_groups"), py::arg("grad_norm"))
       .def_property_readonly("grad_status", &fusedopt::Plan::status)
       .def("bookkeeping_bytes", &fusedopt::Plan::bookkeeping_bytes)
       .def("overlap_checks", &fusedopt::Plan::overlap_checks);

@@ -97,6 +97,7 @@ struct StepRequest {
   // torch.amp.GradScaler's part: None, or tensors on a GPU.
   pybind11::object grad_scale, found_inf;
   pybind11::list norm_groups;  // process groups over which the sums of grads are added up
+  pybind11::object grad_norm;  // that the caller knows, or None
   GradInfo grads;              // what the host knows of them
   int num_threads;
   bool checks_grads;

@@ -57,17 +57,19 @@ Plan::Plan(const std::string& optimizer, const std::string& isa, int64_t chunk_e
 
 py::object Plan::step(const py::object& param_groups, const py::object& state,
                       const py::object& grad_scale, const py::object& found_inf, int num_threads,
-                      bool checks_grads, const py::list& norm_groups) {
+                      bool checks_grads, const py::list& norm_groups, const py::object& grad_norm) {
   Running running(*this);
   norm_.set_status(py::none());
   const bool is_on_gpu = is_tensor(grad_scale.ptr());
   StepRequest request = {param_groups, state,       is_on_gpu ? grad_scale : py::none(),
-                         found_inf,    norm_groups, {},
-                         num_threads,  checks_grads};
+                         found_inf,    norm_groups, grad_norm,
+                         {},           num_threads, checks_grads};
   if (!is_on_gpu) request.grads.scale = grad_scale.cast<double>();
   if (!(request.grads.scale > 0)) throw py::value_error("grad_scale must be positive");
 
   StepContext context = collector_.collect(param_groups, state, /*is_second=*/false);
+  if (!grad_norm.is_none() && !needs_grads(request, context))
+    throw py::value_error("grad_norm is given, but no param group has a max_grad_norm");
   if (!check(request, context)) return py::none();
   bool has_run = false;
   if (context.missing.empty() && context.maybe_written.empty())
@@ -84,7 +86,7 @@ py::object Plan::step(const py::object& param_groups, const py::object& state,
     norm_.classify(table_, context);
     const std::vector<Layout> layouts = table_.layouts();
     const Step on_cpu = step_on_cpu(context, layouts);
-    if (norm_.measure(table_, on_cpu, request, context, none, gpus_)) return py::none();
+    if (find_norm(on_cpu, request, context, none)) return py::none();
     request.is_measured = true;  // other processes take part in it once
   }
   return py::cast(PendingStep(py::cast(this), std::move(running), std::move(request), context));
@@ -117,8 +119,7 @@ py::object Plan::run(StepRequest& request, StepContext& context, bool& has_run) 
   const std::vector<Layout> layouts = table_.layouts();
   GpuStep on_gpus = gpus_.prepare(request, table_, context, layouts, reads_grads);
   const Step on_cpu = step_on_cpu(context, layouts);
-  if (reads_grads && !request.is_measured &&
-      norm_.measure(table_, on_cpu, request, context, on_gpus, gpus_))
+  if (reads_grads && !request.is_measured && find_norm(on_cpu, request, context, on_gpus))
     return py::none();
   if (context.clips && context.has_cpu) rescale(row_, request.grads, context);
 
@@ -134,6 +135,13 @@ py::object Plan::run(StepRequest& request, StepContext& context, bool& has_run) 
   write_steps(table_, context);
   run_on_cpu(on_cpu, context, request.num_threads);
   return collector_.take_changed();
+}
+
+// What is to be known of all grads; returns whether the step is to be skipped.
+bool Plan::find_norm(const Step& on_cpu, StepRequest& request, const StepContext& context,
+                     GpuStep& step) {
+  return request.grad_norm.is_none() ? norm_.measure(table_, on_cpu, request, context, step, gpus_)
+                                     : norm_.take(request, context, step, gpus_);
 }
 
 // What the CPU is to do. It borrows the context's scalars, whose values may still change.

@@ -30,14 +30,16 @@ class Plan {
   // Steps every parameter that has a grad, or changes nothing and raises. Grads are divided by
   // `grad_scale`, a number or a tensor on a GPU; nothing changes if `found_inf`, a tensor on a GPU
   // or None, is above 0; nor, if `checks_grads`, if a grad is infinite or NaN. What is to be known
-  // of all grads is added up over `norm_groups`.
+  // of all grads is added up over `norm_groups`. Or the caller knows the norm of the grads, not
+  // divided by `grad_scale`: `grad_norm`, a number, a tensor of one element or None.
   //
   // Returns None as a rule; a PendingStep, with nothing changed so far, if state must be created
   // first, or master weights made again; or else a list of (group, index) of the parameters whose
   // options have changed so that they use less state than before.
   pybind11::object step(const pybind11::object& param_groups, const pybind11::object& state,
                         const pybind11::object& grad_scale, const pybind11::object& found_inf,
-                        int num_threads, bool checks_grads, const pybind11::list& norm_groups);
+                        int num_threads, bool checks_grads, const pybind11::list& norm_groups,
+                        const pybind11::object& grad_norm);
 
   pybind11::object status() const { return norm_.status(); }  // see GradNorm
   int64_t overlap_checks() const { return aliases_.num_checks(); }
@@ -61,6 +63,8 @@ class Plan {
   };
 
   bool check(StepRequest& request, StepContext& context);
+  bool find_norm(const Step& on_cpu, StepRequest& request, const StepContext& context,
+                 GpuStep& step);
   pybind11::object run(StepRequest& request, StepContext& context, bool& has_run);
   Step step_on_cpu(const StepContext& context, const std::vector<Layout>& layouts);
   void run_on_cpu(const Step& step, const StepContext& context, int num_threads);

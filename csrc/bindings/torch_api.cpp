@@ -30,6 +30,7 @@ struct Torch {
   PyObject* allocate = nullptr;       // of fusedopt._tensors
   PyObject* count_writes = nullptr;   // of fusedopt._tensors
   PyObject* new_numbers = nullptr;    // of fusedopt._norms
+  PyObject* new_status = nullptr;     // of fusedopt._norms
   PyObject* combine_sums = nullptr;   // of fusedopt._norms
   PyObject* classify = nullptr;       // of fusedopt._norms
   PyObject* bfloat16 = nullptr;
@@ -126,6 +127,7 @@ void connect_to_torch() {
   g_torch.float_on_gpu = keep(tensors.attr("float_on_gpu"));
   const auto norms = py::module_::import("fusedopt._norms");
   g_torch.new_numbers = keep(norms.attr("new_numbers"));
+  g_torch.new_status = keep(norms.attr("new_status"));
   g_torch.combine_sums = keep(norms.attr("combine_sums"));
   g_torch.classify = keep(norms.attr("classify"));
   g_torch.bfloat16 = keep(torch.attr("bfloat16"));
@@ -189,6 +191,11 @@ py::object new_numbers(int gpu, int64_t count, int64_t*& data) {
   py::object numbers = py::handle(g_torch.new_numbers)(torch_device(gpu), count);
   data = data_of_numbers(numbers);
   return numbers;
+}
+
+py::object new_status(int gpu, int64_t count, const py::dict& fields, const py::object& norm,
+                      const py::object& scale, const py::object& found_inf) {
+  return py::handle(g_torch.new_status)(torch_device(gpu), count, fields, norm, scale, found_inf);
 }
 
 int64_t* data_of_numbers(py::handle numbers) {

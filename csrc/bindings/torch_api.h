@@ -56,6 +56,14 @@ std::string allowed_state_dtypes();  // for messages
 // `count` int64 numbers on a GPU, or on the CPU if `gpu` is below 0; a tensor of its own.
 pybind11::object new_numbers(int gpu, int64_t count, int64_t*& data);
 
+// The same with the status of a norm that the caller knows, a number or a tensor of one element, of
+// grads that are still multiplied by `scale`: GradStatus, whose `fields` are as
+// GradNorm::status_fields() describes them. `found_inf`: None, or a tensor that may ask for the
+// step to be skipped.
+pybind11::object new_status(int gpu, int64_t count, const pybind11::dict& fields,
+                            const pybind11::object& norm, const pybind11::object& scale,
+                            const pybind11::object& found_inf);
+
 // What all devices' and processes' sums, a NormSums of each class, add up to: a tensor for each of
 // `sums`, on its device. `reductions`: as classify_params() gave them; what these add up to is
 // added up over `norm_groups`. Processes meet on the device of `param`.

@@ -207,11 +207,14 @@ class FusedAdam(DropIn, Adam):
         return (param for group in self.param_groups for param in group["params"])
 
     def _run(
-        self, grad_scale: float | Tensor, found_inf: Tensor | None
+        self,
+        grad_scale: float | Tensor,
+        found_inf: Tensor | None,
+        grad_norm: float | Tensor | None,
     ) -> list[tuple[int, int]] | None:
         grads = decoupled_grads(self.param_groups) if self.use_decoupled_grad else nullcontext()
         with grads:
-            changed = super()._run(grad_scale, found_inf)
+            changed = super()._run(grad_scale, found_inf, grad_norm)
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
         if changed:

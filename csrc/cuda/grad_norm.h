@@ -135,7 +135,6 @@ FUSEDOPT_HD void add_grads(const Leaf& leaf, const Layout* layouts, uint32_t thr
   };
   const auto* const grads = static_cast<const Storage*>(leaf.update.data[kGrad]);
   const bool is_dense = leaf.update.layout == kDense;
-  T values[kV];
   int64_t at = leaf.begin + thread * kV;
   if (is_dense && reinterpret_cast<uintptr_t>(grads + at) % sizeof(Words<4>) == 0)
     for (; at + (kAhead - 1) * kSweep + kV <= leaf.end; at += kAhead * kSweep) {
@@ -145,23 +144,27 @@ FUSEDOPT_HD void add_grads(const Leaf& leaf, const Layout* layouts, uint32_t thr
         ahead[i] = bit_cast<Vector>(load_words<4>(grads + at + i * kSweep));
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
+        T values[kV];
 #pragma unroll
         for (int j = 0; j < kV; ++j) values[j] = load<T>(ahead[i].values[j]);
         sum.add(values, sums);
       }
     }
-  for (; at < leaf.end; at += kSweep) {
+  constexpr int kSingles = kV < 4 ? kV : 4;
+  for (; at < leaf.end; at += kSweep)
+#pragma unroll 1
+    for (int64_t first = at; first < at + kV && first < leaf.end; first += kSingles) {
+      T singles[kSingles] = {};
 #pragma unroll
-    for (int j = 0; j < kV; ++j) {
-      values[j] = 0;
-      if (at + j >= leaf.end) continue;
-      const int64_t place =
-          is_dense ? at + j
-                   : find_grad(layouts[leaf.update.layout], at + j, leaf.update.numel <= INT32_MAX);
-      values[j] = load<T>(load_item(grads + place));
+      for (int j = 0; j < kSingles; ++j) {
+        if (first + j >= leaf.end) continue;
+        const int64_t place = is_dense ? first + j
+                                       : find_grad(layouts[leaf.update.layout], first + j,
+                                                   leaf.update.numel <= INT32_MAX);
+        singles[j] = load<T>(load_item(grads + place));
+      }
+      sum.add(singles, sums);
     }
-    sum.add(values, sums);
-  }
 }
 
 // The squares of a thread's grads. What is not finite is counted at once, in the sums of its class.

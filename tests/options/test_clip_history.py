@@ -126,16 +126,13 @@ def test_sharded_grads_are_summed_over_processes(monkeypatch: pytest.MonkeyPatch
     """With the classes and the sums that two processes with equal shards would have."""
     reduced = []
 
-    def classify(_: list[dict[str, Any]]) -> tuple[list[int], list[list[Any]]]:
-        return [0, 1], [[], ["the other process"]]
-
     def all_reduce(total: Tensor, group: str) -> None:
         reduced.append(group)
         total.mul_(2)
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    whole, shard = torch.tensor([9.0, 0.0, 16.0], dtype=torch.float64), torch.tensor([2.0, 1.0])
-    sums = torch.cat([whole[:2], shard.double()])
-    totals = _norms.combine_totals([sums], classify([])[1], norm_groups=[], param=None)
+    whole, shard = torch.tensor([9, 0, 16]), torch.tensor([2, 1, 0])
+    reductions: list[list[Any]] = [[], ["the other process"]]
+    combined = _norms.combine_sums([torch.cat([whole, shard])], reductions, [], param=None)
     assert reduced == ["the other process"]
-    assert torch.equal(totals[0], torch.tensor([9.0 + 2 * 2.0, 2.0], dtype=torch.float64))
+    assert torch.equal(combined[0], whole + 2 * shard)

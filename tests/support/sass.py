@@ -83,7 +83,7 @@ class Block:
 @dataclass
 class Kernel:
     arch: str
-    kind: str  # update, step_scalars, sum_squares, total or finalize
+    kind: str  # update, step_scalars, sum_squares or finalize
     rule: str
     type: str  # "float32", "float64", empty for kernels that have none
     registers: int
@@ -93,7 +93,7 @@ class Kernel:
 
     @property
     def is_double(self) -> bool:
-        return self.kind != "update" or self.type == "float64"  # sums of squares end in double
+        return self.kind in ("step_scalars", "finalize") or self.type == "float64"
 
     @property
     def name(self) -> str:

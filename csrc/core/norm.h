@@ -164,14 +164,17 @@ struct GradStatus {
   float unused;
 };
 
-// The norm of all grads, from their sums.
-FUSEDOPT_HD double norm_of(const NormSums& sums) {
+// The highest bin whose sum is not 0, but not below the lowest own bin.
+inline int top_bin(const NormSums& sums) {
+  int top = kTopBin<double>;
+  while (top > -kTopBin<double> && sums.bins[bin_index(top)] == 0) --top;
+  return top;
+}
+
+// The norm of all grads, from their sums and the highest bin of these.
+FUSEDOPT_HD double norm_of(const NormSums& sums, int top) {
   if (sums.nan > 0) return NAN;
   if (sums.infinite > 0) return INFINITY;
-  int top = -kTopBin<double>;
-#pragma unroll
-  for (int bin = top + 1; bin <= kTopBin<double>; ++bin)
-    if (sums.bins[bin_index(bin)] != 0) top = bin;
   double squares = 0;
   for (int k = kSlices - 1; k >= 0; --k)
     squares = squares * power_of_two<double>(-kSliceBits) +
@@ -180,9 +183,9 @@ FUSEDOPT_HD double norm_of(const NormSums& sums) {
 }
 
 // Decides from the sums. With `clips`, a norm that is not finite is a reason to skip as well.
-FUSEDOPT_HD GradStatus finalize_norm(const NormSums& sums, double grad_scale, bool found_inf,
-                                     bool clips) {
-  const double norm = norm_of(sums) / grad_scale;
+FUSEDOPT_HD GradStatus finalize_norm(const NormSums& sums, int top, double grad_scale,
+                                     bool found_inf, bool clips) {
+  const double norm = norm_of(sums, top) / grad_scale;
   const int64_t nonfinite = sums.infinite + sums.nan;
   const bool skips = found_inf || nonfinite > 0 || (clips && is_nonfinite(norm));
   return {norm, nonfinite, skips ? 1.0f : 0.0f, 0};

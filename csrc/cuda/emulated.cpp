@@ -145,7 +145,7 @@ void sum_squares(const SumSquaresCall& call) {
 }
 
 void finalize_norm(const FinalizeArguments& arguments, void*) {
-  enqueue([arguments] { finalize_thread(arguments); });
+  enqueue([arguments] { finalize_thread(arguments, top_bin(*arguments.sums)); });
 }
 
 void step_scalars(RuleId rule, const StepScalarsArguments& arguments, void*) {

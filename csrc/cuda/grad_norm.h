@@ -79,11 +79,12 @@ struct ThreadSum {
     for (int k = 0; k < kSlices; ++k)
       slices[k] = static_cast<Word<T>>(slice_sum<T>(slices[k], count, k));
     count = 0;
-    for (; bin < higher; ++bin) {
+    for (int step = 0; step < kSlices && step < higher - bin; ++step) {
 #pragma unroll
       for (int k = kSlices - 1; k > 0; --k) slices[k] = slices[k - 1];
       slices[0] = 0;
     }
+    bin = higher;
   }
 
  private:
@@ -181,12 +182,13 @@ FUSEDOPT_HD ThreadSum<T> sum_thread(const Leaf& leaf, const Layout* layouts, uin
   return sum;
 }
 
-// Writes the GradStatus, for the whole device. One thread does it.
-FUSEDOPT_HD void finalize_thread(const FinalizeArguments& arguments) {
+// Writes the GradStatus, for the whole device, from the sums whose highest bin is `top`. One thread
+// does it.
+FUSEDOPT_HD void finalize_thread(const FinalizeArguments& arguments, int top) {
   const float scale = arguments.grad_scale != nullptr ? *arguments.grad_scale : 1.0f;
   const bool found_inf = arguments.found_inf != nullptr && *arguments.found_inf > 0;
   *arguments.status =
-      finalize_norm(*arguments.sums, static_cast<double>(scale), found_inf, arguments.clips);
+      finalize_norm(*arguments.sums, top, static_cast<double>(scale), found_inf, arguments.clips);
 }
 
 }  // namespace fusedopt::cuda

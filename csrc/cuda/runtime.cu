@@ -22,6 +22,7 @@ extern template const void* sum_squares_kernel_of<double>();
 namespace {
 
 constexpr int kStepScalarsThreads = 128;
+constexpr int kFinalizeThreads = 256;
 
 // Raises if a call has failed.
 void check(cudaError_t error, const char* call) {
@@ -106,9 +107,17 @@ const void* step_scalars_kernel_of(RuleId id) {
   return kernel;
 }
 
-// One thread.
-__global__ void finalize_kernel(const __grid_constant__ FinalizeArguments arguments) {
-  finalize_thread(arguments);
+// One block, whose threads look for the highest bin.
+__global__ void __launch_bounds__(kFinalizeThreads)
+    finalize_kernel(const __grid_constant__ FinalizeArguments arguments) {
+  __shared__ int top;
+  if (threadIdx.x == 0) top = -kTopBin<double>;
+  __syncthreads();
+  for (int bin = static_cast<int>(threadIdx.x) - kTopBin<double>; bin <= kTopBin<double>;
+       bin += kFinalizeThreads)
+    if (arguments.sums->bins[bin_index(bin)] != 0) atomicMax(&top, bin);
+  __syncthreads();
+  if (threadIdx.x == 0) finalize_thread(arguments, top);
 }
 
 // cudaLaunchKernel instead of <<<>>>: kernels are passed as pointers, whatever their types.
@@ -261,7 +270,8 @@ void sum_squares(const SumSquaresCall& call) {
 }
 
 void finalize_norm(const FinalizeArguments& arguments, void* stream) {
-  launch(reinterpret_cast<const void*>(&finalize_kernel), 1, 1, 0, stream, arguments);
+  launch(reinterpret_cast<const void*>(&finalize_kernel), 1, kFinalizeThreads, 0, stream,
+         arguments);
 }
 
 void step_scalars(RuleId rule, const StepScalarsArguments& arguments, void* stream) {

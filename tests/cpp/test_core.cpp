@@ -13,6 +13,7 @@ void test_branch_free();
 void test_chunks();
 void test_layout();
 void test_overlap();
+void test_norm();
 void test_driver();
 void test_grid();
 void test_host_mirror();
@@ -33,6 +34,7 @@ int main(int argc, char** argv) {
                 {"chunks", test_chunks},
                 {"layout", test_layout},
                 {"overlap", test_overlap},
+                {"norm", test_norm},
                 {"driver", test_driver},
                 {"grid", test_grid},
                 {"host_mirror", test_host_mirror},

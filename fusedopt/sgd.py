@@ -90,9 +90,10 @@ class SGD(FusedOptimizer):
             ``min(1, max_grad_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` does,
             but ``.grad`` is not written to. The norm is the L2 norm of all grads of all groups
             (and, of DTensors, of all their shards; see ``norm_group`` for parts of a model that are
-            plain tensors). A group with None is not clipped, its grads
-            count; infinity only measures. A step whose norm is infinite or NaN is skipped. A tensor
-            is read on the host in every step, which waits for one on a GPU.
+            plain tensors). Its bits depend on no order, and not on how grads are sharded. A group
+            with None is not clipped, its grads count; infinity only measures. A step whose norm is
+            infinite or NaN is skipped. A tensor is read on the host in every step, which waits for
+            one on a GPU.
         norm_group (NormGroup, default None): the processes whose optimizers step the other parts of
             a model in plain tensors, a ``torch.distributed.ProcessGroup`` or several, or "world"
             for all: FSDP1's shards, partitions of ``ZeroRedundancyOptimizer``, stages of a

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from . import _C
@@ -33,6 +34,8 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
         if not isinstance(optimizer, FusedOptimizer) or _reads_grads_elsewhere(optimizer):
+            if kwargs.get("grad_norm") is not None and self._unscales_before(optimizer):
+                kwargs["grad_norm"] = kwargs["grad_norm"] / self._get_scale_async()
             return super().step(optimizer, *args, **kwargs)
         supported = optimizer._step_supports_amp_scaling
         optimizer._step_supports_amp_scaling = True
@@ -54,6 +57,12 @@ class GradScaler(torch.amp.GradScaler):
                     self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {
                         flag.device: flag
                     }
+
+    def _unscales_before(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether torch's ``step()`` is going to unscale the grads, before the optimizer's own."""
+        if not self.is_enabled() or getattr(optimizer, "_step_supports_amp_scaling", False):
+            return False
+        return self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
         if optimizer is not self._stepping:

@@ -1,5 +1,7 @@
 """The global norm of the grads where it takes more than one device or process to know it."""
 
+import math
+import numbers
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -119,12 +121,9 @@ def given_norm(norm: Any) -> float | Tensor:
     torch.nn.utils.clip_grad_norm_ returns a DTensor of the shards' norms for params of FSDP2.
     """
     if not isinstance(norm, Tensor):
-        if isinstance(norm, bool) or not hasattr(type(norm), "__float__"):
-            raise TypeError(f"grad_norm must be a number or a tensor, got {norm!r}")
-        number = float(norm)
-        if number < 0:
-            raise ValueError(f"grad_norm must not be negative, got {number}")
-        return number
+        if isinstance(norm, bool) or not isinstance(norm, numbers.Real):
+            raise TypeError(f"grad_norm must be a real number or a tensor, got {norm!r}")
+        return _refuse_negative(float(norm))
     norm = norm.detach()
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()
@@ -132,7 +131,15 @@ def given_norm(norm: Any) -> float | Tensor:
         kind = f"{norm.dtype} of shape {tuple(norm.shape)}"
         raise ValueError(f"grad_norm must be one real number, got a tensor of {kind}")
     whole: Tensor = norm.reshape(())
+    if not whole.is_cuda:
+        _refuse_negative(whole.item())
     return whole
+
+
+def _refuse_negative(norm: float) -> float:
+    if norm < 0:
+        raise ValueError(f"grad_norm must not be negative, got {norm}")
+    return norm
 
 
 def new_status(
@@ -145,15 +152,25 @@ def new_status(
 ) -> Tensor:
     """``new_numbers()`` that begin with the extension's ``GradStatus`` of a norm that is known.
 
-    It is that of grads multiplied by ``scale``. Nothing waits for a GPU unless it is asked from the
-    CPU.
+    It is that of grads multiplied by ``scale``; a negative one counts as NaN. Nothing waits for a
+    GPU unless it is asked from the CPU.
     """
     status = torch.zeros(count, dtype=torch.int64, device=device)
-    norm = torch.as_tensor(norm, dtype=torch.float64).to(device, non_blocking=device != "cpu")
+    if not isinstance(norm, Tensor):
+        norm = torch.full((), norm, dtype=torch.float64, device=device)
+    elif status.is_cuda and not norm.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "grad_norm is a tensor on the CPU, which a CUDA graph cannot read when it is replayed: "
+            f"give one on {device}"
+        )
+    norm = norm.to(device, torch.float64, non_blocking=status.is_cuda)
+    norm = torch.where(norm >= 0, norm, math.nan)
     skips = ~norm.isfinite()
     if found_inf is not None:
         skips = skips | (found_inf.to(device) > 0).any()
-    norm = norm / (scale.to(device) if isinstance(scale, Tensor) else scale)
+    if isinstance(scale, Tensor):
+        scale = scale.to(device, torch.float64).reshape(())
+    norm = norm / scale
     status_field(status, fields, "grad_norm").copy_(norm)
     status_field(status, fields, "skip").copy_(skips)
     return status
@@ -228,4 +245,5 @@ def combine_sums(
     combined = by_class.sum(dim=0)
     for group in norm_groups:
         torch.distributed.all_reduce(combined, group=group)
-    return [combined.to(other.device, non_blocking=True) for other in sums]
+    # To the CPU it has to be there: the host reads it next.
+    return [combined.to(other.device, non_blocking=other.is_cuda) for other in sums]

@@ -141,11 +141,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: re-evaluates the model and returns the loss; called with grad enabled.
-            grad_norm: L2 norm of all grads as they are in ``.grad``, for those who know it (of all
-                parts of a model, say). ``max_grad_norm`` clips by it, and the grads are not read
-                first. A number, or a tensor of one element, of any device; a DTensor, as
-                ``torch.nn.utils.get_total_norm`` may return, is made whole. Infinity and NaN skip
-                the step, or raise with ``error_if_nonfinite``.
+            grad_norm: L2 norm of all grads, for those who know it (of all parts of a model, say):
+                of the grads as they are in ``.grad`` when the step is called, with the scale of a
+                GradScaler that has not unscaled them. ``max_grad_norm`` clips by it, and the grads
+                are not read first. A number, or a tensor of one element, of any device; a DTensor,
+                as ``torch.nn.utils.get_total_norm`` may return, is made whole. Infinity and NaN
+                skip the step, or raise with ``error_if_nonfinite``; so does a negative tensor on a
+                GPU, which nobody waits for.
 
         Returns:
             What ``closure`` returned, else None.

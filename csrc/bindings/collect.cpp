@@ -325,6 +325,9 @@ void Collector::compare_specs(Operands& operands, size_t at) {
   };
   if (take(kParam)) {
     table_.is_classified = false;
+    // Also for later steps, should the parameter rest in this one.
+    table_.caches[at].recognizable = false;
+    held_.hold(std::exchange(specs[kGrad], py::object()));
     operands.has_known_specs = false;
   }
   if (operands.tensors[kGrad] == nullptr) return;  // it rests: its states have not been found

@@ -16,10 +16,12 @@ void check_alignment(const Operands& operands, int k) {
   if (are_alike(operands.shards[k].spec, operands.shards[kParam].spec) &&
       operands.shards[k].spec != nullptr)
     return;
-  const py::object aligned = align(operands.tensors[k], operands.tensors[kParam]);
-  if (aligned.ptr() != operands.tensors[k])
-    throw py::value_error(subject(operands.id, operands.names[k]->name()) +
-                          "laid out over devices unlike its parameter");
+  const std::string what = subject(operands.id, operands.names[k]->name());
+  if ((operands.shards[k].spec == nullptr) != (operands.shards[kParam].spec == nullptr))
+    throw py::type_error(what + describe(operands.tensors[k]) +
+                         ": it and its parameter must both be DTensors, or neither of them");
+  if (align(operands.tensors[k], operands.tensors[kParam]).ptr() != operands.tensors[k])
+    throw py::value_error(what + "laid out over devices unlike its parameter");
 }
 
 void align_grad(Operands& operands) {
@@ -140,7 +142,8 @@ void Collector::read_state(bool is_second, Operands& operands, const ParamUpdate
       cache.step = nullptr;  // it belonged to another state
       cache.step_on_gpu = false;
     }
-    if (!is_plain(operands.tensors[k])) check_alignment(operands, k);
+    if (!is_plain(operands.tensors[k]) || operands.shards[kParam].spec != nullptr)
+      check_alignment(operands, k);
   }
   if (operands.step != nullptr) find_step(operands, cache);
 }
@@ -190,10 +193,10 @@ void Collector::lay_out(const Operands& operands, ParamUpdate& update) {
     present |= 1u << k;
   }
   update.layout = kDense;
-  update.first_element = 0;
   const bool has_draws = update.formats.stochastic != 0;
-  if (has_draws && operands.shards[kParam].spec != nullptr)
-    update.first_element = find_first_element(operands.tensors[kParam]);
+  const bool is_part = has_draws && operands.shards[kParam].spec != nullptr;
+  const bool is_known = is_part && operands.has_known_specs && update.first_element > 0;
+  if (!is_known) update.first_element = is_part ? find_first_element(operands.tensors[kParam]) : 0;
   const bool can_be_dense = !has_draws || has_whole_draw_blocks(update.first_element, update.numel);
   if (contiguous && can_be_dense) return;
   Dims dims = make_dims(operands, has_draws);

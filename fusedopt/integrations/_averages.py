@@ -9,12 +9,16 @@ from torch import nn
 
 from .._optimizer import FusedOptimizer
 
+MOST_WRAPPERS = 8  # around each other
+
 
 def fused_optimizer(optimizer: Any) -> FusedOptimizer | None:
     """The optimizer of fusedopt that this is, or that wrappers hold as ``.optimizer``, or None."""
-    while optimizer is not None and not isinstance(optimizer, FusedOptimizer):
+    for _ in range(MOST_WRAPPERS):
+        if isinstance(optimizer, FusedOptimizer):
+            return optimizer
         optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
+    return None
 
 
 def clips(optimizer: FusedOptimizer) -> bool:

@@ -89,8 +89,9 @@ def test_not_finite(case: Case, bad: float) -> None:
 
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "negative": (-1.0, ValueError, "must not be negative"),
-    "text": ("1.0", TypeError, "a number or a tensor"),
-    "bool": (True, TypeError, "a number or a tensor"),
+    "text": ("1.0", TypeError, "a real number or a tensor"),
+    "bool": (True, TypeError, "a real number or a tensor"),
+    "complex number": (1j, TypeError, "a real number or a tensor"),
     "two numbers": (torch.ones(2), ValueError, "one real number"),
     "complex": (torch.tensor(1j), ValueError, "one real number"),
 }
@@ -105,6 +106,20 @@ def test_wrong_norms(wrong: str) -> None:
         optimizer.step(grad_norm=norm)
 
 
+def test_negative_tensors() -> None:
+    """On a GPU nobody waits to see: it counts as NaN there."""
+    optimizer = fusedopt.AdamW(make_params(), max_grad_norm=1.0)
+    set_grads(optimizer, 0)
+    before = [param.detach().clone() for param in params_of(optimizer)]
+    if DEVICE == "cpu":
+        with refused(optimizer, ValueError, "must not be negative"):
+            optimizer.step(grad_norm=torch.tensor(-0.5))
+    else:
+        optimizer.step(grad_norm=torch.tensor(-0.5))
+        assert optimizer.skipped
+    assert_equal(params_of(optimizer), before)
+
+
 def test_no_group_clips() -> None:
     optimizer = fusedopt.AdamW(make_params())
     set_grads(optimizer, 0)
@@ -112,11 +127,16 @@ def test_no_group_clips() -> None:
         optimizer.step(grad_norm=1.0)
 
 
+@pytest.mark.parametrize("has_hook", [False, True])
 @main_cases
-def test_scaled_grads(case: Case) -> None:
-    """Both, grads and their norm, still have the scale of a fusedopt.GradScaler."""
+def test_scaled_grads(case: Case, has_hook: bool) -> None:
+    """Both, grads and their norm, still have the scale of a fusedopt.GradScaler. For a hook, which
+    may read grads, it unscales them first.
+    """
     expected = stepped(case, lambda _: None)
     optimizer, scaler = case.ours(make_params(), max_grad_norm=LIMIT), new_scaler()
+    if has_hook:
+        optimizer.register_step_pre_hook(lambda *_: None)
     for seed in range(2):
         set_grads(optimizer, seed)
         scaler.scale(torch.zeros((), device=DEVICE))  # from now on it has a scale
@@ -130,7 +150,7 @@ def test_scaled_grads(case: Case) -> None:
     scaler.step(optimizer, grad_norm=math.inf)
     scaler.update()
     assert_equal(record(optimizer), before)
-    assert scaler.get_scale() < scale
+    assert has_hook or scaler.get_scale() < scale
 
 
 def test_of_dtensors(mesh: Any) -> None:

@@ -66,11 +66,11 @@ def test_every_example_is_run() -> None:
     )
 
 
-# How near two processes are to one, which sees the same batches. Where something is kept in
-# bfloat16 it is rounded by draws, which depend on the shard.
+# How near two processes are to one, which sees the same batches. Each sums the grads of its half,
+# for a model in bfloat16 in that.
 SAME = {
     "ddp.py": 1e-4,
-    "fsdp2.py": 0.05,
+    "fsdp2.py": 0.02,
     "deepspeed_zero.py": 1e-3,
     "torchtitan_optimizer.py": 0.02,
 }

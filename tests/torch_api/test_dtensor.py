@@ -129,6 +129,24 @@ def test_state_dict(case: Case, mesh: Any) -> None:
     assert_equal(local(other_params), local(params))
 
 
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_state_is_sharded_as_its_param(is_sharded: bool, mesh: Any) -> None:
+    """A plain one could be the shard or the whole, and would be saved as the whole."""
+
+    def maybe_sharded(tensor: Tensor, is_so: bool) -> Tensor:
+        return shard(mesh, tensor) if is_so else tensor
+
+    param = Parameter(maybe_sharded(torch.ones(4, 3), is_sharded))
+    optimizer = fusedopt.AdamW([("w", param)])
+    param.grad = maybe_sharded(torch.ones(4, 3), is_sharded)
+    optimizer.step()
+    optimizer.state[param]["exp_avg"] = maybe_sharded(torch.ones(4, 3), not is_sharded)
+    before = local([param])[0].clone()
+    with pytest.raises(TypeError, match=r"exp_avg of parameter 'w' .* must both be DTensors"):
+        optimizer.step()
+    assert torch.equal(local([param])[0], before)
+
+
 @main_cases
 def test_versions(case: Case, mesh: Any) -> None:
     """Backward through the values before the step must raise. (Through to_local() torch's does not
@@ -244,6 +262,26 @@ for placements in ([Shard(0)] * 2, [Shard(0)] * 2, [Shard(0), Replicate()], [Rep
     if abs(optimizer.grad_norm.item() - 2 ** 0.5 * (full - 5).norm().item()) > 1e-12:
         wrong.append(placements)
 print(f"norm follows: {wrong or 'equal'}")
+
+# A param that gets another layout while it rests: its grads are laid out as its next one.
+mesh_2d = init_device_mesh("cpu", (2, 1))
+def on_2d(tensor, placements):
+    return distribute_tensor(tensor, mesh_2d, placements)
+first, later = [Shard(0), Replicate()], [Shard(1), Replicate()]
+square = torch.arange(16.0, dtype=torch.float64).view(4, 4)  # whose shards are of other shapes
+results = []
+for cls in (fusedopt.SGD, torch.optim.SGD):
+    params = [torch.nn.Parameter(on_2d(square.clone(), first)) for _ in range(2)]
+    optimizer = cls([("w", params[0]), ("v", params[1])], lr=0.5)
+    for placements, rests in ((first, False), (later, True), (later, False)):
+        if placements is later and rests:
+            params[0] = torch.nn.Parameter(on_2d(square.clone(), later))
+            optimizer.param_groups[0]["params"][0] = params[0]
+        params[0].grad = None if rests else on_2d(square - 5, first)
+        params[1].grad = on_2d(square - 5, first)
+        optimizer.step()
+    results.append(params[0].detach().full_tensor())
+print(f"rests: {'equal' if torch.equal(*results) else 'wrong'}")
 dist.barrier()
 sys.stdout.flush()
 os._exit(0)  # gloo's threads may abort a process that ends while they do
@@ -257,7 +295,7 @@ AT_ONCE = {
     "other dim": {"equal", "refused"},
 }
 LATER = {f"{name} later": verdicts for name, verdicts in AT_ONCE.items()}
-VERDICTS = {**AT_ONCE, **LATER, "norm follows": {"equal"}}
+VERDICTS = {**AT_ONCE, **LATER, "norm follows": {"equal"}, "rests": {"equal"}}
 
 
 @pytest.fixture(scope="module")

@@ -351,9 +351,8 @@ Collector::Unchanged Collector::compare(const Operands& operands, ParamUpdate& u
   for (int k = kFirstState; k <= kMaxOperands; ++k) {
     const bool is_step = k == kMaxOperands;
     PyObject* const tensor = is_step ? operands.step : operands.tensors[k];
-    PyObject* const plain = !is_step                                ? operands.shards[k].tensor
-                            : tensor != nullptr && is_plain(tensor) ? tensor
-                                                                    : nullptr;
+    const bool is_plain_step = is_step && tensor != nullptr && is_plain(tensor);
+    PyObject* const plain = is_plain_step ? tensor : is_step ? nullptr : operands.shards[k].tensor;
     const uint64_t print = tensor == nullptr ? 1 : print_of(plain);
     all = all == kNoFingerprint || print == kNoFingerprint ? kNoFingerprint
                                                            : join_fingerprints(all, print);

@@ -94,6 +94,22 @@ FUSEDOPT_HD T power_of_two(int exponent) {
   return bit_cast<T>(static_cast<Word<T>>(exponent + Bits::kBias) << Bits::kMantissa);
 }
 
+// What a look at grads shows: the bits of the largest magnitude, and how many are not finite.
+template <class T>
+struct Magnitudes {
+  Word<T> largest = 0;
+  int32_t infinite = 0;
+  int32_t nan = 0;
+
+  FUSEDOPT_HD void add(T grad) {
+    const Word<T> magnitude = as_bits(grad) << 1 >> 1;
+    infinite += magnitude == kInfinityBits<T> ? 1 : 0;
+    nan += magnitude > kInfinityBits<T> ? 1 : 0;
+    largest = larger(largest, magnitude);
+  }
+  FUSEDOPT_HD bool are_finite() const { return infinite + nan == 0; }
+};
+
 // What the grads are multiplied by for slices from this bin down.
 template <class T>
 FUSEDOPT_HD T norm_scale(int bin) {

@@ -25,32 +25,12 @@ static_assert(kRunElements / 4 <= FloatBits<float>::kMostSquares, "more than a l
 // are not finite; these are then counted, and the others need not be.
 template <class T, class Storage>
 bool raise_bin(const Storage* grads, int64_t n, int& bin, NormSums& sums) {
-  Word<T> largest = 0;
-  int64_t infinite = 0, nan = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const Word<T> magnitude = fusedopt::as_bits(load<T>(grads[i])) << 1 >> 1;
-    infinite += magnitude == kInfinityBits<T> ? 1 : 0;
-    nan += magnitude > kInfinityBits<T> ? 1 : 0;
-    largest = larger(largest, magnitude);
-  }
-  sums.infinite += infinite;
-  sums.nan += nan;
-  if (infinite + nan > 0) return false;
-  bin = own_bin<T>(largest);
-  return true;
-}
-
-// Loads two registers of grads.
-template <class Storage, class V>
-FUSEDOPT_HD void load_in_any_order(const char* from, V (&to)[kCount]) {
-  if constexpr (std::is_same_v<Storage, BFloat16>) {
-    using Words = typename Lanes<V>::Bits;
-    const Words pairs = read<typename Words::Raw>(from);
-    to[0] = as_float(pairs << 16);
-    to[1] = as_float(pairs & 0xffff0000u);
-  } else {
-    Stored<V, Storage>::load(from, to);
-  }
+  Magnitudes<T> found;
+  for (int64_t i = 0; i < n; ++i) found.add(load<T>(grads[i]));
+  sums.infinite += found.infinite;
+  sums.nan += found.nan;
+  if (found.are_finite()) bin = own_bin<T>(found.largest);
+  return found.are_finite();
 }
 
 // Adds up to kRunElements squares, whole blocks. `bin` is the highest own bin so far.

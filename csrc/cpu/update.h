@@ -26,6 +26,20 @@ using Register = Vec<T, kRegisterBytes / static_cast<int>(sizeof(T))>;
 template <class T>
 constexpr int64_t kBlock = kCount * kRegisterBytes / static_cast<int64_t>(sizeof(T));
 
+// Loads two registers of consecutive numbers: of bfloat16 ones those at even and those at odd
+// places, which takes a shift and a mask of the words.
+template <class Storage, class V>
+FUSEDOPT_HD void load_in_any_order(const char* from, V (&to)[kCount]) {
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    using Words = typename Lanes<V>::Bits;
+    const Words pairs = read<typename Words::Raw>(from);
+    to[0] = as_float(pairs << 16);
+    to[1] = as_float(pairs & 0xffff0000u);
+  } else {
+    Stored<V, Storage>::load(from, to);
+  }
+}
+
 // `Memory` of core/element.h for a block of elements, which are consecutive in each operand. They
 // fill one register after the other. But where all operands are 16 bits wide, the first register
 // has the elements at even places and the second those at odd places: then a load is a shift and a
@@ -57,13 +71,10 @@ struct Block {
     constexpr int64_t kSize = sizeof(Storage);
     for (int64_t byte = 0; byte < kBlock<T> * kSize; byte += kCacheLine)
       __builtin_prefetch(from + ahead * kSize + byte);
-    if constexpr (kIsOneFormat && std::is_same_v<Storage, BFloat16>) {
-      const Word pairs = read<typename Word::Raw>(from);
-      to[0] = as_float(pairs << 16);
-      to[1] = as_float(pairs & kUpperHalf);
-    } else {
+    if constexpr (kIsOneFormat)
+      load_in_any_order<Storage>(from, to.values);
+    else
       Stored<Register<T>, Storage>::load(from, to.values);
-    }
   }
 
   template <class Storage, bool kIsOneFormat>

@@ -105,20 +105,13 @@ struct ThreadSum {
   // be added then, and the result is false.
   template <int kCount>
   FUSEDOPT_HD bool raise_for(const T (&grads)[kCount], NormSums& sums) {
-    Word<T> largest = 0;
-    int infinite = 0, nan = 0;
+    Magnitudes<T> found;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const Word<T> magnitude = as_bits(grads[j]) << 1 >> 1;
-      infinite += magnitude == kInfinityBits<T> ? 1 : 0;
-      nan += magnitude > kInfinityBits<T> ? 1 : 0;
-      largest = larger(largest, magnitude);
-    }
-    if (infinite > 0) add_to(sums.infinite, infinite);
-    if (nan > 0) add_to(sums.nan, nan);
-    if (infinite + nan > 0) return false;
-    raise(own_bin<T>(largest));
-    return true;
+    for (int j = 0; j < kCount; ++j) found.add(grads[j]);
+    if (found.infinite > 0) add_to(sums.infinite, found.infinite);
+    if (found.nan > 0) add_to(sums.nan, found.nan);
+    if (found.are_finite()) raise(own_bin<T>(found.largest));
+    return found.are_finite();
   }
 };
 

@@ -40,6 +40,7 @@ __attribute__((noinline)) void add_run(const Storage* grads, int64_t n, int& bin
   using Words = decltype(as_bits(V()));
   constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
   constexpr int64_t kBytes = kBlock<T> * sizeof(Storage);
+  constexpr bool kSquaresByFma = kHasExactSquares<Storage> && kHasFma;
   for (;;) {
     const V scale = norm_scale<T>(bin);
     Words largest = Word<T>{0}, slices[kSlices];
@@ -51,15 +52,20 @@ __attribute__((noinline)) void add_run(const Storage* grads, int64_t n, int& bin
       V values[kCount];
       load_in_any_order<Storage>(from, values);
       for (int j = 0; j < kCount; ++j) {
-        const V square = scaled_square(values[j], scale);
-        largest = larger(largest, as_bits(square));
-        add_slices<T>(square, slices);
+        if constexpr (kSquaresByFma) {
+          largest = larger(largest, add_exact_slices<T>(values[j] * scale, slices));
+        } else {
+          const V square = scaled_square(values[j], scale);
+          largest = larger(largest, as_bits(square));
+          add_slices<T>(square, slices);
+        }
       }
     }
     Word<T> lanes[kLanes];
     write(lanes, largest.raw);
+    constexpr Word<T> kLargest = kSquaresByFma ? kLargestFirst<T> : kLargestSquare<T>;
     bool fits = true;
-    for (const Word<T> lane : lanes) fits = fits && lane <= kLargestSquare<T>;
+    for (const Word<T> lane : lanes) fits = fits && lane <= kLargest;
     if (!fits && raise_bin<T>(grads, n, bin, sums)) continue;
     for (int k = 0; fits && k < kSlices; ++k) {
       write(lanes, slices[k].raw);

@@ -24,6 +24,13 @@ constexpr int kRegisterBytes = 32;
 constexpr int kRegisterBytes = 16;
 #endif
 
+// Whether fma() is an instruction, and not a function of the C library for each number.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kHasFma = true;
+#else
+constexpr bool kHasFma = false;
+#endif
+
 // The vectors of GCC and Clang. Their element type must not depend on a template, so each type has
 // a specialization.
 template <class T, int kLanes>

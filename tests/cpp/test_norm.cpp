@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "core/dtypes.h"
 #include "core/flush.h"
 #include "core/norm.h"
 
@@ -76,6 +77,25 @@ void test_all_exponents() {
   test_slices(T{0});
 }
 
+// The short way to the slices of 16-bit grads is the same as the long one, and sees the same ones
+// that are too large.
+template <class Storage>
+void test_exact_squares() {
+  const FlushMode flush(true);
+  for (uint32_t bits = 0; bits <= 0xffff; ++bits) {
+    const float grad = load<float>(bit_cast<Storage>(static_cast<uint16_t>(bits)));
+    if (!std::isfinite(grad)) continue;
+    for (int bin = -kTopBin<float>; bin <= kTopBin<float>; ++bin) {
+      const float scaled = grad * norm_scale<float>(bin), square = scaled * scaled;
+      uint32_t expected[kSlices] = {}, found[kSlices] = {};
+      add_slices<float>(square, expected);
+      const bool is_large = add_exact_slices<float>(scaled, found) > kLargestFirst<float>;
+      CHECK(is_large == (as_bits(square) > kLargestSquare<float>));
+      if (!is_large) CHECK(std::memcmp(found, expected, sizeof(found)) == 0);
+    }
+  }
+}
+
 void test_what_is_not_finite() {
   NormSums sums = {};
   add(3.0f, bin_of(3.0f), sums);
@@ -96,5 +116,7 @@ void test_what_is_not_finite() {
 void test_norm() {
   test_all_exponents<float>();
   test_all_exponents<double>();
+  test_exact_squares<BFloat16>();
+  test_exact_squares<Float16>();
   test_what_is_not_finite();
 }

@@ -44,6 +44,7 @@ class StateSpec:
     entries: list[tuple[str, str, dtype]]
     left_out: list[tuple[str, str, dtype]]
     unused: list[str]
+    starts: dict[str, float]
     counts_steps: bool
     state_dtype: dtype | None
     weight_dtype: dtype

@@ -313,7 +313,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for (param, _), weight, spec in zip(entries, weights, all_specs, strict=True):
             for name, kind, dtype in spec.entries:
                 if kind in ("master", "remainder") and name not in self.state.get(param, {}):
-                    self.state[param][name] = new_entry(kind, dtype, param, {}, spec)
+                    self.state[param][name] = new_entry(name, kind, dtype, param, {}, spec)
             write_weight(param, weight, self.state.get(param, {}), spec)
 
     def reset_masters(self) -> None:

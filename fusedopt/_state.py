@@ -37,7 +37,7 @@ class Specs:
 
 
 def new_entry(
-    kind: str, dtype: torch.dtype, param: Tensor, state: State, spec: _C.StateSpec
+    name: str, kind: str, dtype: torch.dtype, param: Tensor, state: State, spec: _C.StateSpec
 ) -> Tensor:
     """A tensor of a state that is not there yet, as ``_C.StateSpec.entries`` describes it."""
     kwargs: dict[str, Any] = {"dtype": dtype, "memory_format": torch.preserve_format}
@@ -47,7 +47,11 @@ def new_entry(
         return entry.copy_(param if kind == "master" else read_weight(param, state, spec))
     if param.is_complex() and kind == "state" and not dtype.is_complex:
         raise ValueError(f"state_dtype {dtype} is for real parameters, not for {param.dtype}")
-    return torch.zeros_like(param, **kwargs)
+    start = spec.starts.get(name, 0.0)
+    if start == 0:
+        return torch.zeros_like(param, **kwargs)
+    # As torch: both parts of a complex number.
+    return torch.full_like(param, complex(start, start) if param.is_complex() else start, **kwargs)
 
 
 def create_state(
@@ -85,7 +89,7 @@ def create_state(
             present = before or {}
             for name, kind, dtype in spec.entries:
                 if present.get(name) is None:
-                    new[name] = new_entry(kind, dtype, param, present, spec)
+                    new[name] = new_entry(name, kind, dtype, param, present, spec)
 
     def discard() -> None:
         for param, before, _, _ in created:

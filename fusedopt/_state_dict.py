@@ -50,7 +50,7 @@ def _make_portable(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> N
             in_use = [name for name, kind, _ in spec.entries if kind == "state"]
             if all(entries.get(name) is not None for name in in_use):
                 zeros = {
-                    name: new_entry(kind, dtype, param.detach(), {}, spec)
+                    name: new_entry(name, kind, dtype, param.detach(), {}, spec)
                     for name, kind, dtype in spec.left_out
                     if entries.get(name) is None
                 }

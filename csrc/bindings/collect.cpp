@@ -52,12 +52,7 @@ Master find_master(Master wanted, const Operands& operands) {
 }  // namespace
 
 Collector::Collector(const OptimizerRow& row, ParamTable& table, References& held)
-    : row_(row), table_(table), held_(held) {
-  with_rule(row_.rule, [&](auto rule) {
-    for (int s = 0; s < rule.kNumStates; ++s)
-      if (rule.is_second_moment(s)) second_moments_ |= 1u << s;
-  });
-}
+    : row_(row), table_(table), held_(held) {}
 
 StepContext Collector::collect(const py::object& param_groups, const py::object& state,
                                bool is_second) {

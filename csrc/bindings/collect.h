@@ -65,7 +65,6 @@ class Collector {
   void lay_out(const Operands& operands, ParamUpdate& update);
 
   const OptimizerRow& row_;
-  States second_moments_ = 0;  // of the rule
   ParamTable& table_;
   References& held_;
   std::vector<Dims> dims_;    // of this collection; the table has those of the one before

@@ -42,7 +42,7 @@ void check_group(const std::string& optimizer, const py::dict& group, int64_t in
   using fusedopt::Ranges;
   fusedopt::GroupReader reader(group.ptr(), index, /*leave_on_gpu=*/false,
                                is_construction ? Ranges::kOfTorch : Ranges::kSensible);
-  fusedopt::find_optimizer(optimizer).read(reader);
+  fusedopt::read_hyper(fusedopt::find_optimizer(optimizer), reader);
 }
 
 void check_state(const std::string& optimizer, const py::dict& state, const py::dict& group,
@@ -92,6 +92,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def_readonly("entries", &fusedopt::StateSpec::entries)
       .def_readonly("left_out", &fusedopt::StateSpec::left_out)
       .def_readonly("unused", &fusedopt::StateSpec::unused)
+      .def_readonly("starts", &fusedopt::StateSpec::starts)
       .def_readonly("counts_steps", &fusedopt::StateSpec::counts_steps)
       .def_readonly("state_dtype", &fusedopt::StateSpec::state_dtype)
       .def_readonly("weight_dtype", &fusedopt::StateSpec::weight_dtype);

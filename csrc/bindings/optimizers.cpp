@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 
 #include "bindings/torch_api.h"
 
@@ -13,6 +14,9 @@ namespace {
 const Key kLr("lr"), kWeightDecay("weight_decay"), kMaximize("maximize");
 const Key kMomentum("momentum"), kDampening("dampening"), kNesterov("nesterov");
 const Key kEps("eps"), kAmsgrad("amsgrad"), kDifferentiable("differentiable");
+const Key kRho("rho"), kAlpha("alpha"), kCentered("centered"), kMomentumDecay("momentum_decay");
+const Key kLrDecay("lr_decay"), kInitialAccumulatorValue("initial_accumulator_value");
+const Key kLambd("lambd"), kT0("t0"), kEtas("etas"), kStepSizes("step_sizes");
 const Key kDecoupledWeightDecay("decoupled_weight_decay");
 const Key kLrIndependent("lr_independent_weight_decay");
 const Key kRoundingSeed("rounding_seed"), kMaxGradNorm("max_grad_norm");
@@ -46,7 +50,6 @@ void read_additions(GroupReader& group, HyperParams& hyper) {
 void read_common(GroupReader& group, cuda::HyperParamsRef& source) {
   HyperParams& hyper = source.values;
   hyper.lr = group.number(kLr, source.lr);
-  hyper.weight_decay = group.number(kWeightDecay, source.weight_decay);
   hyper.maximize = group.flag(kMaximize);
   hyper.decoupled_weight_decay = group.flag(kDecoupledWeightDecay);
   hyper.lr_independent_weight_decay = group.flag(kLrIndependent);
@@ -54,14 +57,18 @@ void read_common(GroupReader& group, cuda::HyperParamsRef& source) {
     group.fail("lr_independent_weight_decay needs decoupled_weight_decay");
   read_additions(group, hyper);
   group.require_at_first(hyper.lr >= 0, "Invalid learning rate", hyper.lr);
-  group.require_at_first(hyper.weight_decay >= 0, "Invalid weight_decay value", hyper.weight_decay);
   if (group.flag(kDifferentiable))
     group.fail("differentiable=True is not supported: the step is not recorded by autograd");
 }
 
-cuda::HyperParamsRef read_sgd(GroupReader& group) {
-  cuda::HyperParamsRef source = {};
-  read_common(group, source);
+void read_weight_decay(GroupReader& group, cuda::HyperParamsRef& source) {
+  double& decay = source.values.weight_decay;
+  decay = group.number(kWeightDecay, source.weight_decay);
+  group.require_at_first(decay >= 0, "Invalid weight_decay value", decay);
+}
+
+void read_sgd(GroupReader& group, cuda::HyperParamsRef& source) {
+  read_weight_decay(group, source);
   HyperParams& hyper = source.values;
   hyper.momentum = group.number(kMomentum, source.momentum);
   hyper.dampening = group.number(kDampening, source.dampening);
@@ -70,36 +77,196 @@ cuda::HyperParamsRef read_sgd(GroupReader& group) {
   group.require(true, "Invalid dampening value", hyper.dampening);
   if (group.is_strict() && hyper.nesterov && (hyper.momentum <= 0 || hyper.dampening != 0))
     group.fail("Nesterov momentum requires a momentum and zero dampening");
-  return source;
 }
 
-cuda::HyperParamsRef read_adam(GroupReader& group) {
-  cuda::HyperParamsRef source = {};
-  read_common(group, source);
-  HyperParams& hyper = source.values;
-  hyper.eps = group.number(kEps, source.eps);
+void read_eps(GroupReader& group, cuda::HyperParamsRef& source) {
+  source.values.eps = group.number(kEps, source.eps);
+  group.require_at_first(source.values.eps >= 0, "Invalid epsilon value", source.values.eps);
+}
+
+// `most` is the largest beta2 that a step can compute with.
+void read_betas(GroupReader& group, cuda::HyperParamsRef& source, double most = 1) {
   group.betas(source);
-  hyper.amsgrad = group.flag(kAmsgrad);
-  group.require_at_first(hyper.eps >= 0, "Invalid epsilon value", hyper.eps);
+  const HyperParams& hyper = source.values;
   const auto check_beta = [&](double beta, bool is_sensible, const char* what) {
     group.require_at_first(beta >= 0 && beta < 1, what, beta);
     group.require(is_sensible, what, beta);
   };
   // Without these, 1 - beta^t is 0 where torch divides by it, or beta^t grows without bound.
   check_beta(hyper.beta1, std::abs(hyper.beta1) < 1, "Invalid beta parameter at index 0");
-  check_beta(hyper.beta2, std::abs(hyper.beta2) <= 1, "Invalid beta parameter at index 1");
-  return source;
+  check_beta(hyper.beta2, std::abs(hyper.beta2) <= most, "Invalid beta parameter at index 1");
 }
 
+void read_adam(GroupReader& group, cuda::HyperParamsRef& source) {
+  read_weight_decay(group, source);
+  read_eps(group, source);
+  read_betas(group, source);
+  source.values.amsgrad = group.flag(kAmsgrad);
+}
+
+// A number in [0, 1] that is not on a GPU.
+double read_rate(GroupReader& group, const Key& key, const char* what) {
+  const double rate = group.number_or(key, 0);
+  group.require_at_first(rate >= 0, what, rate);
+  group.require(std::abs(rate) <= 1, what, rate);
+  return rate;
+}
+
+void read_adadelta(GroupReader& group, cuda::HyperParamsRef& source) {
+  read_weight_decay(group, source);
+  read_eps(group, source);
+  source.values.rho = read_rate(group, kRho, "Invalid rho value");
+}
+
+void read_adagrad(GroupReader& group, cuda::HyperParamsRef& source) {
+  read_weight_decay(group, source);
+  read_eps(group, source);
+  HyperParams& hyper = source.values;
+  hyper.lr_decay = group.number_or(kLrDecay, 0);
+  group.require(hyper.lr_decay >= 0, "Invalid lr_decay value", hyper.lr_decay);
+  const double initial = group.number_or(kInitialAccumulatorValue, 0);
+  group.require(initial >= 0, "Invalid initial_accumulator_value value", initial);
+}
+
+void read_adamax(GroupReader& group, cuda::HyperParamsRef& source) {
+  read_weight_decay(group, source);
+  read_eps(group, source);
+  read_betas(group, source);
+}
+
+void read_asgd(GroupReader& group, cuda::HyperParamsRef& source) {
+  read_weight_decay(group, source);
+  HyperParams& hyper = source.values;
+  hyper.lambd = group.number_or(kLambd, 0);
+  hyper.alpha = group.number_or(kAlpha, 0);
+  hyper.t0 = group.number_or(kT0, 0);
+  group.require(hyper.lambd >= 0, "Invalid lambd value", hyper.lambd);
+  group.require(true, "Invalid alpha value", hyper.alpha);
+  group.require(true, "Invalid t0 value", hyper.t0);
+}
+
+void read_lion(GroupReader& group, cuda::HyperParamsRef& source) {
+  read_weight_decay(group, source);
+  read_betas(group, source);
+}
+
+void read_nadam(GroupReader& group, cuda::HyperParamsRef& source) {
+  read_weight_decay(group, source);
+  read_eps(group, source);
+  read_betas(group, source);
+  const double decay = group.number_or(kMomentumDecay, 0);
+  group.require(decay >= 0, "Invalid momentum_decay value", decay);
+  source.values.momentum_decay_factor = std::pow(0.96, decay);
+}
+
+void read_radam(GroupReader& group, cuda::HyperParamsRef& source) {
+  read_weight_decay(group, source);
+  constexpr double kBelowOne = 1 - 1e-12;
+  read_eps(group, source);
+  read_betas(group, source, kBelowOne);
+}
+
+void read_rmsprop(GroupReader& group, cuda::HyperParamsRef& source) {
+  read_weight_decay(group, source);
+  read_eps(group, source);
+  HyperParams& hyper = source.values;
+  hyper.alpha = read_rate(group, kAlpha, "Invalid alpha value");
+  hyper.momentum = group.number(kMomentum, source.momentum);
+  hyper.centered = group.flag(kCentered);
+  group.require_at_first(hyper.momentum >= 0, "Invalid momentum value", hyper.momentum);
+}
+
+void read_rprop(GroupReader& group, cuda::HyperParamsRef& source) {
+  HyperParams& hyper = source.values;
+  std::tie(hyper.eta_minus, hyper.eta_plus) = group.pair(kEtas);
+  std::tie(hyper.smallest_step, hyper.largest_step) = group.pair(kStepSizes);
+  group.require(hyper.eta_minus > 0 && hyper.eta_minus < 1, "Invalid eta value at index 0",
+                hyper.eta_minus);
+  group.require(hyper.eta_plus > 1, "Invalid eta value at index 1", hyper.eta_plus);
+  group.require(hyper.smallest_step >= 0, "Invalid step size at index 0", hyper.smallest_step);
+  group.require(hyper.largest_step >= hyper.smallest_step, "Invalid step size at index 1",
+                hyper.largest_step);
+}
+
+// A row with what follows from its rule.
+template <class Rule>
+OptimizerRow row_of(OptimizerRow row) {
+  row.rule = kIdOf<Rule>;
+  row.member = kMemberOf<Rule>;
+  for (int s = 0; s < Rule::kNumStates; ++s)
+    if (Rule::is_second_moment(s)) row.second_moments |= 1u << s;
+  return row;
+}
+
+// A rule's states that every step has a use for.
+template <class... State>
+constexpr States only(State... states) {
+  return ((1u << states) | ...);
+}
+
+// A place in the numbers of a rule's states that is no state.
+const Key kNoState("");
+
 const OptimizerRow kOptimizers[] = {
-    {"SGD", kIdOf<Sgd>, {Key("momentum_buffer")}, 0, 0, false, read_sgd},
-    {"Adam",
-     kIdOf<Adam>,
-     {Key("exp_avg"), Key("exp_avg_sq"), Key("max_exp_avg_sq")},
-     1u << Adam::kExpAvg | 1u << Adam::kExpAvgSq,
-     1u << Adam::kExpAvg,
-     true,
-     read_adam},
+    row_of<Sgd>({"SGD", {Key("momentum_buffer")}, 0, 0, false, read_sgd}),
+    row_of<Adam>({"Adam",
+                  {Key("exp_avg"), Key("exp_avg_sq"), Key("max_exp_avg_sq")},
+                  only(Adam::kExpAvg, Adam::kExpAvgSq),
+                  only(Adam::kExpAvg),
+                  true,
+                  read_adam}),
+    row_of<Adadelta>({"Adadelta",
+                      {Key("acc_delta"), Key("square_avg")},
+                      only(Adadelta::kAccDelta, Adadelta::kSquareAvg),
+                      0,
+                      true,
+                      read_adadelta}),
+    row_of<Adagrad>({"Adagrad",
+                     {kNoState, Key("sum")},
+                     only(Adagrad::kSum),
+                     0,
+                     true,
+                     read_adagrad,
+                     kInitialAccumulatorValue,
+                     Adagrad::kSum}),
+    row_of<Adamax>({"Adamax",
+                    {Key("exp_avg"), Key("exp_inf")},
+                    only(Adamax::kExpAvg, Adamax::kExpInf),
+                    0,
+                    true,
+                    read_adamax}),
+    row_of<Asgd>(
+        {"ASGD", {Key("ax")}, only(Asgd::kAx), 0, true, read_asgd, {}, 0, {Key("eta"), Key("mu")}}),
+    row_of<Lion>({"Lion", {Key("exp_avg")}, only(Lion::kExpAvg), 0, false, read_lion}),
+    row_of<Nadam>({"NAdam",
+                   {Key("exp_avg"), Key("exp_avg_sq")},
+                   only(Nadam::kExpAvg, Nadam::kExpAvgSq),
+                   0,
+                   true,
+                   read_nadam,
+                   {},
+                   0,
+                   {Key("mu_product")}}),
+    row_of<Radam>({"RAdam",
+                   {Key("exp_avg"), Key("exp_avg_sq")},
+                   only(Radam::kExpAvg, Radam::kExpAvgSq),
+                   0,
+                   true,
+                   read_radam}),
+    row_of<Rmsprop>({"RMSprop",
+                     {Key("momentum_buffer"), Key("square_avg"), Key("grad_avg")},
+                     only(Rmsprop::kSquareAvg),
+                     0,
+                     true,
+                     read_rmsprop}),
+    row_of<Rprop>({"Rprop",
+                   {Key("prev"), Key("step_size")},
+                   only(Rprop::kPrev, Rprop::kStepSize),
+                   0,
+                   true,
+                   read_rprop,
+                   kLr,
+                   Rprop::kStepSize}),
 };
 
 // Calls visit(name) for all that a state with these options has no use for.
@@ -108,6 +275,7 @@ void visit_unused(const OptimizerRow& row, const GroupOptions& options, Master m
                   const Visit& visit) {
   for (size_t s = 0; s < row.state_names.size(); ++s)
     if ((row.omissible & ~options.states) >> s & 1) visit(row.state_names[s]);
+  for (const Key& name : row.derived) visit(name);
   if (master != Master::kFloat32) visit(kMasterParam);
   if (master != Master::kSplit) visit(kParamRemainder);
   if (!options.source.values.has_ema()) visit(kEmaParam);
@@ -116,9 +284,17 @@ void visit_unused(const OptimizerRow& row, const GroupOptions& options, Master m
 
 }  // namespace
 
+cuda::HyperParamsRef read_hyper(const OptimizerRow& row, GroupReader& reader) {
+  cuda::HyperParamsRef source = {};
+  read_common(reader, source);
+  row.read(reader, source);
+  source.values.member = row.member;
+  return source;
+}
+
 GroupOptions read_options(const OptimizerRow& row, GroupReader& reader) {
   GroupOptions options = {};
-  options.source = row.read(reader);
+  options.source = read_hyper(row, reader);
   options.scalars_gpu = reader.scalars_gpu();
   options.capturable = reader.is_capturable();
   options.errs_if_nonfinite = reader.errs_if_nonfinite();
@@ -127,7 +303,7 @@ GroupOptions read_options(const OptimizerRow& row, GroupReader& reader) {
   with_rule(row.rule, [&](auto rule) {
     const auto variant = rule.variant(hyper);
     options.variant = static_cast<uint8_t>(variant.number());
-    for (int s = 0; s < rule.kNumStates; ++s) {
+    for (int s = 0; s < static_cast<int>(row.state_names.size()); ++s) {
       if (!variant.uses(s)) continue;
       options.states |= 1u << s;
       options.names[kFirstState + s] = &row.state_names[static_cast<size_t>(s)];
@@ -183,6 +359,9 @@ StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::obj
     else if ((row.omissible >> s & 1) != 0)
       add(spec.left_out, row.state_names[s], "state", state_dtype);
   }
+  if (row.start_option)
+    spec.starts[row.state_names[static_cast<size_t>(row.started_state)].str()] =
+        reader.number_or(*row.start_option, 0);
   if (*master == Master::kFloat32) add(spec.entries, kMasterParam, "master", wide);
   if (*master == Master::kSplit)
     add(spec.entries, kParamRemainder, "remainder", torch.attr("int16"));

@@ -20,13 +20,22 @@ using States = unsigned;
 
 struct OptimizerRow {
   const char* name;
-  RuleId rule;
-  std::vector<Key> state_names;                      // by the rule's numbers
-  States required;                                   // without those in use, a state is incomplete
-  States omissible;                                  // of these: left out where they are not in use
-  bool always_counts;                                // the state has "step" whatever the options
-  cuda::HyperParamsRef (*read)(GroupReader& group);  // checks every value
+  std::vector<Key> state_names;  // by the rule's numbers
+  States required;               // without those in use, a state is incomplete
+  States omissible;              // of these: left out where they are not in use
+  bool always_counts;            // the state has "step" whatever the options
+  void (*read)(GroupReader& group, cuda::HyperParamsRef& source);  // checks every value
+  // An option whose number a state begins with, in place of 0; and which one that is.
+  std::optional<Key> start_option = {};
+  int started_state = 0;
+  std::vector<Key> derived = {};  // what torch keeps in the state and here follows from "step"
+  // What follows from the rule.
+  RuleId rule = 0;
+  uint8_t member = 0;  // HyperParams::member
+  States second_moments = 0;
 };
+// Reads the options that the rule computes with.
+cuda::HyperParamsRef read_hyper(const OptimizerRow& row, GroupReader& reader);
 
 // What a state may have whatever the optimizer.
 inline const Key kStep("step");
@@ -57,11 +66,12 @@ std::string master_is_for(Master kind);  // which params can have it, for messag
 
 // What the state of a parameter of a dtype (a torch.dtype) is to hold.
 struct StateSpec {
-  // (name, kind, torch.dtype) of each tensor but "step". Kinds are "state", which begins as zeros,
-  // "master", "remainder" and "average".
+  // (name, kind, torch.dtype) of each tensor but "step". Kinds are "state", which begins as zeros
+  // unless `starts` says otherwise, "master", "remainder" and "average".
   pybind11::list entries;
   pybind11::list left_out;        // of the optimizer, but the options have no use for them
   pybind11::list unused;          // names of all that other options may have left in the state
+  pybind11::dict starts;          // of states that do not begin as zeros: the number they do with
   bool counts_steps;              // there is a "step"
   pybind11::object state_dtype;   // a torch.dtype, or None where the states' own decide
   pybind11::object weight_dtype;  // of master weights, averages and copies of the weights

@@ -142,11 +142,26 @@ py::object GroupReader::params() const {
 
 bool GroupReader::is_capturable() const { return flag(kCapturable); }
 
-void GroupReader::betas(cuda::HyperParamsRef& source) {
-  const py::object pair = find(kBetas);
+py::tuple GroupReader::find_pair(const Key& key) {
+  const py::object pair = find(key);
   py::tuple values;
   if (pair && !PyUnicode_Check(pair.ptr()) && is_iterable(pair)) values = as_tuple(pair.ptr());
-  if (values.size() != 2) fail("betas must be a pair of numbers");
+  if (values.size() != 2) fail(std::string(key.name()) + " must be a pair of numbers");
+  return values;
+}
+
+std::pair<double, double> GroupReader::pair(const Key& key) {
+  const py::tuple values = find_pair(key);
+  const auto number = [&](size_t at) {
+    const std::string name = std::string(key.name()) + "[" + std::to_string(at) + "]";
+    return to_number(values[at], name.c_str(), nullptr);
+  };
+  const double first = number(0);
+  return {first, number(1)};
+}
+
+void GroupReader::betas(cuda::HyperParamsRef& source) {
+  const py::tuple values = find_pair(kBetas);
   source.values.beta1 = to_number(values[0], "betas[0]", &source.beta1);
   source.values.beta2 = to_number(values[1], "betas[1]", &source.beta2);
 }

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
 
 #include "bindings/python.h"
 #include "core/gpu.h"
@@ -51,7 +52,8 @@ class GroupReader {
   bool has(const Key& key) const;  // and it is not None
   Master master_weights() const;
   void betas(cuda::HyperParamsRef& source);
-  pybind11::object params() const;  // a tuple
+  std::pair<double, double> pair(const Key& key);  // two Python numbers
+  pybind11::object params() const;                 // a tuple
   bool is_capturable() const;
   bool errs_if_nonfinite() const;
   pybind11::object state_dtype() const;             // a torch.dtype, or None
@@ -70,6 +72,7 @@ class GroupReader {
   pybind11::object find(const Key& key) const;  // a null object if it is not there
   double to_number(pybind11::handle value, const char* name, cuda::DeviceScalar* on_gpu);
   bool find_on_gpu(pybind11::handle value, const char* name, cuda::DeviceScalar& on_gpu);
+  pybind11::tuple find_pair(const Key& key);
 
   PyObject* group_;
   int64_t index_;

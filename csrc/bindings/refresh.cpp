@@ -155,7 +155,7 @@ uint8_t Collector::rounded_stochastically(const Operands& operands) const {
   if (operands.rounding == StochasticRounding::kAll)
     wanted = (1u << kMaster) - 1 - (1u << kGrad) - (operands.has(kMaster) ? 1u << kParam : 0);
   if (operands.rounding == StochasticRounding::kSecondMoments)
-    wanted = second_moments_ << kFirstState;
+    wanted = row_.second_moments << kFirstState;
   unsigned rounded = 0;
   for (int k = 0; k < kMaster; ++k)
     if (operands.has(k) && operands.views[k].dtype == DType::kBFloat16) rounded |= 1u << k;

@@ -52,7 +52,7 @@ int32_t scalars_at(const OptimizerRow& row, const GradInfo& grads, size_t group_
     if (group.options.scalars_gpu >= 0) {  // a param on the CPU needs to know what is on the GPU
       GroupReader reader(group.dict.ptr(), static_cast<int64_t>(group_index),
                          /*leave_on_gpu=*/false);
-      group.host_values = row.read(reader).values;
+      group.host_values = read_hyper(row, reader).values;
     }
     context.scalars.push_back(scalars_for(row.rule, group.host_values, key, grads));
     context.scalars_keys.push_back({group_index, key});

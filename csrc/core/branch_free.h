@@ -80,6 +80,35 @@ class BranchFree {
     return numerator;
   }
 
+  // numerator / denominator, for denominator >= 0. Both are scaled as above.
+  FUSEDOPT_HD float divide(float numerator, float denominator) {
+    const float exact = quotient(opaque(numerator * 0x1p58f), denominator * 0x1p30f) * 0x1p-28f;
+    // The reciprocal of a large denominator would be flushed.
+    largest_ = larger(largest_, larger(std::fabs(exact), denominator * 0x1p7f));
+    return exact;
+  }
+
+  // The square root, for square >= 0. It is 0 where the square is so small that its root is lost
+  // beside that of any ordinary number: such squares, and very large ones, are computed again.
+  FUSEDOPT_HD float root_of(float square) {
+    const float exact = root(square * 0x1p60f) * 0x1p-30f;
+    largest_ = larger(largest_, exact);
+    return exact;
+  }
+
+  template <int kCount>
+  FUSEDOPT_HD Pack<float, kCount> divide(Pack<float, kCount> numerator,
+                                         const Pack<float, kCount>& denominator) {
+    for (int j = 0; j < kCount; ++j) numerator[j] = divide(numerator[j], denominator[j]);
+    return numerator;
+  }
+
+  template <int kCount>
+  FUSEDOPT_HD Pack<float, kCount> root_of(Pack<float, kCount> square) {
+    for (int j = 0; j < kCount; ++j) square[j] = root_of(square[j]);
+    return square;
+  }
+
   // Whether all results so far are IEEE's. They are not known to be if one is NaN or is this large;
   // what overflows on the way becomes NaN or larger than this.
   FUSEDOPT_HD bool is_exact() const { return largest_ < 0x1p97f; }

@@ -21,6 +21,14 @@ struct Ieee {
   FUSEDOPT_HD V divide_by_root(V numerator, V square, V eps) const {
     return numerator / (square_root(square) + eps);
   }
+  template <class V>
+  FUSEDOPT_HD V divide(V numerator, V denominator) const {
+    return numerator / denominator;
+  }
+  template <class V>
+  FUSEDOPT_HD V root_of(V square) const {
+    return square_root(square);
+  }
   FUSEDOPT_HD static constexpr bool is_exact() { return true; }
 };
 

@@ -25,21 +25,31 @@ struct HyperParams {
   double beta1 = 0;
   double beta2 = 0;
   double eps = 0;
-  double max_grad_norm = 0;  // 0: grads are not clipped
-  double ema_decay = -1;     // below 0: no moving average
+  double alpha = 0;
+  double rho = 0;
+  double lr_decay = 0;
+  double momentum_decay_factor = 0;  // 0.96^momentum_decay
+  double lambd = 0;
+  double t0 = 0;
+  double eta_minus = 0, eta_plus = 0;          // etas
+  double smallest_step = 0, largest_step = 0;  // step_sizes
+  double max_grad_norm = 0;                    // 0: grads are not clipped
+  double ema_decay = -1;                       // below 0: no moving average
   uint32_t rounding_seed = 0;
   bool maximize = false;
   bool nesterov = false;
   bool amsgrad = false;
+  bool centered = false;
   bool decoupled_weight_decay = false;
   bool lr_independent_weight_decay = false;
   bool ema_bias_correction = false;
   StochasticRounding stochastic_rounding = StochasticRounding::kNone;
-  uint8_t unused[5] = {};  // in place of padding, as in DeviceScalar (core/gpu.h)
+  uint8_t member = 0;      // which rule it is of those that share one's kernel (core/one_of.h)
+  uint8_t unused[3] = {};  // in place of padding, as in DeviceScalar (core/gpu.h)
 
   bool has_ema() const { return ema_decay >= 0; }
 };
-static_assert(sizeof(HyperParams) == 9 * sizeof(double) + 16, "no bytes but those named");
+static_assert(sizeof(HyperParams) == 19 * sizeof(double) + 16, "no bytes but those named");
 
 // How far a parameter is in its training.
 struct StepInfo {

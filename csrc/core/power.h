@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/bits.h"
 #include "core/macros.h"
 
 namespace fusedopt {
@@ -26,6 +27,33 @@ FUSEDOPT_HD double power(double base, uint64_t exponent) {
   for (Pair square = {base, 0}; exponent != 0; square = square.times(square), exponent >>= 1)
     if ((exponent & 1) != 0) result = result.times(square);
   return result.high;
+}
+
+// base^exponent for a base above 0 and any exponent, right to about 1e-15: exp(exponent log(base)),
+// by the series of both. The bits are the same on host and device, as above.
+FUSEDOPT_HD double real_power(double base, double exponent) {
+  constexpr double kLog2 = 0x1.62e42fefa39efp-1, kLog2Rest = 0x1.abc9e3b39803fp-56;
+  if (!(base > 0) || !(base < HUGE_VAL)) return base == 0 && exponent > 0 ? 0.0 : NAN;
+  // base = 2^n m with m between the roots of 1/2 and 2, and log(m) = 2 artanh((m - 1) / (m + 1)).
+  int64_t n = 0;
+  double m = base;
+  for (; m > 0x1.6a09e667f3bcdp0; m *= 0.5) ++n;
+  for (; m < 0x1.6a09e667f3bcdp-1; m *= 2) --n;
+  const double s = (m - 1) / (m + 1), square = s * s;
+  double series = 0;
+  for (int k = 25; k > 1; k -= 2) series = std::fma(series, square, 1.0 / k);
+  const double log_m = std::fma(2 * s * square, series, 2 * s);
+  const double whole = static_cast<double>(n);
+  const double y = exponent * (whole * kLog2 + (whole * kLog2Rest + log_m));
+  // exp(y) = 2^n exp(r) with r between -log(2) / 2 and log(2) / 2.
+  if (!(y < 700)) return y > 0 ? HUGE_VAL : y;
+  if (y < -700) return 0;
+  const double halves = std::floor(y / kLog2 + 0.5);
+  const double r = std::fma(-halves, kLog2Rest, std::fma(-halves, kLog2, y));
+  double result = 1;
+  for (int k = 14; k > 0; --k) result = std::fma(result, r / k, 1.0);
+  return result *
+         bit_cast<double>(static_cast<uint64_t>(1023 + static_cast<int64_t>(halves)) << 52);
 }
 
 }  // namespace fusedopt

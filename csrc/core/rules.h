@@ -1,11 +1,21 @@
-// The list of all update rules. All else follows from it, and drivers name no rule.
+// The lists of all update rules. All else follows from them, and drivers name no rule.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
+#include "core/one_of.h"
+#include "core/rules/adadelta.h"
+#include "core/rules/adagrad.h"
 #include "core/rules/adam.h"
+#include "core/rules/adamax.h"
+#include "core/rules/asgd.h"
+#include "core/rules/lion.h"
+#include "core/rules/nadam.h"
+#include "core/rules/radam.h"
+#include "core/rules/rmsprop.h"
+#include "core/rules/rprop.h"
 #include "core/rules/sgd.h"
 
 namespace fusedopt {
@@ -32,12 +42,19 @@ struct RuleList {
   }
 };
 
-using Rules = RuleList<Sgd, Adam>;
+// Those with a kernel of their own, and one that stands for all others.
+using OtherRules = OneOf<Adadelta, Adagrad, Adamax, Asgd, Lion, Nadam, Radam, Rmsprop, Rprop>;
+using Rules = RuleList<Sgd, Adam, OtherRules>;
 
-// A rule's number: its place in the list.
+// A rule's number: its place in the list, or that of the rule that stands for it.
 using RuleId = uint8_t;
 template <class Rule>
-inline constexpr RuleId kIdOf = static_cast<RuleId>(Rules::find<Rule>());
+inline constexpr RuleId kIdOf =
+    static_cast<RuleId>(Rules::find<Rule>() >= 0 ? Rules::find<Rule>() : Rules::find<OtherRules>());
+// HyperParams::member of its groups.
+template <class Rule>
+inline constexpr uint8_t kMemberOf =
+    static_cast<uint8_t>(OtherRules::find<Rule>() >= 0 ? OtherRules::find<Rule>() : 0);
 
 inline constexpr int kMaxStates = Rules::kMaxStates;
 

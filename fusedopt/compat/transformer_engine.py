@@ -265,7 +265,7 @@ class FusedAdam(DropIn, Adam):
         spec = Specs(self).of(param, group)
         state: State = {"step": to_step(0.0, step_device(param, group))}
         for name, kind, dtype in spec.entries:
-            state[name] = new_entry(kind, dtype, param.detach(), state, spec)
+            state[name] = new_entry(name, kind, dtype, param.detach(), state, spec)
         self.state[param] = state
         self._name_master(param)
 

@@ -11,6 +11,7 @@
 #include "core/macros.h"
 #include "core/normal.h"
 #include "core/power.h"
+#include "core/rules/moments.h"
 
 namespace fusedopt {
 
@@ -23,11 +24,9 @@ struct Adam {
   // sqrt(c2) / c1 / (sqrt(v) + eps sqrt(c2)).
   template <class T>
   struct Scalars {
-    T grad_factor;      // -1 under maximize, times clipping, over grad_scale
-    T exp_avg_weight;   // 1 - beta1, or -beta1 if the interpolation starts from the grad
-    T exp_avg_to_grad;  // not 0 if beta1 <= 0.5: interpolates from the grad, the nearer end
-    TwoFloat<T> beta2;
-    TwoFloat<T> one_minus_beta2;
+    T grad_factor;  // -1 under maximize, times clipping, over grad_scale
+    GradAverage<T> average;
+    SquareAverage<T> square_average;
     T step_size;       // lr sqrt(1 - beta2^t) / (1 - beta1^t)
     T eps;             // eps sqrt(1 - beta2^t), but never rounded to 0
     T weight_decay;    // the L2 penalty
@@ -35,14 +34,8 @@ struct Adam {
 
     template <class U>
     FUSEDOPT_HD Scalars<U> as() const {
-      return {U(grad_factor),
-              U(exp_avg_weight),
-              U(exp_avg_to_grad),
-              beta2.template as<U>(),
-              one_minus_beta2.template as<U>(),
-              U(step_size),
-              eps > 0 && U(eps) < kSmallestNormal<U> ? kSmallestNormal<U> : U(eps),
-              U(weight_decay),
+      return {U(grad_factor),       average.template as<U>(), square_average.template as<U>(),
+              U(step_size),         as_eps<U>(eps),           U(weight_decay),
               keep.template as<U>()};
     }
   };
@@ -51,18 +44,11 @@ struct Adam {
                                              const GradInfo& grads) {
     const double correction1 = 1.0 - power(hyper.beta1, info.step);
     const double sqrt_correction2 = std::sqrt(1.0 - power(hyper.beta2, info.step));
-    const bool to_grad = hyper.beta1 <= 0.5;
-    // An eps that keeps the denominator from being 0 must not become 0 itself, neither here nor in
-    // float (Scalars::as).
-    double eps = hyper.eps * sqrt_correction2;
-    if (is_positive(hyper.eps) && eps < kSmallestNormal<double>) eps = kSmallestNormal<double>;
     return {grad_factor(hyper, grads),
-            to_grad ? -hyper.beta1 : 1.0 - hyper.beta1,
-            to_grad ? 1.0 : 0.0,
-            two_float(hyper.beta2),
-            two_float(1.0 - hyper.beta2),
+            grad_average(hyper.beta1),
+            square_average(hyper.beta2),
             hyper.lr * sqrt_correction2 / correction1,
-            eps,
+            scaled_eps(hyper.eps, sqrt_correction2),
             hyper.weight_decay,
             kept_by_decay(hyper)};
   }
@@ -97,16 +83,11 @@ struct Adam {
     grad = grad * V(scalars.grad_factor);
     if (variant.decay == Decay::kL2) grad = fma(V(scalars.weight_decay), param, grad);
 
-    // m + (1 - beta1) (g - m) rounds less than beta1 m + (1 - beta1) g. The second moment keeps the
-    // textbook form, as in torch: once it has overflowed it must stay infinite, where a difference
-    // would give NaN.
-    exp_avg_sq = fma(scalars.one_minus_beta2.times(grad), grad, scalars.beta2.times(exp_avg_sq));
-    if (!variant.averages_grads)
-      exp_avg = grad;
-    else if (scalars.exp_avg_to_grad != 0)
-      exp_avg = fma(V(scalars.exp_avg_weight), grad - exp_avg, grad);
+    exp_avg_sq = scalars.square_average(exp_avg_sq, grad);
+    if (variant.averages_grads)
+      exp_avg = scalars.average(exp_avg, grad);
     else
-      exp_avg = fma(V(scalars.exp_avg_weight), grad - exp_avg, exp_avg);
+      exp_avg = grad;
 
     V second_moment = exp_avg_sq;
     if (variant.amsgrad) {

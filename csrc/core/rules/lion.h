@@ -1,0 +1,40 @@
+// Lion (Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675).
+#pragma once
+
+#include "core/rules/shared_scalars.h"
+
+namespace fusedopt {
+
+struct Lion {
+  enum State { kExpAvg, kNumStates };
+  static constexpr bool is_second_moment(int) { return false; }
+  enum Own { kUpdateWeight, kUpdateFromGrad };  // a GradAverage with beta1
+
+  static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo,
+                                                   const GradInfo& grads) {
+    SharedScalars<double> scalars = shared_scalars(hyper, grads);
+    const GradAverage<double> update = grad_average(hyper.beta1);
+    scalars.own[kUpdateWeight] = update.weight;
+    scalars.own[kUpdateFromGrad] = update.to_grad;
+    scalars.average = grad_average(hyper.beta2);
+    return scalars;
+  }
+
+  using Variant = DecayVariant;
+  static constexpr int kNumVariants = kNumDecays;
+  static Variant variant(const HyperParams& hyper) { return {decay_of(hyper)}; }
+
+  template <class T, class V, class Math, class States>
+  static FUSEDOPT_HD void update(Variant variant, const SharedScalars<T>& scalars, Math&, V& param,
+                                 V grad, States& state) {
+    grad = whole_grad(variant.decay, scalars, param, grad);
+    V& exp_avg = state[kExpAvg];
+    const GradAverage<T> average = {scalars.own[kUpdateWeight], scalars.own[kUpdateFromGrad]};
+    const V direction = average(exp_avg, grad), size = V(scalars.step_size);
+    param = decayed(variant.decay, scalars, param);
+    param = param - select(direction > V(0), size, select(direction < V(0), V(0) - size, V(0)));
+    exp_avg = scalars.average(exp_avg, grad);
+  }
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,65 @@
+// NAdam (Dozat, "Incorporating Nesterov Momentum into Adam", 2016), in torch's form.
+#pragma once
+
+#include <cmath>
+
+#include "core/power.h"
+#include "core/rules/shared_scalars.h"
+
+namespace fusedopt {
+
+struct Nadam {
+  enum State { kExpAvg, kExpAvgSq, kNumStates };
+  static constexpr bool is_second_moment(int state) { return state == kExpAvgSq; }
+  enum Own { kGradWeight, kExpAvgWeight };
+
+  // beta1 (1 - 0.96^(step momentum_decay) / 2), the momentum of a step.
+  static FUSEDOPT_HD double momentum(const HyperParams& hyper, uint64_t step) {
+    return hyper.beta1 * (1.0 - 0.5 * power(hyper.momentum_decay_factor, step));
+  }
+
+  // The product of the momenta of all steps up to this one. Below 1e-30, it counts as 0 beside 1.
+  static FUSEDOPT_HD double momentum_product(const HyperParams& hyper, uint64_t step) {
+    double product = 1, factor = 1;
+    for (uint64_t i = 0; i < step; ++i) {
+      factor *= hyper.momentum_decay_factor;
+      product *= hyper.beta1 * (1.0 - 0.5 * factor);
+      if (std::fabs(product) < 1e-30) return 0;
+    }
+    return product;
+  }
+
+  static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo info,
+                                                   const GradInfo& grads) {
+    SharedScalars<double> scalars = shared_scalars(hyper, grads);
+    const double sqrt_correction2 = std::sqrt(1.0 - power(hyper.beta2, info.step));
+    const double now = momentum(hyper, info.step), next = momentum(hyper, info.step + 1);
+    const double product = momentum_product(hyper, info.step),
+                 step_size = hyper.lr * sqrt_correction2;
+    scalars.eps = scaled_eps(hyper.eps, sqrt_correction2);
+    scalars.average = grad_average(hyper.beta1);
+    scalars.square_average = square_average(hyper.beta2);
+    scalars.own[kGradWeight] = step_size * (1.0 - now) / (1.0 - product);
+    scalars.own[kExpAvgWeight] = step_size * next / (1.0 - product * next);
+    return scalars;
+  }
+
+  using Variant = DecayVariant;
+  static constexpr int kNumVariants = kNumDecays;
+  static Variant variant(const HyperParams& hyper) { return {decay_of(hyper)}; }
+
+  template <class T, class V, class Math, class States>
+  static FUSEDOPT_HD void update(Variant variant, const SharedScalars<T>& scalars, Math& math,
+                                 V& param, V grad, States& state) {
+    grad = whole_grad(variant.decay, scalars, param, grad);
+    V &exp_avg = state[kExpAvg], &exp_avg_sq = state[kExpAvgSq];
+    exp_avg = scalars.average(exp_avg, grad);
+    exp_avg_sq = scalars.square_average(exp_avg_sq, grad);
+    const V numerator =
+        fma(V(scalars.own[kGradWeight]), grad, V(scalars.own[kExpAvgWeight]) * exp_avg);
+    param = decayed(variant.decay, scalars, param);
+    param = param - math.divide_by_root(numerator, exp_avg_sq, V(scalars.eps));
+  }
+};
+
+}  // namespace fusedopt

@@ -1,0 +1,55 @@
+// RAdam (Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", arXiv 1908.03265),
+// with torch's place for eps.
+#pragma once
+
+#include <cmath>
+
+#include "core/power.h"
+#include "core/rules/shared_scalars.h"
+
+namespace fusedopt {
+
+struct Radam {
+  enum State { kExpAvg, kExpAvgSq, kNumStates };
+  static constexpr bool is_second_moment(int state) { return state == kExpAvgSq; }
+  enum Own { kIsRectified };  // not 0: the second moment is known well enough to divide by it
+
+  static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo info,
+                                                   const GradInfo& grads) {
+    SharedScalars<double> scalars = shared_scalars(hyper, grads);
+    const double decay2 = power(hyper.beta2, info.step), correction2 = 1.0 - decay2;
+    // The length of the simple moving average that the second moment stands for, and its limit.
+    const double limit = 2.0 / (1.0 - hyper.beta2) - 1.0;
+    const double length = limit - 2.0 * static_cast<double>(info.step) * decay2 / correction2;
+    scalars.average = grad_average(hyper.beta1);
+    scalars.square_average = square_average(hyper.beta2);
+    scalars.step_size = hyper.lr / (1.0 - power(hyper.beta1, info.step));
+    if (length > 5.0) {
+      const double rectification = std::sqrt((length - 4.0) * (length - 2.0) * limit /
+                                             ((limit - 4.0) * (limit - 2.0) * length));
+      scalars.own[kIsRectified] = 1;
+      scalars.step_size *= rectification * std::sqrt(correction2);
+    }
+    return scalars;
+  }
+
+  using Variant = DecayVariant;
+  static constexpr int kNumVariants = kNumDecays;
+  static Variant variant(const HyperParams& hyper) { return {decay_of(hyper)}; }
+
+  template <class T, class V, class Math, class States>
+  static FUSEDOPT_HD void update(Variant variant, const SharedScalars<T>& scalars, Math& math,
+                                 V& param, V grad, States& state) {
+    grad = whole_grad(variant.decay, scalars, param, grad);
+    V &exp_avg = state[kExpAvg], &exp_avg_sq = state[kExpAvgSq];
+    exp_avg = scalars.average(exp_avg, grad);
+    exp_avg_sq = scalars.square_average(exp_avg_sq, grad);
+    V update = exp_avg;
+    if (scalars.own[kIsRectified] != 0)
+      update = math.divide_by_root(exp_avg, exp_avg_sq, V(scalars.eps));
+    param = decayed(variant.decay, scalars, param);
+    param = fma(V(-scalars.step_size), update, param);
+  }
+};
+
+}  // namespace fusedopt

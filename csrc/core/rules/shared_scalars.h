@@ -1,0 +1,71 @@
+// The scalars of rules that share a kernel (core/one_of.h): those that several of them have, and
+// room for what a rule alone has.
+#pragma once
+
+#include "core/hyper.h"
+#include "core/macros.h"
+#include "core/rules/moments.h"
+#include "core/two_float.h"
+
+namespace fusedopt {
+
+inline constexpr int kOwnScalars = 4;
+
+template <class T>
+struct SharedScalars {
+  T grad_factor;     // -1 under maximize, times clipping, over grad_scale
+  T weight_decay;    // the L2 penalty
+  TwoFloat<T> keep;  // what decoupled decay leaves of a weight
+  T step_size;
+  T eps;
+  GradAverage<T> average;
+  SquareAverage<T> square_average;
+  T own[kOwnScalars];  // the rule names their places
+
+  template <class U>
+  FUSEDOPT_HD SharedScalars<U> as() const {
+    return {U(grad_factor),
+            U(weight_decay),
+            keep.template as<U>(),
+            U(step_size),
+            as_eps<U>(eps),
+            average.template as<U>(),
+            square_average.template as<U>(),
+            {U(own[0]), U(own[1]), U(own[2]), U(own[3])}};
+  }
+};
+
+// With what follows from the hyper-parameters alone. The others are the rule's to set.
+FUSEDOPT_HD SharedScalars<double> shared_scalars(const HyperParams& hyper, const GradInfo& grads) {
+  SharedScalars<double> scalars = {};
+  scalars.grad_factor = grad_factor(hyper, grads);
+  scalars.weight_decay = hyper.weight_decay;
+  scalars.keep = kept_by_decay(hyper);
+  scalars.step_size = hyper.lr;
+  scalars.eps = hyper.eps;
+  return scalars;
+}
+
+// The variants of a rule whose decay is all that may be left out.
+struct DecayVariant {
+  Decay decay;
+
+  constexpr int number() const { return static_cast<int>(decay); }
+  static FUSEDOPT_HD constexpr DecayVariant of(int number) { return {static_cast<Decay>(number)}; }
+  constexpr bool uses(int) const { return true; }
+};
+
+// The grad as a rule sees it: clipped, with its sign and the L2 penalty.
+template <class T, class V>
+FUSEDOPT_HD V whole_grad(Decay decay, const SharedScalars<T>& scalars, const V& param, V grad) {
+  grad = grad * V(scalars.grad_factor);
+  return decay == Decay::kL2 ? fma(V(scalars.weight_decay), param, grad) : grad;
+}
+
+// The param after decoupled decay.
+template <class T, class V>
+FUSEDOPT_HD V decayed(Decay decay, const SharedScalars<T>& scalars, V param) {
+  return decay == Decay::kDecoupled ? scalars.keep.times(param) : param;
+}
+
+}  // namespace fusedopt

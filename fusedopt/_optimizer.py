@@ -433,6 +433,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._refuse_swapped("load_state_dict()")
         load_state_dict(self, state_dict)
 
+    _has_derived_state: ClassVar[bool] = False
+
+    def _derived_state(self, group: ParamGroup, step: float) -> dict[str, float]:
+        """Numbers that torch's twin has in a state after so many steps, for state dicts."""
+        raise NotImplementedError
+
     def _completed(self, saved: ParamGroup) -> ParamGroup:
         """A param group of a checkpoint with the options that it may lack."""
         return {**self._switches(), **saved}

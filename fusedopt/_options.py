@@ -58,7 +58,8 @@ def given_options(names: dict[str, Any]) -> dict[str, Any]:
 
     Own options that are not given are left out: the param groups are torch's then.
     """
-    not_given = set(OWN_OPTIONS) - names["self"]._given
+    optimizer = names["self"]
+    not_given = set(optimizer._own_options) - optimizer._given
     left_out = {"self", "params", *BESIDE_OPTIONS, "__class__", *not_given}
     return {name: value for name, value in names.items() if name not in left_out}
 

@@ -13,6 +13,7 @@ from . import _C
 from ._options import name_state_dtype
 from ._state import Specs, new_entry
 from ._steps import to_step
+from ._types import ParamGroup
 from ._weights import SAVED, STEPPED, convert, with_remainder_as
 
 if TYPE_CHECKING:
@@ -38,11 +39,13 @@ def _make_portable(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> N
     """
     state = state_dict["state"]
     specs = Specs(optimizer, is_strict=False)
+    derived = DerivedStates(optimizer)
     for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         name_state_dtype(packed)
         for param, key in zip(group["params"], packed["params"], strict=True):
             if key in state:
                 state[key] = with_remainder_as(SAVED, state[key])
+                state[key] = derived.added_to(state[key], group)
             entries = state.get(key)
             spec = specs.of(param, group) if entries else None
             if spec is None or not spec.left_out:
@@ -56,6 +59,26 @@ def _make_portable(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> N
                 }
                 if zeros:
                     state[key] = {**entries, **zeros}
+
+
+class DerivedStates:
+    """What torch's twin keeps in a state, and here follows from ``step`` and the options."""
+
+    def __init__(self, optimizer: "FusedOptimizer") -> None:
+        self._optimizer = optimizer
+        self._known: dict[tuple[int, float], dict[str, float]] = {}
+
+    def added_to(self, entries: Any, group: ParamGroup) -> Any:
+        """A param's state with them, each a tensor of one element beside ``step``."""
+        step = entries.get("step")
+        if step is None or not type(self._optimizer)._has_derived_state:
+            return entries
+        key = id(group), float(step)
+        if key not in self._known:
+            self._known[key] = self._optimizer._derived_state(group, key[1])
+        found = self._known[key].items()
+        kind = {"dtype": torch.float32, "device": step.device}
+        return {**entries, **{name: torch.tensor(value, **kind) for name, value in found}}
 
 
 def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:

@@ -29,11 +29,16 @@ struct OneOf {
     return found;
   }
 
-  // Calls f(rule, its number, the number of its first variant) for each rule.
+  // Calls f(rule, its number, the number of its first variant) for each rule, until f is true.
   template <class F>
-  static FUSEDOPT_HD void for_each(const F& f) {
+  static FUSEDOPT_HD void find_if(const F& f) {
     int member = 0, first = 0;
-    ((f(Rule{}, member++, first), first += Rule::kNumVariants), ...);
+    const auto visit = [&](auto rule) __attribute__((always_inline)) {
+      const bool found = f(rule, member++, first);
+      first += decltype(rule)::kNumVariants;
+      return found;
+    };
+    (visit(Rule{}) || ...);
   }
 
   class Variant {
@@ -54,10 +59,11 @@ struct OneOf {
     // Calls f(rule, its variant, its number) for the rule that this is a variant of.
     template <class F>
     FUSEDOPT_HD void for_rule(const F& f) const {
-      for_each([&](auto rule, int member, int first) __attribute__((always_inline)) {
+      find_if([&](auto rule, int member, int first) __attribute__((always_inline)) {
         using Own = decltype(rule);
-        if (number_ >= first && number_ < first + Own::kNumVariants)
-          f(rule, Own::Variant::of(number_ - first), member);
+        const bool is_its = number_ < first + Own::kNumVariants;
+        if (is_its) f(rule, Own::Variant::of(number_ - first), member);
+        return is_its;
       });
     }
 
@@ -68,8 +74,9 @@ struct OneOf {
 
   static Variant variant(const HyperParams& hyper) {
     int number = 0;
-    for_each([&](auto rule, int member, int first) {
+    find_if([&](auto rule, int member, int first) {
       if (member == hyper.member) number = first + rule.variant(hyper).number();
+      return member == hyper.member;
     });
     return Variant::of(number);
   }
@@ -77,8 +84,9 @@ struct OneOf {
   static FUSEDOPT_HD Scalars<double> scalars(const HyperParams& hyper, StepInfo info,
                                              const GradInfo& grads) {
     Scalars<double> found = {};
-    for_each([&](auto rule, int member, int) {
+    find_if([&](auto rule, int member, int) {
       if (member == hyper.member) found = decltype(rule)::scalars(hyper, info, grads);
+      return member == hyper.member;
     });
     return found;
   }

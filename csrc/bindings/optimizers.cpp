@@ -154,9 +154,9 @@ void read_nadam(GroupReader& group, cuda::HyperParamsRef& source) {
   read_weight_decay(group, source);
   read_eps(group, source);
   read_betas(group, source);
-  const double decay = group.number_or(kMomentumDecay, 0);
+  double& decay = source.values.momentum_decay;
+  decay = group.number_or(kMomentumDecay, 0);
   group.require(decay >= 0, "Invalid momentum_decay value", decay);
-  source.values.momentum_decay_factor = std::pow(0.96, decay);
 }
 
 void read_radam(GroupReader& group, cuda::HyperParamsRef& source) {

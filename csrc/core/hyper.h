@@ -28,7 +28,7 @@ struct HyperParams {
   double alpha = 0;
   double rho = 0;
   double lr_decay = 0;
-  double momentum_decay_factor = 0;  // 0.96^momentum_decay
+  double momentum_decay = 0;
   double lambd = 0;
   double t0 = 0;
   double eta_minus = 0, eta_plus = 0;          // etas

@@ -15,15 +15,17 @@ struct Nadam {
 
   // beta1 (1 - 0.96^(step momentum_decay) / 2), the momentum of a step.
   static FUSEDOPT_HD double momentum(const HyperParams& hyper, uint64_t step) {
-    return hyper.beta1 * (1.0 - 0.5 * power(hyper.momentum_decay_factor, step));
+    const double exponent = static_cast<double>(step) * hyper.momentum_decay;
+    return hyper.beta1 * (1.0 - 0.5 * real_power(0.96, exponent));
   }
 
   // The product of the momenta of all steps up to this one. Below 1e-30, it counts as 0 beside 1.
   static FUSEDOPT_HD double momentum_product(const HyperParams& hyper, uint64_t step) {
-    double product = 1, factor = 1;
+    const double factor = real_power(0.96, hyper.momentum_decay);
+    double product = 1, decay = 1;
     for (uint64_t i = 0; i < step; ++i) {
-      factor *= hyper.momentum_decay_factor;
-      product *= hyper.beta1 * (1.0 - 0.5 * factor);
+      decay *= factor;
+      product *= hyper.beta1 * (1.0 - 0.5 * decay);
       if (std::fabs(product) < 1e-30) return 0;
     }
     return product;

@@ -10,7 +10,7 @@ from torch import Tensor
 from ._docs import described_as
 from ._optimizer import FusedOptimizer
 from ._options import given_options, notes_given, option_defaults
-from ._types import NormGroup, Params
+from ._types import NormGroup, ParamGroup, Params
 from .adam import AdamW
 
 
@@ -53,12 +53,13 @@ class SparseAdam(FusedOptimizer):
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
         step: float32 (float64 if that is torch's default dtype), one element, on the CPU; on the
             parameter's GPU with options that are tensors there, and where a GradScaler leaves
-            unscaling to the step.
+            unscaling to the step. In state dicts an int, as torch has it.
         exp_avg, exp_avg_sq: the moments :math:`m, v`, of the parameter's dtype unless
             ``state_dtype`` says otherwise.
     """
 
     _row = "SparseAdam"
+    _has_derived_state = True
     _own_options = (*FusedOptimizer._own_options, "fused")
 
     @notes_given
@@ -82,3 +83,6 @@ class SparseAdam(FusedOptimizer):
         super().__init__(params, given_options(locals()), norm_group)
 
     _option_defaults = option_defaults(__init__)
+
+    def _derived_state(self, group: ParamGroup, step: float) -> dict[str, float]:
+        return {"step": int(step)}  # with a tensor, torch computes its corrections in float32

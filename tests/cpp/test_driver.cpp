@@ -160,8 +160,10 @@ void test_every_pattern() {
     for (const DType grad : {DType::kFloat32, DType::kFloat64}) {
       const Problem problem = unchanged(dtype, grad);
       Buffers before = make_buffers(problem);
-      for (int64_t i = 0; i < problem.numel; ++i)
+      for (int64_t i = 0; i < problem.numel; ++i) {
         before[kParam].set_word(i, static_cast<uint16_t>(i));
+        before[kGrad].set(i, 1.0);  // times -lr it is -0, which changes no zero
+      }
       check_values(problem, before);
       Buffers after = before;
       drive(problem, after, cpu::best_isa(), 1);

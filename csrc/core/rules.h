@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "core/one_of.h"
+#include "core/rule_list.h"
 #include "core/rules/adadelta.h"
 #include "core/rules/adagrad.h"
 #include "core/rules/adam.h"
@@ -21,28 +21,6 @@
 
 namespace fusedopt {
 
-template <class... Rule>
-struct RuleList {
-  static constexpr int kSize = sizeof...(Rule);
-  static constexpr int kMaxStates = std::max({int{Rule::kNumStates}...});
-  template <template <class> class SizeOf>
-  static constexpr size_t kMaxSize = std::max({SizeOf<Rule>::value...});
-
-  template <class Wanted>
-  static constexpr int find() {
-    int at = 0, found = -1;
-    ((found = std::is_same_v<Rule, Wanted> ? at : found, ++at), ...);
-    return found;
-  }
-
-  // Calls `f` with the rule of this number. Only on the host: each kernel is compiled for one rule.
-  template <class F>
-  static void call(int number, const F& f) {
-    int at = 0;
-    ((at++ == number ? f(Rule{}) : void()), ...);
-  }
-};
-
 // Those with a kernel of their own, and one that stands for all others.
 using OtherRules =
     OneOf<Adadelta, Adagrad, Adamax, Asgd, Lion, Nadam, Radam, Rmsprop, Rprop, SparseAdam>;
@@ -56,7 +34,7 @@ inline constexpr RuleId kIdOf =
 // HyperParams::member of its groups.
 template <class Rule>
 inline constexpr uint8_t kMemberOf =
-    static_cast<uint8_t>(OtherRules::find<Rule>() >= 0 ? OtherRules::find<Rule>() : 0);
+    static_cast<uint8_t>(std::max(OtherRules::Members::find<Rule>(), 0));
 
 inline constexpr int kMaxStates = Rules::kMaxStates;
 

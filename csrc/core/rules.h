@@ -17,6 +17,7 @@
 #include "core/rules/rmsprop.h"
 #include "core/rules/rprop.h"
 #include "core/rules/sgd.h"
+#include "core/rules/sparse_adam.h"
 
 namespace fusedopt {
 
@@ -43,7 +44,8 @@ struct RuleList {
 };
 
 // Those with a kernel of their own, and one that stands for all others.
-using OtherRules = OneOf<Adadelta, Adagrad, Adamax, Asgd, Lion, Nadam, Radam, Rmsprop, Rprop>;
+using OtherRules =
+    OneOf<Adadelta, Adagrad, Adamax, Asgd, Lion, Nadam, Radam, Rmsprop, Rprop, SparseAdam>;
 using Rules = RuleList<Sgd, Adam, OtherRules>;
 
 // A rule's number: its place in the list, or that of the rule that stands for it.

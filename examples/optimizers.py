@@ -1,8 +1,9 @@
-"""All optimizers of fusedopt: their ways down a narrow valley, and their losses on a small GPT.
+"""The optimizers of fusedopt: their ways down a narrow valley, and their losses on a small GPT.
 
-The valley is f(x) = 0.1 x1^2 + 2 x2^2, twenty times as steep across as along, from (-5, -2). The GPT
-learns Python source, byte by byte. The learning rates are picked by hand from a few for each, so
-the picture shows how the optimizers move, and does not rank them.
+The valley is f(x) = 0.1 x1^2 + 2 x2^2, twenty times as steep across as along, from (-5, -2). The
+GPT learns Python source, byte by byte. The learning rates are picked by hand from a few for each,
+so the picture shows how the optimizers move, and does not rank them. SparseAdam is left out: no
+grad here is of some rows only.
 
 Examples:
     python examples/optimizers.py

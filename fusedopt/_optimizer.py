@@ -441,7 +441,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _has_derived_state: ClassVar[bool] = False
 
-    def _derived_state(self, group: ParamGroup, step: float) -> dict[str, float]:
+    def _derived_state(self, group: ParamGroup, step: float, /) -> dict[str, float]:
         """Numbers that torch's twin has in a state after so many steps, for state dicts."""
         raise NotImplementedError
 

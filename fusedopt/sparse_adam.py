@@ -84,5 +84,5 @@ class SparseAdam(FusedOptimizer):
 
     _option_defaults = option_defaults(__init__)
 
-    def _derived_state(self, group: ParamGroup, step: float) -> dict[str, float]:
+    def _derived_state(self, _: ParamGroup, step: float, /) -> dict[str, float]:
         return {"step": int(step)}  # with a tensor, torch computes its corrections in float32

@@ -15,7 +15,6 @@ from torch.nn import Parameter
 from support.equality import tensor_bytes
 from support.tensors import params_of
 
-
 # What torch keeps beside its counts, and ours finds from "step": torch's NAdam, and its ASGD.
 DERIVED = ("mu_product", "eta", "mu")
 FROM_STEP = ("step", *DERIVED)

@@ -19,8 +19,12 @@ STEPS = 12
 def errors(optimizer: torch.optim.Optimizer, param: Tensor, oracle: oracles.Oracle) -> dict:
     """Absolute errors of the param and each state, under their names."""
     found, expected = results(optimizer, param), oracle.results()
-    extra = {"exp_avg"} if optimizer.param_groups[0].get("betas", (1,))[0] == 0 else set()
-    assert found.keys() - extra == expected.keys()  # torch keeps an average that is the grad
+    keys = found.keys()
+    if optimizer.param_groups[0].get("betas", (1,))[0] == 0:
+        keys = keys - (
+            {"exp_avg"} - expected.keys()
+        )  # torch's Adam keeps it, although it is the grad
+    assert keys == expected.keys()
     return {name: np.abs(oracles.exact(found[name]) - expected[name]) for name in expected}
 
 
@@ -57,10 +61,13 @@ def test_error_is_at_most_that_of_unfused_torch(case: Case, dtype: torch.dtype) 
     *("sgd-l2", "momentum", "momentum-damped", "nesterov-l2"),
     *("adam", "adam-l2", "adam-decoupled", "adam-amsgrad", "adam-low-betas"),
     *("adamw", "adamw-strong-decay", "adamw-amsgrad"),
+    *("rmsprop", "rmsprop-all", "adagrad-l2", "adadelta", "adamax", "nadam", "radam"),
+    *("asgd-averaged", "rprop", "lion-decay"),
 )
 def test_mean_error_over_1000_steps(case: Case, dtype: torch.dtype) -> None:
     # The form decides: b1 m + (1 - b1) g in float32 is 9 % worse than m + (1 - b1) (g - m).
     size = 4096
+    torch.set_num_threads(1)  # two take longer for torch's square roots
     case = case.suited_to(dtype)
     drift = 0.1 * values(size, seed=1)
     grads = [(values(size, seed=2 + step) + drift).to(dtype) for step in range(1000)]

@@ -11,17 +11,22 @@ import torch
 from torch import Tensor
 
 import fusedopt
-from support import oracles
+from support import oracles, references
 from support.equality import assert_equal, assert_same_math, without_parameter
 from support.tensors import make_params, params_of, set_grads
 
-NAMES = ["SGD", "Adam", "AdamW"]
+NAMES = [  # torch's
+    *("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax"),
+    *("NAdam", "RAdam", "ASGD", "Rprop"),
+]
+ALL_NAMES = [*NAMES, "Lion"]
 each_name = pytest.mark.parametrize("name", NAMES)
+each_of_all_names = pytest.mark.parametrize("name", ALL_NAMES)
 each_adam = pytest.mark.parametrize("name", ["Adam", "AdamW"])
 
 
 def torch_reference(name: str, params: Any, **options: Any) -> Any:
-    """torch's plain loop. Its fused=True is no reference: it updates 16-bit params wrongly.
+    """torch's plain loop. Its fused=True is no measure: it updates 16-bit params wrongly.
 
     Decay that torch lacks is what its AdamW has: a multiplication before the update.
     """
@@ -30,7 +35,8 @@ def torch_reference(name: str, params: Any, **options: Any) -> Any:
     by_hand = lr_independent or sgdw
     decay = options.pop("weight_decay") if by_hand else 0.0
     options = {"foreach": False, **options, **({"weight_decay": 0} if by_hand else {})}
-    optimizer = getattr(torch.optim, name)(params, **options)
+    reference = getattr(references, name, None) or getattr(torch.optim, name)
+    optimizer = reference(params, **options)
 
     def decay_params(optimizer: Any, *_: Any) -> None:
         for group in optimizer.param_groups:
@@ -46,22 +52,16 @@ def torch_reference(name: str, params: Any, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer's name and options, and the three ways to run it.
-
-    Others than torch has take a `reference`: a function of params and options that makes the
-    optimizer to compare with.
-    """
+    """An optimizer's name and options, and the three ways to run it."""
 
     optimizer: str
     options: dict[str, Any] = field(default_factory=dict)
-    reference: Callable[..., Any] | None = None
 
     def ours(self, params: Any, **more: Any) -> Any:
         return getattr(fusedopt, self.optimizer)(params, **{**self.options, **more})
 
     def theirs(self, params: Any, **more: Any) -> Any:
-        make = self.reference or functools.partial(torch_reference, self.optimizer)
-        return make(params, **{**self.options, **more})
+        return torch_reference(self.optimizer, params, **{**self.options, **more})
 
     def oracle(self, param: Tensor, **more: Any) -> oracles.Oracle:
         return oracles.BY_NAME[self.optimizer](param, **{**self.options, **more})
@@ -132,6 +132,56 @@ CASES: dict[str, Case] = {
     "adamw-lr-independent": Case(
         "AdamW", {"lr": 0.01, "weight_decay": 0.01, "lr_independent_weight_decay": True}
     ),
+    "rmsprop": Case("RMSprop", {"lr": 0.01}),
+    "rmsprop-momentum": Case("RMSprop", {"lr": 0.01, "momentum": 0.9, "maximize": True}),
+    "rmsprop-centered": Case("RMSprop", {"lr": 0.01, "alpha": 0.9, "centered": True}),
+    "rmsprop-all": Case(
+        "RMSprop", {"lr": 0.01, "momentum": 0.7, "centered": True, "weight_decay": 0.1}
+    ),
+    "adagrad": Case("Adagrad", {"lr": 0.05, "maximize": True}),
+    "adagrad-l2": Case("Adagrad", {"lr": 0.05, "lr_decay": 0.2, "weight_decay": 0.1}),
+    "adagrad-initial": Case("Adagrad", {"lr": 0.1, "initial_accumulator_value": 0.3, "eps": 1e-3}),
+    "adadelta": Case("Adadelta", {"lr": 1.0}),
+    "adadelta-l2": Case("Adadelta", {"lr": 0.5, "rho": 0.7, "weight_decay": 0.1, "eps": 1e-4}),
+    "adamax": Case("Adamax", {"lr": 0.01}),
+    "adamax-l2": Case("Adamax", {"lr": 0.01, "betas": (0.4, 0.8), "weight_decay": 0.1}),
+    "nadam": Case("NAdam", {"lr": 0.01}),
+    "nadam-l2": Case("NAdam", {"lr": 0.01, "momentum_decay": 0.5, "weight_decay": 0.1}),
+    "nadam-decoupled": Case(
+        "NAdam", {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}
+    ),
+    "nadam-lr-independent": Case(
+        "NAdam",
+        {
+            **{"lr": 0.01, "weight_decay": 0.01, "betas": (0.8, 0.9)},
+            **{"decoupled_weight_decay": True, "lr_independent_weight_decay": True},
+        },
+    ),
+    # With a beta2 of 0.999 it divides by the second moment from step 6 on; with 0.5, never.
+    "radam": Case("RAdam", {"lr": 0.01}),
+    "radam-l2": Case("RAdam", {"lr": 0.01, "betas": (0.8, 0.5), "weight_decay": 0.1}),
+    "radam-decoupled": Case(
+        "RAdam", {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}
+    ),
+    "radam-lr-independent": Case(
+        "RAdam",
+        {
+            **{"lr": 0.01, "weight_decay": 0.01, "betas": (0.0, 0.9)},
+            **{"decoupled_weight_decay": True, "lr_independent_weight_decay": True},
+        },
+    ),
+    "asgd": Case("ASGD", {"lr": 0.05}),
+    "asgd-averaged": Case("ASGD", {"lr": 0.05, "lambd": 0.5, "alpha": 0.6, "t0": 1}),
+    "asgd-l2": Case("ASGD", {"lr": 0.05, "t0": 0, "weight_decay": 0.1, "maximize": True}),
+    "rprop": Case("Rprop", {"lr": 0.01}),
+    "rprop-steps": Case(
+        "Rprop", {"lr": 0.01, "etas": (0.3, 1.5), "step_sizes": (5e-3, 0.02), "maximize": True}
+    ),
+    "lion": Case("Lion", {"lr": 0.01, "maximize": True}),
+    "lion-decay": Case("Lion", {"lr": 0.01, "betas": (0.4, 0.8), "weight_decay": 0.1}),
+    "lion-lr-independent": Case(
+        "Lion", {"lr": 0.01, "weight_decay": 0.01, "lr_independent_weight_decay": True}
+    ),
 }
 
 
@@ -143,7 +193,9 @@ each_case = some_cases(*CASES)
 # One for each kind of state; one for each optimizer, for what does not depend on its options.
 VARIED = ["sgd", "momentum-l2", "momentum-damped", "nesterov"]
 VARIED += ["adam", "adam-amsgrad-l2", "adamw", "adamw-amsgrad"]
-MAIN = ["momentum-l2", "adam", "adamw"]
+VARIED += ["rmsprop-all", "adagrad-initial", "adadelta", "adamax-l2", "nadam-l2", "radam"]
+VARIED += ["asgd-averaged", "rprop", "lion-decay"]
+MAIN = ["momentum-l2", "adam", "adamw", "nadam"]
 varied_cases, main_cases = some_cases(*VARIED), some_cases(*MAIN)
 
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from support import oracles
 from support.optimizers import Case, step_with
 from support.oracles import assert_rounded_once
+from support.snapshots import FROM_STEP, results
 from support.tensors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, dtype_id
 
 FLOATS = (FLOAT32, BFLOAT16, FLOAT16, FLOAT64)
-SECOND_MOMENT = "exp_avg_sq"  # which is rounded stochastically by default
+# What is rounded stochastically by default.
+SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf")
 WEIGHTS = ("master_param", "param_remainder")  # what master weights add to the state
 
 
@@ -51,7 +53,7 @@ class Setting:
     def is_stochastic(self, name: str, stored: torch.dtype) -> bool:
         """Whether the param or the state of that name is, if it is kept in that dtype."""
         asked = self.options.get("stochastic_rounding")
-        return stored == BFLOAT16 and (name == SECOND_MOMENT if asked is None else asked)
+        return stored == BFLOAT16 and (name in SECOND_MOMENTS if asked is None else asked)
 
     def state_dtypes(
         self, case: Case, dtype: torch.dtype, saved: torch.dtype | None = None
@@ -153,13 +155,13 @@ class Honest:
         if self.setting.masters(self.dtype) is None:
             self._store("param", self.weight, self.dtype)
         for name, state in self.twin.state[self.weight].items():
-            if name != "step":
+            if name not in FROM_STEP:
                 self._store(name, state, self.setting.options.get("state_dtype") or self.dtype)
         weight = self.weight.clone()
         self.ema_param = weight if is_first else self.ema_param.lerp(weight, 1 - self.decay)
 
     def results(self) -> dict[str, Tensor]:
-        return {"param": self.weight, "ema_param": self.ema_param, **self.twin.state[self.weight]}
+        return {"ema_param": self.ema_param, **results(self.twin, self.weight)}
 
     def _store(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
         if not self.setting.is_stochastic(name, dtype):
@@ -195,7 +197,7 @@ def entries(optimizer: Any, param: Tensor) -> dict[str, Tensor]:
     state = optimizer.state.get(param, {})
     has_masters = any(name in state for name in WEIGHTS)
     weight = optimizer.fp32_params()[0] if has_masters else param.detach().clone()
-    return {"param": weight, **{k: v for k, v in state.items() if k not in (*WEIGHTS, "step")}}
+    return {"param": weight, **{k: v for k, v in state.items() if k not in {*WEIGHTS, *FROM_STEP}}}
 
 
 def assert_one_step(

@@ -15,10 +15,14 @@ from torch.nn import Parameter
 from support.equality import tensor_bytes
 from support.tensors import params_of
 
+# What torch keeps beside its counts, and ours finds from "step": torch's NAdam, and its ASGD.
+DERIVED = ("mu_product", "eta", "mu")
+FROM_STEP = ("step", *DERIVED)
+
 
 def results(optimizer: Any, param: Tensor) -> dict[str, Tensor]:
-    """The param and its states (without the step count) under torch's names."""
-    state = {k: v for k, v in optimizer.state.get(param, {}).items() if k != "step"}
+    """The param and its states (without what counts steps) under torch's names."""
+    state = {k: v for k, v in optimizer.state.get(param, {}).items() if k not in FROM_STEP}
     return {"param": param.detach(), **state}
 
 
@@ -28,7 +32,8 @@ def record(optimizer: Any) -> dict[str, Tensor]:
     for index, param in enumerate(params_of(optimizer)):
         entries = optimizer.state.get(param, {})
         for name, entry in {"param": param, **entries}.items():
-            found[f"{name} {index}"] = entry.detach().cpu().clone()
+            if name not in DERIVED:
+                found[f"{name} {index}"] = entry.detach().cpu().clone()
     return found
 
 

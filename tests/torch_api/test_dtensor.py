@@ -13,7 +13,17 @@ import fusedopt
 from fusedopt import _C
 from support.equality import assert_equal, assert_same_math
 from support.files import run_ranks
-from support.optimizers import Build, Case, like_torch, main_cases, train, varied_cases
+from support.optimizers import (
+    VARIED,
+    Build,
+    Case,
+    like_torch,
+    main_cases,
+    some_cases,
+    train,
+    varied_cases,
+)
+from support.snapshots import DERIVED
 from support.tensors import make_params, params_of, set_grads
 
 dist = pytest.importorskip("torch.distributed")
@@ -61,7 +71,8 @@ def test_equals_plain_tensors(case: Case, mesh: Any) -> None:
     assert_equal(local(optimizer.state.values()), local(plain.state.values()))
 
 
-@varied_cases
+# torch's Rprop selects by a mask, which DTensors refuse.
+@some_cases(*(key for key in VARIED if key != "rprop"))
 @like_torch
 def test_state_is_as_in_torch(build: Build, case: Case, mesh: Any) -> Any:
     params = sharded_params(mesh)
@@ -71,7 +82,8 @@ def test_state_is_as_in_torch(build: Build, case: Case, mesh: Any) -> Any:
     described = [
         (key, type(t), t.shape, t.dtype, getattr(t, "placements", None))
         for param in params
-        for key, t in optimizer.state.get(param, {}).items()
+        for key, t in sorted(optimizer.state.get(param, {}).items())
+        if key not in DERIVED
     ]
     kinds = {entry[1] for entry in described if entry[0] != "step"}
     assert kinds == ({DTensor} if case.state_names else set())

@@ -178,7 +178,8 @@ HyperParams hyper_for(OtherRules::Variant variant) {
   variant.with_rule([&](auto rule, [[maybe_unused]] auto own) {
     using Rule = decltype(rule);
     hyper.member = kMemberOf<Rule>;
-    if constexpr (!std::is_same_v<Rule, Rprop>) set_decay(hyper, own.decay);
+    constexpr bool kDecays = !std::is_same_v<Rule, Rprop> && !std::is_same_v<Rule, SparseAdam>;
+    if constexpr (kDecays) set_decay(hyper, own.decay);
     if constexpr (std::is_same_v<Rule, Rmsprop>) {
       hyper.momentum = own.has_momentum ? 0.9 : 0;
       hyper.centered = own.centered;

@@ -125,6 +125,14 @@ struct Textbook {
     if (prev != 0) p -= std::copysign(size, prev);
   }
 
+  void step(SparseAdam, SparseAdam::Variant, double t, double g) {
+    const double m = average(states[SparseAdam::kExpAvg], hyper.beta1, g);
+    const double v = average(states[SparseAdam::kExpAvgSq], hyper.beta2, g * g);
+    const double step_size =
+        hyper.lr * std::sqrt(1 - std::pow(hyper.beta2, t)) / (1 - std::pow(hyper.beta1, t));
+    p -= step_size * m / (std::sqrt(v) + hyper.eps);
+  }
+
   // Weight decay, which comes before all else.
   template <class Variant>
   void decay(Variant variant, double& g) {
@@ -132,6 +140,7 @@ struct Textbook {
     if (variant.decay == Decay::kDecoupled) p *= 1 - hyper.lr * hyper.weight_decay;
   }
   void decay(Rprop::Variant, double&) {}
+  void decay(SparseAdam::Variant, double&) {}
 
  private:
   static double average(double& of, double beta, double with) {
@@ -292,6 +301,7 @@ void test_rules() {
   test_rule<Radam>();
   test_rule<Rmsprop>();
   test_rule<Rprop>();
+  test_rule<SparseAdam>();
   test_list();
   test_shared_variants();
 }

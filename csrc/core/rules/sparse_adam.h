@@ -19,7 +19,7 @@ struct SparseAdam {
     scalars.step_size *=
         std::sqrt(1.0 - power(hyper.beta2, info.step)) / (1.0 - power(hyper.beta1, info.step));
     scalars.average = grad_average(hyper.beta1);
-    scalars.square_average = square_average(hyper.beta2);
+    scalars.set(square_average(hyper.beta2));
     return scalars;
   }
 
@@ -37,7 +37,7 @@ struct SparseAdam {
     grad = grad * V(scalars.grad_factor);
     V &exp_avg = state[kExpAvg], &exp_avg_sq = state[kExpAvgSq];
     exp_avg = scalars.average(exp_avg, grad);
-    exp_avg_sq = scalars.square_average(exp_avg_sq, grad);
+    exp_avg_sq = scalars.square_average()(exp_avg_sq, grad);
     const V ratio = math.divide_by_root(exp_avg, exp_avg_sq, V(scalars.eps));
     param = fma(V(-scalars.step_size), ratio, param);
   }

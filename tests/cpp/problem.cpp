@@ -266,6 +266,19 @@ const std::vector<Problem>& all_problems() {
   return kProblems;
 }
 
+const std::vector<Problem>& main_problems() {
+  static const std::vector<Problem> kProblems = [] {
+    std::vector<Problem> problems;
+    for (int kind = 0; kind < kNumKinds; ++kind) {
+      const std::vector<Problem>& all = problems_of(kind);
+      problems.insert(problems.end(), kind < kIdOf<OtherRules> ? all.begin() : all.end() - 1,
+                      all.end());
+    }
+    return problems;
+  }();
+  return kProblems;
+}
+
 Problem in_format(Problem problem, DType dtype) {
   for (int k = 0; k < kMaster; ++k)
     if (problem.has(k)) problem.dtypes[static_cast<size_t>(k)] = dtype;

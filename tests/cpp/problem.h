@@ -119,6 +119,8 @@ inline int kind_of(const Problem& problem) { return problem.rule + problem.hyper
 const std::vector<Problem>& problems_of(int kind);
 // Those of all kinds.
 const std::vector<Problem>& all_problems();
+// Enough where it takes time: all of the rules with a kernel of their own, the last of each other.
+const std::vector<Problem>& main_problems();
 
 // The problem with param, grad and its states in one format.
 Problem in_format(Problem problem, fusedopt::DType dtype);

@@ -23,7 +23,7 @@ class Counted {
  public:
   Counted() : model_(empty_model()) {
     std::mt19937 random(11);
-    for (const Problem& problem : all_problems()) {
+    for (const Problem& problem : main_problems()) {
       add(problem, DType::kFloat32, Count::kFloat, 0);
       add(problem, DType::kFloat64, Count::kDouble, 1000);
       add(problem, DType::kBFloat16, Count::kFloat, 7);
@@ -35,7 +35,7 @@ class Counted {
       // Averages and random draws depend on the count as well.
       for (int i = 0; i < 3; ++i)
         add_tensor(in_any_formats(problem, random), i == 0 ? Count::kFloat : Count::kDouble, i);
-      // Adam always counts its steps. SGD may only know whether its state is new.
+      // Most rules always count their steps. SGD may only know whether its state is new.
       if (problem.rule == kIdOf<Sgd>) add(problem, DType::kFloat32, Count::kNone, 0);
       model_.tensors.back().gpu = 3;
     }
@@ -47,6 +47,13 @@ class Counted {
   float& grad_scale() { return grad_scale_; }
   float& found_inf() { return found_inf_; }
   double step_of(size_t tensor) const { return steps_[tensor]; }
+  // The last tensor of a kind.
+  size_t last_of(int kind) const {
+    size_t last = 0;
+    for (size_t i = 0; i < model_.tensors.size(); ++i)
+      if (kind_of(model_.tensors[i].problem) == kind) last = i;
+    return last;
+  }
   bool is_counted(size_t tensor) const { return counts_[tensor] != Count::kNone; }
 
   Gpus::Options options() {
@@ -195,8 +202,12 @@ void test_idle_tensors_are_not_counted() {
 void test_numbers_on_the_device() {
   Gpus gpus;
   Counted counted;
-  const size_t last = counted.model().tensors.size() - 1;  // Adam's, while the first are SGD's
-  for (const size_t group : {size_t{0}, size_t{3}, last, last - 4}) {
+  std::vector<size_t> groups;
+  for (const int kind : {kKindOf<Sgd>, kKindOf<Adam>, kKindOf<Nadam>, kKindOf<Rmsprop>}) {
+    const size_t last = counted.last_of(kind);
+    groups.insert(groups.end(), {last, last - 4});
+  }
+  for (const size_t group : groups) {
     counted.put_on_device(group);
     for (const float lr : {0.5f, 0.25f}) {
       counted.lr() = lr;
@@ -229,7 +240,7 @@ void test_capture() {
   Gpus gpus;
   Counted counted;
   counted.put_on_device(0);
-  counted.put_on_device(counted.model().tensors.size() - 1);
+  counted.put_on_device(counted.last_of(kKindOf<Adam>));
   for (int warm_up = 0; warm_up < 2; ++warm_up) step_and_check(gpus, counted);
   emulation::begin_capture();
   gpus.step(counted.model(), counted.options());

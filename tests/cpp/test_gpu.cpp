@@ -34,9 +34,19 @@ void check_steps(Model model) {
   CHECK(!model.has_values_of(before));
 }
 
-void test_formats_and_sizes() {
+void test_variants() {
   Model model = empty_model();
   for (Problem problem : all_problems())
+    for (const DType dtype : kAllDTypes) {
+      problem.numel = 333;
+      model.add(in_format(problem, dtype));
+    }
+  check_steps(model);
+}
+
+void test_formats_and_sizes() {
+  Model model = empty_model();
+  for (Problem problem : main_problems())
     for (const DType dtype : kAllDTypes)
       for (const int64_t numel : sizes())
         for (const int64_t guard : {int64_t{0}, kGuard}) {
@@ -50,7 +60,7 @@ void test_formats_and_sizes() {
 // Master weights and averages, each alone and together.
 void test_masters_and_emas() {
   Model model = empty_model();
-  for (Problem problem : all_problems())
+  for (Problem problem : main_problems())
     for (const DType dtype : kAllDTypes) {
       problem = in_format(problem, dtype);
       for (const DType master : {DType::kAbsent, DType::kFloat32, DType::kRemainder}) {
@@ -74,7 +84,7 @@ void test_masters_and_emas() {
 void test_mixtures() {
   std::mt19937 random(5);
   Model model = empty_model();
-  for (Problem problem : all_problems())
+  for (Problem problem : main_problems())
     for (int run = 0; run < 60; ++run) {
       problem.numel = sizes()[random() % sizes().size()];
       problem.guard = run % 2 == 0 ? 0 : kGuard;
@@ -89,7 +99,7 @@ void test_first_averages() {
   for (int kind = 0; kind < kNumKinds; ++kind)
     model.scalars[static_cast<size_t>(kind)] =
         scalars_at(problems_of(kind).back(), {1, false}, 1.0);
-  for (Problem problem : all_problems())
+  for (Problem problem : main_problems())
     for (const DType dtype : kAllDTypes) {
       problem = in_format(problem, dtype);
       problem.dtypes[kEma] = DType::kFloat64;
@@ -104,7 +114,7 @@ void test_first_averages() {
 void test_misaligned() {
   std::mt19937 random(6);
   Model model = empty_model();
-  for (const Problem& problem : all_problems())
+  for (const Problem& problem : main_problems())
     for (int mixture = 0; mixture < 8; ++mixture)
       for (int moved = 0; moved <= kMaxOperands; ++moved)
         for (const int64_t by : {1, 2, 4}) {
@@ -122,7 +132,7 @@ void test_misaligned() {
 void test_strided() {
   std::mt19937 random(7);
   Model model = empty_model();
-  for (const Problem& problem : all_problems())
+  for (const Problem& problem : main_problems())
     for (const Dims& dims : strided_layouts())
       for (int mixture = 0; mixture < 8; ++mixture) {
         Problem strided = with_dims(problem, dims);
@@ -139,7 +149,7 @@ void test_strided() {
 void test_special_values() {
   std::mt19937 random(10);
   Model model = empty_model();
-  for (Problem problem : all_problems())
+  for (Problem problem : main_problems())
     for (int run = 0; run < 24; ++run) {
       problem.numel = sizes()[random() % sizes().size()];
       model.add(run < 4 ? in_format(problem, kAllDTypes[run]) : in_any_formats(problem, random));
@@ -265,7 +275,7 @@ void test_found_inf() {
   for (const float found_inf : {0.0f, 1.0f, 2.0f}) {
     Gpus gpus;
     Model model = empty_model();
-    for (const Problem& problem : all_problems())
+    for (const Problem& problem : main_problems())
       for (const DType dtype : kAllDTypes) {
         model.add(in_format(problem, dtype));
         model.add(in_format(with_dims(problem, strided_layouts()[0]), dtype));
@@ -318,6 +328,7 @@ void test_nothing_to_do() {
 }  // namespace
 
 void test_gpu() {
+  test_variants();
   test_formats_and_sizes();
   test_masters_and_emas();
   test_first_averages();

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fusedopt
-from support.optimizers import NAMES, each_name
+from support.optimizers import ALL_NAMES, each_of_all_names
 from support.tensors import values
 
 ENTRY = re.compile(r"^ {4}(\w+) \((.*), default (.*?)\): (.*(?:\n {8}.*)*)$", re.MULTILINE)
@@ -48,14 +48,14 @@ def test_examples_run(name: str) -> None:
     names = {"torch": torch, "fusedopt": fusedopt}
     (test,) = doctest.DocTestFinder(recurse=False).find(thing, name, globs=names)
     assert test.examples
-    assert name not in NAMES or "optimizer.step()\n" in {each.source for each in test.examples}
+    assert name not in ALL_NAMES or "optimizer.step()\n" in {each.source for each in test.examples}
     failures: list[str] = []
     doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=failures.append)
     assert failures == []
 
 
 @pytest.mark.cpu_only
-@each_name
+@each_of_all_names
 def test_arguments_are_those_of_the_signature(name: str) -> None:
     """In its order, with its types and defaults; options are written out there."""
     signature = list(inspect.signature(getattr(fusedopt, name)).parameters.values())
@@ -72,16 +72,16 @@ def test_arguments_are_those_of_the_signature(name: str) -> None:
 
 @pytest.mark.cpu_only
 def test_same_words_for_the_same_arguments() -> None:
-    described = {name: entries(name) for name in NAMES}
+    described = {name: entries(name) for name in ALL_NAMES}
     for argument in set.union(*(set(found) for found in described.values())) - DIFFERS:
         texts = {found[argument] for found in described.values() if argument in found}
         needs = " Needs ``decoupled_weight_decay``."
         assert len({(*rest, text.removesuffix(needs)) for *rest, text in texts}) == 1, argument
     for start in ("Attributes:", "Methods:", "Raises:"):
-        assert len({section(name, start) for name in NAMES}) == 1, start
+        assert len({section(name, start) for name in ALL_NAMES}) == 1, start
 
 
-@each_name
+@each_of_all_names
 def test_states_are_described(name: str) -> None:
     """All that a step leaves there, with the dtypes that it has."""
     text = section(name, "State of a parameter")
@@ -103,7 +103,7 @@ def test_states_are_described(name: str) -> None:
 
 
 @pytest.mark.cpu_only
-@each_name
+@each_of_all_names
 def test_additions_to_the_interface_are_described(name: str) -> None:
     cls = getattr(fusedopt, name)
     added = {key for key in dir(cls) if not key.startswith("_")} - set(dir(torch.optim.Optimizer))
@@ -116,7 +116,7 @@ def test_additions_to_the_interface_are_described(name: str) -> None:
 
 
 @pytest.mark.cpu_only
-@each_name
+@each_of_all_names
 def test_a_paper_and_the_formula_are_named(name: str) -> None:
     assert re.search(r"\(arXiv \d{4}\.\d{4,5}\)|\(\d{4}\)", doc_of(name).partition("Args:")[0])
     assert ".. math::" in doc_of(name)
@@ -153,5 +153,5 @@ def test_type_hints(name: str) -> None:
 @pytest.mark.cpu_only
 def test_type_hints_cover_the_constructors() -> None:
     names = public_functions()
-    assert {f"{name}.__init__" for name in NAMES} <= set(names)
+    assert {f"{name}.__init__" for name in ALL_NAMES} <= set(names)
     assert {"show_config", "SGD.swap_ema", "Adam.grad_norm", "AdamW.step"} <= set(names)

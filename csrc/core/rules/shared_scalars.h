@@ -42,7 +42,7 @@ FUSEDOPT_HD SharedScalars<double> shared_scalars(const HyperParams& hyper, const
   scalars.weight_decay = hyper.weight_decay;
   scalars.keep = kept_by_decay(hyper);
   scalars.step_size = hyper.lr;
-  scalars.eps = hyper.eps;
+  scalars.eps = scaled_eps(hyper.eps, 1);
   return scalars;
 }
 

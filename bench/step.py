@@ -5,6 +5,7 @@ Examples:
     python bench/step.py --optimizer SGD --dtype bfloat16 --shapes gpt2-124m many-1000x64
     python bench/step.py --grads kept --cache cold --shapes many-1000x1000
     python bench/step.py --targets          what this project aims at: pass or miss
+    python bench/step.py --targets --optimizer RMSprop NAdam SparseAdam
     python bench/step.py --device cuda --targets --max-seconds 300
 """
 
@@ -20,7 +21,7 @@ import torch
 
 from lib import report
 from lib.baselines import BASELINES, Baseline, NotComparableError, verify_equivalent
-from lib.cases import HYPER, WORKLOADS, Case, param_groups
+from lib.cases import HYPER, WORKLOADS, Case, gpt, param_groups
 from lib.targets import HEADING, TARGETS
 from lib.timing import MIB, Candidate, fresh_grads, measure
 
@@ -44,7 +45,8 @@ def parse_args() -> argparse.Namespace:
     needed = TARGETS[args.device.type]
     usual = [["AdamW"], ["float32"], ["all"], ["all"]]
     if args.targets:
-        usual = [*(needed.choices(place) for place in range(3)), needed.candidates]
+        asked = args.optimizer or list(gpt.HYPER)
+        usual = [asked, *(needed.choices(place, asked) for place in (1, 2)), needed.candidates]
     for name, value in zip(("optimizer", "dtype", "shapes", "candidates"), usual, strict=True):
         setattr(args, name, getattr(args, name) or value)
     if "all" in args.shapes:
@@ -117,6 +119,7 @@ def main() -> int:
         Case(optimizer, getattr(torch, dtype), WORKLOADS[shapes], args.device)
         for optimizer in args.optimizer for dtype in args.dtype for shapes in args.shapes
     ]  # fmt: skip
+    asked = [case for case in asked if case.makes_sense]
     content = report.run_all(
         args, "cases", asked, lambda case: run_case(case, args), report.print_case
     )

@@ -20,6 +20,7 @@ from ._norms import (
     status_field,
 )
 from ._options import OWN_OPTIONS, name_state_dtype
+from ._ranks import compare_ranks
 from ._state import Specs, create_state, drop_unused, new_entry
 from ._state_dict import export_all_states, load_state_dict
 from ._steps import step_device, to_step
@@ -28,7 +29,7 @@ from ._weights import read_weight, swapped, write_weight
 
 
 class SharedStatus:
-    """What the latest step found out, and whether ``swap_ema()`` is open.
+    """What the latest step found out, whether ``swap_ema()`` is open, what is compared with ranks.
 
     One object, for wrappers that copy an optimizer's ``__dict__`` (Lightning's, Fabric's) to share.
     """
@@ -38,6 +39,8 @@ class SharedStatus:
     counts_nonfinite = True  # in grad_status
     found_inf: Tensor | None = None
     is_swapped = False
+    compares_ranks = True  # in the next step; see _ranks.py
+    meshes_to_compare: set[Any] | None = None  # None: all
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -159,7 +162,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 incomplete, parameters share memory with each other or with a grad that is not
                 exactly theirs, a hyper-parameter is NaN or infinite or makes no sense, or
                 ``grad_norm`` is negative, is not one real number, or no group has
-                ``max_grad_norm``.
+                ``max_grad_norm``. In a first step, on all ranks of the meshes of DTensors and of
+                ``norm_group``: their settings, or their params on a mesh, are not the same.
             RuntimeError: a parameter is on a device that this build does not step, ``step`` of the
                 same optimizer is running in another thread or inside ``swap_ema()``, grads are
                 infinite or NaN and ``error_if_nonfinite`` is True, a CUDA graph is captured
@@ -167,6 +171,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 error. Errors of kernels come with a later call, as always with CUDA.
         """
         self._refuse_swapped("step()")
+        latest = self._latest
+        if latest.compares_ranks:
+            compare_ranks(self, latest, grad_norm is not None)
         if grad_norm is not None:
             grad_norm = given_norm(grad_norm)
         loss = None
@@ -176,7 +183,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Set by torch.amp.GradScaler: the grads are still scaled, and some may have overflowed.
         # What is on a GPU stays there: the kernels look at it.
         found_inf = getattr(self, "found_inf", None)
-        latest = self._latest
         latest.found_inf, latest.grad_status = found_inf, None
         latest.counts_nonfinite = grad_norm is None
         if found_inf is not None and not _C.is_on_gpu(found_inf):
@@ -435,7 +441,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     _has_derived_state: ClassVar[bool] = False
 
-    def _derived_state(self, group: ParamGroup, step: float) -> dict[str, float]:
+    def _derived_state(self, group: ParamGroup, step: float, /) -> dict[str, float]:
         """Numbers that torch's twin has in a state after so many steps, for state dicts."""
         raise NotImplementedError
 

@@ -69,7 +69,7 @@ class DerivedStates:
         self._known: dict[tuple[int, float], dict[str, float]] = {}
 
     def added_to(self, entries: Any, group: ParamGroup) -> Any:
-        """A param's state with them, each a tensor of one element beside ``step``."""
+        """A param's state with them: whole numbers, and others in tensors that lie as ``step``."""
         step = entries.get("step")
         if step is None or not type(self._optimizer)._has_derived_state:
             return entries
@@ -78,7 +78,11 @@ class DerivedStates:
             self._known[key] = self._optimizer._derived_state(group, key[1])
         found = self._known[key].items()
         kind = {"dtype": torch.float32, "device": step.device}
-        return {**entries, **{name: torch.tensor(value, **kind) for name, value in found}}
+        as_kept = {
+            name: value if isinstance(value, int) else torch.tensor(value, **kind)
+            for name, value in found
+        }
+        return {**entries, **as_kept}
 
 
 def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:

@@ -69,6 +69,33 @@ def align(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     return aligned
 
 
+def hit_rows(grad: torch.Tensor, param: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows (slices along the first dim) that a grad is of: their values and their numbers.
+
+    A sparse grad is of the rows that it holds, a dense one of those that are not zero. Raises
+    ValueError or TypeError, worded to follow "grad of ... is", for what has no rows of the param.
+    """
+    if grad.shape != param.shape:
+        raise ValueError(f"of shape {tuple(grad.shape)}, its parameter of {tuple(param.shape)}")
+    if grad.dim() == 0:
+        raise ValueError("of a parameter without dims, which has no rows")
+    if _is_dtensor(type(grad)) or _is_dtensor(type(param)):
+        raise TypeError("a DTensor's, whose rows cannot be told")
+    grad = grad.detach()
+    if grad.layout == torch.strided:
+        is_hit = (grad != 0).reshape(len(grad), -1).any(dim=1)
+        rows = is_hit.nonzero().reshape(-1)
+        return grad.index_select(0, rows), rows
+    if grad.layout != torch.sparse_coo or grad.sparse_dim() != 1:
+        kind = f", with {grad.sparse_dim()} sparse dims" if grad.layout == torch.sparse_coo else ""
+        raise TypeError(f"{grad.layout}{kind}, but must be dense or sparse in its first dim alone")
+    grad = grad.coalesce()
+    rows = grad.indices()[0].contiguous()
+    if rows.numel() > 0 and not 0 <= int(rows.min()) <= int(rows.max()) < len(grad):
+        raise ValueError(f"of rows {int(rows.min())} to {int(rows.max())} of {len(grad)}")
+    return grad.values().contiguous(), rows
+
+
 def first_element(tensor: torch.Tensor) -> int:
     """The number, in the whole of a DTensor, of the first element that this rank has of it.
 

@@ -102,10 +102,12 @@ class Adam(FusedOptimizer):
             for all: FSDP1's shards, partitions of ``ZeroRedundancyOptimizer``, stages of a
             pipeline. What ``max_grad_norm`` and ``fusedopt.GradScaler`` need to know of the grads
             is added up over them, so all of them have to make the step or none: a scaler that has
-            unscaled must have found the same on each. Without it, a norm over FSDP1's shards is
-            refused; others cannot be told from a whole model. DTensors need none for what they are
-            sharded over. It is the optimizer's, not an option of param groups, and not saved;
-            ``ZeroRedundancyOptimizer`` keeps it, and can be saved with "world" only.
+            unscaled must have found the same on each. Whether and by what they clip is compared
+            before their first step, which raises ValueError on all of them if it differs. Without
+            it, a norm over FSDP1's shards is refused; others cannot be told from a whole model.
+            DTensors need none for what they are sharded over. It is the optimizer's, not an option
+            of param groups, and not saved; ``ZeroRedundancyOptimizer`` keeps it, and can be saved
+            with "world" only.
         error_if_nonfinite (bool, default False): raise RuntimeError instead of skipping a step for
             its norm, but not for the overflows that ``fusedopt.GradScaler`` looks for, or torch's
             with ``fused=True``. No effect where no group has a ``max_grad_norm``. Waits for the
@@ -289,10 +291,12 @@ class AdamW(Adam):
             for all: FSDP1's shards, partitions of ``ZeroRedundancyOptimizer``, stages of a
             pipeline. What ``max_grad_norm`` and ``fusedopt.GradScaler`` need to know of the grads
             is added up over them, so all of them have to make the step or none: a scaler that has
-            unscaled must have found the same on each. Without it, a norm over FSDP1's shards is
-            refused; others cannot be told from a whole model. DTensors need none for what they are
-            sharded over. It is the optimizer's, not an option of param groups, and not saved;
-            ``ZeroRedundancyOptimizer`` keeps it, and can be saved with "world" only.
+            unscaled must have found the same on each. Whether and by what they clip is compared
+            before their first step, which raises ValueError on all of them if it differs. Without
+            it, a norm over FSDP1's shards is refused; others cannot be told from a whole model.
+            DTensors need none for what they are sharded over. It is the optimizer's, not an option
+            of param groups, and not saved; ``ZeroRedundancyOptimizer`` keeps it, and can be saved
+            with "world" only.
         error_if_nonfinite (bool, default False): raise RuntimeError instead of skipping a step for
             its norm, but not for the overflows that ``fusedopt.GradScaler`` looks for, or torch's
             with ``fused=True``. No effect where no group has a ``max_grad_norm``. Waits for the

@@ -92,7 +92,7 @@ class ASGD(FusedOptimizer):
 
     _option_defaults = option_defaults(__init__)
 
-    def _derived_state(self, group: ParamGroup, step: float) -> dict[str, float]:
+    def _derived_state(self, group: ParamGroup, step: float, /) -> dict[str, float]:
         lr, lambd = float(group["lr"]), group["lambd"]
         eta = lr / (1 + lambd * lr * step) ** group["alpha"]
         return {"eta": eta, "mu": 1 / max(1, step - group["t0"])}

@@ -97,7 +97,7 @@ class NAdam(FusedOptimizer):
 
     _option_defaults = option_defaults(__init__)
 
-    def _derived_state(self, group: ParamGroup, step: float) -> dict[str, float]:
+    def _derived_state(self, group: ParamGroup, step: float, /) -> dict[str, float]:
         beta1, decay = float(group["betas"][0]), group["momentum_decay"]
         product = 1.0
         for i in range(1, int(step) + 1):

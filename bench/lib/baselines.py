@@ -8,6 +8,7 @@ BASELINES each; a package that is not installed says so.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,10 +40,13 @@ class NotComparableError(Exception):
 
 def _create(library: str, **options: bool) -> Create:
     def create(groups: Groups, optimizer: str) -> torch.optim.Optimizer:
-        # torch's SGD is not capturable: its lr is what it was at the capture.
-        leave_out = {"capturable"} if (library, optimizer) == ("torch.optim", "SGD") else ()
-        kept = {key: value for key, value in options.items() if key not in leave_out}
         cls = getattr(importlib.import_module(library), optimizer)
+        known = inspect.signature(cls).parameters
+        if missing := [name for name in ("fused", "foreach") if options.get(name, False)
+                       and name not in known]:  # fmt: skip
+            raise NotComparableError(f"{library} has no {missing[0]} {optimizer}")
+        # torch's SGD is not capturable: its lr is what it was at the capture.
+        kept = {name: value for name, value in options.items() if name in known}
         return cls(groups, **HYPER[optimizer], **kept)
 
     return create
@@ -170,7 +174,8 @@ def _difference(
 
     def after_three_steps(which: Baseline, at: torch.dtype) -> torch.Tensor:
         param = (start / 8).to(dtype).to(at).requires_grad_()
-        param.grad = (start.flip(0) / 4).to(dtype).to(at)
+        grad = (start.flip(0) / 4).to(dtype).to(at)
+        param.grad = grad.to_sparse() if optimizer == "SparseAdam" else grad
         step = which.make([{"params": [param], "lr": 0.05}], optimizer)
         for _ in range(3):
             step()

@@ -16,10 +16,15 @@ from lib.timing import probe_size
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
 import gpt as gpt  # for others, too
 
-HYPER = gpt.HYPER  # the one place for hyper-parameters
+# Those of examples/, where they are trained; of others torch's own, with the usual states.
+HYPER: dict[str, dict[str, Any]] = {
+    **gpt.HYPER,
+    "RMSprop": {"momentum": 0.9}, "Adagrad": {}, "Adadelta": {}, "Adamax": {}, "NAdam": {},
+    "RAdam": {}, "ASGD": {}, "Rprop": {}, "SparseAdam": {},
+}  # fmt: skip
+STATES = dict.fromkeys(HYPER, 2) | dict.fromkeys(("SGD", "Adagrad", "ASGD"), 1)
 # Memory streams of a one-pass step: param, grad and every state are read, all but grad are written.
-STREAMS = {"AdamW": 7, "Adam": 7, "SGD": 5}
-STATES = {"AdamW": 2, "Adam": 2, "SGD": 1}
+STREAMS = {name: 3 + 2 * states for name, states in STATES.items()}
 
 Shape = tuple[int, ...]
 Groups = list[dict[str, Any]]
@@ -33,6 +38,7 @@ class Workload:
     groups: tuple[tuple[Shape, ...], ...]
     options: tuple[Mapping[str, Any], ...] = ()  # for each group, what differs from the defaults
     large: bool = False  # left out of "all" on a CPU, where it takes too much memory and time
+    hits: int = 0  # rows that a sparse grad is of, some twice; 0: grads are dense
 
     @property
     def tensors(self) -> int:
@@ -40,7 +46,9 @@ class Workload:
 
     @property
     def elements(self) -> int:
-        return sum(math.prod(shape) for group in self.groups for shape in group)
+        """That a step updates."""
+        sizes = [math.prod(shape) for group in self.groups for shape in group]
+        return sum(sizes) if not self.hits else self.hits * self.groups[0][0][1]
 
 
 def _resnet50() -> Iterator[Shape]:
@@ -118,6 +126,8 @@ WORKLOADS = {
         _one_group("host-1000x1", [(1,)] * 1000),
         _one_group("one-256Mi", [(256 * 2**20,)], large=True),
         _llama_8b_eighth(),
+        # An embedding of which a batch hits a hundredth.
+        Workload("embedding-1Mx64", (((1_000_000, 64),),), hits=10_000),
     )
 }
 
@@ -128,6 +138,11 @@ class Case:
     dtype: torch.dtype
     workload: Workload
     device: torch.device
+
+    @property
+    def makes_sense(self) -> bool:
+        """Sparse grads are for SparseAdam alone."""
+        return (self.optimizer == "SparseAdam") == (self.workload.hits > 0)
 
     @property
     def key(self) -> dict[str, str]:
@@ -161,8 +176,15 @@ class Case:
             empty = torch.empty(shape, dtype=torch.float32, device=self.device)
             return empty.uniform_(0.05, 0.1, generator=generator).to(self.dtype)
 
+        def sparse(shape: Shape) -> torch.Tensor:
+            hits = self.workload.hits
+            rows = torch.randint(shape[0], (1, hits), device=self.device, generator=generator)
+            numbers = values((hits, *shape[1:]))
+            return torch.sparse_coo_tensor(rows, numbers, shape, check_invariants=True)
+
         def param(shape: Shape) -> torch.Tensor:
-            value, grad = values(shape), values(shape)
+            value = values(shape)
+            grad = sparse(shape) if self.workload.hits else values(shape)
             value.requires_grad_().grad = grad
             return value
 

@@ -58,9 +58,9 @@ class Targets:
     candidates: list[str]
     lines: dict[Key, list[Target]]
 
-    def choices(self, place: int) -> list[str]:
-        """Of the optimizers, dtypes or workloads: those that a run must have measured."""
-        return list(dict.fromkeys(key[place] for key in self.lines))
+    def choices(self, place: int, optimizers: list[str]) -> list[str]:
+        """Of the dtypes or workloads: those that a run of these optimizers must have measured."""
+        return list(dict.fromkeys(key[place] for key in self.lines if key[0] in optimizers))
 
     def compare(self, cases: Iterable[Figures]) -> tuple[list[str], bool]:
         """Lines to print and whether all that were measured pass; what was not is said to be so.
@@ -88,13 +88,14 @@ class Targets:
 
 
 def _targets(
-    candidates: list[str], workloads: Iterable[str], adamw: dict[str, dict[str, list[Target]]]
-) -> Targets:
+    candidates: list[str], workloads: Iterable[str], adamw: dict[str, dict[str, list[Target]]],
+    others: dict[Key, list[Target]] | None = None,
+) -> Targets:  # fmt: skip
     """Wherever AdamW has none of its own, fusedopt has to be ahead of torch's best."""
     kinds = [(o, d) for o in ("AdamW", "SGD", "Adam") for d in ("float32", "bfloat16")]
     lines = {(o, d, work): [times("torch-fused", 1.0, ">")] for o, d in kinds for work in workloads}
     own = {("AdamW", d, work): bars for d, found in adamw.items() for work, bars in found.items()}
-    return Targets(candidates, lines | own)
+    return Targets(candidates, lines | own | (others or {}))
 
 
 # AdamW in float32 on a CPU with fresh grads: times as fast as torch's fused and foreach.
@@ -111,6 +112,17 @@ CPU = {
            *([CPU_MORE[work]] if work in CPU_MORE else [])]
     for work in (*CPU_TIMES, "host-1000x1")
 }  # fmt: skip
+
+# Those of which torch has no fused form, but of Adagrad on a CPU. SparseAdam's only one is a loop.
+_OTHERS = ("RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop")
+CPU_OTHERS = {
+    (optimizer, "float32", work): [times("torch-foreach", bar)]
+    for optimizer in _OTHERS
+    for work, bar in (("gpt2-124m", 3.0), ("many-1000x1000", 10.0))
+}
+for _work in ("gpt2-124m", "many-1000x1000"):
+    CPU_OTHERS["Adagrad", "float32", _work].append(times("torch-fused", 1.0))
+CPU_OTHERS["SparseAdam", "float32", "embedding-1Mx64"] = [times("torch-loop", 5.0)]
 
 # AdamW on a GPU, by the wall clock where nothing else is said.
 OF_COPY = ours("% of device copy", "percent_of_copy", ">=", 93.0)
@@ -135,6 +147,7 @@ CUDA_CANDIDATES = [
 ]  # fmt: skip
 
 TARGETS = {
-    "cpu": _targets(["fusedopt", "torch-fused", "torch-foreach"], CPU_TIMES, {"float32": CPU}),
+    "cpu": _targets(["fusedopt", "torch-fused", "torch-foreach"], CPU_TIMES, {"float32": CPU},
+                    CPU_OTHERS),
     "cuda": _targets(CUDA_CANDIDATES, CUDA["bfloat16"] | CUDA["float32"], CUDA),
-}
+}  # fmt: skip

@@ -41,7 +41,10 @@ bool share_elements(const Region& a, const Region& b) {
 Region AliasCheck::region_of(size_t at, int operand) const {
   const ParamUpdate& update = table_.updates[at];
   const int64_t item = item_size(update.formats.dtypes[operand]);
-  const Dims* const strided = table_.dims_of(update);
+  // Of a param with rows that are not updated, all count: which ones are is another matter in each
+  // step. Its grad has been made for this step, without gaps.
+  const bool is_rows_grad = operand == kGrad && table_.is_of_rows(update);
+  const Dims* const strided = is_rows_grad ? nullptr : table_.dims_of(update);
   const int64_t elements = strided ? extent(*strided, operand) : update.numel;
   return {reinterpret_cast<uintptr_t>(update.data[operand]),
           item,

@@ -63,6 +63,7 @@ StepContext Collector::collect(const py::object& param_groups, const py::object&
   read_groups(param_groups, context);
   resize(context);
   dims_.clear();
+  rows_.clear();
   is_collected_ = false;
   struct Found {
     const Group* group;
@@ -90,6 +91,7 @@ StepContext Collector::collect(const py::object& param_groups, const py::object&
   }
   while (checked < found) check_next();
   table_.dims.swap(dims_);
+  table_.rows.swap(rows_);
   is_collected_ = true;
   return context;
 }
@@ -127,6 +129,21 @@ void Collector::resize(const StepContext& context) {
   table_.is_chunked = table_.is_disjoint = table_.is_classified = false;
 }
 
+// Has the values and the numbers of the rows that a grad is of take its place.
+void Collector::find_rows(Operands& operands) const {
+  try {
+    const py::tuple found = hit_rows(operands.tensors[kGrad], operands.tensors[kParam]);
+    operands.tensors[kGrad] = held_.hold(found[0]);
+    operands.rows = held_.hold(found[1]);
+    operands.num_rows = found[1].attr("numel")().cast<int64_t>();
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError) && !error.matches(PyExc_ValueError)) throw;
+    const std::string what = subject(operands.id, "grad") + std::string(py::str(error.value()));
+    if (error.matches(PyExc_TypeError)) throw py::type_error(what);
+    throw py::value_error(what);
+  }
+}
+
 // Finds a param's tensors among Python's objects.
 void Collector::find_param(const Group& group, StateWalk& walk, Operands& operands) const {
   const ParamId& id = operands.id;
@@ -138,6 +155,7 @@ void Collector::find_param(const Group& group, StateWalk& walk, Operands& operan
   if (is_active) {
     refuse_unless_tensor(grad, id, "grad");
     operands.tensors[kGrad] = grad;
+    if (row_.by_rows) find_rows(operands);
   }
   find_state_dict(group, walk, is_active, operands);
   if (is_active) {
@@ -285,8 +303,7 @@ void Collector::keep_layout(ParamUpdate& update, ParamCache& cache) {
     update.layout = kDense;
     return;
   }
-  update.layout = static_cast<int32_t>(dims_.size());
-  dims_.push_back(*dims);
+  add_layout(update, *dims, {});
 }
 
 // Whether the options have changed so that the state is to lack something which it had in the step

@@ -44,6 +44,7 @@ class Collector {
   void resize(const StepContext& context);
   void find_param(const Group& group, StateWalk& walk, Operands& operands) const;
   void check_param(StepContext& context, const Group& group, Operands& operands, size_t at);
+  void find_rows(Operands& operands) const;
   void find_state_dict(const Group& group, StateWalk& walk, bool is_active,
                        Operands& operands) const;
   void name_operands(const Group& group, Operands& operands) const;
@@ -63,11 +64,14 @@ class Collector {
   uint8_t rounded_stochastically(const Operands& operands) const;
   void enter(const Operands& operands, ParamUpdate& update, ParamCache& cache);
   void lay_out(const Operands& operands, ParamUpdate& update);
+  void lay_out_rows(const Operands& operands, ParamUpdate& update, Dims dims);
+  void add_layout(ParamUpdate& update, Dims dims, Rows rows);
 
   const OptimizerRow& row_;
   ParamTable& table_;
   References& held_;
-  std::vector<Dims> dims_;    // of this collection; the table has those of the one before
+  std::vector<Dims> dims_;  // of this collection; the table has those of the one before
+  std::vector<Rows> rows_;
   bool is_collected_ = true;  // the last collection came to its end
   pybind11::list changed_;
 };

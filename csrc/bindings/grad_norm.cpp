@@ -83,7 +83,7 @@ bool GradNorm::measure(const ParamTable& table, const Step& on_cpu, StepRequest&
   }
   if (!is_alone) combine(table, request, context, step, gpus, numbers, sums);
   if (status_on_cpu != nullptr)
-    *status_on_cpu = finalize_norm(*sums.front(), top_bin(*sums.front()), request.grads.scale,
+    *status_on_cpu = finalize_norm(*sums.front(), highest_bins(*sums.front()), request.grads.scale,
                                    /*found_inf=*/false, context.clips);
   for (size_t i = 0; i < step.devices.size(); ++i) {
     step.devices[i].norm_sums = sums[numbers.size() - step.devices.size() + i];

@@ -37,6 +37,8 @@ struct Operands {
   TensorView views[kMaxOperands];  // of those that have been read
   PyObject* state = nullptr;       // the dict they are from
   PyObject* step = nullptr;        // null if it is missing, and for optimizers that do not count
+  PyObject* rows = nullptr;        // int64, which rows the grad is of; null: of all
+  int64_t num_rows = 0;
   Master master = Master::kNone;
   StochasticRounding rounding = StochasticRounding::kNone;
   bool is_complete = false;     // the state has all that is in use

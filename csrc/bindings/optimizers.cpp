@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <utility>
 
 #include "bindings/torch_api.h"
 
@@ -186,6 +187,13 @@ void read_rprop(GroupReader& group, cuda::HyperParamsRef& source) {
                 "Invalid step sizes", {hyper.smallest_step, hyper.largest_step});
 }
 
+void read_sparse_adam(GroupReader& group, cuda::HyperParamsRef& source) {
+  read_eps(group, source);
+  read_betas(group, source);
+  if (source.values.has_ema())
+    group.fail("ema_decay is not for SparseAdam: rows that are left alone would not be averaged");
+}
+
 // A row with what follows from its rule.
 template <class Rule>
 OptimizerRow row_of(OptimizerRow row) {
@@ -196,15 +204,35 @@ OptimizerRow row_of(OptimizerRow row) {
   return row;
 }
 
-// A rule's states that every step has a use for.
+// An option's number is what a state begins with.
+OptimizerRow starting(OptimizerRow row, const Key& option, int state) {
+  row.start_option = option;
+  row.started_state = state;
+  return row;
+}
+
+// torch's state has these as well.
+OptimizerRow deriving(OptimizerRow row, std::vector<Key> names) {
+  row.derived = std::move(names);
+  return row;
+}
+
+OptimizerRow stepping_rows(OptimizerRow row) {
+  row.by_rows = true;
+  return row;
+}
+
+// A set of a rule's states.
 template <class... State>
 constexpr States only(State... states) {
   return ((1u << states) | ...);
 }
 
-// A place in the numbers of a rule's states that is no state.
+// In the place of a number that is no state's.
 const Key kNoState("");
 
+// Name, names of states, those without which a state is incomplete, those of them that are left out
+// where they are not in use, whether steps are counted, how options are read.
 const OptimizerRow kOptimizers[] = {
     row_of<Sgd>({"SGD", {Key("momentum_buffer")}, 0, 0, false, read_sgd}),
     row_of<Adam>({"Adam",
@@ -219,32 +247,25 @@ const OptimizerRow kOptimizers[] = {
                       0,
                       true,
                       read_adadelta}),
-    row_of<Adagrad>({"Adagrad",
-                     {kNoState, Key("sum")},
-                     only(Adagrad::kSum),
-                     0,
-                     true,
-                     read_adagrad,
-                     kInitialAccumulatorValue,
-                     Adagrad::kSum}),
+    starting(row_of<Adagrad>(
+                 {"Adagrad", {kNoState, Key("sum")}, only(Adagrad::kSum), 0, true, read_adagrad}),
+             kInitialAccumulatorValue, Adagrad::kSum),
     row_of<Adamax>({"Adamax",
                     {Key("exp_avg"), Key("exp_inf")},
                     only(Adamax::kExpAvg, Adamax::kExpInf),
                     0,
                     true,
                     read_adamax}),
-    row_of<Asgd>(
-        {"ASGD", {Key("ax")}, only(Asgd::kAx), 0, true, read_asgd, {}, 0, {Key("eta"), Key("mu")}}),
+    deriving(row_of<Asgd>({"ASGD", {Key("ax")}, only(Asgd::kAx), 0, true, read_asgd}),
+             {Key("eta"), Key("mu")}),
     row_of<Lion>({"Lion", {Key("exp_avg")}, only(Lion::kExpAvg), 0, false, read_lion}),
-    row_of<Nadam>({"NAdam",
-                   {Key("exp_avg"), Key("exp_avg_sq")},
-                   only(Nadam::kExpAvg, Nadam::kExpAvgSq),
-                   0,
-                   true,
-                   read_nadam,
-                   {},
-                   0,
-                   {Key("mu_product")}}),
+    deriving(row_of<Nadam>({"NAdam",
+                            {Key("exp_avg"), Key("exp_avg_sq")},
+                            only(Nadam::kExpAvg, Nadam::kExpAvgSq),
+                            0,
+                            true,
+                            read_nadam}),
+             {Key("mu_product")}),
     row_of<Radam>({"RAdam",
                    {Key("exp_avg"), Key("exp_avg_sq")},
                    only(Radam::kExpAvg, Radam::kExpAvgSq),
@@ -257,14 +278,19 @@ const OptimizerRow kOptimizers[] = {
                      0,
                      true,
                      read_rmsprop}),
-    row_of<Rprop>({"Rprop",
-                   {Key("prev"), Key("step_size")},
-                   only(Rprop::kPrev, Rprop::kStepSize),
-                   0,
-                   true,
-                   read_rprop,
-                   kLr,
-                   Rprop::kStepSize}),
+    starting(row_of<Rprop>({"Rprop",
+                            {Key("prev"), Key("step_size")},
+                            only(Rprop::kPrev, Rprop::kStepSize),
+                            0,
+                            true,
+                            read_rprop}),
+             kLr, Rprop::kStepSize),
+    stepping_rows(row_of<SparseAdam>({"SparseAdam",
+                                      {Key("exp_avg"), Key("exp_avg_sq")},
+                                      only(SparseAdam::kExpAvg, SparseAdam::kExpAvgSq),
+                                      0,
+                                      true,
+                                      read_sparse_adam})),
 };
 
 // Calls visit(name) for all that a state with these options has no use for.

@@ -28,6 +28,7 @@ struct OptimizerRow {
   // An option whose number a state begins with, in place of 0; and which one that is.
   std::optional<Key> start_option = {};
   int started_state = 0;
+  bool by_rows = false;           // grads are of some of the rows, and others are left alone
   std::vector<Key> derived = {};  // what torch keeps in the state and here follows from "step"
   // What follows from the rule.
   RuleId rule = 0;

@@ -46,11 +46,18 @@ struct ParamCache {
   bool reads_others = false;  // the grad is memory of another parameter
 };
 
+// The rows that an update is of, as Layout has them.
+struct Rows {
+  const int64_t* numbers = nullptr;
+  int64_t count = 0;
+};
+
 // One entry for each parameter, in the order of the groups; kept from step to step.
 struct ParamTable {
   std::vector<ParamUpdate> updates;
   std::vector<ParamCache> caches;
   std::vector<Dims> dims;                   // of updates that are not dense
+  std::vector<Rows> rows;                   // and which rows they are of
   std::vector<cuda::StepCounter> counters;  // of this step, if GPUs count
   // How DTensors, and their states, lie over devices; empty if there have been none.
   std::vector<std::array<pybind11::object, kMaxOperands>> specs;
@@ -67,9 +74,15 @@ struct ParamTable {
     const auto layout = static_cast<size_t>(update.layout);
     return update.layout == kDense || layout >= dims.size() ? nullptr : &dims[layout];
   }
+  bool is_of_rows(const ParamUpdate& update) const {
+    return dims_of(update) != nullptr &&
+           rows[static_cast<size_t>(update.layout)].numbers != nullptr;
+  }
   std::vector<Layout> layouts() const {
     std::vector<Layout> all;
-    for (const Dims& each : dims) all.push_back({each.data(), static_cast<int>(each.size())});
+    for (size_t i = 0; i < dims.size(); ++i)
+      all.push_back(
+          {dims[i].data(), static_cast<int>(dims[i].size()), rows[i].numbers, rows[i].count});
     return all;
   }
 };

@@ -166,7 +166,8 @@ uint8_t Collector::rounded_stochastically(const Operands& operands) const {
 void Collector::enter(const Operands& operands, ParamUpdate& update, ParamCache& cache) {
   const TensorView& param = operands.views[kParam];
   bool same_memory = true, same_size = true, same_grad = true;
-  assign(update.numel, count_elements(param) * (param.is_complex ? 2 : 1), same_size);
+  const TensorView& whole = operands.rows != nullptr ? operands.views[kGrad] : param;
+  assign(update.numel, count_elements(whole) * (param.is_complex ? 2 : 1), same_size);
   update.formats.stochastic = rounded_stochastically(operands);
   for (int k = 0; k < kMaxOperands; ++k) {
     bool& same = k == kGrad ? same_grad : same_memory;
@@ -198,12 +199,28 @@ void Collector::lay_out(const Operands& operands, ParamUpdate& update) {
   const bool is_known = is_part && operands.has_known_specs && update.first_element > 0;
   if (!is_known) update.first_element = is_part ? find_first_element(operands.tensors[kParam]) : 0;
   const bool can_be_dense = !has_draws || has_whole_draw_blocks(update.first_element, update.numel);
-  if (contiguous && can_be_dense) return;
+  if (contiguous && can_be_dense && operands.rows == nullptr) return;
   Dims dims = make_dims(operands, has_draws);
+  if (operands.rows != nullptr) return lay_out_rows(operands, update, std::move(dims));
   coalesce(dims);
   if (can_be_dense && is_dense(dims, present)) return;
+  add_layout(update, std::move(dims), {});
+}
+
+// The dim of the rows stays the outermost one, whatever its stride.
+void Collector::lay_out_rows(const Operands& operands, ParamUpdate& update, Dims dims) {
+  Dims inner(dims.begin() + 1, dims.end());
+  coalesce(inner);
+  if (inner.empty()) inner.push_back({1, {}});
+  dims.resize(1);
+  dims.insert(dims.end(), inner.begin(), inner.end());
+  add_layout(update, std::move(dims), {data_of_numbers(operands.rows), operands.num_rows});
+}
+
+void Collector::add_layout(ParamUpdate& update, Dims dims, Rows rows) {
   update.layout = static_cast<int32_t>(dims_.size());
   dims_.push_back(std::move(dims));
+  rows_.push_back(rows);
 }
 
 }  // namespace fusedopt

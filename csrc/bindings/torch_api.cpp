@@ -26,6 +26,7 @@ struct Torch {
   PyObject* increment_version = nullptr;
   PyObject* wrapping = nullptr;       // of fusedopt._tensors
   PyObject* align = nullptr;          // of fusedopt._tensors
+  PyObject* hit_rows = nullptr;       // of fusedopt._tensors
   PyObject* first_element = nullptr;  // of fusedopt._tensors
   PyObject* allocate = nullptr;       // of fusedopt._tensors
   PyObject* count_writes = nullptr;   // of fusedopt._tensors
@@ -121,6 +122,7 @@ void connect_to_torch() {
   const auto tensors = py::module_::import("fusedopt._tensors");
   g_torch.wrapping = keep(tensors.attr("wrapping"));
   g_torch.align = keep(tensors.attr("align"));
+  g_torch.hit_rows = keep(tensors.attr("hit_rows"));
   g_torch.first_element = keep(tensors.attr("first_element"));
   g_torch.allocate = keep(tensors.attr("allocate"));
   g_torch.count_writes = keep(tensors.attr("count_writes"));
@@ -272,6 +274,10 @@ py::tuple ask_wrapping(const py::object& tensor_type) {
 
 py::object align(PyObject* tensor, PyObject* param) {
   return py::handle(g_torch.align)(py::handle(tensor), py::handle(param));
+}
+
+py::tuple hit_rows(PyObject* grad, PyObject* param) {
+  return py::handle(g_torch.hit_rows)(py::handle(grad), py::handle(param));
 }
 
 int64_t find_first_element(PyObject* tensor) {

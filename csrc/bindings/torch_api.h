@@ -100,6 +100,9 @@ bool is_zero_tensor(PyObject* tensor);
 // How tensors of a type wrap others: what fusedopt._tensors.wrapping() says.
 pybind11::tuple ask_wrapping(const pybind11::object& tensor_type);
 
+// (values, row numbers) of the rows that a grad is of (fusedopt/_tensors.py).
+pybind11::tuple hit_rows(PyObject* grad, PyObject* param);
+
 // A grad (or state) as it fits the param's layout over devices: itself, or what a DTensor's
 // redistribute() returns. Costs a call into Python; not for plain tensors.
 pybind11::object align(PyObject* tensor, PyObject* param);

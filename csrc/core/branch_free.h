@@ -80,16 +80,17 @@ class BranchFree {
     return numerator;
   }
 
-  // numerator / denominator, for denominator >= 0. Both are scaled as above.
+  // numerator / denominator, for denominator >= 0. The numerator is scaled as above, the quotient
+  // back, and the denominator not at all: where a quotient is not exact, it overflows on the way,
+  // or is NaN, or the denominator is so large that its reciprocal is flushed.
   FUSEDOPT_HD float divide(float numerator, float denominator) {
-    const float exact = quotient(opaque(numerator * 0x1p58f), denominator * 0x1p30f) * 0x1p-28f;
-    // The reciprocal of a large denominator would be flushed.
-    largest_ = larger(largest_, larger(std::fabs(exact), denominator * 0x1p7f));
+    const float exact = quotient(opaque(numerator * 0x1p58f), denominator) * 0x1p-58f;
+    largest_ = larger(largest_, larger(std::fabs(exact), denominator));
     return exact;
   }
 
-  // The square root, for square >= 0. It is 0 where the square is so small that its root is lost
-  // beside that of any ordinary number: such squares, and very large ones, are computed again.
+  // The square root. It is NaN for 0 (0 times infinity), for what overflows when it is scaled, and
+  // for negative numbers: all of these are computed again.
   FUSEDOPT_HD float root_of(float square) {
     const float exact = root(square * 0x1p60f) * 0x1p-30f;
     largest_ = larger(largest_, exact);

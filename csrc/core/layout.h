@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/macros.h"
 #include "core/rules.h"
 
 namespace fusedopt {
@@ -45,6 +46,15 @@ using Dims = std::vector<Dim>;
 struct Layout {
   const Dim* dims;
   int num_dims;
+  // Where only some rows are updated, slices along the outermost dim: their numbers. The grad has
+  // these rows alone, one after the other. nullptr: all rows are. There is an inner dim then.
+  const int64_t* rows = nullptr;
+  int64_t num_rows = 0;
+
+  // How many indices the walk along a dim has.
+  FUSEDOPT_HD int64_t size_of(int d) const {
+    return d == 0 && rows != nullptr ? num_rows : dims[d].size;
+  }
 };
 inline constexpr int kMaxDims = 64 + 1;  // torch's limit, and the two parts of a complex number
 

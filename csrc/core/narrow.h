@@ -12,6 +12,11 @@ namespace fusedopt {
 
 FUSEDOPT_HD float float_from_bfloat16(uint16_t bits) { return as_float(uint32_t{bits} << 16); }
 
+// The first or the second of the two bfloat16 numbers in a word: each is the upper half of a float.
+FUSEDOPT_HD float float_from_pair(uint32_t pair, bool is_second) {
+  return as_float(is_second ? pair & 0xffff0000u : pair << 16);
+}
+
 // Exact for every half, subnormal ones included, and without a subnormal float on the way, as that
 // could be flushed. `half` is a word, or several.
 template <class Bits>

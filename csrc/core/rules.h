@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
 #include "core/one_of.h"
+#include "core/rule_list.h"
 #include "core/rules/adadelta.h"
 #include "core/rules/adagrad.h"
 #include "core/rules/adam.h"
@@ -17,33 +17,13 @@
 #include "core/rules/rmsprop.h"
 #include "core/rules/rprop.h"
 #include "core/rules/sgd.h"
+#include "core/rules/sparse_adam.h"
 
 namespace fusedopt {
 
-template <class... Rule>
-struct RuleList {
-  static constexpr int kSize = sizeof...(Rule);
-  static constexpr int kMaxStates = std::max({int{Rule::kNumStates}...});
-  template <template <class> class SizeOf>
-  static constexpr size_t kMaxSize = std::max({SizeOf<Rule>::value...});
-
-  template <class Wanted>
-  static constexpr int find() {
-    int at = 0, found = -1;
-    ((found = std::is_same_v<Rule, Wanted> ? at : found, ++at), ...);
-    return found;
-  }
-
-  // Calls `f` with the rule of this number. Only on the host: each kernel is compiled for one rule.
-  template <class F>
-  static void call(int number, const F& f) {
-    int at = 0;
-    ((at++ == number ? f(Rule{}) : void()), ...);
-  }
-};
-
 // Those with a kernel of their own, and one that stands for all others.
-using OtherRules = OneOf<Adadelta, Adagrad, Adamax, Asgd, Lion, Nadam, Radam, Rmsprop, Rprop>;
+using OtherRules =
+    OneOf<Adadelta, Adagrad, Adamax, Asgd, Lion, Nadam, Radam, Rmsprop, Rprop, SparseAdam>;
 using Rules = RuleList<Sgd, Adam, OtherRules>;
 
 // A rule's number: its place in the list, or that of the rule that stands for it.
@@ -54,7 +34,7 @@ inline constexpr RuleId kIdOf =
 // HyperParams::member of its groups.
 template <class Rule>
 inline constexpr uint8_t kMemberOf =
-    static_cast<uint8_t>(OtherRules::find<Rule>() >= 0 ? OtherRules::find<Rule>() : 0);
+    static_cast<uint8_t>(std::max(OtherRules::Members::find<Rule>(), 0));
 
 inline constexpr int kMaxStates = Rules::kMaxStates;
 

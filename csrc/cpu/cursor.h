@@ -12,10 +12,9 @@ class Cursor {
  public:
   Cursor(const Layout& layout, int64_t element) : layout_(layout) {
     for (int d = layout.num_dims - 1; d >= 0; --d) {
-      const Dim& dim = layout.dims[d];
-      index_[d] = element % dim.size;
-      for (int k = 0; k <= kIndex; ++k) at_[k] += index_[d] * dim.strides[k];
-      element /= dim.size;
+      index_[d] = element % layout.size_of(d);
+      move(d, index_[d], 1);
+      element /= layout.size_of(d);
     }
   }
 
@@ -26,17 +25,22 @@ class Cursor {
   // Goes on by n elements, which must not be more than left_in_run().
   void increment(int64_t n) {
     for (int d = last_dim(); d >= 0; --d, n = 1) {
-      const Dim& dim = layout_.dims[d];
-      index_[d] += n;
-      for (int k = 0; k <= kIndex; ++k) at_[k] += n * dim.strides[k];
-      if (index_[d] < dim.size) return;
-      index_[d] = 0;
-      for (int k = 0; k <= kIndex; ++k) at_[k] -= dim.size * dim.strides[k];
+      move(d, index_[d], -1);
+      index_[d] = index_[d] + n < layout_.size_of(d) ? index_[d] + n : 0;
+      move(d, index_[d], 1);
+      if (index_[d] > 0) return;
     }
   }
 
  private:
   int last_dim() const { return layout_.num_dims - 1; }
+  // Adds what an index along a dim comes to, or takes it off.
+  void move(int d, int64_t index, int64_t sign) {
+    const Dim& dim = layout_.dims[d];
+    const int64_t row = d == 0 && layout_.rows != nullptr ? layout_.rows[index] : index;
+    for (int k = 0; k <= kIndex; ++k) at_[k] += sign * (k == kGrad ? index : row) * dim.strides[k];
+  }
+
   const Dim* inner() const { return last_dim() < 0 ? nullptr : layout_.dims + last_dim(); }
 
   const Layout& layout_;

@@ -18,7 +18,7 @@ namespace {
 constexpr int kNormPrefetchBytes = 4096;
 // Squares that are summed before the sums are looked at: few enough that their grads are still in
 // the cache if they have to be read again.
-constexpr int64_t kRunElements = 4096;
+constexpr int64_t kRunElements = 2048;
 static_assert(kRunElements / 4 <= FloatBits<float>::kMostSquares, "more than a lane has room for");
 
 // Makes `bin` the highest own bin of some grads, of which one is above it. Returns false if some
@@ -40,10 +40,10 @@ __attribute__((noinline)) void add_run(const Storage* grads, int64_t n, int& bin
   using Words = decltype(as_bits(V()));
   constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
   constexpr int64_t kBytes = kBlock<T> * sizeof(Storage);
-  constexpr bool kSquaresByFma = kHasExactSquares<Storage> && kHasFma;
+  constexpr bool kExact = kHasExactSquares<Storage> && kHasFma;
   for (;;) {
     const V scale = norm_scale<T>(bin);
-    Words largest = Word<T>{0}, slices[kSlices];
+    Words seen = Word<T>{0}, slices[kSlices<T>];
     for (Words& slice : slices) slice = Word<T>{0};
     const char* from = reinterpret_cast<const char*>(grads);
     for (int64_t block = 0; block < n / kBlock<T>; ++block, from += kBytes) {
@@ -51,26 +51,17 @@ __attribute__((noinline)) void add_run(const Storage* grads, int64_t n, int& bin
         __builtin_prefetch(from + byte + kNormPrefetchBytes);
       V values[kCount];
       load_in_any_order<Storage>(from, values);
-      for (int j = 0; j < kCount; ++j) {
-        if constexpr (kSquaresByFma) {
-          largest = larger(largest, add_exact_slices<T>(values[j] * scale, slices));
-        } else {
-          const V square = scaled_square(values[j], scale);
-          largest = larger(largest, as_bits(square));
-          add_slices<T>(square, slices);
-        }
-      }
+      for (int j = 0; j < kCount; ++j) add_square<T, kExact>(values[j] * scale, slices, seen);
     }
     Word<T> lanes[kLanes];
-    write(lanes, largest.raw);
-    constexpr Word<T> kLargest = kSquaresByFma ? kLargestFirst<T> : kLargestSquare<T>;
+    write(lanes, seen.raw);
     bool fits = true;
-    for (const Word<T> lane : lanes) fits = fits && lane <= kLargest;
+    for (const Word<T> lane : lanes) fits = fits && lane <= kMostSeen<T, kExact>;
     if (!fits && raise_bin<T>(grads, n, bin, sums)) continue;
-    for (int k = 0; fits && k < kSlices; ++k) {
+    for (int k = 0; fits && k < kSlices<T>; ++k) {
       write(lanes, slices[k].raw);
       for (const Word<T> lane : lanes)
-        sums.bins[bin_index(bin - k)] += slice_sum<T>(lane, n / kLanes, k);
+        bins_of<T>(sums)[bin - k] += slice_sum<T>(lane, n / kLanes, k);
     }
     return;
   }

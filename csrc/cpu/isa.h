@@ -6,16 +6,11 @@
 
 namespace fusedopt::cpu {
 
-// The highest bins of the squares that a thread has met (core/norm.h).
-struct HighestBins {
-  int in_float = -kTopBin<float>;
-  int in_double = -kTopBin<double>;
-};
-
 struct Kernels {
   // Runs chunk number `chunk` of a step.
   void (*run_chunk)(const Step& step, int64_t chunk);
-  // Adds the squares of the chunk's grads to the sums of their norm classes.
+  // Adds the squares of the chunk's grads to the sums of their norm classes. `highest` are the bins
+  // of squares that the thread has met.
   void (*sum_chunk)(const Step& step, int64_t chunk, HighestBins& highest, NormSums* classes);
 };
 

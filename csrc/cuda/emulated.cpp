@@ -65,8 +65,8 @@ void sum_leaf(const SumSquaresArguments& arguments, int64_t i) {
   NormSums& sums = arguments.sums[leaf.update.norm_class];
   for (uint32_t thread = 0; thread < kBlockThreads; ++thread) {
     const ThreadSum<T> own = sum_thread<T>(leaf, arguments.layouts, thread, sums);
-    for (int k = 0; k < kSlices; ++k)
-      sums.bins[bin_index(own.bin - k)] += slice_sum<T>(own.slices[k], own.count, k);
+    for (int k = 0; k < kSlices<T>; ++k)
+      bins_of<T>(sums)[own.bin - k] += slice_sum<T>(own.slices[k], own.count, k);
   }
 }
 
@@ -145,7 +145,7 @@ void sum_squares(const SumSquaresCall& call) {
 }
 
 void finalize_norm(const FinalizeArguments& arguments, void*) {
-  enqueue([arguments] { finalize_thread(arguments, top_bin(*arguments.sums)); });
+  enqueue([arguments] { finalize_thread(arguments, highest_bins(*arguments.sums)); });
 }
 
 void step_scalars(RuleId rule, const StepScalarsArguments& arguments, void*) {

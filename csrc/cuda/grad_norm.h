@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "core/dtypes.h"
 #include "core/norm.h"
 #include "core/step.h"
 #include "cuda/access.h"
@@ -57,48 +59,47 @@ FUSEDOPT_HD int64_t find_grad(const Layout& layout, int64_t element, bool is_sma
 // The squares of one thread.
 template <class T>
 struct ThreadSum {
-  Word<T> slices[kSlices] = {};
-  int32_t count = 0;  // of squares that add_slices() has added
+  Word<T> slices[kSlices<T>] = {};
+  int32_t count = 0;  // of squares that have been added
   int32_t bin = -kTopBin<T>;
 
-  template <int kCount>
+  template <bool kExact, int kCount>
   FUSEDOPT_HD void add(const T (&grads)[kCount], NormSums& sums) {
-    T squares[kCount];
-    if (square(grads, squares) > kLargestSquare<T>) {
+    Word<T> added[kSlices<T>];
+    if (!sum_slices<kExact>(grads, added)) {
       if (!raise_for(grads, sums)) return;
-      square(grads, squares);
+      sum_slices<kExact>(grads, added);
     }
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) add_slices<T>(squares[j], slices);
+    for (int k = 0; k < kSlices<T>; ++k) slices[k] += added[k];
     count += kCount;
   }
 
   // Makes `higher` the bin of the first slice. Those that are then too low are dropped.
   FUSEDOPT_HD void raise(int higher) {
 #pragma unroll
-    for (int k = 0; k < kSlices; ++k)
+    for (int k = 0; k < kSlices<T>; ++k)
       slices[k] = static_cast<Word<T>>(slice_sum<T>(slices[k], count, k));
     count = 0;
-    for (int step = 0; step < kSlices && step < higher - bin; ++step) {
+    for (int step = 0; step < kSlices<T> && step < higher - bin; ++step) {
 #pragma unroll
-      for (int k = kSlices - 1; k > 0; --k) slices[k] = slices[k - 1];
+      for (int k = kSlices<T> - 1; k > 0; --k) slices[k] = slices[k - 1];
       slices[0] = 0;
     }
     bin = higher;
   }
 
  private:
-  // Returns the bits of the largest square.
-  template <int kCount>
-  FUSEDOPT_HD Word<T> square(const T (&grads)[kCount], T (&squares)[kCount]) const {
+  // Returns whether no square is above the bin.
+  template <bool kExact, int kCount>
+  FUSEDOPT_HD bool sum_slices(const T (&grads)[kCount], Word<T> (&to)[kSlices<T>]) const {
     const T scale = norm_scale<T>(bin);
-    Word<T> largest = 0;
+    Word<T> seen = 0;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      squares[j] = scaled_square(grads[j], scale);
-      largest = larger(largest, as_bits(squares[j]));
-    }
-    return largest;
+    for (int k = 0; k < kSlices<T>; ++k) to[k] = 0;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) add_square<T, kExact>(grads[j] * scale, to, seen);
+    return seen <= kMostSeen<T, kExact>;
   }
 
   // For grads of which one is above the bin, or not finite: these are counted, the others need not
@@ -115,6 +116,20 @@ struct ThreadSum {
   }
 };
 
+// The numbers in 16 bytes.
+template <class Storage, class T, int kV>
+FUSEDOPT_HD void unpack(const Words<4>& words, T (&to)[kV]) {
+  struct Vector {
+    Storage values[kV];
+  };
+#pragma unroll
+  for (int j = 0; j < kV; ++j)
+    if constexpr (std::is_same_v<Storage, BFloat16>)
+      to[j] = static_cast<T>(float_from_pair(words.words[j / 2], j % 2 != 0));
+    else
+      to[j] = load<T>(bit_cast<Vector>(words).values[j]);
+}
+
 // Adds all grads of a thread: kV neighbours in every sweep of the block over the leaf. Aligned
 // dense grads are loaded 16 bytes at a time, four loads ahead. All others, and what is left, are
 // loaded one by one.
@@ -123,25 +138,21 @@ FUSEDOPT_HD void add_grads(const Leaf& leaf, const Layout* layouts, uint32_t thr
                            ThreadSum<T>& sum, NormSums& sums) {
   constexpr int kV = 16 / static_cast<int>(sizeof(Storage)), kAhead = 4;
   constexpr int64_t kSweep = kBlockThreads * kV;
+  constexpr bool kExact = kHasExactSquares<Storage>;
   static_assert(kLeafElements / kBlockThreads + kV <= FloatBits<T>::kMostSquares);
-  struct Vector {
-    Storage values[kV];
-  };
   const auto* const grads = static_cast<const Storage*>(leaf.update.data[kGrad]);
   const bool is_dense = leaf.update.layout == kDense;
   int64_t at = leaf.begin + thread * kV;
   if (is_dense && reinterpret_cast<uintptr_t>(grads + at) % sizeof(Words<4>) == 0)
     for (; at + (kAhead - 1) * kSweep + kV <= leaf.end; at += kAhead * kSweep) {
-      Vector ahead[kAhead];
+      Words<4> ahead[kAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        ahead[i] = bit_cast<Vector>(load_words<4>(grads + at + i * kSweep));
+      for (int i = 0; i < kAhead; ++i) ahead[i] = load_words<4>(grads + at + i * kSweep);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         T values[kV];
-#pragma unroll
-        for (int j = 0; j < kV; ++j) values[j] = load<T>(ahead[i].values[j]);
-        sum.add(values, sums);
+        unpack<Storage>(ahead[i], values);
+        sum.template add<kExact>(values, sums);
       }
     }
   constexpr int kSingles = kV < 4 ? kV : 4;
@@ -157,7 +168,7 @@ FUSEDOPT_HD void add_grads(const Leaf& leaf, const Layout* layouts, uint32_t thr
                                                    leaf.update.numel <= INT32_MAX);
         singles[j] = load<T>(load_item(grads + place));
       }
-      sum.add(singles, sums);
+      sum.template add<kExact>(singles, sums);
     }
 }
 
@@ -175,13 +186,13 @@ FUSEDOPT_HD ThreadSum<T> sum_thread(const Leaf& leaf, const Layout* layouts, uin
   return sum;
 }
 
-// Writes the GradStatus, for the whole device, from the sums whose highest bin is `top`. One thread
+// Writes the GradStatus, for the whole device, from the sums and their highest bins. One thread
 // does it.
-FUSEDOPT_HD void finalize_thread(const FinalizeArguments& arguments, int top) {
+FUSEDOPT_HD void finalize_thread(const FinalizeArguments& arguments, const HighestBins& highest) {
   const float scale = arguments.grad_scale != nullptr ? *arguments.grad_scale : 1.0f;
   const bool found_inf = arguments.found_inf != nullptr && *arguments.found_inf > 0;
-  *arguments.status =
-      finalize_norm(*arguments.sums, top, static_cast<double>(scale), found_inf, arguments.clips);
+  *arguments.status = finalize_norm(*arguments.sums, highest, static_cast<double>(scale), found_inf,
+                                    arguments.clips);
 }
 
 }  // namespace fusedopt::cuda

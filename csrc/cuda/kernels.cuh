@@ -38,10 +38,14 @@ inline __device__ int64_t warp_sum(int64_t value) {
   return value;
 }
 
-// One block for each leaf. Seven blocks on an SM leave a thread 72 registers; 64 are too few on
-// sm_120.
+// As kMinBlocks, for the kernel below: a thread has 64 registers in float. In double, where these
+// are too few on sm_120, it has 72.
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads, 7)
+constexpr int kMinNormBlocks = sizeof(T) == sizeof(float) ? 8 : 7;
+
+// One block for each leaf.
+template <class T>
+__global__ void __launch_bounds__(kBlockThreads, kMinNormBlocks<T>)
     sum_squares_kernel(const __grid_constant__ SumSquaresArguments arguments) {
   const Leaf leaf = load_leaf(arguments, blockIdx.x);
   if (leaf.update.device == kIdle) return;
@@ -49,7 +53,7 @@ __global__ void __launch_bounds__(kBlockThreads, 7)
   ThreadSum<T> own = sum_thread<T>(leaf, arguments.layouts, threadIdx.x, sums);
 
   __shared__ int32_t bins[kBlockWarps];
-  __shared__ int64_t slices[kBlockWarps][kSlices];
+  __shared__ int64_t slices[kBlockWarps][kSlices<T>];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int32_t warps_bin = __reduce_max_sync(0xffffffffu, own.bin);
   if (lane == 0) bins[warp] = warps_bin;
@@ -58,15 +62,15 @@ __global__ void __launch_bounds__(kBlockThreads, 7)
   for (int w = 1; w < kBlockWarps; ++w) bin = max(bin, bins[w]);
   own.raise(bin);
 #pragma unroll
-  for (int k = 0; k < kSlices; ++k) {
+  for (int k = 0; k < kSlices<T>; ++k) {
     const int64_t slice = warp_sum(static_cast<typename FloatBits<T>::Signed>(own.slices[k]));
     if (lane == 0) slices[warp][k] = slice;
   }
   __syncthreads();
-  if (threadIdx.x >= kSlices) return;
+  if (threadIdx.x >= kSlices<T>) return;
   int64_t slice = 0;
   for (int w = 0; w < kBlockWarps; ++w) slice += slices[w][threadIdx.x];
-  if (slice != 0) add_to(sums.bins[bin_index(bin - static_cast<int>(threadIdx.x))], slice);
+  if (slice != 0) add_to(bins_of<T>(sums)[bin - static_cast<int>(threadIdx.x)], slice);
 }
 
 template <class T>

@@ -107,17 +107,26 @@ const void* step_scalars_kernel_of(RuleId id) {
   return kernel;
 }
 
-// One block, whose threads look for the highest bin.
+template <class T>
+__device__ void find_highest(const Bins<T>& bins, int* highest) {
+  for (int bin = static_cast<int>(threadIdx.x) - kTopBin<T>; bin <= kTopBin<T>;
+       bin += kFinalizeThreads)
+    if (bins[bin] != 0) atomicMax(highest, bin);
+}
+
+// One block, whose threads look for the highest bins.
 __global__ void __launch_bounds__(kFinalizeThreads)
     finalize_kernel(const __grid_constant__ FinalizeArguments arguments) {
-  __shared__ int top;
-  if (threadIdx.x == 0) top = -kTopBin<double>;
+  __shared__ int in_float, in_double;
+  if (threadIdx.x == 0) {
+    in_float = -kTopBin<float>;
+    in_double = -kTopBin<double>;
+  }
   __syncthreads();
-  for (int bin = static_cast<int>(threadIdx.x) - kTopBin<double>; bin <= kTopBin<double>;
-       bin += kFinalizeThreads)
-    if (arguments.sums->bins[bin_index(bin)] != 0) atomicMax(&top, bin);
+  find_highest(arguments.sums->in_float, &in_float);
+  find_highest(arguments.sums->in_double, &in_double);
   __syncthreads();
-  if (threadIdx.x == 0) finalize_thread(arguments, top);
+  if (threadIdx.x == 0) finalize_thread(arguments, {in_float, in_double});
 }
 
 // cudaLaunchKernel instead of <<<>>>: kernels are passed as pointers, whatever their types.

@@ -50,8 +50,10 @@ class Singles {
       const int64_t size = load_item(&dim->size);
       const int64_t outer = divide(left, size, is_small);
       const int64_t index = left - outer * size;
+      const int64_t row = d == 0 && layout.rows != nullptr ? load_item(layout.rows + index) : index;
 #pragma unroll
-      for (int k = 0; k <= kIndex; ++k) at_[j][k] += index * load_item(dim->strides + k);
+      for (int k = 0; k <= kIndex; ++k)
+        at_[j][k] += (k == kGrad ? index : row) * load_item(dim->strides + k);
       left = outer;
     }
   }

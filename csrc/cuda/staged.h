@@ -49,11 +49,10 @@ class Staged {
     // A float32 master is at the param's place (plan_stages), whose bytes are in registers already.
     const Bytes bytes = bytes_of(operand == kMaster ? kParam : operand);
     if constexpr (std::is_same_v<Storage, BFloat16>) {
-      // A bfloat16 is the upper half of a float. The last comes first: a pair's first float may
-      // then take the register of the word that both are made of.
+      // The last comes first: a pair's first float may then take the register of the word that both
+      // are made of.
       for (int j = kCount - 1; j >= 0; --j)
-        to[j] =
-            static_cast<T>(as_float(j % 2 == 0 ? bytes[j / 2] << 16 : bytes[j / 2] & 0xffff0000u));
+        to[j] = static_cast<T>(float_from_pair(bytes[j / 2], j % 2 != 0));
     } else if constexpr (std::is_same_v<Storage, Float16>) {
       for (int j = 0; j < kCount; ++j)
         to[j] = static_cast<T>(float_from_half(static_cast<uint16_t>(word_with(bytes, j))));

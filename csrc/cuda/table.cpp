@@ -187,7 +187,8 @@ void DeviceTable::fill_layouts(const DeviceStep& device_step) {
   int64_t dim = parts_.dims;
   for (int64_t i = 0; i < device_step.num_layouts; ++i) {
     const Layout& layout = device_step.layouts[i];
-    const Layout entry = {reinterpret_cast<const Dim*>(at(dim)), layout.num_dims};
+    const Layout entry = {reinterpret_cast<const Dim*>(at(dim)), layout.num_dims, layout.rows,
+                          layout.num_rows};
     const int64_t bytes = layout.num_dims * static_cast<int64_t>(sizeof(Dim));
     mirror_.put(dim, layout.dims, bytes);
     // Member by member: the padding of a struct holds any bytes, and would look like a change.
@@ -195,6 +196,9 @@ void DeviceTable::fill_layouts(const DeviceStep& device_step) {
     mirror_.put(to + static_cast<int64_t>(offsetof(Layout, dims)), &entry.dims, sizeof(entry.dims));
     mirror_.put(to + static_cast<int64_t>(offsetof(Layout, num_dims)), &entry.num_dims,
                 sizeof(entry.num_dims));
+    mirror_.put(to + static_cast<int64_t>(offsetof(Layout, rows)), &entry.rows, sizeof(entry.rows));
+    mirror_.put(to + static_cast<int64_t>(offsetof(Layout, num_rows)), &entry.num_rows,
+                sizeof(entry.num_rows));
     dim += bytes;
   }
 }

@@ -16,6 +16,9 @@ DEFAULT = re.compile(r"^( {4}\w+ \(.*), default .*?\): ", re.MULTILINE)  # the s
 LIST = re.compile(r"^(\w.*, .*:)\n((?: {4}.*\n)+)", re.MULTILINE)
 ENTRY = re.compile(r"^ {4}((?:\w+, )*\w+): ", re.MULTILINE)
 
+# What fusedopt/_docs.py replaces by the words of another class, which Python alone does.
+LEFT_OUT = re.compile(r"^(Arguments, attributes and methods that .* those of) ``(\w+)``\.$", re.M)
+
 
 def math(formula: str, display: str) -> str:
     """As MathML, which browsers show without a script."""
@@ -35,6 +38,7 @@ def to_markdown(text: str) -> str:
             f"{text.partition(chr(10))[0]!r}"
         )
     text = EXAMPLE.sub(lambda found: f"```pycon\n{found[0].rstrip()}\n```\n", text)
+    text = LEFT_OUT.sub(r"\1 [\2][fusedopt.\2].", text)
     text = DEFAULT.sub(r"\1): ", text)
     return LIST.sub(_as_list, text)
 

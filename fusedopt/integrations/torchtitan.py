@@ -14,10 +14,14 @@ from typing import Any
 from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer as Base
 
-from ..adam import Adam, AdamW
-from ..sgd import SGD
+import fusedopt
 
-NAMES = {f"fusedopt.{each.__name__}": each for each in (SGD, Adam, AdamW)}
+OPTIMIZERS = [getattr(fusedopt, name) for name in fusedopt.__all__]
+NAMES = {
+    f"fusedopt.{each.__name__}": each
+    for each in OPTIMIZERS
+    if isinstance(each, type) and issubclass(each, Optimizer)
+}
 if not hasattr(Base, "_resolve_optimizer_factory"):  # private to torchtitan
     raise ImportError(
         "torchtitan's OptimizersContainer has no _resolve_optimizer_factory() to extend: this "
@@ -26,7 +30,7 @@ if not hasattr(Base, "_resolve_optimizer_factory"):  # private to torchtitan
 
 
 class OptimizersContainer(Base):  # type: ignore[misc, unused-ignore]
-    """torchtitan's, which takes ``"fusedopt.AdamW"``, ``Adam`` and ``SGD`` as names of optimizers.
+    """torchtitan's, which takes ``"fusedopt.AdamW"`` and all others of fusedopt as names.
 
     All options of the optimizer go into ``optimizer_kwargs``, those that torch lacks included.
     ``implementation`` makes no difference to them, as every step is fused, but for

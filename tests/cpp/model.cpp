@@ -19,7 +19,8 @@ bool Model::has_values_of(const Model& other) const {
 
 Model empty_model() {
   Model model;
-  for_each_rule([&](RuleId rule) { model.scalars.push_back(problems_of(rule).back().scalars); });
+  for (int kind = 0; kind < kNumKinds; ++kind)
+    model.scalars.push_back(problems_of(kind).back().scalars);
   return model;
 }
 

@@ -20,14 +20,14 @@ struct Model {
   std::vector<fusedopt::Scalars> scalars;
   std::vector<Tensor> tensors;
 
-  // Adds a tensor with scalars of its rule; tensors of the same problem differ in their values.
-  void add(const Problem& problem, int gpu = 0) { add(problem, gpu, problem.rule); }
+  // Adds a tensor with scalars of its kind; tensors of the same problem differ in their values.
+  void add(const Problem& problem, int gpu = 0) { add(problem, gpu, kind_of(problem)); }
   void add(const Problem& problem, int gpu, int scalars);
 
   bool has_values_of(const Model& other) const;  // compares the guards as well
 };
 
-// A model without tensors and with scalars for each rule, by its number.
+// A model without tensors and with scalars for each kind of problem.
 Model empty_model();
 
 // The updates and layouts of a model, to which a step points.

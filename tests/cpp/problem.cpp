@@ -118,6 +118,8 @@ __attribute__((noinline)) void update_elements(const Problem& problem,
   }
 }
 
+constexpr uint64_t kStep = 30;  // RAdam divides, and ASGD averages
+
 Problem make_problem(RuleId rule, int variant, const HyperParams& hyper) {
   Problem problem = {};
   problem.rule = rule;
@@ -127,7 +129,7 @@ Problem make_problem(RuleId rule, int variant, const HyperParams& hyper) {
   problem.hyper.ema_decay = 0.9;
   problem.hyper.rounding_seed = 17;
   problem.hyper.stochastic_rounding = StochasticRounding::kAll;
-  problem.scalars = scalars_at(problem, {3, false}, 2.0);
+  problem.scalars = scalars_at(problem, {kStep, false}, 2.0);
   problem.numel = 2345;
   problem.guard = kGuard;
   return problem;
@@ -158,6 +160,34 @@ HyperParams hyper_for(Adam::Variant variant) {
   return hyper;
 }
 
+HyperParams hyper_for(OtherRules::Variant variant) {
+  HyperParams hyper;
+  hyper.beta1 = 0.9;
+  hyper.beta2 = 0.99;
+  hyper.eps = 1e-3;
+  hyper.alpha = 0.75;
+  hyper.rho = 0.9;
+  hyper.lr_decay = 0.01;
+  hyper.momentum_decay = 0.004;
+  hyper.lambd = 0.02;
+  hyper.t0 = 3;
+  hyper.eta_minus = 0.5;
+  hyper.eta_plus = 1.2;
+  hyper.smallest_step = 0.05;
+  hyper.largest_step = 0.17;
+  variant.with_rule([&](auto rule, [[maybe_unused]] auto own) {
+    using Rule = decltype(rule);
+    hyper.member = kMemberOf<Rule>;
+    constexpr bool kDecays = !std::is_same_v<Rule, Rprop> && !std::is_same_v<Rule, SparseAdam>;
+    if constexpr (kDecays) set_decay(hyper, own.decay);
+    if constexpr (std::is_same_v<Rule, Rmsprop>) {
+      hyper.momentum = own.has_momentum ? 0.9 : 0;
+      hyper.centered = own.centered;
+    }
+  });
+  return hyper;
+}
+
 // Numbers that need care: zeros, subnormal ones, infinities, NaN, the largest and the smallest.
 double any_special(std::mt19937& random) {
   using Float = std::numeric_limits<float>;
@@ -183,6 +213,26 @@ double any_special(std::mt19937& random) {
   return random() % 2 == 0 ? value : -value;
 }
 
+std::vector<Problem> make_problems() {
+  std::vector<Problem> problems;
+  for (int id = 0; id < Rules::kSize; ++id)
+    with_rule(static_cast<RuleId>(id), [&](auto rule) {
+      using Rule = decltype(rule);
+      for (int number = 0; number < Rule::kNumVariants; ++number) {
+        const auto variant = Rule::Variant::of(number);
+        const HyperParams hyper = hyper_for(variant);
+        CHECK(Rule::variant(hyper).number() == number);
+        Problem problem = make_problem(static_cast<RuleId>(id), number, hyper);
+        problem.dtypes[kParam] = problem.dtypes[kGrad] = DType::kFloat32;
+        for (int s = 0; s < Rule::kNumStates; ++s)
+          if (variant.uses(s))
+            problem.dtypes[static_cast<size_t>(kFirstState + s)] = DType::kFloat32;
+        problems.push_back(problem);
+      }
+    });
+  return problems;
+}
+
 }  // namespace
 
 bool Buffer::operator==(const Buffer& other) const {
@@ -201,30 +251,19 @@ bool Buffer::operator==(const Buffer& other) const {
   return true;
 }
 
-std::vector<Problem> all_problems() {
-  std::vector<Problem> problems;
-  for_each_rule([&](RuleId rule) {
-    for (const Problem& problem : problems_of(rule)) problems.push_back(problem);
-  });
-  return problems;
+const std::vector<Problem>& problems_of(int kind) {
+  static const std::vector<std::vector<Problem>> kProblems = [] {
+    std::vector<std::vector<Problem>> problems(kNumKinds);
+    for (const Problem& problem : all_problems())
+      problems[static_cast<size_t>(kind_of(problem))].push_back(problem);
+    return problems;
+  }();
+  return kProblems[static_cast<size_t>(kind)];
 }
 
-std::vector<Problem> problems_of(RuleId id) {
-  std::vector<Problem> problems;
-  with_rule(id, [&](auto rule) {
-    using Rule = decltype(rule);
-    for (int number = 0; number < Rule::kNumVariants; ++number) {
-      const auto variant = Rule::Variant::of(number);
-      const HyperParams hyper = hyper_for(variant);
-      CHECK(Rule::variant(hyper).number() == number);
-      Problem problem = make_problem(id, number, hyper);
-      problem.dtypes[kParam] = problem.dtypes[kGrad] = DType::kFloat32;
-      for (int s = 0; s < Rule::kNumStates; ++s)
-        if (variant.uses(s)) problem.dtypes[static_cast<size_t>(kFirstState + s)] = DType::kFloat32;
-      problems.push_back(problem);
-    }
-  });
-  return problems;
+const std::vector<Problem>& all_problems() {
+  static const std::vector<Problem> kProblems = make_problems();
+  return kProblems;
 }
 
 Problem in_format(Problem problem, DType dtype) {
@@ -304,6 +343,8 @@ std::vector<Buffer> make_buffers(const Problem& problem, uint32_t seed) {
     const int64_t elements = problem.dims.empty() ? problem.numel : extent(problem.dims, k);
     buffers.emplace_back(problem.dtypes[place], problem.has(k) ? elements : 0, random,
                          problem.guard, problem.shifts[place]);
+    for (int64_t i = 0; k == kGrad && i < elements; ++i)
+      if (random() % 2 == 0) buffers.back().set(i, -buffers.back().get<double>(i));
   }
   return buffers;
 }

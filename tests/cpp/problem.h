@@ -105,17 +105,20 @@ inline constexpr fusedopt::DType kAllDTypes[] = {
     fusedopt::DType::kFloat32, fusedopt::DType::kFloat64, fusedopt::DType::kBFloat16,
     fusedopt::DType::kFloat16};
 
-// A problem for every variant of every rule, without master weight, average and stochastic
-// rounding.
-std::vector<Problem> all_problems();
-// The same for one rule, in the order of their numbers. The scalars of the last have every term.
-std::vector<Problem> problems_of(fusedopt::RuleId rule);
+// Problems are of as many kinds as there are rules, those that share a kernel counted one by one.
+// The kind of a rule with a kernel of its own is its id.
+template <class Rule>
+inline constexpr int kKindOf = fusedopt::kIdOf<Rule> + fusedopt::kMemberOf<Rule>;
+inline constexpr int kNumKinds =
+    fusedopt::kIdOf<fusedopt::OtherRules> + fusedopt::OtherRules::Members::kSize;
+static_assert(fusedopt::kIdOf<fusedopt::OtherRules> == fusedopt::Rules::kSize - 1);
+inline int kind_of(const Problem& problem) { return problem.rule + problem.hyper.member; }
 
-// Calls `f` with the id of every rule.
-template <class F>
-void for_each_rule(const F& f) {
-  for (int rule = 0; rule < fusedopt::Rules::kSize; ++rule) f(static_cast<fusedopt::RuleId>(rule));
-}
+// Problems without master weight, average and stochastic rounding: one for every variant of a kind,
+// in the order of their numbers. The scalars of the last have every term.
+const std::vector<Problem>& problems_of(int kind);
+// Those of all kinds.
+const std::vector<Problem>& all_problems();
 
 // The problem with param, grad and its states in one format.
 Problem in_format(Problem problem, fusedopt::DType dtype);

@@ -67,6 +67,21 @@ void check_both(float numerator, float square, float eps, bool must_be_exact) {
   if (math.is_exact()) CHECK(is_same(found, numerator / denominator));
 }
 
+void check_division(float numerator, float denominator, bool must_be_exact) {
+  if (is_delicate(denominator)) return;
+  BranchFree<Perturbed> math;
+  const float found = math.divide(numerator, denominator);
+  if (must_be_exact) CHECK(math.is_exact());
+  if (math.is_exact()) CHECK(is_same(found, numerator / denominator));
+}
+
+void check_root_of(float square, bool must_be_exact) {
+  BranchFree<Perturbed> math;
+  const float found = math.root_of(square);
+  if (must_be_exact) CHECK(math.is_exact());
+  if (math.is_exact()) CHECK(is_same(found, std::sqrt(square)));
+}
+
 void roots_are_exact() {
   std::mt19937 random(1);
   for (int exponent = -101; exponent <= 127; ++exponent)
@@ -103,6 +118,57 @@ void ratios_are_exact() {
   for (int i = 0; i < 300000; ++i)
     check_both(bit_cast<float>(uint32_t(random())), std::fabs(bit_cast<float>(uint32_t(random()))),
                i % 2 != 0 ? 1e-8f : std::fabs(bit_cast<float>(uint32_t(random()))), false);
+}
+
+// Every combination of exponents: also of numbers that are flushed, at once or on the way, that
+// overflow, and that are not finite.
+void divisions_are_exact_or_found() {
+  std::mt19937 random(4);
+  for (int top = -127; top <= 128; ++top)
+    for (int bottom = -127; bottom <= 128; ++bottom)
+      for (int i = 0; i < 6; ++i) {
+        const std::vector<uint32_t> kinds = {0, 1, 0x7fffff, uint32_t(random() & 0x7fffff)};
+        const float n = number(top, kinds[random() % 4]), d = number(bottom, kinds[random() % 4]);
+        const bool must = top < 68 && bottom > -127 && bottom < 97 && top - bottom < 68;
+        check_division(n, d, must);
+        check_division(-n, d, must);
+      }
+  // Quotients at the end of what is not flushed.
+  for (int bottom = -126; bottom < 97; ++bottom)
+    for (const int below : {125, 126, 127})
+      for (const uint32_t n : mantissas(random))
+        for (const uint32_t d : mantissas(random))
+          if (bottom - below >= -126 && bottom - below < 68)
+            check_division(number(bottom - below, n), number(bottom, d), true);
+  for (int i = 0; i < 300000; ++i)
+    check_division(bit_cast<float>(uint32_t(random())),
+                   std::fabs(bit_cast<float>(uint32_t(random()))), false);
+  for (const float d : {0.0f, -0.0f, 0x1p-127f, 0x1p97f, 0x1p127f, INFINITY, NAN})
+    for (const float n : {0.0f, -0.0f, 1.0f, -0x1p-126f, 0x1p60f, INFINITY, NAN}) {
+      BranchFree<Perturbed> math;
+      math.divide(n, d);
+      CHECK(!math.is_exact());
+      math.divide(1.0f, 1.0f);
+      CHECK(!math.is_exact());
+    }
+}
+
+void roots_of_all_are_exact_or_found() {
+  std::mt19937 random(5);
+  for (int exponent = -126; exponent <= 127; ++exponent)
+    for (int again = 0; again < 20; ++again)
+      for (const uint32_t mantissa : mantissas(random))
+        check_root_of(number(exponent, mantissa), exponent < 68);
+  // Where the approximation is off by as much as a unit, so are ten roots of all of two binades.
+  for (int i = 0; i < 300000 && g_ulps == 0; ++i)
+    check_root_of(bit_cast<float>(uint32_t(random())), false);
+  for (const float rare : {0.0f, -0.0f, 0x1p-127f, -0x1p-127f, -1.0f, 0x1p68f, INFINITY, NAN}) {
+    BranchFree<Perturbed> math;
+    math.root_of(rare);
+    CHECK(!math.is_exact());
+    math.root_of(1.0f);
+    CHECK(!math.is_exact());
+  }
 }
 
 void rare_operands_are_found_or_exact() {
@@ -156,6 +222,8 @@ void test_branch_free() {
     roots_are_exact();
     quotients_are_exact();
     ratios_are_exact();
+    divisions_are_exact_or_found();
+    roots_of_all_are_exact_or_found();
     rare_operands_are_found_or_exact();
   }
 }

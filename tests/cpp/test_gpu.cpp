@@ -86,10 +86,9 @@ void test_mixtures() {
 // The first average is the weight as it is stored, whatever the average could hold.
 void test_first_averages() {
   Model model = empty_model();
-  for (Scalars& scalars : model.scalars) {
-    const auto rule = static_cast<RuleId>(&scalars - model.scalars.data());
-    scalars = scalars_at(problems_of(rule).back(), {1, false}, 1.0);
-  }
+  for (int kind = 0; kind < kNumKinds; ++kind)
+    model.scalars[static_cast<size_t>(kind)] =
+        scalars_at(problems_of(kind).back(), {1, false}, 1.0);
   for (Problem problem : all_problems())
     for (const DType dtype : kAllDTypes) {
       problem = in_format(problem, dtype);
@@ -176,11 +175,12 @@ void test_one_large_tensor() {
 void test_many_scalars() {
   for (const int fit :
        {UpdateArguments<Sgd, float>::kFew, UpdateArguments<Sgd, double>::kFew,
-        UpdateArguments<Adam, float>::kFew, UpdateArguments<Adam, double>::kFew, 400})
+        UpdateArguments<Adam, float>::kFew, UpdateArguments<Adam, double>::kFew,
+        UpdateArguments<OtherRules, float>::kFew, UpdateArguments<OtherRules, double>::kFew, 400})
     for (const int count : {fit - 1, fit, fit + 1}) {
       Model model;
       for (int i = 0; i < count; ++i) {
-        Problem problem = problems_of(static_cast<RuleId>(i / 2 % Rules::kSize)).back();
+        Problem problem = problems_of(i / 2 % kNumKinds).back();
         problem.numel = 5;
         problem.hyper.lr = 0.001 * i;
         model.scalars.push_back(scalars_at(problem, {3, false}, 1.0));
@@ -192,8 +192,8 @@ void test_many_scalars() {
 
 // A tensor of any kind.
 Problem any_problem(std::mt19937& random) {
-  static const std::vector<Problem> kProblems = all_problems();
-  const Problem problem = in_any_formats(kProblems[random() % kProblems.size()], random);
+  const std::vector<Problem>& problems = all_problems();
+  const Problem problem = in_any_formats(problems[random() % problems.size()], random);
   if (random() % 4 == 0)
     return with_dims(problem, strided_layouts()[random() % strided_layouts().size()]);
   Problem dense = problem;
@@ -213,16 +213,16 @@ void disturb(Model& model, std::mt19937& random) {
       tensor.buffers = make_buffers(tensor.problem, static_cast<uint32_t>(random()));
     }
   }
-  // Groups of scalars, one for each rule.
-  if (random() % 4 == 0) model.scalars.resize((1 + random() % 50) * Rules::kSize);
+  // Groups of scalars, one for each kind of problem.
+  if (random() % 4 == 0) model.scalars.resize((1 + random() % 10) * kNumKinds);
   for (size_t i = 0; i < model.scalars.size(); ++i) {
-    Problem problem = problems_of(static_cast<RuleId>(i % Rules::kSize)).back();
+    Problem problem = problems_of(static_cast<int>(i % kNumKinds)).back();
     problem.hyper.lr = static_cast<double>(random() % 1000) / 1000;
     model.scalars[i] = scalars_at(problem, {1 + random() % 10, false}, 1.0);
   }
-  const auto groups = model.scalars.size() / Rules::kSize;
+  const auto groups = model.scalars.size() / kNumKinds;
   for (Tensor& tensor : model.tensors)
-    tensor.scalars = static_cast<int>(random() % groups) * Rules::kSize + tensor.problem.rule;
+    tensor.scalars = static_cast<int>(random() % groups) * kNumKinds + kind_of(tensor.problem);
 }
 
 // Anything may change from one step to the next, on two GPUs.

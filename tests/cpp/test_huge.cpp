@@ -155,8 +155,8 @@ void check_chunks(const Problem& problem, std::initializer_list<int64_t> element
   for (const int64_t element : elements) huge.check_chunk_of(element);
 }
 
-Problem dense(RuleId rule, DType dtype, int64_t numel) {
-  Problem problem = in_format(problems_of(rule).back(), dtype);
+Problem dense(int kind, DType dtype, int64_t numel) {
+  Problem problem = in_format(problems_of(kind).back(), dtype);
   problem.numel = numel;
   return problem;
 }
@@ -166,6 +166,7 @@ void test_dense() {
   const auto chunks = {int64_t{0}, 2 * kTwo30 - 1, 2 * kTwo30, numel - 1};
   check_chunks(dense(kIdOf<Sgd>, DType::kBFloat16, numel), chunks);
   check_chunks(dense(kIdOf<Adam>, DType::kFloat32, numel), chunks);
+  check_chunks(dense(kKindOf<Rmsprop>, DType::kBFloat16, numel), chunks);
 
   Problem mixture = dense(kIdOf<Sgd>, DType::kBFloat16, numel);
   mixture.dtypes[kFirstState] = DType::kFloat32;

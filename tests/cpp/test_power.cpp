@@ -1,4 +1,4 @@
-// power() against the long double pow() of the library.
+// power() and real_power() against the long double pow() of the library.
 #include "check.h"
 
 #include "core/power.h"
@@ -73,10 +73,79 @@ void test_underflow() {
   }
 }
 
+void check_real(double base, double exponent) {
+  const long double expected =
+      std::pow(static_cast<long double>(base), static_cast<long double>(exponent));
+  const double log = std::fabs(exponent * std::log(base));
+  const double lost = static_cast<double>(std::fabs(real_power(base, exponent) / expected - 1));
+  CHECK(lost <= 1e-15 * (1 + log));
+}
+
+void test_real_near() {
+  const double inner = std::sqrt(0.5), outer = std::sqrt(2.0);
+  const double bases[] = {5e-324,
+                          1e-300,
+                          1e-9,
+                          0.1,
+                          0.5,
+                          std::nextafter(inner, 0.0),
+                          inner,
+                          std::nextafter(inner, 1.0),
+                          0.96,
+                          1 - 1e-9,
+                          std::nextafter(1.0, 0.0),
+                          std::nextafter(1.0, 2.0),
+                          1 + 1e-9,
+                          1.0001,
+                          std::nextafter(outer, 0.0),
+                          outer,
+                          std::nextafter(outer, 2.0),
+                          2,
+                          3,
+                          1e9,
+                          1e300,
+                          0x1.fffffffffffffp1023};
+  for (const double base : bases)
+    for (const double exponent : {1e-300, 1e-9, 0.004, 0.5, 0.75, 1.0, 2.0, 17.5, 1e6, 1e12})
+      for (const double sign : {1.0, -1.0})
+        if (std::fabs(exponent * std::log(base)) < 699) check_real(base, sign * exponent);
+  std::mt19937_64 random(2);
+  std::uniform_real_distribution<double> uniform(-1, 1);
+  for (int run = 0; run < 20000; ++run) {
+    const double base = std::exp(700 * std::pow(uniform(random), 1 + 2 * (run % 5)));
+    check_real(base, 699 * uniform(random) / std::max(std::fabs(std::log(base)), 1e-9));
+  }
+}
+
+void test_real_edges() {
+  for (const double exponent : {0.0, -0.0, 0.75, -3.0, 1e308, -1e308})
+    CHECK(real_power(1.0, exponent) == 1);
+  for (const double base : {5e-324, 1e-300, 0.3, 1.0, 7.0, 1e308}) {
+    CHECK(real_power(base, 0.0) == 1 && real_power(base, -0.0) == 1);
+    CHECK(std::isnan(real_power(base, NAN)));
+  }
+  // Nothing decays, and nothing grows: a learning rate of ASGD for every step there may be.
+  CHECK(real_power(2.0, 1024) == HUGE_VAL && real_power(0.5, -1e300) == HUGE_VAL);
+  CHECK(real_power(2.0, -1100) == 0 && real_power(0.5, 1e300) == 0);
+  CHECK(real_power(2.0, HUGE_VAL) == HUGE_VAL && real_power(2.0, -HUGE_VAL) == 0);
+  CHECK(real_power(0.0, 0.75) == 0);
+  for (const double base : {-1.0, -1e-300, -HUGE_VAL, static_cast<double>(NAN)})
+    CHECK(std::isnan(real_power(base, 2.0)));
+  // It falls where the exponent of a base below 1 grows, also where the series begin anew.
+  double last = 1;
+  for (int i = 1; i < 4000; ++i) {
+    const double next = real_power(0.96, 0.25 * i);
+    CHECK(next < last && next > 0);
+    last = next;
+  }
+}
+
 }  // namespace
 
 void test_power() {
   test_exact();
   test_near();
   test_underflow();
+  test_real_near();
+  test_real_edges();
 }

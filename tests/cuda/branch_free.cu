@@ -1,7 +1,7 @@
 // Compares the roots and quotients of core/branch_free.h with IEEE's on a GPU: all floats there
-// are, and pairs of floats at the edges of the ranges and of mantissas. Prints a line for each;
-// exits with 1 if one differs or if ordinary operands are not taken for exact. Compiled and run by
-// tests/cuda/test_exactness.py, with the flags of the kernels that compute in float.
+// are, and pairs of floats at the edges of the ranges and of mantissas, and any. Prints a line for
+// each; exits with 1 if one differs or if ordinary operands are not taken for exact. Compiled and
+// run by tests/cuda/test_exactness.py, with the flags of the kernels that compute in float.
 #include "core/branch_free.h"
 #include "core/stochastic.h"
 
@@ -82,6 +82,37 @@ __global__ void compare_ratios(Counts* counts, uint64_t triples, uint32_t seed) 
   }
 }
 
+// The same for a root or a quotient alone.
+__global__ void compare_all_roots(Counts* counts) {
+  const uint64_t stride = uint64_t{gridDim.x} * blockDim.x;
+  for (uint64_t i = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < 1ull << 32; i += stride) {
+    const auto bits = static_cast<uint32_t>(i);
+    const float x = as_float(bits);
+    BranchFree<> math;
+    const float found = math.root_of(x);
+    if (math.is_exact())
+      count(*counts, found, sqrtf(x), bits, 0);
+    else if (x >= 0x1p-126f && x < 0x1p67f)
+      atomicAdd(&counts->refused, 1ull);
+  }
+}
+
+__global__ void compare_divisions(Counts* counts, uint64_t pairs, uint32_t seed) {
+  const uint64_t stride = uint64_t{gridDim.x} * blockDim.x;
+  for (uint64_t i = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < pairs; i += stride) {
+    const uint32_t a = hash(static_cast<uint32_t>(i) ^ hash(seed + static_cast<uint32_t>(i >> 32)));
+    const uint32_t b = hash(a + 0x9e3779b9u);
+    const float n = as_float((a & 0xff800000u) | mantissa(a));
+    const float d = as_float((b & 0x7f800000u) | mantissa(b));
+    BranchFree<> math;
+    const float found = math.divide(n, d);
+    if (math.is_exact())
+      count(*counts, found, n / d, as_bits(n), as_bits(d));
+    else if (fabsf(n) < 0x1p30f && d >= 0x1p-30f && d < 0x1p90f)
+      atomicAdd(&counts->refused, 1ull);
+  }
+}
+
 bool report(const char* what, const Counts& counts, unsigned long long least) {
   std::printf("%s: %llu compared, %llu different", what, counts.compared, counts.different);
   if (counts.different > 0) std::printf(" (%08x, %08x)", counts.first[0], counts.first[1]);
@@ -93,17 +124,22 @@ bool report(const char* what, const Counts& counts, unsigned long long least) {
 
 int main() {
   constexpr uint64_t kPairs = 1ull << 33;
+  constexpr int kKinds = 5;
   Counts* counts = nullptr;
-  if (cudaMallocManaged(&counts, 3 * sizeof(Counts)) != cudaSuccess) return 2;
-  counts[0] = counts[1] = counts[2] = {};
+  if (cudaMallocManaged(&counts, kKinds * sizeof(Counts)) != cudaSuccess) return 2;
+  for (int kind = 0; kind < kKinds; ++kind) counts[kind] = {};
   compare_roots<<<kBlocks, kThreads>>>(counts);
   compare_quotients<<<kBlocks, kThreads>>>(counts + 1, kPairs, 1);
   compare_ratios<<<kBlocks, kThreads>>>(counts + 2, kPairs, 2);
+  compare_all_roots<<<kBlocks, kThreads>>>(counts + 3);
+  compare_divisions<<<kBlocks, kThreads>>>(counts + 4, kPairs, 3);
   if (const cudaError_t error = cudaDeviceSynchronize(); error != cudaSuccess) {
     std::printf("%s\n", cudaGetErrorString(error));
     return 2;
   }
-  const bool roots = report("roots", counts[0], (101ull + 128) << 23);
-  const bool quotients = report("quotients", counts[1], kPairs / 2);
-  return report("ratios", counts[2], kPairs / 4) && quotients && roots ? 0 : 1;
+  bool holds = report("roots", counts[0], (101ull + 128) << 23);
+  holds = report("quotients", counts[1], kPairs / 2) && holds;
+  holds = report("ratios", counts[2], kPairs / 4) && holds;
+  holds = report("all roots", counts[3], (126ull + 67) << 23) && holds;
+  return report("divisions", counts[4], kPairs / 4) && holds ? 0 : 1;
 }

@@ -5,7 +5,15 @@ import functools
 import pytest
 
 from fusedopt import _C
-from support.sass import ELEMENTS, SETTINGS, Kernel, archs_of, find_cuobjdump, kernels_of
+from support.sass import (
+    ELEMENTS,
+    RULES,
+    SETTINGS,
+    Kernel,
+    archs_of,
+    find_cuobjdump,
+    kernels_of,
+)
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
@@ -69,10 +77,12 @@ def test_every_kernel_is_there_for_every_arch(cuobjdump: str) -> None:
     kernels = all_kernels(cuobjdump)
     built = _C.build_info()["cuda_archs"].replace("+PTX", "").split(";")
     assert {kernel.arch for kernel in kernels} == {f"sm_{arch}" for arch in built}
+    for_a_rule = ("update {} float32", "update {} float64", "step_scalars {}")
+    expected = [name.format(rule) for rule in RULES for name in for_a_rule]
+    expected += ["sum_squares float32", "sum_squares float64", "finalize"]
     for arch in built:
         names = [kernel.name for kernel in kernels if kernel.arch == f"sm_{arch}"]
-        # Rules x (in float, in double, the scalars), and for the norm: in float, in double, status.
-        assert len(names) == len(set(names)) == 2 * 3 + 3
+        assert sorted(names) == sorted(expected)
 
 
 def test_accesses_are_128_bits_wide(cuobjdump: str) -> None:

@@ -1,7 +1,8 @@
 """The global norm has the same bits however grads are ordered, cut, laid out and distributed.
 
-It is also right: the squares of float32 grads are rounded to float32, and nothing else of them is
-lost that a float64 could hold.
+It is also right: the squares of float32 grads are rounded to float32, and what else is lost of them
+is far less. At the very worst it is 2^-44 of the largest square for each, which
+tests/cpp/test_norm.cpp holds; here, of any grads whose numbers are as different as they may be.
 """
 
 import math
@@ -158,7 +159,7 @@ BORDERS: dict[str, list[float]] = {
 @pytest.mark.parametrize("numbers", **by_id(BORDERS))
 @some_dtypes(torch.float32, torch.float64)
 def test_borders(dtype: torch.dtype, numbers: list[float]) -> None:
-    """Around each exponent of the grads: 20 binary digits of squares are 10 of them."""
+    """Around each exponent of the grads: a bin has 11 binary digits of those in float, or 10."""
     grad = torch.tensor(numbers, dtype=dtype).to(DEVICE)
     for first in range(0, len(numbers) - 60, 7):
         some = grad[first : first + 60]
@@ -180,7 +181,7 @@ def test_a_spike(dtype: torch.dtype) -> None:
     assert found == {math.sqrt(spike**2 + (len(grad) - 1) * tiny**2)}
 
 
-@pytest.mark.parametrize("exponent", [-30, -20, -10, 10, 20, 30])
+@pytest.mark.parametrize("exponent", [-30, -22, -20, -11, -10, 10, 11, 20, 22, 30])
 def test_one_bin_far_from_another(exponent: int) -> None:
     """Grads that are all too small to count beside others, in the sum or for its digits."""
     grad = values(9000, seed=1)
@@ -205,7 +206,7 @@ def bits_of_float32() -> st.SearchStrategy[float]:
     return st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False)
 
 
-@given(numbers=st.lists(bits_of_float32(), min_size=1, max_size=40), data=st.data())
+@given(numbers=st.lists(bits_of_float32(), min_size=1, max_size=32), data=st.data())
 @repeatable
 def test_all_exponents(numbers: list[float], data: st.DataObject) -> None:
     grad = torch.tensor(numbers, device=DEVICE)

@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import fusedopt
 from support.files import ROOT
 
 # Those in docs/stacks/ need other packages, which `make stacks` has.
@@ -44,6 +46,30 @@ def test_nearly_all_code_runs_everywhere() -> None:
     assert all(
         "fusedopt" in "".join(code for _, code in blocks(page)) for page in PAGES if blocks(page)
     )
+
+
+def optimizers_of(package: Any) -> set[str]:
+    things = {name: getattr(package, name) for name in dir(package) if name[0] != "_"}
+    kind = torch.optim.Optimizer
+    return {
+        name
+        for name, thing in things.items()
+        if isinstance(thing, type) and issubclass(thing, kind) and thing is not kind
+    }
+
+
+@pytest.mark.cpu_only
+def test_all_optimizers_are_named() -> None:
+    """Those that are here, and those that stay with torch."""
+    ours, theirs = optimizers_of(fusedopt), optimizers_of(torch.optim)
+    page = PAGES["docs/optimizers.md"].read_text(encoding="utf-8")
+    tables = page.split("## Which stay with torch")
+    named = [set(re.findall(r"^\| [`[](\w+)[`\]]", table, re.MULTILINE)) for table in tables]
+    assert named == [ours, theirs - ours]
+    readme = PAGES["README.md"].read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:here|stay)[^|]* \| (.*) \|$", readme, re.MULTILINE)
+    named = [set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", row))) for row in rows]
+    assert named == [ours & theirs, ours - theirs, theirs - ours]
 
 
 OTHERS = ["CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md"]

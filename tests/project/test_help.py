@@ -12,12 +12,22 @@ import pytest
 import torch
 
 import fusedopt
-from support.optimizers import ALL_NAMES, each_of_all_names
+from support.optimizers import NAMES
 from support.tensors import values
 
 ENTRY = re.compile(r"^ {4}(\w+) \((.*), default (.*?)\): (.*(?:\n {8}.*)*)$", re.MULTILINE)
 # All else that several classes have is described in the same words.
 DIFFERS = {"weight_decay", "decoupled_weight_decay", "stochastic_rounding"}
+DIFFERS |= {"lr", "betas", "eps", "momentum", "alpha"}  # what they are is the formula's to say
+# With these, a step makes all the states that there can be.
+MOST_STATES: dict[str, dict[str, Any]] = {
+    "SGD": {"momentum": 0.9},
+    "Adam": {"amsgrad": True},
+    "AdamW": {"amsgrad": True},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+}
+ALL_NAMES = [*NAMES, "Lion", "SparseAdam"]
+each_of_all = pytest.mark.parametrize("name", ALL_NAMES)
 
 
 def doc_of(name: str) -> str:
@@ -55,7 +65,7 @@ def test_examples_run(name: str) -> None:
 
 
 @pytest.mark.cpu_only
-@each_of_all_names
+@each_of_all
 def test_arguments_are_those_of_the_signature(name: str) -> None:
     """In its order, with its types and defaults; options are written out there."""
     signature = list(inspect.signature(getattr(fusedopt, name)).parameters.values())
@@ -81,15 +91,16 @@ def test_same_words_for_the_same_arguments() -> None:
         assert len({section(name, start) for name in ALL_NAMES}) == 1, start
 
 
-@each_of_all_names
+@each_of_all
 def test_states_are_described(name: str) -> None:
     """All that a step leaves there, with the dtypes that it has."""
     text = section(name, "State of a parameter")
-    more: dict[str, Any] = {"momentum": 0.9} if name == "SGD" else {"amsgrad": True}
     dtype = torch.bfloat16
     for masters in ("float32", "split"):
         param = values(8, dtype=dtype)
-        options = {**more, "master_weights": masters, "ema_decay": 0.9}
+        options = {**MOST_STATES.get(name, {}), "master_weights": masters}
+        if name != "SparseAdam":
+            options["ema_decay"] = 0.9
         optimizer = getattr(fusedopt, name)([param], **options)
         param.grad = values(8, dtype=dtype)
         optimizer.step()
@@ -103,7 +114,7 @@ def test_states_are_described(name: str) -> None:
 
 
 @pytest.mark.cpu_only
-@each_of_all_names
+@each_of_all
 def test_additions_to_the_interface_are_described(name: str) -> None:
     cls = getattr(fusedopt, name)
     added = {key for key in dir(cls) if not key.startswith("_")} - set(dir(torch.optim.Optimizer))
@@ -116,7 +127,7 @@ def test_additions_to_the_interface_are_described(name: str) -> None:
 
 
 @pytest.mark.cpu_only
-@each_of_all_names
+@each_of_all
 def test_a_paper_and_the_formula_are_named(name: str) -> None:
     assert re.search(r"\(arXiv \d{4}\.\d{4,5}\)|\(\d{4}\)", doc_of(name).partition("Args:")[0])
     assert ".. math::" in doc_of(name)
@@ -153,5 +164,5 @@ def test_type_hints(name: str) -> None:
 @pytest.mark.cpu_only
 def test_type_hints_cover_the_constructors() -> None:
     names = public_functions()
-    assert {f"{name}.__init__" for name in ALL_NAMES} <= set(names)
+    assert {f"{name}.__init__" for name in NAMES} <= set(names)
     assert {"show_config", "SGD.swap_ema", "Adam.grad_norm", "AdamW.step"} <= set(names)

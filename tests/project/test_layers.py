@@ -35,7 +35,10 @@ FORMULAS = r"\b(?:sqrt|fma|pow|exp|log|rsqrt)[fl]?\s*\("
 
 # clang-format sets pointers apart from products: `T* x` and `a * b`. The states of an element are
 # an array, and so are the scalars of a rule alone.
-MEMORY = r"\w\*|\b(?!(?:state|own)\[)\w+\[|\bnew\b|malloc|mem(?:cpy|set)|std::vector|\b(?:load|store)\s*[<(]"
+MEMORY = (
+    r"\w\*|\b(?!(?:state|own)\[)\w+\[|\bnew\b|malloc|mem(?:cpy|set)|std::vector"
+    r"|\b(?:load|store)\s*[<(]"
+)
 TORCH = r"#\s*include\s*[<\"](?:torch|ATen|c10|caffe2)/|\b(?:at|c10|torch)::|\b(?:TORCH|C10)_\w+"
 KERNELS = r"isa_kernels|cpu/isa\.h"
 

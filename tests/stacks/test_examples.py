@@ -1,13 +1,16 @@
 """The files of examples/, as their docstrings say to run them: each learns what it is to learn."""
 
+import json
 import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
+import fusedopt
 from support import examples
 from support.files import ROOT, run_python
 from support.processes import on_ranks
@@ -28,6 +31,7 @@ EXAMPLES: dict[str, list[str]] = {
     "lightning_module.py": ["lightning"],
     "deepspeed_zero.py": ["deepspeed"],
     "torchtitan_optimizer.py": ["torchtitan"],
+    "optimizers.py": ["matplotlib"],
 }
 
 
@@ -137,6 +141,32 @@ def test_hf_trainer(lora: bool, run: Callable[..., str], tmp_path: Path) -> None
     saved = "adapter_model.safetensors" if lora else "model.safetensors"
     assert (tmp_path / "hf-trainer" / saved).exists()
     assert (tmp_path / "hf-trainer/checkpoint-60/optimizer.pt").exists()
+
+
+def test_optimizers(run: Callable[..., str], tmp_path: Path) -> None:
+    """And that the picture in docs/ is of what the example has."""
+    run("optimizers.py", "--quick", "--plot", tmp_path / "a/b.png", "--json", tmp_path / "c/d.json")
+    assert (tmp_path / "a/b.png").stat().st_size > 100_000
+    found, committed = (
+        json.loads(file.read_text())
+        for file in (tmp_path / "c/d.json", ROOT / "bench/results/optimizers-cpu.json")
+    )
+    of_ours = {name for name in fusedopt.__all__ if is_optimizer(getattr(fusedopt, name))}
+    assert {each["name"] for each in found["runs"]} == of_ours - {"SparseAdam"}
+    assert set(found) == set(committed)
+    assert found["config"] == {**committed["config"], "steps": 20}
+    for ours, drawn in zip(found["runs"], committed["runs"], strict=True):
+        assert set(ours) == set(drawn)
+        assert (ours["name"], ours["options"]) == (drawn["name"], drawn["options"])
+        assert ours["path"] == [pytest.approx(point, abs=1e-5) for point in drawn["path"]]
+        assert ours["final_value"] < 0.15 * 10.5  # of the value at the start
+        assert len(ours["losses"]) == 20
+        assert_falls(ours["losses"], to=0.95)
+        assert drawn["final_loss"] < 0.55 * drawn["losses"][0]
+
+
+def is_optimizer(thing: object) -> bool:
+    return isinstance(thing, type) and issubclass(thing, torch.optim.Optimizer)
 
 
 def test_lightning(run: Callable[..., str], tmp_path: Path) -> None:

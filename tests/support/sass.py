@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+RULES = ("Sgd", "Adam", "OneOf")  # of kernels; several share that of OneOf
 TYPES = {"f": "float32", "d": "float64"}
 
 INSTRUCTIONS = {
@@ -214,7 +215,8 @@ def kernels_of(cuobjdump: str, library: str, arch: str) -> Iterator[Kernel]:
     for part in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
         symbol = part.split(maxsplit=1)[0]
         kind = re.search(r"\d([a-z_]+)_kernel", symbol)[1]
-        types = re.search(r"_kernelI(?:NS_\d+(\w+?)E)?([fd])?E", symbol)
+        # One rule, or OneOf several, and a type.
+        types = re.search(rf"_kernelI(?:NS_\d+({'|'.join(RULES)})(?:I\w+?EEE)?E)?([fd])?E", symbol)
         registers, stack = re.findall(r"\d+", resources[symbol])
         code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", part)
         yield Kernel(

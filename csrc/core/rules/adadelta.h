@@ -12,7 +12,7 @@ struct Adadelta {
   static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo,
                                                    const GradInfo& grads) {
     SharedScalars<double> scalars = shared_scalars(hyper, grads);
-    scalars.square_average = square_average(hyper.rho);
+    scalars.set(square_average(hyper.rho));
     return scalars;
   }
 
@@ -25,10 +25,10 @@ struct Adadelta {
                                  V& param, V grad, States& state) {
     grad = whole_grad(variant.decay, scalars, param, grad);
     V &square = state[kSquareAvg], &acc_delta = state[kAccDelta];
-    square = scalars.square_average(square, grad);
+    square = scalars.square_average()(square, grad);
     const V root = math.root_of(acc_delta + V(scalars.eps));
     const V delta = math.divide_by_root(root * grad, square + V(scalars.eps), V(0));
-    acc_delta = scalars.square_average(acc_delta, delta);
+    acc_delta = scalars.square_average()(acc_delta, delta);
     param = decayed(variant.decay, scalars, param);
     param = fma(V(-scalars.step_size), delta, param);
   }

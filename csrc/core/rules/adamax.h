@@ -16,7 +16,7 @@ struct Adamax {
     SharedScalars<double> scalars = shared_scalars(hyper, grads);
     scalars.step_size = hyper.lr / (1.0 - power(hyper.beta1, info.step));
     scalars.average = grad_average(hyper.beta1);
-    scalars.square_average = square_average(hyper.beta2);
+    scalars.set(square_average(hyper.beta2));
     return scalars;
   }
 
@@ -32,7 +32,7 @@ struct Adamax {
     exp_avg = scalars.average(exp_avg, grad);
     // As torch.maximum: if either side is NaN, so is the result.
     const V magnitude = select(grad < V(0), V(0) - grad, grad) + V(scalars.eps);
-    const V decayed_inf = scalars.square_average.decay.times(exp_inf);
+    const V decayed_inf = scalars.square_average().decay.times(exp_inf);
     exp_inf = select(magnitude > decayed_inf, magnitude, decayed_inf);
     exp_inf = select(magnitude != magnitude, magnitude, exp_inf);
     param = decayed(variant.decay, scalars, param);

@@ -10,7 +10,8 @@ namespace fusedopt {
 struct Asgd {
   enum State { kAx, kNumStates };
   static constexpr bool is_second_moment(int) { return false; }
-  enum Own { kMu };  // how far the average moves towards the param
+  // How far the average moves towards the param, and what lambd leaves of the param, a TwoFloat.
+  enum Own { kMu, kKept, kKeptRest };
 
   static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo info,
                                                    const GradInfo& grads) {
@@ -18,7 +19,9 @@ struct Asgd {
     const double done = static_cast<double>(info.step - 1), averaged = done - hyper.t0;
     const double eta = hyper.lr / real_power(1.0 + hyper.lambd * hyper.lr * done, hyper.alpha);
     scalars.step_size = eta;
-    scalars.keep = two_float(1.0 - hyper.lambd * eta);
+    const TwoFloat<double> kept = two_float(1.0 - hyper.lambd * eta);
+    scalars.own[kKept] = kept.high;
+    scalars.own[kKeptRest] = kept.rest;
     scalars.own[kMu] = averaged > 1.0 ? 1.0 / averaged : 1.0;
     return scalars;
   }
@@ -31,7 +34,9 @@ struct Asgd {
   static FUSEDOPT_HD void update(Variant variant, const SharedScalars<T>& scalars, Math&, V& param,
                                  V grad, States& state) {
     grad = whole_grad(variant.decay, scalars, param, grad);
-    param = fma(V(-scalars.step_size), grad, scalars.keep.times(param));
+    const TwoFloat<T> kept = {scalars.own[kKept], scalars.own[kKeptRest]};
+    param = kept.times(decayed(variant.decay, scalars, param));
+    param = fma(V(-scalars.step_size), grad, param);
     V& ax = state[kAx];
     if (scalars.own[kMu] == 1)
       ax = param;

@@ -11,7 +11,7 @@ namespace fusedopt {
 struct Nadam {
   enum State { kExpAvg, kExpAvgSq, kNumStates };
   static constexpr bool is_second_moment(int state) { return state == kExpAvgSq; }
-  enum Own { kGradWeight, kExpAvgWeight };
+  enum Own { kExpAvgWeight = kSquareAverageScalars };  // the grad's weight is the step_size
 
   // beta1 (1 - 0.96^(step momentum_decay) / 2), the momentum of a step.
   static FUSEDOPT_HD double momentum(const HyperParams& hyper, uint64_t step) {
@@ -40,8 +40,8 @@ struct Nadam {
                  step_size = hyper.lr * sqrt_correction2;
     scalars.eps = scaled_eps(hyper.eps, sqrt_correction2);
     scalars.average = grad_average(hyper.beta1);
-    scalars.square_average = square_average(hyper.beta2);
-    scalars.own[kGradWeight] = step_size * (1.0 - now) / (1.0 - product);
+    scalars.set(square_average(hyper.beta2));
+    scalars.step_size = step_size * (1.0 - now) / (1.0 - product);
     scalars.own[kExpAvgWeight] = step_size * next / (1.0 - product * next);
     return scalars;
   }
@@ -56,9 +56,8 @@ struct Nadam {
     grad = whole_grad(variant.decay, scalars, param, grad);
     V &exp_avg = state[kExpAvg], &exp_avg_sq = state[kExpAvgSq];
     exp_avg = scalars.average(exp_avg, grad);
-    exp_avg_sq = scalars.square_average(exp_avg_sq, grad);
-    const V numerator =
-        fma(V(scalars.own[kGradWeight]), grad, V(scalars.own[kExpAvgWeight]) * exp_avg);
+    exp_avg_sq = scalars.square_average()(exp_avg_sq, grad);
+    const V numerator = fma(V(scalars.step_size), grad, V(scalars.own[kExpAvgWeight]) * exp_avg);
     param = decayed(variant.decay, scalars, param);
     param = param - math.divide_by_root(numerator, exp_avg_sq, V(scalars.eps));
   }

@@ -12,7 +12,8 @@ namespace fusedopt {
 struct Radam {
   enum State { kExpAvg, kExpAvgSq, kNumStates };
   static constexpr bool is_second_moment(int state) { return state == kExpAvgSq; }
-  enum Own { kIsRectified };  // not 0: the second moment is known well enough to divide by it
+  // Not 0: the second moment is known well enough to divide by it.
+  enum Own { kIsRectified = kSquareAverageScalars };
 
   static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo info,
                                                    const GradInfo& grads) {
@@ -22,7 +23,7 @@ struct Radam {
     const double limit = 2.0 / (1.0 - hyper.beta2) - 1.0;
     const double length = limit - 2.0 * static_cast<double>(info.step) * decay2 / correction2;
     scalars.average = grad_average(hyper.beta1);
-    scalars.square_average = square_average(hyper.beta2);
+    scalars.set(square_average(hyper.beta2));
     scalars.step_size = hyper.lr / (1.0 - power(hyper.beta1, info.step));
     if (length > 5.0) {
       const double rectification = std::sqrt((length - 4.0) * (length - 2.0) * limit /
@@ -43,7 +44,7 @@ struct Radam {
     grad = whole_grad(variant.decay, scalars, param, grad);
     V &exp_avg = state[kExpAvg], &exp_avg_sq = state[kExpAvgSq];
     exp_avg = scalars.average(exp_avg, grad);
-    exp_avg_sq = scalars.square_average(exp_avg_sq, grad);
+    exp_avg_sq = scalars.square_average()(exp_avg_sq, grad);
     V update = exp_avg;
     if (scalars.own[kIsRectified] != 0)
       update = math.divide_by_root(exp_avg, exp_avg_sq, V(scalars.eps));

@@ -9,13 +9,13 @@ namespace fusedopt {
 struct Rmsprop {
   enum State { kMomentumBuffer, kSquareAvg, kGradAvg, kNumStates };
   static constexpr bool is_second_moment(int state) { return state == kSquareAvg; }
-  enum Own { kMomentum };
+  enum Own { kMomentum = kSquareAverageScalars };
 
   static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo,
                                                    const GradInfo& grads) {
     SharedScalars<double> scalars = shared_scalars(hyper, grads);
     scalars.average = grad_average(hyper.alpha);
-    scalars.square_average = square_average(hyper.alpha);
+    scalars.set(square_average(hyper.alpha));
     scalars.own[kMomentum] = hyper.momentum;
     return scalars;
   }
@@ -44,7 +44,7 @@ struct Rmsprop {
   static FUSEDOPT_HD void update(Variant variant, const SharedScalars<T>& scalars, Math& math,
                                  V& param, V grad, States& state) {
     grad = whole_grad(variant.decay, scalars, param, grad);
-    V square = state[kSquareAvg] = scalars.square_average(state[kSquareAvg], grad);
+    V square = state[kSquareAvg] = scalars.square_average()(state[kSquareAvg], grad);
     if (variant.centered) {
       V& mean = state[kGradAvg];
       mean = scalars.average(mean, grad);

@@ -1,5 +1,5 @@
 // The scalars of rules that share a kernel (core/one_of.h): those that several of them have, and
-// room for what a rule alone has.
+// room for what a rule alone has. They are few, because they take a GPU's registers.
 #pragma once
 
 #include "core/hyper.h"
@@ -9,29 +9,36 @@
 
 namespace fusedopt {
 
-inline constexpr int kOwnScalars = 4;
+// The places of SharedScalars::own that a SquareAverage takes: the first ones.
+inline constexpr int kSquareAverageScalars = 4;
 
 template <class T>
 struct SharedScalars {
-  T grad_factor;     // -1 under maximize, times clipping, over grad_scale
-  T weight_decay;    // the L2 penalty
-  TwoFloat<T> keep;  // what decoupled decay leaves of a weight
+  T grad_factor;      // -1 under maximize, times clipping, over grad_scale
+  TwoFloat<T> decay;  // the L2 penalty, or what decoupled decay leaves of a weight
   T step_size;
   T eps;
   GradAverage<T> average;
-  SquareAverage<T> square_average;
-  T own[kOwnScalars];  // the rule names their places
+  T own[kSquareAverageScalars + 1];  // a SquareAverage, or the rule names the places; and one more
+
+  FUSEDOPT_HD SquareAverage<T> square_average() const {
+    return {{own[0], own[1]}, {own[2], own[3]}};
+  }
+  FUSEDOPT_HD void set(const SquareAverage<T>& average) {
+    own[0] = average.decay.high;
+    own[1] = average.decay.rest;
+    own[2] = average.one_minus_decay.high;
+    own[3] = average.one_minus_decay.rest;
+  }
 
   template <class U>
   FUSEDOPT_HD SharedScalars<U> as() const {
     return {U(grad_factor),
-            U(weight_decay),
-            keep.template as<U>(),
+            decay.template as<U>(),
             U(step_size),
             as_eps<U>(eps),
             average.template as<U>(),
-            square_average.template as<U>(),
-            {U(own[0]), U(own[1]), U(own[2]), U(own[3])}};
+            {U(own[0]), U(own[1]), U(own[2]), U(own[3]), U(own[4])}};
   }
 };
 
@@ -39,8 +46,8 @@ struct SharedScalars {
 FUSEDOPT_HD SharedScalars<double> shared_scalars(const HyperParams& hyper, const GradInfo& grads) {
   SharedScalars<double> scalars = {};
   scalars.grad_factor = grad_factor(hyper, grads);
-  scalars.weight_decay = hyper.weight_decay;
-  scalars.keep = kept_by_decay(hyper);
+  scalars.decay =
+      hyper.decoupled_weight_decay ? kept_by_decay(hyper) : TwoFloat<double>{hyper.weight_decay, 0};
   scalars.step_size = hyper.lr;
   scalars.eps = scaled_eps(hyper.eps, 1);
   return scalars;
@@ -59,13 +66,13 @@ struct DecayVariant {
 template <class T, class V>
 FUSEDOPT_HD V whole_grad(Decay decay, const SharedScalars<T>& scalars, const V& param, V grad) {
   grad = grad * V(scalars.grad_factor);
-  return decay == Decay::kL2 ? fma(V(scalars.weight_decay), param, grad) : grad;
+  return decay == Decay::kL2 ? fma(V(scalars.decay.high), param, grad) : grad;
 }
 
 // The param after decoupled decay.
 template <class T, class V>
 FUSEDOPT_HD V decayed(Decay decay, const SharedScalars<T>& scalars, V param) {
-  return decay == Decay::kDecoupled ? scalars.keep.times(param) : param;
+  return decay == Decay::kDecoupled ? scalars.decay.times(param) : param;
 }
 
 }  // namespace fusedopt

@@ -107,7 +107,7 @@ void read_adam(GroupReader& group, cuda::HyperParamsRef& source) {
 
 // A number in [0, 1] that is not on a GPU.
 double read_rate(GroupReader& group, const Key& key, const char* what) {
-  const double rate = group.number_or(key, 0);
+  const double rate = group.number(key);
   group.require_at_first(rate >= 0, what, rate);
   group.require(std::abs(rate) <= 1, what, rate);
   return rate;
@@ -123,7 +123,7 @@ void read_adagrad(GroupReader& group, cuda::HyperParamsRef& source) {
   read_weight_decay(group, source);
   read_eps(group, source);
   HyperParams& hyper = source.values;
-  hyper.lr_decay = group.number_or(kLrDecay, 0);
+  hyper.lr_decay = group.number(kLrDecay);
   group.require(hyper.lr_decay >= 0, "Invalid lr_decay value", hyper.lr_decay);
   const double initial = group.number_or(kInitialAccumulatorValue, 0);
   group.require(initial >= 0, "Invalid initial_accumulator_value value", initial);
@@ -138,9 +138,9 @@ void read_adamax(GroupReader& group, cuda::HyperParamsRef& source) {
 void read_asgd(GroupReader& group, cuda::HyperParamsRef& source) {
   read_weight_decay(group, source);
   HyperParams& hyper = source.values;
-  hyper.lambd = group.number_or(kLambd, 0);
-  hyper.alpha = group.number_or(kAlpha, 0);
-  hyper.t0 = group.number_or(kT0, 0);
+  hyper.lambd = group.number(kLambd);
+  hyper.alpha = group.number(kAlpha);
+  hyper.t0 = group.number(kT0);
   group.require(hyper.lambd >= 0, "Invalid lambd value", hyper.lambd);
   group.require(true, "Invalid alpha value", hyper.alpha);
   group.require(true, "Invalid t0 value", hyper.t0);
@@ -156,7 +156,7 @@ void read_nadam(GroupReader& group, cuda::HyperParamsRef& source) {
   read_eps(group, source);
   read_betas(group, source);
   double& decay = source.values.momentum_decay;
-  decay = group.number_or(kMomentumDecay, 0);
+  decay = group.number(kMomentumDecay);
   group.require(decay >= 0, "Invalid momentum_decay value", decay);
 }
 
@@ -181,12 +181,10 @@ void read_rprop(GroupReader& group, cuda::HyperParamsRef& source) {
   HyperParams& hyper = source.values;
   std::tie(hyper.eta_minus, hyper.eta_plus) = group.pair(kEtas);
   std::tie(hyper.smallest_step, hyper.largest_step) = group.pair(kStepSizes);
-  group.require(hyper.eta_minus > 0 && hyper.eta_minus < 1, "Invalid eta value at index 0",
-                hyper.eta_minus);
-  group.require(hyper.eta_plus > 1, "Invalid eta value at index 1", hyper.eta_plus);
-  group.require(hyper.smallest_step >= 0, "Invalid step size at index 0", hyper.smallest_step);
-  group.require(hyper.largest_step >= hyper.smallest_step, "Invalid step size at index 1",
-                hyper.largest_step);
+  group.require(hyper.eta_minus > 0 && hyper.eta_minus < 1 && hyper.eta_plus > 1,
+                "Invalid eta values", {hyper.eta_minus, hyper.eta_plus});
+  group.require(hyper.smallest_step >= 0 && hyper.largest_step >= hyper.smallest_step,
+                "Invalid step sizes", {hyper.smallest_step, hyper.largest_step});
 }
 
 void read_sparse_adam(GroupReader& group, cuda::HyperParamsRef& source) {

@@ -25,9 +25,14 @@ void GroupReader::fail(const std::string& what) const {
   throw py::value_error(what + " (param group " + std::to_string(index_) + ")");
 }
 
-void GroupReader::require(bool holds, const char* what, double value) const {
-  if (ranges_ != Ranges::kAny && (!holds || !std::isfinite(value)))
-    fail(std::string(what) + ": " + std::string(py::str(py::float_(value))));
+void GroupReader::require(bool holds, const char* what,
+                          std::initializer_list<double> values) const {
+  for (double value : values) holds = holds && std::isfinite(value);
+  if (holds || ranges_ == Ranges::kAny) return;
+  std::string shown;
+  for (double value : values)
+    shown += (shown.empty() ? ": " : ", ") + std::string(py::str(py::float_(value)));
+  fail(what + shown);
 }
 
 py::object GroupReader::find(const Key& key) const { return lookup(group_, key.object()); }
@@ -82,10 +87,10 @@ double GroupReader::to_number(py::handle value, const char* name, cuda::DeviceSc
   return number;
 }
 
-double GroupReader::number(const Key& key, cuda::DeviceScalar& on_gpu) {
+double GroupReader::number(const Key& key, cuda::DeviceScalar* on_gpu) {
   const py::object value = find(key);
   if (!value) fail(std::string("the group has no '") + key.name() + "'");
-  return to_number(value, key.name(), &on_gpu);
+  return to_number(value, key.name(), on_gpu);
 }
 
 bool GroupReader::has(const Key& key) const {

@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
 #include <string>
 #include <utility>
 
@@ -44,8 +45,9 @@ class GroupReader {
       : group_(group), index_(index), leave_on_gpu_(leave_on_gpu), ranges_(ranges) {}
 
   // A Python number or a tensor of one element; `on_gpu` tells where it is, if it was left there.
-  double number(const Key& key, cuda::DeviceScalar& on_gpu);
-  bool flag(const Key& key) const;  // false if the group lacks it
+  double number(const Key& key, cuda::DeviceScalar& on_gpu) { return number(key, &on_gpu); }
+  double number(const Key& key) { return number(key, nullptr); }  // is left nowhere
+  bool flag(const Key& key) const;                                // false if the group lacks it
   StochasticRounding stochastic_rounding() const;
   // A Python number or a tensor of one element; `otherwise` if the group lacks it or it is None.
   double number_or(const Key& key, double otherwise);
@@ -60,7 +62,8 @@ class GroupReader {
   int scalars_gpu() const { return scalars_gpu_; }  // the GPU they were left on, or -1
   [[noreturn]] void fail(const std::string& what) const;
   // Fails for infinite and NaN values.
-  void require(bool holds, const char* what, double value) const;
+  void require(bool holds, const char* what, std::initializer_list<double> values) const;
+  void require(bool holds, const char* what, double value) const { require(holds, what, {value}); }
   // As require(), but only for values that torch refuses when an optimizer is made.
   void require_at_first(bool holds, const char* what, double value) const {
     require(holds || !is_strict(), what, value);
@@ -70,6 +73,7 @@ class GroupReader {
 
  private:
   pybind11::object find(const Key& key) const;  // a null object if it is not there
+  double number(const Key& key, cuda::DeviceScalar* on_gpu);
   double to_number(pybind11::handle value, const char* name, cuda::DeviceScalar* on_gpu);
   bool find_on_gpu(pybind11::handle value, const char* name, cuda::DeviceScalar& on_gpu);
   pybind11::tuple find_pair(const Key& key);

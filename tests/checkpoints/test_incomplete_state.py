@@ -169,8 +169,54 @@ def test_step_count_of_two_elements_is_refused_by_name() -> None:
         optimizer.load_state_dict(saved)
 
 
-@pytest.mark.parametrize("maker", ["Adamax", "RMSprop", "Adagrad", "SGD", "ASGD", "Adadelta"])
-@each_adam
+# What the states of others hold: "step" is counted by all but Lion, whose average may be left out
+# with nothing else left.
+HELD = [
+    *(("RMSprop", key) for key in ("step", "square_avg")),
+    *(("Adagrad", key) for key in ("step", "sum")),
+    *(("Adadelta", key) for key in ("step", "square_avg", "acc_delta")),
+    *(("Adamax", key) for key in ("step", "exp_avg", "exp_inf")),
+    *(("NAdam", key) for key in ("step", "exp_avg", "exp_avg_sq")),
+    *(("RAdam", key) for key in ("step", "exp_avg", "exp_avg_sq")),
+    *(("ASGD", key) for key in ("step", "ax")),
+    *(("Rprop", key) for key in ("step", "prev", "step_size")),
+]
+
+
+@pytest.mark.parametrize(("name", "key"), HELD)
+def test_each_part_is_needed(name: str, key: str) -> None:
+    optimizer, params = make(name)
+    step(optimizer, params, 3)
+    saved = optimizer.state_dict()
+    saved["state"] = {at: dict(entries) for at, entries in saved["state"].items()}
+    message = rf"'middle' \(group 0, index 1\) has no '{key}'"
+    del saved["state"][1][key], optimizer.state[params[1]][key]
+    with refused(optimizer, ValueError, message):
+        optimizer.step()
+    with refused(optimizer, ValueError, message):
+        optimizer.load_state_dict(saved)
+
+
+# Others of torch's whose checkpoint it must not take.
+STRANGERS = [
+    *(("RMSprop", maker) for maker in ("Adam", "Adadelta", "Adagrad")),
+    *(("Adagrad", maker) for maker in ("RMSprop", "Adam")),
+    *(("Adadelta", maker) for maker in ("RMSprop", "Adagrad")),
+    *(("Adamax", maker) for maker in ("Adam", "NAdam")),
+    *(("NAdam", maker) for maker in ("Adam", "Adamax")),
+    *(("RAdam", maker) for maker in ("Adamax", "RMSprop")),
+    *(("ASGD", maker) for maker in ("SGD", "Rprop")),
+    *(("Rprop", maker) for maker in ("SGD", "ASGD")),
+    *(("Lion", maker) for maker in ("SGD", "RMSprop")),
+    *(
+        (name, maker)
+        for name in ("Adam", "AdamW")
+        for maker in ("Adamax", "RMSprop", "Adagrad", "SGD", "ASGD", "Adadelta")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "maker"), STRANGERS)
 def test_checkpoints_of_other_optimizers(name: str, maker: str) -> None:
     """Their groups may lack options, too; no step is made with what they hold."""
     param = Parameter(torch.ones(4))
@@ -207,6 +253,8 @@ LATER: dict[str, tuple[str, dict[str, Any], str, torch.dtype]] = {
     "master": ("AdamW", {"master_weights": "float32"}, "master_param", torch.bfloat16),
     "split master": ("AdamW", {"master_weights": "split"}, "param_remainder", torch.bfloat16),
     "momentum": ("SGD", {"momentum": 0.9}, "momentum_buffer", torch.float32),
+    "RMSprop's momentum": ("RMSprop", {"momentum": 0.9}, "momentum_buffer", torch.float32),
+    "RMSprop's average": ("RMSprop", {"centered": True}, "grad_avg", torch.bfloat16),
     "average of SGD": ("SGD", {"ema_decay": 0.9}, "ema_param", torch.float32),
     "steps of SGD": ("SGD", {"stochastic_rounding": True}, "step", torch.bfloat16),
 }

@@ -34,7 +34,7 @@ OURS = (  # options that torch lacks: an optimizer keeps its own
     *("state_dtype", "master_weights", "stochastic_rounding", "rounding_seed"),
     *("ema_decay", "ema_bias_correction", "max_grad_norm", "error_if_nonfinite"),
 )
-main_cases = some_cases("sgd", "momentum-l2", "adam-amsgrad", "adamw")
+main_cases = some_cases("sgd", "momentum-l2", "adam-amsgrad", "adamw", "nadam", "adagrad-initial")
 
 
 def grads(row: Row, *seeds: int) -> list[Tensor]:
@@ -75,7 +75,7 @@ def assert_same(first: Any, second: Any) -> None:
 @each_row
 @each_ema
 @pytest.mark.parametrize("steps", [0, 2])
-@some_cases("sgd-l2", "momentum-damped", "adam-amsgrad", "adamw")
+@some_cases("sgd-l2", "momentum-damped", "adam-amsgrad", "adamw", "rmsprop-all")
 def test_resume_gives_the_same_bits(case: Case, steps: int, ema: Any, row: Row) -> None:
     original = build(case, row, [values(*SHAPE, dtype=row[1])], **ema)
     step_with(original, grads(row, *range(steps)))

@@ -48,7 +48,44 @@ def adam_cases(draw: st.DrawFn) -> Case:
     return Case(name, options)
 
 
-cases = sgd_cases() | adam_cases()
+# Of others, what differs from torch's default; sensitive ones in ranges in which all is well-posed.
+betas = st.tuples(st.floats(0.0, 0.99), st.floats(0.0, 0.99))
+small = st.floats(1e-8, 1.0)
+OTHERS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "RMSprop": {
+        **{"alpha": st.floats(0.5, 0.99), "eps": small, "centered": st.booleans()},
+        "momentum": st.sampled_from([0.0, 1.0]) | st.floats(0.01, 0.99),
+    },
+    "Adagrad": {
+        **{"lr_decay": decays, "eps": small, "initial_accumulator_value": decays},
+    },
+    "Adadelta": {"rho": st.floats(0.0, 1.0), "eps": st.floats(1e-6, 1.0)},
+    "Adamax": {"betas": betas, "eps": small},
+    "NAdam": {
+        **{"betas": betas, "eps": small, "momentum_decay": decays},
+        "decoupled_weight_decay": st.booleans(),
+    },
+    "RAdam": {"betas": betas, "eps": small, "decoupled_weight_decay": st.booleans()},
+    "ASGD": {
+        **{"lambd": decays, "alpha": st.floats(-1.0, 2.0), "t0": st.sampled_from([0, 1, 1e6])},
+    },
+    "Rprop": {
+        "etas": st.tuples(st.floats(0.01, 0.99), st.floats(1.01, 10.0)),
+        "step_sizes": st.tuples(st.floats(0.0, 0.1), st.floats(0.1, 50.0)),
+    },
+}
+
+
+@st.composite
+def other_cases(draw: st.DrawFn) -> Case:
+    name = draw(st.sampled_from(sorted(OTHERS)))
+    options = {"lr": rates, "maximize": st.booleans(), **OTHERS[name]}
+    if name != "Rprop":
+        options["weight_decay"] = decays
+    return Case(name, {key: draw(strategy) for key, strategy in options.items()})
+
+
+cases = sgd_cases() | adam_cases() | other_cases()
 shapes = st.lists(st.integers(0, 7), max_size=4).map(tuple)
 
 

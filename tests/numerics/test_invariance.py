@@ -9,7 +9,7 @@ from torch import Tensor
 
 from support.equality import bits, same_bits
 from support.layouts import Layout, each_layout
-from support.optimizers import Case, each_case, some_cases, step_with
+from support.optimizers import Case, each_case, most_cases, some_cases, step_with
 from support.plans import MANY, best_isa, each_isa, require, use_plan
 from support.snapshots import results
 from support.tensors import DTYPES, each_dtype, some_dtypes, values
@@ -68,7 +68,7 @@ def test_a_tensor_of_one_value_keeps_one_value(case: Case, dtype: torch.dtype) -
 
 
 @pytest.mark.cpu_only
-@some_cases("sgd", "momentum-l2", "adam-low-betas", "adamw-amsgrad")
+@some_cases("sgd", "momentum-l2", "adam-low-betas", "adamw-amsgrad", "rmsprop-all", "asgd-averaged")
 @some_dtypes(torch.float32, torch.bfloat16, torch.complex64)
 @pytest.mark.parametrize("threads", [1, 2], ids=["1-thread", "2-threads"])
 @pytest.mark.parametrize("chunk_elements", [1, 64, 1000, 16384, MANY])
@@ -88,14 +88,14 @@ def test_order(case: Case, seed: int | None) -> None:
     assert_same(train(case, torch.float32, order=order), train(case, torch.float32))
 
 
-@some_cases("nesterov", "adam-l2", "adamw")
+@some_cases("nesterov", "adam-l2", "adamw", "nadam-l2")
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_param_groups(case: Case, group_size: int) -> None:
     grouped = train(case, torch.float32, group_size=group_size)
     assert_same(grouped, train(case, torch.float32))
 
 
-@some_cases("sgd-l2", "momentum", "adam-amsgrad", "adamw")
+@some_cases("sgd-l2", "momentum", "adam-amsgrad", "adamw", "rmsprop-all", "rprop")
 @some_dtypes(*DTYPES)
 def test_one_param_or_its_parts(case: Case, dtype: torch.dtype) -> None:
     whole = values(20011, dtype=dtype)
@@ -114,7 +114,7 @@ def test_one_param_or_its_parts(case: Case, dtype: torch.dtype) -> None:
 
 
 @each_layout
-@some_cases("momentum", "adamw-amsgrad")
+@some_cases("momentum", "adamw-amsgrad", "adagrad-initial")
 @some_dtypes(*DTYPES)
 def test_strided_or_dense(case: Case, dtype: torch.dtype, layout: Layout) -> None:
     strided = layout.view(layout.storage(dtype))
@@ -143,7 +143,7 @@ def run_isa(case: Case, dtype: torch.dtype, stride: int) -> dict[str, Tensor]:
 @pytest.mark.cpu_only
 @each_isa
 @each_dtype
-@each_case
+@most_cases
 @pytest.mark.parametrize("stride", [1, 2], ids=["dense", "strided"])
 def test_instruction_sets(
     case: Case, dtype: torch.dtype, isa: str, stride: int, monkeypatch: pytest.MonkeyPatch

@@ -57,7 +57,7 @@ def test_sizes(case: Case, size: int, stride: int, offset: int, dtype: torch.dty
 
 @each_layout
 @each_grad
-@some_cases("momentum", "nesterov-l2", "adam-amsgrad-l2", "adamw")
+@some_cases("momentum", "nesterov-l2", "adam-amsgrad-l2", "adamw", "rmsprop-all")
 @some_dtypes(torch.float64, torch.complex128)
 def test_layouts(case: Case, layout: Layout, grad_layout: str, dtype: torch.dtype) -> None:
     storage = layout.storage(dtype)
@@ -76,7 +76,7 @@ def test_layouts(case: Case, layout: Layout, grad_layout: str, dtype: torch.dtyp
 
 
 @each_layout
-@some_cases("momentum", "adamw-amsgrad")
+@some_cases("momentum", "adamw-amsgrad", "rprop")
 def test_state_of_another_layout(case: Case, layout: Layout) -> None:
     # As after load_state_dict of a checkpoint that was saved in another memory format.
     param = layout.view(layout.storage(torch.float64))
@@ -94,7 +94,7 @@ def test_state_of_another_layout(case: Case, layout: Layout) -> None:
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-13, atol=1e-15)
 
 
-@some_cases("momentum", "adamw")
+@some_cases("momentum", "adamw", "lion")
 def test_lazy_grads(case: Case) -> None:
     # Memory that does not hold the values: torch conjugates and negates when it reads.
     pairs = values(9, dtype=torch.complex128).conj()

@@ -78,7 +78,7 @@ def test_mean_error_over_1000_steps(case: Case, dtype: torch.dtype) -> None:
         assert ours[name].mean() <= 1.05 * theirs[name].mean(), name
 
 
-@some_cases("adam", "adam-l2", "adamw")
+@some_cases("adam", "adam-l2", "adamw", "rmsprop", "adagrad-l2", "adadelta", "nadam", "radam")
 def test_float16_stays_finite_with_the_default_eps(case: Case) -> None:
     # Computed in float16, as unfused torch does, eps and small second moments are 0: NaN.
     param = values(4096, dtype=torch.float16)
@@ -138,7 +138,11 @@ def warm_oracle(case: Case, optimizer: torch.optim.Optimizer, param: Tensor) -> 
 @pytest.mark.parametrize(
     ("param_dtype", "state_dtype"), MIXED, ids=lambda dtype: dtype_id(dtype).replace("float", "f")
 )
-@some_cases("momentum-l2", "nesterov", "adam-l2", "adam-amsgrad", "adamw", "adam-low-betas")
+@some_cases(
+    *("momentum-l2", "nesterov", "adam-l2", "adam-amsgrad", "adamw", "adam-low-betas"),
+    *("rmsprop-all", "adagrad-initial", "adadelta", "adamax", "nadam-l2", "radam-l2"),
+    *("asgd-averaged", "rprop", "lion-decay"),
+)
 def test_mixed_dtypes(case: Case, param_dtype: torch.dtype, state_dtype: torch.dtype) -> None:
     # One step from the same state: nothing but the rounding to each operand's own dtype is left.
     case = case.suited_to(torch.float16)
@@ -154,7 +158,7 @@ def test_mixed_dtypes(case: Case, param_dtype: torch.dtype, state_dtype: torch.d
 
 
 @some_dtypes(torch.bfloat16, torch.float16, torch.float64)
-@some_cases("sgd", "nesterov-l2", "adam-amsgrad", "adamw")
+@some_cases("sgd", "nesterov-l2", "adam-amsgrad", "adamw", "rmsprop-all", "asgd", "rprop", "lion")
 def test_grad_of_another_dtype(case: Case, dtype: torch.dtype) -> None:
     param = torch.nn.Parameter(values(5, 61, dtype=dtype))
     param.grad_dtype = torch.float32

@@ -50,7 +50,10 @@ def test_inf_and_nan_as_in_torch(case: Case, dtype: torch.dtype, steps: int) -> 
 
 
 @some_dtypes(*REAL_DTYPES)
-@some_cases("adamw", "adamw-strong-decay", "adamw-amsgrad", "adam-decoupled")
+@some_cases(
+    *("adamw", "adamw-strong-decay", "adamw-amsgrad", "adam-decoupled"),
+    *("nadam-decoupled", "radam-decoupled", "asgd", "lion-decay"),
+)
 def test_decay_keeps_an_infinite_param_infinite(case: Case, dtype: torch.dtype) -> None:
     # keep * p with 1 - keep on the side would be -inf + inf.
     case = case.suited_to(dtype)
@@ -76,7 +79,10 @@ def test_an_overflowed_second_moment_stops_the_param(case: Case, dtype: torch.dt
 
 
 @some_dtypes(*REAL_DTYPES)
-@some_cases("sgd", "momentum", "nesterov", "adam", "adam-amsgrad")
+@some_cases(
+    *("sgd", "momentum", "nesterov", "adam", "adam-amsgrad"),
+    *("rmsprop", "adagrad", "adadelta", "adamax", "nadam", "radam", "rprop", "lion"),
+)
 def test_no_decay_reads_no_param(case: Case, dtype: torch.dtype) -> None:
     # 0 * inf is NaN: a term that torch skips must not be computed with a factor of 0.
     param = torch.full((40,), torch.inf, dtype=dtype)

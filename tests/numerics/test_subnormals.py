@@ -50,7 +50,7 @@ def subnormals(tensor: Tensor, smallest_normal: float) -> Tensor:
 
 @pytest.mark.cpu_only
 @each_dtype
-@some_cases("sgd-l2", "momentum", "adamw")
+@some_cases("sgd-l2", "momentum", "adamw", "rmsprop-all", "adadelta", "rprop")
 def test_the_callers_mode_makes_no_difference(case: Case, dtype: torch.dtype) -> None:
     expected = train(case, dtype, threads=1, flushes=False)
     for threads in (1, 2):
@@ -59,7 +59,7 @@ def test_the_callers_mode_makes_no_difference(case: Case, dtype: torch.dtype) ->
 
 
 @each_dtype
-@some_cases("sgd-l2", "momentum", "adamw")
+@some_cases("sgd-l2", "momentum", "adamw", "rmsprop-all", "adadelta", "asgd", "rprop")
 def test_which_are_kept(case: Case, dtype: torch.dtype) -> None:
     """Those of float16 are ordinary numbers of float32."""
     found = train(case, dtype, threads=2, flushes=False)

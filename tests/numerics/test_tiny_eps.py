@@ -66,6 +66,22 @@ def test_zero_grads_change_nothing(
 
 @each_dtype
 @each_mode
+@pytest.mark.parametrize("name", ["RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam"])
+@pytest.mark.parametrize(
+    "options", **by_id({"its states": {}, "bfloat16": {"state_dtype": BFLOAT16}})
+)
+def test_of_others(name: str, options: dict[str, Any], dtype: torch.dtype, flushes: bool) -> None:
+    """Six steps: the last of RAdam's divides by the second moment."""
+    for eps in EPS.values():
+        param = values(300, dtype=dtype)
+        before = param.clone()
+        grads = [torch.zeros_like(param), -torch.zeros_like(param)] * 3
+        train(name, param, grads, flushes, eps=eps, **options)
+        assert torch.equal(param, before), eps
+
+
+@each_dtype
+@each_mode
 @pytest.mark.parametrize("eps", **by_id(EPS))
 def test_zeros_beside_ordinary_grads(eps: float, dtype: torch.dtype, flushes: bool) -> None:
     """The others move as unfused torch has it in float64, to the dtype's accuracy."""

@@ -10,7 +10,13 @@ import torch
 import fusedopt
 from support.device import on_host
 from support.equality import same_bits
-from support.optimizers import NAMES, each_name, step_with
+from support.optimizers import (
+    ALL_NAMES,
+    Case,
+    each_of_all_names,
+    each_of_few_names,
+    step_with,
+)
 from support.settings import OFF
 from support.snapshots import results
 from support.tensors import by_id, params_with_grads, some_dtypes, values
@@ -28,7 +34,7 @@ DECAYS: dict[str, tuple[Any, float]] = {
 }
 
 
-@each_name
+@each_of_few_names
 @pytest.mark.parametrize(("decay", "meant"), **by_id(DECAYS))
 @pytest.mark.parametrize("corrected", [False, True], ids=["plain", "bias-corrected"])
 def test_decay_at_the_ends(name: str, decay: Any, meant: float, corrected: bool) -> None:
@@ -61,7 +67,7 @@ def test_decay_at_the_ends(name: str, decay: Any, meant: float, corrected: bool)
     assert all(torch.equal(each, found[0]) for each in found)
 
 
-@each_name
+@each_of_all_names
 @some_dtypes(torch.float32, torch.float64, torch.complex64)
 def test_float32_masters_are_for_16_bits(name: str, dtype: torch.dtype) -> None:
     """Wider params are masters themselves: no state, and not a bit of difference."""
@@ -88,10 +94,18 @@ ON: Options = {
 }
 
 
-@each_name
+# What has no decay that is decoupled, or no other.
+DECOUPLED = {"decoupled_weight_decay", "lr_independent_weight_decay"}
+LACK = {
+    **dict.fromkeys(("RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD", "Rprop"), DECOUPLED),
+    **{name: {"decoupled_weight_decay"} for name in ("AdamW", "Lion")},
+}
+
+
+@each_of_all_names
 def test_all_at_once(name: str) -> None:
-    """Given to all groups, or to one; integers are numbers. AdamW is decoupled as it is."""
-    options = {k: v for k, v in ON.items() if name != "AdamW" or k != "decoupled_weight_decay"}
+    """Given to all groups, or to one; integers are numbers."""
+    options = {k: v for k, v in ON.items() if Case(name).takes(k)}
     params = params_with_grads()
     for groups, defaults in [(params[:1], options), ([{"params": params[1:], **options}], {})]:
         optimizer = getattr(fusedopt, name)(groups, **defaults)
@@ -102,15 +116,15 @@ def test_all_at_once(name: str) -> None:
             pass
 
 
-@each_name
+@each_of_all_names
 def test_keyword_only_and_off(name: str) -> None:
     signature = inspect.signature(getattr(fusedopt, name).__init__).parameters
     expected = {key: value for key, value in OFF.items() if key in signature}
-    assert expected.keys() == OFF.keys() - (
-        {"decoupled_weight_decay"} if name == "AdamW" else set()
-    )
+    assert expected.keys() == OFF.keys() - LACK.get(name, set())
+    torchs = getattr(torch.optim, name, None)
+    is_torchs = inspect.signature(torchs.__init__).parameters if torchs else {}
     for option, value in expected.items():
-        assert signature[option].kind is inspect.Parameter.KEYWORD_ONLY
+        assert option in is_torchs or signature[option].kind is inspect.Parameter.KEYWORD_ONLY
         assert signature[option].default == value
         optimizer = getattr(fusedopt, name)(params_with_grads(), **{option: value})
         assert optimizer.defaults.get(option, value) == value
@@ -118,13 +132,14 @@ def test_keyword_only_and_off(name: str) -> None:
         is_there = (name, option) != ("SGD", "decoupled_weight_decay")
         assert (option in optimizer.param_groups[0]) == is_there
     untold = getattr(fusedopt, name)(params_with_grads()).param_groups[0].keys() & expected.keys()
-    assert untold == ({"decoupled_weight_decay"} if name == "Adam" else set())
-    torchs = inspect.signature(getattr(torch.optim, name).__init__).parameters
+    assert untold == expected.keys() & is_torchs.keys()
     positional = [p.name for p in signature.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == [p.name for p in torchs.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if torchs:
+        theirs = is_torchs.values()
+        assert positional == [p.name for p in theirs if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
-@each_name
+@each_of_all_names
 @pytest.mark.parametrize(
     "option", ["max_norm", "ema", "master_weight", "clip_grad_norm", "statedtype"]
 )
@@ -133,17 +148,20 @@ def test_unknown_keyword(name: str, option: str) -> None:
         getattr(fusedopt, name)(params_with_grads(), **{option: None})
 
 
-def test_adamw_is_always_decoupled() -> None:
+@pytest.mark.parametrize("name", LACK)
+def test_always_decoupled_or_never(name: str) -> None:
     with pytest.raises(TypeError, match="decoupled_weight_decay"):
-        fusedopt.AdamW(params_with_grads(), decoupled_weight_decay=False)
+        getattr(fusedopt, name)(params_with_grads(), decoupled_weight_decay=False)
 
 
 # Tensors of one element, on the CPU, in any of the usual shapes and dtypes: numbers to torch.
 TENSORS: dict[str, tuple[list[str], Options]] = {
-    "lr": (NAMES, {"lr": 0.0625}),
-    "weight_decay": (NAMES, {"weight_decay": 0.125}),
-    "momentum": (["SGD"], {"momentum": 0.875}),
-    "betas": (["Adam", "AdamW"], {"betas": (0.875, 0.96875)}),
+    "lr": (ALL_NAMES, {"lr": 0.0625}),
+    "weight_decay": (["SGD", "Adam", "AdamW", "ASGD"], {"weight_decay": 0.125}),
+    "momentum": (["SGD", "RMSprop"], {"momentum": 0.875}),
+    "betas": (["Adam", "AdamW", "Lion"], {"betas": (0.875, 0.96875)}),
+    "more": (["Adagrad", "RMSprop", "Adadelta"], {"eps": 2.0**-20, "weight_decay": 0.125}),
+    "most": (["Adamax", "NAdam", "RAdam"], {"betas": (0.5, 0.75), "eps": 2.0**-20}),
     "all of SGD's": (["SGD"], {"lr": 0.0625, "weight_decay": 0.125, "momentum": 0.5}),
     "all of Adam's": (
         ["Adam", "AdamW"],
@@ -181,7 +199,7 @@ def test_tensors(name: str, options: Any, dtype: torch.dtype, shape: Any, more: 
 
 
 @pytest.mark.parametrize("option", ["max_grad_norm", "ema_decay"])
-@each_name
+@each_of_all_names
 def test_other_options_as_tensors(name: str, option: str) -> None:
     """As a number, or refused: never something else."""
     found: list[dict[str, torch.Tensor]] = []
@@ -194,14 +212,14 @@ def test_other_options_as_tensors(name: str, option: str) -> None:
     assert same_bits(found[0], found[-1])
 
 
-@each_name
+@each_of_all_names
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1])
 def test_seeds_in_range(name: str, seed: int) -> None:
     params = params_with_grads()
     getattr(fusedopt, name)(params, stochastic_rounding=True, rounding_seed=seed).step()
 
 
-@each_name
+@each_of_all_names
 def test_nothing_is_measured_unless_asked_for(name: str) -> None:
     """Options that are off cost nothing, state included."""
     params = params_with_grads(dtype=torch.float32)
@@ -211,4 +229,4 @@ def test_nothing_is_measured_unless_asked_for(name: str) -> None:
     assert optimizer.nonfinite_grads is None
     assert bool(optimizer.skipped) is False
     names = {key for state in optimizer.state.values() for key in state}
-    assert names == ({"step", "exp_avg", "exp_avg_sq"} if name != "SGD" else set())
+    assert names == Case(name, {"lr": 0.1}).state_names

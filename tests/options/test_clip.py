@@ -14,7 +14,7 @@ from support import oracles
 from support.device import DEVICE
 from support.equality import bits, same_bits, tensor_bytes
 from support.layouts import GRADS, Layout, each_grad, each_layout
-from support.optimizers import Case, each_case, some_cases, take_step
+from support.optimizers import Case, most_cases, some_cases, take_step
 from support.oracles import TOLERANCES
 from support.sides import SIZES, Results, Side, on_both_drivers, warmed_up, without_waiting
 from support.snapshots import record, results
@@ -22,7 +22,7 @@ from support.tensors import by_id, draw, misaligned, params_of, set_grads, some_
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 each_dtype = some_dtypes(*DTYPES)
-some_optimizers = some_cases("sgd-l2", "nesterov", "adam-l2", "adamw-amsgrad")
+some_optimizers = some_cases("sgd-l2", "nesterov", "adam-l2", "adamw-amsgrad", "rmsprop-all")
 
 
 def wide(grad: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def clip_with_torch(params: list[Tensor], grads: list[Tensor], limit: float) -> 
 
 
 @pytest.mark.parametrize("limit", [0.5, 1e3], ids=["above", "below"])
-@each_case
+@most_cases
 def test_as_torch(case: Case, limit: float) -> None:
     ours = [values(size, dtype=torch.float64, seed=size) for size in SIZES]
     theirs = [param.cpu().clone() for param in ours]
@@ -74,7 +74,7 @@ def test_as_torch(case: Case, limit: float) -> None:
 
 @pytest.mark.parametrize("limit", [0.7, 1e3], ids=["above", "below"])
 @some_dtypes(torch.float32, torch.bfloat16, torch.float16)
-@each_case
+@most_cases
 def test_error_is_at_most_that_of_torch(case: Case, dtype: torch.dtype, limit: float) -> None:
     case = case.suited_to(dtype)
     ours = values(3, 67, dtype=dtype, seed=1)
@@ -268,7 +268,7 @@ def test_threads_and_instruction_sets(
 
 
 @each_dtype
-@each_case
+@most_cases
 def test_infinite_limit_only_measures(case: Case, dtype: torch.dtype) -> None:
     found = []
     for more in ({}, {"max_grad_norm": math.inf}, {"max_grad_norm": 1e30}):
@@ -289,7 +289,7 @@ def test_infinite_limit_only_measures(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("skipped", [(), (0,), (2,), (0, 1, 3)], ids=str)
 @each_dtype
-@some_cases("sgd", "momentum-damped", "nesterov-l2", "adam-amsgrad-l2", "adamw")
+@some_cases("sgd", "momentum-damped", "nesterov-l2", "adam-amsgrad-l2", "adamw", "adagrad", "nadam")
 @on_both_drivers
 def test_on_both_drivers(side: Side, case: Case, dtype: torch.dtype, skipped: Any) -> Results:
     params = draw([*SIZES, 20000], side.device, dtype)
@@ -307,7 +307,7 @@ def test_on_both_drivers(side: Side, case: Case, dtype: torch.dtype, skipped: An
 
 
 @some_dtypes(torch.float32, torch.bfloat16, torch.float64)
-@some_cases("sgd", "momentum-damped", "adam-amsgrad", "adamw")
+@some_cases("sgd", "momentum-damped", "adam-amsgrad", "adamw", "rmsprop-all")
 @on_both_drivers
 def test_replays(side: Side, case: Case, dtype: torch.dtype) -> Results:
     clipping = case.but(max_grad_norm=0.7)

@@ -20,7 +20,7 @@ from support.tensors import by_id, draw, make_params, params_of, set_grads, some
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
 each_real = some_dtypes(*DTYPES[:4])
-some_optimizers = some_cases("sgd-l2", "nesterov", "adam-l2", "adamw-amsgrad")
+some_optimizers = some_cases("sgd-l2", "nesterov", "adam-l2", "adamw-amsgrad", "rmsprop-all")
 
 
 @each_bad

@@ -32,6 +32,9 @@ CASES = {
     "adamw": Case("AdamW", {"lr": 0.01, "weight_decay": 0.05}),
     "adamw-amsgrad": Case("AdamW", {"lr": 0.01, "weight_decay": 0.3, "amsgrad": True}),
     "adamw-maximize": Case("AdamW", {"lr": 0.01, "weight_decay": 0.3, "maximize": True}),
+    "nadam": Case("NAdam", {"lr": 0.01, "weight_decay": 0.1, **DECOUPLED}),
+    "radam": Case("RAdam", {"lr": 0.01, "weight_decay": 0.3, "maximize": True, **DECOUPLED}),
+    "lion": Case("Lion", {"lr": 0.01, "weight_decay": 0.3}),
 }
 each_case = pytest.mark.parametrize("case", **by_id(CASES))
 INDEPENDENT = {"lr_independent_weight_decay": True}

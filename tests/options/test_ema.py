@@ -15,12 +15,12 @@ import fusedopt
 from support import oracles
 from support.device import DEVICE, STEPS_ON_DEVICE
 from support.equality import bits, same_bits
-from support.optimizers import CASES, Case, each_case, some_cases, step_with, take_step, train
+from support.optimizers import CASES, Case, most_cases, some_cases, step_with, take_step, train
 from support.sides import SIZES, Results, Side, on_both_drivers, warmed_up
 from support.snapshots import COPIES, record, refused
 from support.tensors import by_id, draw, dtype_id, params_of, set_grads, some_dtypes, values
 
-some_optimizers = some_cases("sgd", "momentum-l2", "adam-l2", "adamw-amsgrad")
+some_optimizers = some_cases("sgd", "momentum-l2", "adam-l2", "adamw-amsgrad", "asgd-averaged")
 
 # Param dtypes and options with the average's dtype and how exactly it must follow the weights.
 SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any], torch.dtype, float]] = {
@@ -76,7 +76,7 @@ def trained(case: Case, setting: Any, steps: int = 3, sizes: list[int] = SIZES, 
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
-@each_case
+@most_cases
 def test_as_averaged_model(case: Case, decay: float) -> None:
     """Which starts as a copy of the weights, as the average does with the first step's."""
     theirs = nn.ParameterList(values(size, dtype=torch.float64, seed=size).cpu() for size in SIZES)
@@ -286,7 +286,7 @@ def test_frozen_and_late_params(case: Case, setting: Any) -> None:
 
 
 @main_settings
-@some_cases("momentum-l2", "adam-l2", "adamw-amsgrad")
+@some_cases("momentum-l2", "adam-l2", "adamw-amsgrad", "nadam", "rprop")
 def test_enabled_late(case: Case, setting: Any) -> None:
     """It starts from the weights; of a group that has none, nothing is swapped."""
     optimizer = trained(case, setting, 4, [40], ema_decay=None)

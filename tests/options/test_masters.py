@@ -108,6 +108,8 @@ EDGES = (0.0, -0.0, 1e-45, -3e-39, 1e-20, 3e38, -3e38, 1 + 2**-8, -1 - 2**-8)
 @some_cases(
     *("sgd-l2", "momentum-l2", "momentum-damped", "nesterov", "sgdw-momentum"),
     *("adam", "adam-amsgrad-l2", "adamw", "adamw-lr-independent"),
+    *("rmsprop-all", "adagrad-l2", "adadelta", "adamax-l2", "nadam", "radam", "asgd-averaged"),
+    *("rprop", "lion-decay"),
 )
 def test_2000_steps_are_those_of_float32(
     case: Case, kind: str, dtype: torch.dtype, ema_decay: float | None, grad_dtype: torch.dtype
@@ -133,7 +135,7 @@ def test_2000_steps_are_those_of_float32(
 
 # A thousandth of what bfloat16 can tell from 1, a thousand times.
 @pytest.mark.parametrize("kind", [None, "float32", "split"])
-@some_cases("sgd", "momentum", "adamw")
+@some_cases("sgd", "momentum", "adamw", "radam", "asgd", "lion")
 def test_tiny_updates_are_kept(case: Case, kind: str | None) -> None:
     param = torch.ones(40, dtype=BFLOAT16)
     optimizer: Any = case.ours([param], master_weights=kind, state_dtype=FLOAT32)

@@ -13,7 +13,7 @@ import fusedopt
 from fusedopt._norms import NormProcesses
 from support.device import DEVICE
 from support.files import run_ranks
-from support.optimizers import each_name
+from support.optimizers import each_of_all_names
 from support.snapshots import refused
 from support.tensors import by_id, params_with_grads
 
@@ -163,7 +163,7 @@ def test_norm_over_processes(tmp_path: Path) -> None:
         assert set(verdicts.values()) == {"right"}, out
 
 
-@each_name
+@each_of_all_names
 def test_one_process_is_the_world(name: str) -> None:
     """A program that has begun no processes runs as it would with several."""
     found = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from support import oracles
 from support.equality import bits
 from support.layouts import Layout, each_layout
-from support.optimizers import Case, each_case, some_cases, step_with, train
+from support.optimizers import Case, most_cases, some_cases, step_with, train, varied_cases
 from support.plans import MANY, each_isa, require, use_plan
 from support.settings import (
     EMAS,
@@ -41,7 +41,7 @@ def grads_of(row: Row, seeds: Iterable[int], shape: tuple[int, ...] = SHAPE) -> 
 
 @each_row
 @each_ema
-@each_case
+@most_cases
 def test_one_step(case: Case, ema: dict[str, Any], row: Row) -> None:
     # From the same state: nothing but the rounding to each operand's own dtype is left.
     param = values(*SHAPE, dtype=row[1])
@@ -52,7 +52,7 @@ def test_one_step(case: Case, ema: dict[str, Any], row: Row) -> None:
 
 
 @each_row
-@each_case
+@most_cases
 def test_error_over_several_steps(case: Case, row: Row) -> None:
     start, grads = values(*LARGE, dtype=row[1], seed=1), grads_of(row, range(2, 9), LARGE)
     param = start.clone()
@@ -65,6 +65,8 @@ def test_error_over_several_steps(case: Case, row: Row) -> None:
         honest.step(grad, index == 0)
     ours, theirs = entries(optimizer, param), honest.results()
     for name, expected in oracle.results().items():
+        if case.optimizer == "Lion" and name != "exp_avg":
+            continue  # steps of one size: where their sign is that of nearly 0, it may turn
         unit = torch.finfo(theirs[name].dtype).eps * float(np.abs(expected).max())
         allowed = 1.25 * rms(oracles.exact(theirs[name]) - expected) + unit
         assert rms(oracles.exact(ours[name]) - expected) <= allowed, name
@@ -86,7 +88,7 @@ def assert_equal(first: Results, second: Results) -> None:
 
 @each_layout
 @each_row
-@some_cases("momentum", "adamw-amsgrad")
+@some_cases("momentum", "adamw-amsgrad", "rmsprop-all")
 def test_layouts(case: Case, row: Row, layout: Layout) -> None:
     storage = layout.storage(row[1])
     before, strided = storage.clone(), layout.view(storage)
@@ -102,7 +104,7 @@ def test_layouts(case: Case, row: Row, layout: Layout) -> None:
 
 
 @each_row
-@some_cases("momentum", "adamw-amsgrad")
+@some_cases("momentum", "adamw-amsgrad", "nadam")
 def test_replaced_tensors(case: Case, row: Row) -> None:
     # All that belongs to a param moves, to memory of another layout, between the steps.
     moved, kept = values(*SHAPE, dtype=row[1]), values(*SHAPE, dtype=row[1])
@@ -130,7 +132,7 @@ def cut(case: Case, row: Row, isa: str, chunk_elements: int, threads: int) -> Re
 @pytest.mark.cpu_only
 @each_isa
 @each_row
-@some_cases("momentum", "adamw-amsgrad")
+@some_cases("momentum", "adamw-amsgrad", "adadelta", "lion")
 def test_instruction_sets_threads_and_chunks(case: Case, row: Row, isa: str) -> None:
     require(isa)
     assert_equal(cut(case, row, isa, 64, 2), cut(case, row, "baseline", MANY, 1))
@@ -146,7 +148,7 @@ def different_groups(tensors: list[Tensor]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("unfrozen_at", [0, 2], ids=["all-together", "some-unfrozen-later"])
-@some_cases("sgd", "momentum-damped", "adam-amsgrad", "adamw")
+@varied_cases
 def test_groups_of_all_settings(case: Case, unfrozen_at: int) -> None:
     # Each group ends with the bits that it has in an optimizer of its own, begun when it began.
     case = case.suited_to(FLOAT16)
@@ -173,7 +175,7 @@ def test_groups_of_all_settings(case: Case, unfrozen_at: int) -> None:
 SIZES = [0, 1, 3, 31, 33, 128, 255, 256, 257, 511, 1024, 2047, 2049, 5000]
 
 
-@some_cases("sgd", "momentum-damped", "adam-amsgrad", "adamw")
+@varied_cases
 @on_both_drivers
 def test_groups_on_both_drivers(side: Side, case: Case) -> Results:
     case = case.suited_to(FLOAT16)
@@ -192,6 +194,7 @@ def test_groups_on_both_drivers(side: Side, case: Case) -> Results:
 @some_cases(
     *("sgd", "sgdw", "momentum-damped", "nesterov-l2", "sgdw-lr-independent"),
     *("adam-l2", "adam-amsgrad", "adam-low-betas", "adamw", "adamw-maximize"),
+    *("rmsprop-all", "adadelta", "nadam-lr-independent", "rprop"),
 )
 @on_both_drivers
 def test_both_drivers(side: Side, case: Case, ema: dict[str, Any], row: Row) -> Results:
@@ -203,7 +206,7 @@ def test_both_drivers(side: Side, case: Case, ema: dict[str, Any], row: Row) -> 
 
 @each_row
 @pytest.mark.parametrize("who", ["params", "states", "strided", "wide-grads"])
-@some_cases("momentum-l2", "adamw-amsgrad")
+@some_cases("momentum-l2", "adamw-amsgrad", "rmsprop-all")
 @on_both_drivers
 def test_both_drivers_off_the_vectors(side: Side, case: Case, who: str, row: Row) -> Results:
     params = draw(SIZES[:11], side.device, row[1])

@@ -227,7 +227,7 @@ def train(case: Case, *, threads: int, isa: str, chunk_elements: int | None) -> 
 @each_isa
 @pytest.mark.parametrize("threads", [1, 2], ids=["1-thread", "2-threads"])
 @pytest.mark.parametrize("chunk_elements", [1, 64, 1000, None])
-@some_cases("sgd-l2", "momentum", "adamw-amsgrad")
+@some_cases("sgd-l2", "momentum", "adamw-amsgrad", "rmsprop-all", "adadelta", "lion")
 def test_chunks_threads_and_instruction_sets(
     case: Case, threads: int, isa: str, chunk_elements: int | None
 ) -> None:

@@ -16,7 +16,7 @@ import torch
 
 import fusedopt
 from support.device import on_host
-from support.optimizers import NAMES, each_name, train
+from support.optimizers import FEW_NAMES, each_of_all_names, train
 from support.settings import OFF
 from support.snapshots import refused, snapshot
 from support.tensors import by_id, dtype_id, params_with_grads, set_grads
@@ -61,10 +61,11 @@ DECOUPLED = {"decoupled_weight_decay": True}
 INDEPENDENT = {"lr_independent_weight_decay": True}
 SPLIT, MASTERS = {"master_weights": "split"}, {"master_weights": "float32"}
 STOCHASTIC = {"stochastic_rounding": True}
+L2_OR_NOT = ["SGD", "Adam", "NAdam", "RAdam"]
 CONTRADICTIONS: dict[str, tuple[list[str], Options, str]] = {
-    "independent L2": (["SGD", "Adam"], INDEPENDENT, "decoupled_weight_decay"),
+    "independent L2": (L2_OR_NOT, INDEPENDENT, "decoupled_weight_decay"),
     "independent L2 of some size": (
-        ["SGD", "Adam"],
+        L2_OR_NOT,
         {**INDEPENDENT, "weight_decay": 0.1, "decoupled_weight_decay": False},
         "decoupled_weight_decay",
     ),
@@ -80,7 +81,7 @@ OURS: dict[str, tuple[str, Options, Any, str]] = {
             (ODD, (TypeError, ValueError)),
         ]
         for key, (options, pattern) in table.items()
-        for name in NAMES
+        for name in FEW_NAMES
     },
     **{
         f"{name} {key}": (name, options, ValueError, pattern)
@@ -104,6 +105,28 @@ TORCHS_VALUES: dict[str, tuple[str, Options, str, str]] = {
         ("AdamW", "weight_decay", "Invalid weight_decay value"),
     ]
     for value in (NAN, INF, -INF)
+}
+# Of others, beside lr and betas.
+WORDS: dict[str, dict[str, str]] = {
+    "RMSprop": {"momentum": "momentum value", "alpha": "alpha value", "eps": "epsilon value"},
+    "Adagrad": {
+        "lr_decay": "lr_decay value",
+        "initial_accumulator_value": "initial_accumulator_value value",
+    },
+    "Adadelta": {"rho": "rho value", "eps": "epsilon value"},
+    "Adamax": {"eps": "epsilon value", "weight_decay": "weight_decay value"},
+    "NAdam": {"momentum_decay": "momentum_decay value"},
+    "ASGD": {"lambd": "lambd value", "alpha": "alpha value", "t0": "t0 value"},
+}
+TORCHS_VALUES |= {
+    f"{name} {option}={value}": (name, {option: value}, f"Invalid {words}", str(value))
+    for name, options in WORDS.items()
+    for option, words in options.items()
+    for value in (NAN, INF)
+}
+TORCHS_VALUES |= {
+    f"{name} lr=nan": (name, {"lr": NAN}, "Invalid learning rate", "nan")
+    for name in (*WORDS, "RAdam", "Rprop", "Lion")
 }
 TORCHS_VALUES |= {
     f"SGD dampening={value}": ("SGD", {"dampening": value}, "Invalid dampening value", str(value))
@@ -138,6 +161,16 @@ TORCHS_VALUES |= {
     "SGD differentiable": ("SGD", {"differentiable": True}, "differentiable=True", ""),
     "Adam differentiable": ("Adam", {"differentiable": True}, "differentiable=True", ""),
     "AdamW differentiable": ("AdamW", {"differentiable": True}, "differentiable=True", ""),
+    "RMSprop differentiable": ("RMSprop", {"differentiable": True}, "differentiable=True", ""),
+    "beta of NAdam": ("NAdam", {"betas": (0.9, NAN)}, "Invalid beta parameter at index 1", "nan"),
+    "beta of RAdam": ("RAdam", {"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0", "1.0"),
+    "beta of Lion": ("Lion", {"betas": (0.9, INF)}, "Invalid beta parameter at index 1", "inf"),
+    "eta of nan": ("Rprop", {"etas": (NAN, 1.2)}, "Invalid eta values", "nan, 1.2"),
+    "eta of inf": ("Rprop", {"etas": (0.5, INF)}, "Invalid eta values", "0.5, inf"),
+    "step size of nan": ("Rprop", {"step_sizes": (1e-6, NAN)}, "Invalid step sizes", "1e-06, nan"),
+    "step size of inf": ("Rprop", {"step_sizes": (1e-6, INF)}, "Invalid step sizes", "1e-06, inf"),
+    "three etas": ("Rprop", {"etas": (0.5, 1.2, 2.0)}, "etas must be a pair", ""),
+    "one step size": ("Rprop", {"step_sizes": 0.1}, "step_sizes must be a pair", ""),
 }
 
 # Values of the wrong kind: TypeError with the option's name and what was found.
@@ -148,6 +181,12 @@ TORCHS_KINDS: dict[str, tuple[str, Options, str]] = {
     "list momentum": ("SGD", {"momentum": [0.9]}, r"momentum must be a number.*\[0.9\]"),
     "text beta": ("Adam", {"betas": (0.9, "x")}, r"betas\[1\] must be a number.*'x'"),
     "None eps": ("AdamW", {"eps": None}, "eps must be a number.*None"),
+    "None alpha": ("RMSprop", {"alpha": None}, "alpha must be a number.*None"),
+    "text rho": ("Adadelta", {"rho": "0.9"}, "rho must be a number.*'0.9'"),
+    "None lr_decay": ("Adagrad", {"lr_decay": None}, "lr_decay must be a number.*None"),
+    "None momentum_decay": ("NAdam", {"momentum_decay": None}, "momentum_decay must be a .*None"),
+    "list t0": ("ASGD", {"t0": [1]}, r"t0 must be a number.*\[1\]"),
+    "text eta": ("Rprop", {"etas": (0.5, "x")}, r"etas\[1\] must be a number.*'x'"),
 }
 TORCHS = {
     **{key: (name, options, ValueError, words + ".*" + re.escape(shown))
@@ -225,7 +264,7 @@ def test_refused(place: Any, name: str, options: Options, exception: Any, patter
     place(name, options, exception, pattern)
 
 
-@each_name
+@each_of_all_names
 @pytest.mark.parametrize("bad", [{"lr": NAN}, {"weight_decay": INF}], ids=str)
 def test_a_bad_group_of_a_checkpoint_changes_nothing(name: str, bad: Options) -> None:
     """Not the params either, which a conversion of masters rewrites."""
@@ -255,7 +294,7 @@ BY_PARAMS: dict[str, tuple[Options, torch.dtype]] = {
 }
 
 
-@each_name
+@each_of_all_names
 @pytest.mark.parametrize(("options", "dtype"), **by_id(BY_PARAMS))
 @pytest.mark.parametrize("when", ["made with them", "edited at first", "edited later"])
 def test_wrong_for_these_params(name: str, options: Options, dtype: torch.dtype, when: str) -> None:
@@ -273,9 +312,19 @@ def test_wrong_for_these_params(name: str, options: Options, dtype: torch.dtype,
     optimizer.step()
 
 
-@pytest.mark.parametrize("key", ["lr", "betas", "eps", "weight_decay"], ids=lambda key: f"no {key}")
-def test_group_lacks_an_option(key: str) -> None:
-    optimizer = fusedopt.AdamW(params_with_grads())
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *(("AdamW", key) for key in ("lr", "betas", "eps", "weight_decay")),
+        *(("RMSprop", key) for key in ("alpha", "eps", "momentum")),
+        *(("ASGD", key) for key in ("lambd", "alpha", "t0", "weight_decay")),
+        *(("Rprop", key) for key in ("lr", "etas", "step_sizes")),
+        *(("Adadelta", "rho"), ("Adagrad", "lr_decay"), ("NAdam", "momentum_decay")),
+    ],
+    ids=lambda key: key,
+)
+def test_group_lacks_an_option(name: str, key: str) -> None:
+    optimizer = getattr(fusedopt, name)(params_with_grads())
     del optimizer.param_groups[0][key]
     with refused(optimizer, ValueError, f"{key}.*param group 0"):
         optimizer.step()

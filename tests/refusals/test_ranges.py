@@ -18,13 +18,33 @@ from torch.optim.lr_scheduler import ConstantLR, LinearLR, SequentialLR
 import fusedopt
 from support.device import DEVICE, on_host
 from support.equality import assert_equal, assert_same_math
-from support.optimizers import each_name
+from support.optimizers import each_name, each_of_few_names, torch_reference
 from support.snapshots import record, refused
 from support.tensors import by_id, params_of, set_grads
 
 Options = dict[str, Any]
 
 NESTEROV = "Nesterov momentum requires a momentum and zero dampening"
+DECAY, EPS = {"weight_decay": "Invalid weight_decay value"}, {"eps": "Invalid epsilon value"}
+# Of the others, beside lr and betas, what may be below 0 later, and the words for it.
+OTHERS: dict[str, dict[str, str]] = {
+    "RMSprop": {
+        **{**DECAY, **EPS, "momentum": "Invalid momentum value", "alpha": "Invalid alpha value"}
+    },
+    "Adagrad": {**DECAY, **EPS},
+    "Adadelta": {**DECAY, **EPS, "rho": "Invalid rho value"},
+    "Adamax": {**DECAY, **EPS},
+    "NAdam": {**DECAY, **EPS},
+    "RAdam": {**DECAY, **EPS},
+    "ASGD": DECAY,
+    "Rprop": {},
+}
+FIRST_BETAS = (((-0.125, 0.99), 0), ((0.9, -0.125), 1))
+ALL_BETAS = (*FIRST_BETAS, ((-0.75, 0.99), 0), ((-1e-17, 0.99), 0), ((0.9, 1.0), 1))
+BETAS = {
+    **dict.fromkeys(("Adam", "AdamW"), ALL_BETAS),
+    **dict.fromkeys(("Adamax", "NAdam", "RAdam"), FIRST_BETAS),
+}
 # Optimizer, options, the words with which both libraries refuse them at construction.
 AT_FIRST: dict[str, tuple[str, Options, str]] = {
     **{
@@ -46,15 +66,14 @@ AT_FIRST: dict[str, tuple[str, Options, str]] = {
         for value in (-1.0, -0.125, -1e-18)
     },
     **{
+        f"{name} {option}=-0.125": (name, {option: -0.125}, f"{words}: -0.125")
+        for name, options in OTHERS.items()
+        for option, words in [*options.items(), ("lr", "Invalid learning rate")]
+    },
+    **{
         f"{name} betas={betas}": (name, {"betas": betas}, f"Invalid beta parameter at index {at}")
-        for name in ("Adam", "AdamW")
-        for betas, at in [
-            ((-0.125, 0.99), 0),
-            ((-0.75, 0.99), 0),
-            ((-1e-17, 0.99), 0),
-            ((0.9, -0.125), 1),
-            ((0.9, 1.0), 1),
-        ]
+        for name, rows in BETAS.items()
+        for betas, at in rows
     },
     "tensor lr=-1": ("SGD", {"lr": on_host(-1.0)}, "Invalid learning rate"),
     "tensor of one lr=-0.1": (
@@ -87,8 +106,9 @@ def two_params() -> list[Parameter]:
 
 
 def make(library: Any, name: str, groups: Any, **options: Any) -> Any:
-    more = {} if library is fusedopt else {"foreach": False}
-    return getattr(library, name)(groups, **{"lr": 0.1, **more, **options})
+    if library is fusedopt:
+        return getattr(fusedopt, name)(groups, **{"lr": 0.1, **options})
+    return torch_reference(name, groups, **{"lr": 0.1, **options})
 
 
 def step(optimizer: Any, seed: int) -> None:
@@ -211,6 +231,14 @@ CHANGES: dict[str, tuple[str, Options, list[Options]]] = {
         {},
         [{"lr": on_host(0.5)}, {"lr": on_host(-1e-20)}, {"lr": on_host([-0.1])}],
     ),
+    "ascent of RMSprop": ("RMSprop", {}, [{}, {"lr": -0.1}, {"alpha": 1.0}, {"alpha": 0.0}]),
+    "Adagrad without decay": ("Adagrad", {"lr_decay": 0.5}, [{}, {"lr_decay": 0.0}, {"lr": -0.1}]),
+    "Adadelta's rho": ("Adadelta", {}, [{}, {"rho": 0.0}, {"rho": 1.0}, {"rho": 0.5}]),
+    "Adamax without decay of the norm": ("Adamax", {}, [{}, {"betas": (0.9, 1.0)}, {}, {}]),
+    "ascent of RAdam": ("RAdam", {}, [{}, {"lr": -0.1}, {}, {"weight_decay": -0.1}, {}, {}, {}]),
+    "ASGD's decay put to 0": ("ASGD", {"lambd": 0.5}, [{}, {"lambd": 0.0}, {"alpha": 0.0}, {}]),
+    "ASGD's growing rate": ("ASGD", {"lambd": 0.5, "alpha": -1.0, "t0": -3.5}, [{}, {}, {}]),
+    "Rprop's lr": ("Rprop", {}, [{}, {"lr": -1.0}, {}, {"step_sizes": (0.0, 0.05)}, {}]),
     "parameter": ("Adam", {}, [{"lr": Parameter(on_host(0.05, dtype=torch.float64))}, {"lr": 0.0}]),
 }
 
@@ -235,7 +263,7 @@ SCHEDULES: dict[str, Callable[[Any, float, int], Any]] = {
 }
 
 
-@each_name
+@each_of_few_names
 @pytest.mark.parametrize("start", STARTS, ids=lambda start: f"{start:.3g}")
 @pytest.mark.parametrize("schedule", **by_id(SCHEDULES))
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning")
@@ -282,6 +310,32 @@ CONFLICTS: dict[str, tuple[str, Options, str]] = {
     "beta1 of -1": ("Adam", {"betas": (-1.0, 0.99)}, "index 0"),
     "beta2 above 1": ("Adam", {"betas": (0.9, 1 + 1e-15)}, "index 1"),
     "beta2 below -1": ("Adam", {"betas": (0.9, -1 - 1e-15)}, "index 1"),
+    "beta2 of 1, of RAdam": ("RAdam", {"betas": (0.9, 1.0)}, "index 1"),  # torch divides by 0
+    "alpha above 1": ("RMSprop", {"alpha": 1.01}, "Invalid alpha value: 1.01"),
+    "alpha below -1": ("RMSprop", {"alpha": -1.01}, "Invalid alpha value: -1.01"),
+    "rho above 1": ("Adadelta", {"rho": 1.01}, "Invalid rho value: 1.01"),
+    "decay of lr below 0": ("Adagrad", {"lr_decay": -0.5}, "Invalid lr_decay value: -0.5"),
+    "start below 0": (
+        "Adagrad",
+        {"initial_accumulator_value": -0.5},
+        "Invalid initial_accumulator_value value: -0.5",
+    ),
+    "growth of momentum": (
+        "NAdam",
+        {"momentum_decay": -0.5},
+        "Invalid momentum_decay value: -0.5",
+    ),
+    "lambd below 0": ("ASGD", {"lambd": -0.5}, "Invalid lambd value: -0.5"),
+    **{
+        f"etas={etas}": ("Rprop", {"etas": etas}, f"Invalid eta values: {etas[0]}, {etas[1]}")
+        for etas in [(0.0, 1.2), (1.0, 1.2), (0.5, 1.0), (1.2, 0.5), (-0.5, 1.2)]
+    },
+    "step size below 0": ("Rprop", {"step_sizes": (-0.1, 1.0)}, "Invalid step sizes: -0.1, 1.0"),
+    "step sizes the wrong way": (
+        "Rprop",
+        {"step_sizes": (2.0, 1.0)},
+        "Invalid step sizes: 2.0, 1.0",
+    ),
 }
 OWN = {"lr_independent_weight_decay", "master_weights", "state_dtype"}
 

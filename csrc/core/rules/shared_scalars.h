@@ -49,7 +49,7 @@ FUSEDOPT_HD SharedScalars<double> shared_scalars(const HyperParams& hyper, const
   scalars.decay =
       hyper.decoupled_weight_decay ? kept_by_decay(hyper) : TwoFloat<double>{hyper.weight_decay, 0};
   scalars.step_size = hyper.lr;
-  scalars.eps = hyper.eps;
+  scalars.eps = scaled_eps(hyper.eps, 1);
   return scalars;
 }
 

@@ -9,7 +9,8 @@ rates would train on as if nothing were wrong. Which processes step together is 
   options are their own: they may be the stages of a pipeline.
 
 Ranks that differ in whether they have a ``norm_group`` at all, or any params on a mesh, cannot find
-out: those that have wait for the others.
+out: those that have wait for the others. Of plain params without a ``norm_group`` (of DDP, say)
+nothing is known, and nothing is compared.
 """
 
 import hashlib
@@ -148,63 +149,66 @@ def _meetings(optimizer: "FusedOptimizer", is_norm_given: bool) -> list[_Meeting
     groups = optimizer.param_groups
     clips = any(group.get("max_grad_norm") is not None for group in groups)
     takes_norm = clips or optimizer._checks_grads
-    norm = "given to step()" if is_norm_given else "taken" if takes_norm else "not asked for"
     errs = clips and any(group.get("error_if_nonfinite") for group in groups)
     norm_facts = {
-        "the norm of the grads (for max_grad_norm or fusedopt.GradScaler)": norm,
+        "the norm of the grads (for max_grad_norm or fusedopt.GradScaler)": (
+            "given to step()" if is_norm_given else "taken" if takes_norm else "not asked for"
+        ),
         "error_if_nonfinite of any param group": _text(bool(errs)),
     }
+    meetings = _on_meshes(optimizer)
+    for meeting in meetings:
+        meeting.facts.update(norm_facts)
+    if optimizer._norm_processes is not None:
+        params = [param for group in groups for param in group["params"]]
+        device = params[0].device if params else torch.device("cpu")
+        of_norm = _Meeting("norm_group", optimizer._norm_processes.groups(), device)
+        of_norm.facts, of_norm.limit = norm_facts, _limit(groups)
+        meetings.append(of_norm)
+    return [meeting for meeting in meetings if meeting.groups]
 
-    meetings: dict[Any, _Meeting] = {}
-    on_mesh: dict[Any, dict[int, list[tuple[int, Any]]]] = {}  # params of each group, with indices
-    first: Any = None
-    for at, group in enumerate(groups):
+
+def _on_meshes(optimizer: "FusedOptimizer") -> list[_Meeting]:
+    """The ranks of each mesh that there are params on."""
+    keys: dict[int, Any] = {}  # by the id of a mesh
+    on_mesh: dict[Any, dict[int, dict[int, Any]]] = {}  # params by their group and their index
+    for at, group in enumerate(optimizer.param_groups):
         for index, param in enumerate(group["params"]):
-            first = param if first is None else first
             mesh = getattr(param, "device_mesh", None)
             if mesh is None or mesh.get_coordinate() is None:
                 continue
-            ranks = tuple(mesh.mesh.flatten().tolist())
-            key = ranks, tuple(mesh.shape), tuple(mesh.mesh_dim_names or ())
-            if key not in meetings:
-                # Not the param's, where that is offloaded to the CPU: its mesh may know GPUs only.
-                is_there = param.device.type == mesh.device_type
-                device = param.device if is_there else torch.device(mesh.device_type)
-                of_dims = [mesh.get_group(dim) for dim in range(mesh.ndim)]
-                meetings[key] = _Meeting(key, of_dims, device)
-            on_mesh.setdefault(key, {}).setdefault(at, []).append((index, param))
-    for key, params in on_mesh.items():
-        meeting = meetings[key]
-        options = {at: _options_of(optimizer, groups[at]) for at in params}
-        meeting.facts = {
-            **_params_of(optimizer, params),
-            **norm_facts,
-            **{
-                f"{name} of param group {at}": value
-                for at, of_group in options.items()
-                for name, value in of_group.items()
-            },
-        }
-        meeting.only_sets_up = all(of_group["lr"] == "0.0" for of_group in options.values())
-    found = [meetings[key] for key in sorted(meetings)]
-    if optimizer._norm_processes is not None:
-        device = torch.device("cpu") if first is None else first.device
-        of_norm = _Meeting("norm_group", optimizer._norm_processes.groups(), device)
-        of_norm.facts, of_norm.limit = norm_facts, _limit(groups)
-        found.append(of_norm)
-    return [meeting for meeting in found if meeting.groups]
+            if id(mesh) not in keys:
+                names = tuple(mesh.mesh_dim_names or ())
+                keys[id(mesh)] = tuple(mesh.mesh.flatten().tolist()), tuple(mesh.shape), names
+            on_mesh.setdefault(keys[id(mesh)], {}).setdefault(at, {})[index] = param
+    meetings = []
+    for key in sorted(on_mesh):
+        params = on_mesh[key]
+        first = next(iter(next(iter(params.values())).values()))
+        mesh = first.device_mesh
+        # Not the param's, where that is offloaded to the CPU: the groups may know GPUs only.
+        is_there = first.device.type == mesh.device_type
+        device = first.device if is_there else torch.device(mesh.device_type)
+        meeting = _Meeting(key, [mesh.get_group(dim) for dim in range(mesh.ndim)], device)
+        meeting.facts = _params_of(optimizer, params)
+        meeting.only_sets_up = True
+        for at in params:
+            options = _options_of(optimizer, optimizer.param_groups[at])
+            meeting.only_sets_up = meeting.only_sets_up and options["lr"] == "0.0"
+            for name, value in options.items():
+                meeting.facts[f"{name} of param group {at}"] = value
+        meetings.append(meeting)
+    return meetings
 
 
-def _params_of(
-    optimizer: "FusedOptimizer", params: dict[int, list[tuple[int, Any]]]
-) -> dict[str, str]:
+def _params_of(optimizer: "FusedOptimizer", params: dict[int, dict[int, Any]]) -> dict[str, str]:
     """The params of one mesh: how many, what, and where in the groups."""
     facts = {"the number of param groups with params on the mesh": str(len(params))}
     for at, entries in params.items():
         facts[f"the number of params of group {at} on the mesh"] = str(len(entries))
     for at, entries in params.items():
         names = optimizer.param_groups[at].get("param_names") or []
-        for index, param in entries:
+        for index, param in entries.items():
             name = f"{names[index]!r}, " if index < len(names) else ""
             facts[f"the parameter at group {at}, index {index}"] = (
                 f"{name}{param.dtype} of shape {tuple(param.shape)}, placed {param.placements}"

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.tensor import DTensor, Replicate, Shard  # noqa: E402
 
 import fusedopt  # noqa: E402
+from fusedopt._ranks import _name  # noqa: E402
 from support.processes import on_ranks  # noqa: E402
 from support.sharded import local  # noqa: E402
 from support.tensors import BFLOAT16, FLOAT32  # noqa: E402
@@ -143,14 +144,19 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no clipping": (
         {"max_grad_norm": 1.0},
         {},
-        f"{NORM} taken on rank 0 and not asked for on rank 1; "
-        "max_grad_norm of param group 0 is 1.0 on rank 0 and None on rank 1",
+        "max_grad_norm of param group 0 is 1.0 on rank 0 and None on rank 1; "
+        f"{NORM} taken on rank 0 and not asked for on rank 1",
     ),
-    "clipping on one": ({}, {"max_grad_norm": 1.0}, f"{NORM} not asked for on rank 0 and taken"),
+    "clipping on one": (
+        {},
+        {"max_grad_norm": 1.0},
+        "max_grad_norm of param group 0 is None on rank 0 and 1.0 on rank 1; "
+        f"{NORM} not asked for on rank 0 and taken on rank 1",
+    ),
     "error_if_nonfinite": (
         {"max_grad_norm": 1.0, "error_if_nonfinite": True},
         {"max_grad_norm": 1.0},
-        "error_if_nonfinite of any param group is True on rank 0 and False on rank 1",
+        "error_if_nonfinite of param group 0 is True on rank 0 and False on rank 1",
     ),
     "state_dtype": (
         {"state_dtype": BFLOAT16},
@@ -525,3 +531,8 @@ def test_one_stage_whose_ranks_differ() -> None:
 def test_one_process_compares_nothing(mesh: Any) -> None:
     optimizer = fusedopt.SGD([sharded(4, 3, mesh=mesh)], lr=0.5, norm_group="world")
     assert_silent(optimizer.step)
+
+
+def test_many_ranks_are_counted() -> None:
+    assert _name([3]) == "rank 3"
+    assert _name(list(range(1, 100))) == "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 91 others"

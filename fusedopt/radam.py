@@ -53,6 +53,9 @@ class RAdam(FusedOptimizer):
             as that of ``lr``.
         decoupled_weight_decay (bool, default False): decay the parameter instead of adding to the
             grad: :math:`p \leftarrow (1 - \gamma \lambda) p` before the update.
+        lr_independent_weight_decay (bool, default False): decoupled decay multiplies the weights by
+            ``1 - weight_decay`` instead of ``1 - lr * weight_decay``, unless ``lr`` is 0. Needs
+            ``decoupled_weight_decay``.
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
         step: float32 (float64 if that is torch's default dtype), one element, on the CPU; on the

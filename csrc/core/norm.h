@@ -186,9 +186,9 @@ template <class Storage>
 inline constexpr bool kHasExactSquares = sizeof(Storage) == 2;
 
 // Adds a square's slices, each in the place of its bits above those of a magic number: the sum has
-// those once for each square. With kFirst, `square` is what the slices above have left of it.
-// Nothing is rounded but what has a slice as its last digits; the last magic number is added on the
-// way.
+// those once for each square. With kFirst, `square` is what the slices above have left of it. The
+// last magic number is added while the slice before it is taken off. It is a multiple of that
+// slice's unit, so that nothing is rounded before.
 template <class T, int kFirst = 0, class V, class Words>
 FUSEDOPT_HD void add_slices(V square, Words (&sums)[kSlices<T>]) {
   constexpr int kLast = kSlices<T> - 1;
@@ -277,22 +277,25 @@ FUSEDOPT_HD ScaledSum sum_from(const Bins<T>& bins, int highest) {
   return {value, kGradBits<T> * highest};
 }
 
-// The norm of all grads, from their sums and the highest bins of these.
-FUSEDOPT_HD double norm_of(const NormSums& sums, const HighestBins& highest) {
-  if (sums.nan > 0) return NAN;
-  if (sums.infinite > 0) return INFINITY;
-  const ScaledSum in_float = sum_from(sums.in_float, highest.in_float);
-  const ScaledSum in_double = sum_from(sums.in_double, highest.in_double);
-  const bool is_double =  // that has the larger unit, of those that are not 0
-      in_float.value == 0 || (in_double.value > 0 && in_double.exponent > in_float.exponent);
-  const ScaledSum& large = is_double ? in_double : in_float;
-  const ScaledSum& small = is_double ? in_float : in_double;
+// The root of both sums, where `large` has the larger unit or `small` is 0.
+FUSEDOPT_HD double root_of(ScaledSum large, ScaledSum small) {
   double squares = large.value;
   if (small.value > 0) {
     const int below = large.exponent - small.exponent;
     squares += small.value * power_of_two<double>(-2 * (below < 500 ? below : 500));
   }
   return std::sqrt(squares) * power_of_two<double>(large.exponent);
+}
+
+// The norm of all grads, from their sums and the highest bins of these.
+FUSEDOPT_HD double norm_of(const NormSums& sums, const HighestBins& highest) {
+  if (sums.nan > 0) return NAN;
+  if (sums.infinite > 0) return INFINITY;
+  const ScaledSum in_float = sum_from(sums.in_float, highest.in_float);
+  const ScaledSum in_double = sum_from(sums.in_double, highest.in_double);
+  const bool is_double_larger = in_double.value > 0 && in_double.exponent > in_float.exponent;
+  return is_double_larger || in_float.value == 0 ? root_of(in_double, in_float)
+                                                 : root_of(in_float, in_double);
 }
 
 // Decides from the sums. With `clips`, a norm that is not finite is a reason to skip as well.

@@ -1,6 +1,7 @@
 """Figures that textbooks print, reproduced in float32."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 import fusedopt
 from support.optimizers import step_with
-from support.tensors import values
+from support.tensors import by_id, values
 
 Grad = Callable[[Tensor], Tensor]
 
@@ -155,6 +156,90 @@ def test_the_first_adam_steps_are_lr_in_size(scale: float) -> None:
         np.testing.assert_allclose(param.abs().tolist(), 0.01 * step, rtol=5e-4)  # eps / 3e-5
 
 
+# Optimizer and options, and after each grad a state of that name and the param, from 1.
+BY_HAND: dict[str, tuple[str, dict[str, Any], str, list[tuple[float, float, float]]]] = {
+    "RMSprop": (  # v <- 0.9 v + 0.1 g^2; p <- p - 0.1 g / sqrt(v)
+        "RMSprop",
+        {"lr": 0.1, "alpha": 0.9, "eps": 0.0},
+        "square_avg",
+        [(2, 0.4, 0.68377223), (1, 0.46, 0.53633018), (0, 0.414, 0.53633018)],
+    ),
+    "RMSprop with momentum": (  # b <- 0.5 b + g / sqrt(v); p <- p - 0.1 b
+        "RMSprop",
+        {"lr": 0.1, "alpha": 0.9, "eps": 0.0, "momentum": 0.5},
+        "momentum_buffer",
+        [(2, 3.1622777, 0.68377223), (1, 3.0555584, 0.37821639), (0, 1.5277792, 0.22543847)],
+    ),
+    "Adagrad": (  # s <- s + g^2; p <- p - g / sqrt(s)
+        "Adagrad",
+        {"lr": 1.0},
+        "sum",
+        [(3, 9, 0.0), (4, 25, -0.8), (0, 25, -0.8), (12, 169, -1.7230769)],
+    ),
+    "Adamax": (  # u <- max(0.5 u, |g|); m <- 0.5 m + 0.5 g; p <- p - 0.1 m / (1 - 0.5^t) / u
+        "Adamax",
+        {"lr": 0.1, "betas": (0.5, 0.5), "eps": 0.0},
+        "exp_inf",
+        [(-8, 8, 1.1), (1, 4, 1.15), (1, 2, 1.1714286)],
+    ),
+    "Rprop": (  # 1.2 times the step size, or half of it and a rest
+        "Rprop",
+        {"lr": 0.1},
+        "step_size",
+        [(5, 0.1, 0.9), (1, 0.12, 0.78), (-3, 0.06, 0.78), (-3, 0.06, 0.84), (-1, 0.072, 0.912)],
+    ),
+    "ASGD": (  # without its decay: plain steps, and the mean of the params from the second on
+        "ASGD",
+        {"lr": 0.1, "lambd": 0.0, "t0": 0},
+        "ax",
+        [(1, 0.9, 0.9), (1, 0.8, 0.8), (2, 0.7, 0.6), (-1, 0.7, 0.7), (0, 0.7, 0.7)],
+    ),
+    "Lion": (  # p <- p - 0.1 sign(0.5 m + 0.5 g); m <- 0.75 m + 0.25 g
+        "Lion",
+        {"lr": 0.1, "betas": (0.5, 0.75)},
+        "exp_avg",
+        [(4, 1, 0.9), (-0.5, 0.625, 0.8), (-1, 0.21875, 0.9), (0, 0.1640625, 0.8)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "state", "steps"), **by_id(BY_HAND))
+def test_by_hand(
+    name: str, options: dict[str, Any], state: str, steps: list[tuple[float, float, float]]
+) -> None:
+    param = torch.tensor([1.0])
+    optimizer = getattr(fusedopt, name)([param], **options)
+    for grad, kept, expected in steps:
+        step_with(optimizer, [torch.tensor([float(grad)])])
+        assert optimizer.state[param][state].item() == pytest.approx(kept, rel=1e-6)
+        assert param.item() == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+# Sizes of steps with a constant grad, times the learning rate: of the whole formula.
+CONSTANT: dict[str, tuple[str, dict[str, Any], Callable[[int], float]]] = {
+    "RMSprop": ("RMSprop", {"alpha": 0.9}, lambda t: (1 - 0.9**t) ** -0.5),
+    "Adagrad": ("Adagrad", {}, lambda t: t**-0.5),
+    "Adagrad with a decay": ("Adagrad", {"lr_decay": 1}, lambda t: t**-1.5),
+    "Adamax": ("Adamax", {}, lambda t: 1.0),  # noqa: ARG005
+    "Lion": ("Lion", {}, lambda t: 1.0),  # noqa: ARG005
+    "Rprop": ("Rprop", {}, lambda t: 1.2 ** (t - 1)),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e6])
+@pytest.mark.parametrize(("name", "options", "size"), **by_id(CONSTANT))
+def test_steps_with_a_constant_grad(
+    name: str, options: dict[str, Any], size: Callable[[int], float], scale: float
+) -> None:
+    """Whatever its scale is, but for eps."""
+    param, moved = torch.zeros(4), 0.0
+    optimizer = getattr(fusedopt, name)([param], lr=0.01, **options)
+    for step in range(1, 9):
+        step_with(optimizer, [torch.tensor([1.0, -1.0, 2.5, -0.3]) * scale])
+        moved += 0.01 * size(step)
+        np.testing.assert_allclose(param.abs().tolist(), moved, rtol=5e-4)
+
+
 def trained(
     optimizer_class: type[torch.optim.Optimizer], start: Tensor, **options: float
 ) -> Tensor:
@@ -163,11 +248,12 @@ def trained(
     return param
 
 
-def test_rmsprop_is_adam_without_momentum_and_correction() -> None:
+@pytest.mark.parametrize("library", [fusedopt, torch.optim], ids=["ours", "theirs"])
+def test_rmsprop_is_adam_without_momentum_and_correction(library: Any) -> None:
     # Far from the first step the corrections are 1: Adam with beta1 = 0 then is RMSprop.
     params = [values(99, dtype=torch.float64) for _ in range(2)]
     adam = fusedopt.Adam([params[0]], lr=0.1, betas=(0.0, 0.5), eps=1e-3)
-    rmsprop = torch.optim.RMSprop([params[1]], lr=0.1, alpha=0.5, eps=1e-3)
+    rmsprop = library.RMSprop([params[1]], lr=0.1, alpha=0.5, eps=1e-3)
     grads = [values(99, dtype=torch.float64, seed=seed) for seed in range(80)]
     for optimizer, param in zip((adam, rmsprop), params, strict=True):
         step_with(optimizer, grads[:70])

@@ -265,7 +265,7 @@ def test_refused(place: Any, name: str, options: Options, exception: Any, patter
 
 
 @each_of_all_names
-@pytest.mark.parametrize("bad", [{"lr": NAN}, {"weight_decay": INF}], ids=str)
+@pytest.mark.parametrize("bad", [{"lr": NAN}, {"lr": INF}], ids=str)
 def test_a_bad_group_of_a_checkpoint_changes_nothing(name: str, bad: Options) -> None:
     """Not the params either, which a conversion of masters rewrites."""
     made = []

@@ -355,7 +355,7 @@ class AsgdOracle(Oracle):
     def _update(self, g: Array) -> None:
         done = self.steps - 1
         eta = self.lr / (1 + self.lambd * self.lr * done) ** self.alpha
-        mu = 1 / max(1, done - self.t0)
+        mu = 1 / max(1, done - self.t0) if done else 1
         self.param = (1 - self.lambd * eta) * self.param - eta * g
         self.ax = self.ax + mu * (self.param - self.ax)
 

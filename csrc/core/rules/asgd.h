@@ -22,7 +22,7 @@ struct Asgd {
     const TwoFloat<double> kept = two_float(1.0 - hyper.lambd * eta);
     scalars.own[kKept] = kept.high;
     scalars.own[kKeptRest] = kept.rest;
-    scalars.own[kMu] = averaged > 1.0 ? 1.0 / averaged : 1.0;
+    scalars.own[kMu] = done > 0 && averaged > 1.0 ? 1.0 / averaged : 1.0;
     return scalars;
   }
 

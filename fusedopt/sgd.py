@@ -190,6 +190,9 @@ class SGD(FusedOptimizer):
         ema_bias_correction: bool = False,
         lr_independent_weight_decay: bool = False,
     ) -> None:
-        super().__init__(params, given_options(locals()), norm_group)
+        defaults = given_options(locals())
+        if not decoupled_weight_decay:  # torch's groups have no such key
+            defaults.pop("decoupled_weight_decay", None)
+        super().__init__(params, defaults, norm_group)
 
     _option_defaults = option_defaults(__init__)

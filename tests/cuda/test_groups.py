@@ -8,7 +8,7 @@ import torch
 
 import fusedopt
 from support.device import needs_driver
-from support.optimizers import Case, each_name, some_cases, take_step
+from support.optimizers import Case, some_cases, take_step
 from support.sides import Results, Side, on_both_drivers
 from support.snapshots import record
 from support.tensors import draw, params_of, set_grads
@@ -18,14 +18,20 @@ pytestmark = needs_driver
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
+# One that shares its kernel with others, too.
+some_names = pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "NAdam"])
+
+
 def group_options(name: str, g: int) -> dict[str, Any]:
     """No two groups alike; neighbours are computed in different ways."""
     options = {"lr": 0.01 + g / 1000, "weight_decay": 0.1 * (g % 2), "maximize": g % 5 == 4}
     if name == "SGD":
         momentum, dampening, nesterov = [(0, 0, False), (0.9, 0.2, False), (0.5, 0, True)][g % 3]
         return {**options, "momentum": momentum, "dampening": dampening, "nesterov": nesterov}
-    options |= {"betas": (0.9 - g / 500, 0.99), "amsgrad": g % 3 == 1, "eps": 1e-8 * (1 + g)}
-    return options | ({"decoupled_weight_decay": g % 4 > 1} if name == "Adam" else {})
+    options |= {"betas": (0.9 - g / 500, 0.99), "eps": 1e-8 * (1 + g)}
+    if name != "NAdam":
+        options["amsgrad"] = g % 3 == 1
+    return options if name == "AdamW" else {**options, "decoupled_weight_decay": g % 4 > 1}
 
 
 def make_grouped(side: Side, name: str, count: int, sizes: list[int]) -> torch.optim.Optimizer:
@@ -42,7 +48,7 @@ def make_grouped(side: Side, name: str, count: int, sizes: list[int]) -> torch.o
 
 
 # The scalars of 32 groups of Adam and of 76 of SGD fit in a kernel's arguments in double.
-@each_name
+@some_names
 @pytest.mark.parametrize("count", [1, 2, 32, 33, 64, 65, 76, 77, 153, 154])
 @on_both_drivers
 def test_many_groups(side: Side, name: str, count: int) -> Results:
@@ -55,7 +61,7 @@ def test_many_groups(side: Side, name: str, count: int) -> Results:
     return record(optimizer)
 
 
-@each_name
+@some_names
 @on_both_drivers
 def test_late_unfrozen_params(side: Side, name: str) -> Results:
     """One more parameter takes part in every step, so that no two are at the same step."""
@@ -82,7 +88,7 @@ def test_params_that_drift_apart(side: Side) -> Results:
     return record(optimizer)
 
 
-@each_name
+@some_names
 @on_both_drivers
 def test_params_without_grad(side: Side, name: str) -> Results:
     rng = random.Random(0)

@@ -135,7 +135,7 @@ def test_2000_steps_are_those_of_float32(
 
 # A thousandth of what bfloat16 can tell from 1, a thousand times.
 @pytest.mark.parametrize("kind", [None, "float32", "split"])
-@some_cases("sgd", "momentum", "adamw", "radam", "asgd", "lion")
+@some_cases("sgd", "momentum", "adamw", "asgd", "lion-decay")
 def test_tiny_updates_are_kept(case: Case, kind: str | None) -> None:
     param = torch.ones(40, dtype=BFLOAT16)
     optimizer: Any = case.ours([param], master_weights=kind, state_dtype=FLOAT32)

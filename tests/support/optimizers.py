@@ -139,7 +139,8 @@ CASES: dict[str, Case] = {
     "rmsprop-momentum": Case("RMSprop", {"lr": 0.01, "momentum": 0.9, "maximize": True}),
     "rmsprop-centered": Case("RMSprop", {"lr": 0.01, "alpha": 0.9, "centered": True}),
     "rmsprop-all": Case(
-        "RMSprop", {"lr": 0.01, "momentum": 0.7, "centered": True, "weight_decay": 0.1}
+        "RMSprop",
+        {"lr": 0.01, "momentum": 0.7, "centered": True, "weight_decay": 0.1, "eps": 0.1},
     ),
     "adagrad": Case("Adagrad", {"lr": 0.05, "maximize": True}),
     "adagrad-l2": Case("Adagrad", {"lr": 0.05, "lr_decay": 0.2, "weight_decay": 0.1}),

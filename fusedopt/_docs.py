@@ -7,9 +7,9 @@ from typing import TypeVar
 
 # Lines of a docstring: an argument, with its description; all of a state.
 ARGUMENT = re.compile(r"^ {8}(\w+) \(.*(?:\n {12}.*)*\n", re.MULTILINE)
-WEIGHTS = re.compile(
-    r"^ {8}(?:master_param|param_remainder|ema_param): .*(?:\n {12}.*)*\n", re.MULTILINE
-)
+STATE = re.compile(r"^ {8}(\w+): .*(?:\n {12}.*)*\n", re.MULTILINE)
+DEFAULT = re.compile(r", default [^)]*\)")
+WEIGHTS = ("master_param", "param_remainder", "ema_param")
 OPTIONS = re.compile(r"^    All arguments but ``params``.*(?:\n    \S.*)*\n", re.MULTILINE)
 LEFT_OUT = re.compile(r"^    Arguments, attributes and methods that .*\n", re.MULTILINE)
 REST = re.compile(r"^    Beside those of ``torch.optim.Optimizer``.*", re.MULTILINE | re.DOTALL)
@@ -20,8 +20,9 @@ Class = TypeVar("Class", bound=type)
 def described_as(model: type) -> Callable[[Class], Class]:
     """Have the docstring of an optimizer say what it leaves to that of ``model``.
 
-    Arguments that it does not describe, in the order of the signature, the states of weights, and
-    what follows: attributes, methods and errors. ``help()`` then says everything.
+    Arguments that it does not describe, in the order of the signature and with its defaults, the
+    states ``step`` and of weights, and what follows: attributes, methods and errors. ``help()``
+    then says everything.
     """
 
     def complete(cls: Class) -> Class:
@@ -30,16 +31,23 @@ def described_as(model: type) -> Callable[[Class], Class]:
         own = {found[1]: found[0] for found in ARGUMENT.finditer(cls.__doc__)}
         known = {found[1]: found[0] for found in ARGUMENT.finditer(model.__doc__)}
         head, _, rest = cls.__doc__.partition("    Args:\n")
-        states = rest[rest.index("    State of a parameter") :].rstrip(" ")
+        heading, _, states = rest[rest.index("    State of a parameter") :].partition("\n")
+        known_states = {found[1]: found[0] for found in STATE.finditer(model.__doc__)}
+        counts = "" if re.search(r"^ {8}step: ", states, re.MULTILINE) else known_states["step"]
         names = inspect.signature(cls).parameters
         cls.__doc__ = "".join(
             [
                 LEFT_OUT.sub(_options(model), head),
                 "    Args:\n",
-                *(own.get(name) or known[name] for name in names),
-                "\n",
-                states,
-                *(found[0] for found in WEIGHTS.finditer(model.__doc__)),
+                *(own.get(name) or _with_default(known[name], names[name]) for name in names),
+                f"\n{heading}\n",
+                counts,
+                states.rstrip(" "),
+                *(
+                    known_states[name]
+                    for name in WEIGHTS
+                    if "ema_decay" in names or name != "ema_param"
+                ),
                 "\n",
                 *REST.findall(model.__doc__),
             ]
@@ -47,6 +55,10 @@ def described_as(model: type) -> Callable[[Class], Class]:
         return cls
 
     return complete
+
+
+def _with_default(argument: str, parameter: inspect.Parameter) -> str:
+    return DEFAULT.sub(lambda _: f", default {parameter.default!r})", argument, count=1)
 
 
 def _options(model: type) -> str:

@@ -83,7 +83,9 @@ def hit_rows(grad: torch.Tensor, param: torch.Tensor) -> tuple[torch.Tensor, tor
         raise TypeError("a DTensor's, whose rows cannot be told")
     grad = grad.detach()
     if grad.layout == torch.strided:
-        is_hit = (grad != 0).reshape(len(grad), -1).any(dim=1)
+        is_hit = grad != 0
+        for _ in range(1, grad.dim()):
+            is_hit = is_hit.any(dim=1)
         rows = is_hit.nonzero().reshape(-1)
         return grad.index_select(0, rows), rows
     if grad.layout != torch.sparse_coo or grad.sparse_dim() != 1:
@@ -91,8 +93,11 @@ def hit_rows(grad: torch.Tensor, param: torch.Tensor) -> tuple[torch.Tensor, tor
         raise TypeError(f"{grad.layout}{kind}, but must be dense or sparse in its first dim alone")
     grad = grad.coalesce()
     rows = grad.indices()[0].contiguous()
-    if rows.numel() > 0 and not 0 <= int(rows.min()) <= int(rows.max()) < len(grad):
-        raise ValueError(f"of rows {int(rows.min())} to {int(rows.max())} of {len(grad)}")
+    # Whoever makes a tensor may say that it is coalesced.
+    if (rows.diff(prepend=rows.new_tensor([-1]), append=rows.new_tensor([len(grad)])) <= 0).any():
+        raise ValueError(
+            f"of rows that are not those of a coalesced tensor of {len(grad)}: rising, from 0 on"
+        )
     return grad.values().contiguous(), rows
 
 

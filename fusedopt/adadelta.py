@@ -36,9 +36,6 @@ class Adadelta(FusedOptimizer):
     Arguments, attributes and methods that are not described here are those of ``AdamW``.
 
     Args:
-        lr (float | Tensor, default 1.0): learning rate :math:`\gamma`, at least 0. A tensor has
-            one element. One on the parameters' GPU is read there, in the step; its value is then
-            not checked.
         rho (float, default 0.9): decay rate :math:`\rho` of the averages, in [0, 1].
         eps (float | Tensor, default 1e-6): :math:`\epsilon`, at least 0, added to what roots are
             taken of. A tensor is read as that of ``lr``.
@@ -51,9 +48,6 @@ class Adadelta(FusedOptimizer):
             not for float16 parameters. False: nothing, as in torch.
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
-        step: float32 (float64 if that is torch's default dtype), one element, on the CPU; on the
-            parameter's GPU with ``capturable``, with options that are tensors there, and where a
-            GradScaler leaves unscaling to the step.
         square_avg, acc_delta: the averages :math:`v, u`, of the parameter's dtype unless
             ``state_dtype`` says otherwise.
     """

@@ -36,9 +36,6 @@ class Adagrad(FusedOptimizer):
     Arguments, attributes and methods that are not described here are those of ``AdamW``.
 
     Args:
-        lr (float | Tensor, default 1e-2): learning rate :math:`\gamma`, at least 0. A tensor has
-            one element. One on the parameters' GPU is read there, in the step; its value is then
-            not checked.
         lr_decay (float, default 0): :math:`\eta`, at least 0.
         weight_decay (float | Tensor, default 0): :math:`\lambda`, at least 0, an L2 penalty,
             :math:`g \leftarrow g + \lambda p`. A tensor is read as that of ``lr``.
@@ -52,9 +49,6 @@ class Adagrad(FusedOptimizer):
             not for float16 parameters. False: nothing, as in torch.
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
-        step: float32 (float64 if that is torch's default dtype), one element, on the CPU; on the
-            parameter's GPU with ``capturable``, with options that are tensors there, and where a
-            GradScaler leaves unscaling to the step.
         sum: :math:`s`, of the parameter's dtype unless ``state_dtype`` says otherwise.
     """
 

@@ -37,9 +37,6 @@ class ASGD(FusedOptimizer):
     Arguments, attributes and methods that are not described here are those of ``AdamW``.
 
     Args:
-        lr (float | Tensor, default 1e-2): learning rate :math:`\gamma`, at least 0. A tensor has
-            one element. One on the parameters' GPU is read there, in the step; its value is then
-            not checked.
         lambd (float, default 1e-4): :math:`\lambda`, at least 0, a decay.
         alpha (float, default 0.75): :math:`\alpha`, the power of the learning rate's decay.
         t0 (float, default 1e6): :math:`t_0`, the step from which on params are averaged.
@@ -51,9 +48,6 @@ class ASGD(FusedOptimizer):
             nothing, as in torch.
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
-        step: float32 (float64 if that is torch's default dtype), one element, on the CPU; on the
-            parameter's GPU with ``capturable``, with options that are tensors there, and where a
-            GradScaler leaves unscaling to the step.
         ax: the average :math:`a`, of the parameter's dtype unless ``state_dtype`` says otherwise.
         eta, mu: in state dicts only, for torch: :math:`\eta` and :math:`\mu` of the next step,
             float32, one element. Steps find them from ``step`` and the options.

@@ -36,9 +36,6 @@ class Lion(FusedOptimizer):
     Arguments, attributes and methods that are not described here are those of ``AdamW``.
 
     Args:
-        lr (float | Tensor, default 1e-4): learning rate :math:`\gamma`, at least 0. A tensor has
-            one element. One on the parameters' GPU is read there, in the step; its value is then
-            not checked.
         betas (tuple[float | Tensor, float | Tensor], default (0.9, 0.99)): :math:`\beta_1` of the
             update and :math:`\beta_2` of the average, each in [0, 1). Tensors are read as that of
             ``lr``.

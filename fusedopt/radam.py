@@ -41,9 +41,6 @@ class RAdam(FusedOptimizer):
     Arguments, attributes and methods that are not described here are those of ``AdamW``.
 
     Args:
-        lr (float | Tensor, default 1e-3): learning rate :math:`\gamma`, at least 0. A tensor has
-            one element. One on the parameters' GPU is read there, in the step; its value is then
-            not checked.
         betas (tuple[float | Tensor, float | Tensor], default (0.9, 0.999)): decay rates
             :math:`\beta_1, \beta_2`, each in [0, 1). Tensors are read as that of ``lr``.
         eps (float | Tensor, default 1e-8): :math:`\epsilon`, at least 0, added to the denominator.
@@ -58,9 +55,6 @@ class RAdam(FusedOptimizer):
             ``decoupled_weight_decay``.
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
-        step: float32 (float64 if that is torch's default dtype), one element, on the CPU; on the
-            parameter's GPU with ``capturable``, with options that are tensors there, and where a
-            GradScaler leaves unscaling to the step.
         exp_avg, exp_avg_sq: the moments :math:`m, v`, of the parameter's dtype unless
             ``state_dtype`` says otherwise.
     """

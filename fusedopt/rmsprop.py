@@ -35,9 +35,6 @@ class RMSprop(FusedOptimizer):
     Arguments, attributes and methods that are not described here are those of ``AdamW``.
 
     Args:
-        lr (float | Tensor, default 1e-2): learning rate :math:`\gamma`, at least 0. A tensor has
-            one element. One on the parameters' GPU is read there, in the step; its value is then
-            not checked.
         alpha (float, default 0.99): decay rate :math:`\alpha` of the averages, in [0, 1].
         eps (float | Tensor, default 1e-8): :math:`\epsilon`, at least 0, added to the denominator.
             A tensor is read as that of ``lr``.
@@ -56,9 +53,6 @@ class RMSprop(FusedOptimizer):
             not for float16 parameters. False: nothing, as in torch.
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
-        step: float32 (float64 if that is torch's default dtype), one element, on the CPU; on the
-            parameter's GPU with ``capturable``, with options that are tensors there, and where a
-            GradScaler leaves unscaling to the step.
         square_avg: :math:`v`, of the parameter's dtype unless ``state_dtype`` says otherwise.
         momentum_buffer: :math:`b`, as ``square_avg``, with ``momentum``.
         grad_avg: the average of the grads, as ``square_avg``, with ``centered``.

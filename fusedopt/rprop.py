@@ -50,9 +50,6 @@ class Rprop(FusedOptimizer):
             nothing, as in torch.
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
-        step: float32 (float64 if that is torch's default dtype), one element, on the CPU; on the
-            parameter's GPU with ``capturable``, with options that are tensors there, and where a
-            GradScaler leaves unscaling to the step.
         prev: the grad :math:`g'` of the step before, of the parameter's dtype unless
             ``state_dtype`` says otherwise.
         step_size: :math:`s`, as ``prev``.

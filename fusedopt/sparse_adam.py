@@ -42,9 +42,6 @@ class SparseAdam(FusedOptimizer):
     Arguments, attributes and methods that are not described here are those of ``AdamW``.
 
     Args:
-        lr (float | Tensor, default 1e-3): learning rate :math:`\gamma`, at least 0. A tensor has
-            one element. One on the parameters' GPU is read there, in the step; its value is then
-            not checked.
         betas (tuple[float | Tensor, float | Tensor], default (0.9, 0.999)): decay rates
             :math:`\beta_1, \beta_2`, each in [0, 1). Tensors are read as that of ``lr``.
         eps (float | Tensor, default 1e-8): :math:`\epsilon`, at least 0, added to the denominator.

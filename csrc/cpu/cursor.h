@@ -13,7 +13,8 @@ class Cursor {
   Cursor(const Layout& layout, int64_t element) : layout_(layout) {
     for (int d = layout.num_dims - 1; d >= 0; --d) {
       index_[d] = element % layout.size_of(d);
-      move(d, index_[d], 1);
+      for (int k = 0; k <= kIndex; ++k)
+        at_[k] += place(d, k, index_[d]) * layout.dims[d].strides[k];
       element /= layout.size_of(d);
     }
   }
@@ -25,22 +26,21 @@ class Cursor {
   // Goes on by n elements, which must not be more than left_in_run().
   void increment(int64_t n) {
     for (int d = last_dim(); d >= 0; --d, n = 1) {
-      move(d, index_[d], -1);
-      index_[d] = index_[d] + n < layout_.size_of(d) ? index_[d] + n : 0;
-      move(d, index_[d], 1);
-      if (index_[d] > 0) return;
+      const int64_t from = index_[d], to = from + n < layout_.size_of(d) ? from + n : 0;
+      index_[d] = to;
+      for (int k = 0; k <= kIndex; ++k)
+        at_[k] += (place(d, k, to) - place(d, k, from)) * layout_.dims[d].strides[k];
+      if (to > 0) return;
     }
   }
 
  private:
   int last_dim() const { return layout_.num_dims - 1; }
-  // Adds what an index along a dim comes to, or takes it off.
-  void move(int d, int64_t index, int64_t sign) {
-    const Dim& dim = layout_.dims[d];
-    const int64_t row = d == 0 && layout_.rows != nullptr ? layout_.rows[index] : index;
-    for (int k = 0; k <= kIndex; ++k) at_[k] += sign * (k == kGrad ? index : row) * dim.strides[k];
+  // Where along a dim an operand has what the walk visits at this index.
+  int64_t place(int d, int operand, int64_t index) const {
+    const bool is_row = d == 0 && layout_.rows != nullptr && operand != kGrad;
+    return is_row ? layout_.rows[index] : index;
   }
-
   const Dim* inner() const { return last_dim() < 0 ? nullptr : layout_.dims + last_dim(); }
 
   const Layout& layout_;

@@ -203,6 +203,17 @@ def test_a_grad_of_no_rows_counts_as_a_step() -> None:
     assert optimizer.state[param]["step"] == 2
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (1, 1)])
+def test_small_shapes(shape: tuple[int, ...]) -> None:
+    for grad in (torch.ones(shape), torch.ones(shape).to_sparse(1)):
+        param = Parameter(torch.ones(shape))
+        optimizer = fusedopt.SparseAdam([param], lr=0.5)
+        param.grad = grad
+        optimizer.step()
+        assert optimizer.state[param]["step"] == 1
+        assert_close(param.detach(), torch.full(shape, 0.5))
+
+
 def test_clipping_is_by_the_norm_of_the_rows() -> None:
     params = [Parameter(values(ROWS, 8)) for _ in range(2)]
     clipped = fusedopt.SparseAdam([params[0]], max_grad_norm=0.5, betas=(0.5, 0.5))
@@ -268,7 +279,7 @@ def _no_checks() -> Iterator[None]:
 
 def bad_grads() -> dict[str, tuple[Any, type[Exception], str]]:
     where = torch.tensor([[0, 1], [2, 3]])
-    outside = torch.tensor([[1, ROWS]])
+    outside, twice = torch.tensor([[1, ROWS]]), torch.tensor([[5, 5]])
     numbers = torch.ones(2, 4)
     return {
         "two sparse dims": (
@@ -281,7 +292,21 @@ def bad_grads() -> dict[str, tuple[Any, type[Exception], str]]:
                 outside, numbers, (ROWS, 4), check_invariants=False, is_coalesced=True
             ),
             ValueError,
-            f"of rows 1 to {ROWS} of {ROWS}",
+            f"not those of a coalesced tensor of {ROWS}",
+        ),
+        "twice": (
+            lambda: torch.sparse_coo_tensor(
+                twice, numbers, (ROWS, 4), check_invariants=False, is_coalesced=True
+            ),
+            ValueError,
+            f"not those of a coalesced tensor of {ROWS}",
+        ),
+        "below": (
+            lambda: torch.sparse_coo_tensor(
+                -outside, numbers, (ROWS, 4), check_invariants=False, is_coalesced=True
+            ),
+            ValueError,
+            f"not those of a coalesced tensor of {ROWS}",
         ),
     }
 

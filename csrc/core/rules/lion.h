@@ -30,9 +30,9 @@ struct Lion {
     grad = whole_grad(variant.decay, scalars, param, grad);
     V& exp_avg = state[kExpAvg];
     const GradAverage<T> average = {scalars.own[kUpdateWeight], scalars.own[kUpdateFromGrad]};
-    const V direction = average(exp_avg, grad), size = V(scalars.step_size);
+    const V direction = average(exp_avg, grad);
     param = decayed(variant.decay, scalars, param);
-    param = param - select(direction > V(0), size, select(direction < V(0), V(0) - size, V(0)));
+    param = param - with_sign_of(direction, V(scalars.step_size));
     exp_avg = scalars.average(exp_avg, grad);
   }
 };

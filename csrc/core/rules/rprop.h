@@ -21,11 +21,7 @@ struct Rprop {
     return scalars;
   }
 
-  struct Variant {
-    constexpr int number() const { return 0; }
-    static FUSEDOPT_HD constexpr Variant of(int) { return {}; }
-    constexpr bool uses(int) const { return true; }
-  };
+  using Variant = OnlyVariant;
   static constexpr int kNumVariants = 1;
   static Variant variant(const HyperParams&) { return {}; }
 
@@ -42,7 +38,7 @@ struct Rprop {
     size = select(size < V(scalars.own[kSmallest]), V(scalars.own[kSmallest]), size);
     size = select(size > V(scalars.own[kLargest]), V(scalars.own[kLargest]), size);
     grad = select(agreement < V(0), V(0), grad);
-    param = param - select(grad > V(0), size, select(grad < V(0), V(0) - size, V(0)));
+    param = param - with_sign_of(grad, size);
     prev = grad;
   }
 };

@@ -62,6 +62,19 @@ struct DecayVariant {
   constexpr bool uses(int) const { return true; }
 };
 
+// The variants of a rule that has one.
+struct OnlyVariant {
+  constexpr int number() const { return 0; }
+  static FUSEDOPT_HD constexpr OnlyVariant of(int) { return {}; }
+  constexpr bool uses(int) const { return true; }
+};
+
+// `size` with the sign of `direction`; 0 for 0 and NaN, as torch.sign has it.
+template <class V>
+FUSEDOPT_HD V with_sign_of(const V& direction, const V& size) {
+  return select(direction > V(0), size, select(direction < V(0), V(0) - size, V(0)));
+}
+
 // The grad as a rule sees it: clipped, with its sign and the L2 penalty.
 template <class T, class V>
 FUSEDOPT_HD V whole_grad(Decay decay, const SharedScalars<T>& scalars, const V& param, V grad) {

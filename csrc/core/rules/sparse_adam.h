@@ -23,11 +23,7 @@ struct SparseAdam {
     return scalars;
   }
 
-  struct Variant {
-    constexpr int number() const { return 0; }
-    static FUSEDOPT_HD constexpr Variant of(int) { return {}; }
-    constexpr bool uses(int) const { return true; }
-  };
+  using Variant = OnlyVariant;
   static constexpr int kNumVariants = 1;
   static Variant variant(const HyperParams&) { return {}; }
 

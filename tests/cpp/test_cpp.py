@@ -198,7 +198,8 @@ def test_object_exports_its_entry_alone(emulated_build: Path, isa: str) -> None:
 
 @pytest.mark.parametrize(("isa", "register"), [("avx2", "ymm"), ("avx512", "zmm")])
 def test_loops_are_vectorised(emulated_build: Path, isa: str, register: str) -> None:
-    # A square root, or what it is corrected from, is in every loop of Adam and in nothing else.
+    # A square root, or what it is corrected from, is in every loop of Adam and of the rules that
+    # choose at run time, and in nothing else.
     # What is left of a tensor is computed in whole registers too, so there is no other width.
     require("objdump")
     if isa not in ISAS:
@@ -207,10 +208,14 @@ def test_loops_are_vectorised(emulated_build: Path, isa: str, register: str) -> 
     code = must_run("objdump", "-dC", "--no-show-raw-insn", built)
     roots = {}
     for function in re.split(r"\n\n", code):
-        name = re.search(r"<.*\bupdate\w*<fusedopt::Adam, (float|double)>\(.*>:", function)
+        name = re.search(
+            r"<.*\bupdate\w*<fusedopt::(Adam|OneOf)(?:<[^()]*>)?, (float|double)>\(.*>:", function
+        )
         found = re.findall(r"\bv?r?sqrt(?:14)?([ps][sd])\s.*%([xyz]mm)", function)
         assert name or not found, function[:300]
         if name:
-            roots.setdefault(name[1], set()).update(found)
+            roots.setdefault(name.groups(), set()).update(found)
     suffixes = {"float": "ps", "double": "pd"}
-    assert roots == {t: {(suffixes[t], register)} for t in suffixes}
+    assert roots == {
+        (rule, t): {(suffixes[t], register)} for rule in ("Adam", "OneOf") for t in suffixes
+    }

@@ -139,8 +139,7 @@ struct Textbook {
     if (variant.decay == Decay::kL2) g += hyper.weight_decay * p;
     if (variant.decay == Decay::kDecoupled) p *= 1 - hyper.lr * hyper.weight_decay;
   }
-  void decay(Rprop::Variant, double&) {}
-  void decay(SparseAdam::Variant, double&) {}
+  void decay(OnlyVariant, double&) {}  // Rprop and SparseAdam have none
 
  private:
   static double average(double& of, double beta, double with) {

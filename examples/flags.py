@@ -41,6 +41,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ema_decay": NUMBER,
     "ema_bias_correction": SWITCH,
     "lr_independent_weight_decay": SWITCH,
+    "cautious_update": SWITCH,
+    "cautious_weight_decay": SWITCH,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 from . import _C
 from ._types import ParamGroup
 
-# What all optimizers have and ``torch.optim`` lacks.
+# What optimizers have and ``torch.optim`` lacks.
 OWN_OPTIONS = (
     "state_dtype",
     "master_weights",
@@ -19,6 +19,8 @@ OWN_OPTIONS = (
     "ema_decay",
     "ema_bias_correction",
     "lr_independent_weight_decay",
+    "cautious_update",
+    "cautious_weight_decay",
 )
 
 

@@ -122,6 +122,13 @@ class Adam(FusedOptimizer):
         lr_independent_weight_decay (bool, default False): decoupled decay multiplies the weights by
             ``1 - weight_decay`` instead of ``1 - lr * weight_decay``, unless ``lr`` is 0. Needs
             ``decoupled_weight_decay``.
+        cautious_update (bool, default False): leave alone the elements of a parameter whose update
+            and grad differ in sign, and those whose grad is 0 (Liang et al., "Cautious Optimizers",
+            arXiv 2411.16085). Their states are updated all the same. What moves is not scaled up
+            for what rests, as in the paper, which would take another pass: raise ``lr`` for that.
+        cautious_weight_decay (bool, default False): decoupled decay leaves alone the elements that
+            the update takes away from 0 (Chen et al., "Cautious Weight Decay", arXiv 2510.12402).
+            Needs ``decoupled_weight_decay``.
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
         step: float32 (float64 if that is torch's default dtype), one element, on the CPU; on the
@@ -194,6 +201,8 @@ class Adam(FusedOptimizer):
         ema_decay: float | Tensor | None = None,
         ema_bias_correction: bool = False,
         lr_independent_weight_decay: bool = False,
+        cautious_update: bool = False,
+        cautious_weight_decay: bool = False,
     ) -> None:
         super().__init__(params, given_options(locals()), norm_group)
 
@@ -310,6 +319,12 @@ class AdamW(Adam):
             without ``ema_decay``.
         lr_independent_weight_decay (bool, default False): decoupled decay multiplies the weights by
             ``1 - weight_decay`` instead of ``1 - lr * weight_decay``, unless ``lr`` is 0.
+        cautious_update (bool, default False): leave alone the elements of a parameter whose update
+            and grad differ in sign, and those whose grad is 0 (Liang et al., "Cautious Optimizers",
+            arXiv 2411.16085). Their states are updated all the same. What moves is not scaled up
+            for what rests, as in the paper, which would take another pass: raise ``lr`` for that.
+        cautious_weight_decay (bool, default False): decoupled decay leaves alone the elements that
+            the update takes away from 0 (Chen et al., "Cautious Weight Decay", arXiv 2510.12402).
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
         step: float32 (float64 if that is torch's default dtype), one element, on the CPU; on the
@@ -379,6 +394,8 @@ class AdamW(Adam):
         ema_decay: float | Tensor | None = None,
         ema_bias_correction: bool = False,
         lr_independent_weight_decay: bool = False,
+        cautious_update: bool = False,
+        cautious_weight_decay: bool = False,
     ) -> None:
         options = given_options(locals())
         super().__init__(params, **options, norm_group=norm_group, decoupled_weight_decay=True)

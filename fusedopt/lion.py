@@ -79,6 +79,8 @@ class Lion(FusedOptimizer):
         ema_decay: float | Tensor | None = None,
         ema_bias_correction: bool = False,
         lr_independent_weight_decay: bool = False,
+        cautious_update: bool = False,
+        cautious_weight_decay: bool = False,
     ) -> None:
         options = {**given_options(locals()), "decoupled_weight_decay": True}
         super().__init__(params, options, norm_group)

@@ -20,6 +20,7 @@ const Key kLrDecay("lr_decay"), kInitialAccumulatorValue("initial_accumulator_va
 const Key kLambd("lambd"), kT0("t0"), kEtas("etas"), kStepSizes("step_sizes");
 const Key kDecoupledWeightDecay("decoupled_weight_decay");
 const Key kLrIndependent("lr_independent_weight_decay");
+const Key kCautiousUpdate("cautious_update"), kCautiousWeightDecay("cautious_weight_decay");
 const Key kRoundingSeed("rounding_seed"), kMaxGradNorm("max_grad_norm");
 const Key kEmaDecay("ema_decay"), kEmaBiasCorrection("ema_bias_correction");
 
@@ -56,6 +57,10 @@ void read_common(GroupReader& group, cuda::HyperParamsRef& source) {
   hyper.lr_independent_weight_decay = group.flag(kLrIndependent);
   if (hyper.lr_independent_weight_decay && !hyper.decoupled_weight_decay)
     group.fail("lr_independent_weight_decay needs decoupled_weight_decay");
+  hyper.cautious_update = group.flag(kCautiousUpdate);
+  hyper.cautious_weight_decay = group.flag(kCautiousWeightDecay);
+  if (hyper.cautious_weight_decay && !hyper.decoupled_weight_decay)
+    group.fail("cautious_weight_decay needs decoupled_weight_decay");
   read_additions(group, hyper);
   group.require_at_first(hyper.lr >= 0, "Invalid learning rate", hyper.lr);
   if (group.flag(kDifferentiable))

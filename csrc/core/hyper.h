@@ -42,10 +42,12 @@ struct HyperParams {
   bool centered = false;
   bool decoupled_weight_decay = false;
   bool lr_independent_weight_decay = false;
+  bool cautious_update = false;
+  bool cautious_weight_decay = false;
   bool ema_bias_correction = false;
   StochasticRounding stochastic_rounding = StochasticRounding::kNone;
   uint8_t member = 0;      // which rule it is of those that share one's kernel (core/one_of.h)
-  uint8_t unused[3] = {};  // in place of padding, as in DeviceScalar (core/gpu.h)
+  uint8_t unused[1] = {};  // in place of padding, as in DeviceScalar (core/gpu.h)
 
   bool has_ema() const { return ema_decay >= 0; }
 };

@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "masters-and-averages": {"master_weights": "float32", "ema_decay": 0.9},
     "rounded": {"stochastic_rounding": True},
     "independent-decay": {"weight_decay": 0.1, "lr_independent_weight_decay": True},
+    "cautious": {"weight_decay": 0.1, "cautious_update": True, "cautious_weight_decay": True},
 }
 each_setting = pytest.mark.parametrize("options", **by_id(SETTINGS))
 
@@ -39,7 +40,7 @@ each_setting = pytest.mark.parametrize("options", **by_id(SETTINGS))
 def model_with(seed: int, options: dict[str, Any], name: str = "AdamW") -> tuple[nn.Module, Any]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).to(BFLOAT16)
-    if "lr_independent_weight_decay" in options and Case(name).takes("decoupled_weight_decay"):
+    if "weight_decay" in options and Case(name).takes("decoupled_weight_decay"):
         options = {**options, "decoupled_weight_decay": True}
     return model, getattr(fusedopt, name)(model.parameters(), lr=1e-2, **options)
 

@@ -140,6 +140,11 @@ void set_decay(HyperParams& hyper, Decay decay) {
   hyper.decoupled_weight_decay = decay == Decay::kDecoupled;
 }
 
+void set_caution(HyperParams& hyper, Caution caution) {
+  hyper.cautious_update = caution.in_updates;
+  hyper.cautious_weight_decay = caution.in_decay;
+}
+
 // Hyper-parameters that lead to this variant.
 HyperParams hyper_for(Sgd::Variant variant) {
   HyperParams hyper;
@@ -147,6 +152,7 @@ HyperParams hyper_for(Sgd::Variant variant) {
   hyper.nesterov = variant.momentum == Sgd::Momentum::kNesterov;
   hyper.dampening = 0.25;
   set_decay(hyper, variant.decay);
+  set_caution(hyper, variant.caution);
   return hyper;
 }
 
@@ -157,6 +163,7 @@ HyperParams hyper_for(Adam::Variant variant) {
   hyper.eps = 1e-3;
   hyper.amsgrad = variant.amsgrad;
   set_decay(hyper, variant.decay);
+  set_caution(hyper, variant.caution);
   return hyper;
 }
 
@@ -180,6 +187,8 @@ HyperParams hyper_for(OtherRules::Variant variant) {
     hyper.member = kMemberOf<Rule>;
     constexpr bool kDecays = !std::is_same_v<Rule, Rprop> && !std::is_same_v<Rule, SparseAdam>;
     if constexpr (kDecays) set_decay(hyper, own.decay);
+    if constexpr (std::is_same_v<typename Rule::Variant, CautiousVariant>)
+      set_caution(hyper, own.caution);
     if constexpr (std::is_same_v<Rule, Rmsprop>) {
       hyper.momentum = own.has_momentum ? 0.9 : 0;
       hyper.centered = own.centered;

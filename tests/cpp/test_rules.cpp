@@ -33,9 +33,10 @@ struct Textbook {
     double& v = states[Sgd::kMomentumBuffer];
     if (variant.momentum != Momentum::kNone)
       v = t == 1 ? g : hyper.momentum * v + (1 - hyper.dampening) * g;
-    p -= hyper.lr * (variant.momentum == Momentum::kNone        ? g
+    move(variant.caution, g,
+         hyper.lr * (variant.momentum == Momentum::kNone        ? g
                      : variant.momentum == Momentum::kHeavyBall ? v
-                                                                : g + hyper.momentum * v);
+                                                                : g + hyper.momentum * v));
   }
 
   void step(Adam, Adam::Variant variant, double t, double g) {
@@ -45,7 +46,7 @@ struct Textbook {
     if (variant.amsgrad) largest = std::max(largest, v);
     const double m_hat = m / (1 - std::pow(hyper.beta1, t));
     const double v_hat = (variant.amsgrad ? largest : v) / (1 - std::pow(hyper.beta2, t));
-    p -= hyper.lr * m_hat / (std::sqrt(v_hat) + hyper.eps);
+    move(variant.caution, g, hyper.lr * m_hat / (std::sqrt(v_hat) + hyper.eps));
   }
 
   void step(Adadelta, Adadelta::Variant, double, double g) {
@@ -76,13 +77,13 @@ struct Textbook {
     ax += (p - ax) / std::max(1.0, t - 1 - hyper.t0);
   }
 
-  void step(Lion, Lion::Variant, double, double g) {
+  void step(Lion, Lion::Variant variant, double, double g) {
     double& m = states[Lion::kExpAvg];
-    p -= std::copysign(hyper.lr, hyper.beta1 * m + (1 - hyper.beta1) * g);
+    move(variant.caution, g, std::copysign(hyper.lr, hyper.beta1 * m + (1 - hyper.beta1) * g));
     average(m, hyper.beta2, g);
   }
 
-  void step(Nadam, Nadam::Variant, double t, double g) {
+  void step(Nadam, Nadam::Variant variant, double t, double g) {
     const auto momentum = [&](double at) {
       return hyper.beta1 * (1 - 0.5 * std::pow(0.96, at * hyper.momentum_decay));
     };
@@ -91,11 +92,12 @@ struct Textbook {
     const double m = average(states[Nadam::kExpAvg], hyper.beta1, g);
     const double v = average(states[Nadam::kExpAvgSq], hyper.beta2, g * g);
     const double root = std::sqrt(v / (1 - std::pow(hyper.beta2, t))) + hyper.eps;
-    p -= hyper.lr * (1 - momentum(t)) / (1 - product) * g / root;
-    p -= hyper.lr * momentum(t + 1) / (1 - product * momentum(t + 1)) * m / root;
+    const double of_grad = (1 - momentum(t)) / (1 - product) * g;
+    const double of_m = momentum(t + 1) / (1 - product * momentum(t + 1)) * m;
+    move(variant.caution, g, hyper.lr * (of_grad + of_m) / root);
   }
 
-  void step(Radam, Radam::Variant, double t, double g) {
+  void step(Radam, Radam::Variant variant, double t, double g) {
     const double m = average(states[Radam::kExpAvg], hyper.beta1, g);
     const double v = average(states[Radam::kExpAvgSq], hyper.beta2, g * g);
     const double m_hat = m / (1 - std::pow(hyper.beta1, t));
@@ -103,7 +105,7 @@ struct Textbook {
     const double rho = limit - 2 * t * decay / (1 - decay);
     const double r = std::sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho));
     const double l = std::sqrt(1 - decay) / (std::sqrt(v) + hyper.eps);
-    p -= hyper.lr * m_hat * (rho > 5 ? r * l : 1);
+    move(variant.caution, g, hyper.lr * m_hat * (rho > 5 ? r * l : 1));
   }
 
   void step(Rmsprop, Rmsprop::Variant variant, double, double g) {
@@ -133,17 +135,26 @@ struct Textbook {
     p -= step_size * m / (std::sqrt(v) + hyper.eps);
   }
 
-  // Weight decay, which comes before all else.
+  // Weight decay, which comes before all else. Cautious decay waits for the update.
   template <class Variant>
   void decay(Variant variant, double& g) {
     if (variant.decay == Decay::kL2) g += hyper.weight_decay * p;
-    if (variant.decay == Decay::kDecoupled) p *= 1 - hyper.lr * hyper.weight_decay;
+    if (variant.decay == Decay::kDecoupled && !hyper.cautious_weight_decay) p *= kept();
   }
   void decay(OnlyVariant, double&) {}  // Rprop and SparseAdam have none
 
  private:
   static double average(double& of, double beta, double with) {
     return of = beta * of + (1 - beta) * with;
+  }
+
+  double kept() const { return 1 - hyper.lr * hyper.weight_decay; }
+
+  // The formulas of the papers, for what is subtracted.
+  void move(Caution caution, double g, double update) {
+    if (caution.in_updates && update * g <= 0) update = 0;
+    if (caution.in_decay && hyper.decoupled_weight_decay && update * p >= 0) p *= kept();
+    p -= update;
   }
 };
 
@@ -319,19 +330,21 @@ void test_step_scalars() {
   // A term that torch leaves out is a variant without it.
   using Momentum = Sgd::Momentum;
   HyperParams hyper = sgd_hyper();
-  CHECK(has_number(Sgd::variant(hyper), {Momentum::kHeavyBall, Decay::kL2}));
+  CHECK(has_number(Sgd::variant(hyper), {Momentum::kHeavyBall, Decay::kL2, {}}));
   hyper.nesterov = true;
-  CHECK(has_number(Sgd::variant(hyper), {Momentum::kNesterov, Decay::kL2}));
+  CHECK(has_number(Sgd::variant(hyper), {Momentum::kNesterov, Decay::kL2, {}}));
   hyper.momentum = hyper.weight_decay = 0;
-  CHECK(has_number(Sgd::variant(hyper), {Momentum::kNone, Decay::kNone}));
+  CHECK(has_number(Sgd::variant(hyper), {Momentum::kNone, Decay::kNone, {}}));
   hyper = adam_hyper();
-  CHECK(has_number(Adam::variant(hyper), {Decay::kL2, false, true}));
+  CHECK(has_number(Adam::variant(hyper), {Decay::kL2, false, true, {}}));
   hyper.decoupled_weight_decay = hyper.amsgrad = true;
-  CHECK(has_number(Adam::variant(hyper), {Decay::kDecoupled, true, true}));
+  CHECK(has_number(Adam::variant(hyper), {Decay::kDecoupled, true, true, {}}));
   hyper.weight_decay = 0;
-  CHECK(has_number(Adam::variant(hyper), {Decay::kNone, true, true}));
+  CHECK(has_number(Adam::variant(hyper), {Decay::kNone, true, true, {}}));
   hyper.beta1 = 0;
-  CHECK(has_number(Adam::variant(hyper), {Decay::kNone, true, false}));
+  CHECK(has_number(Adam::variant(hyper), {Decay::kNone, true, false, {}}));
+  hyper.cautious_update = true;
+  CHECK(has_number(Adam::variant(hyper), {Decay::kNone, true, false, {true, false}}));
   // Clipping, as torch has it.
   hyper.max_grad_norm = 2;
   CHECK(clip_factor(hyper, 1) == 1 && clip_factor(hyper, 4) == 2 / (4 + 1e-6));

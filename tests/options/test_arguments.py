@@ -90,12 +90,17 @@ ON: Options = {
     "ema_decay": 0,
     "ema_bias_correction": True,
     "lr_independent_weight_decay": True,
+    "cautious_update": True,
+    "cautious_weight_decay": True,
     "decoupled_weight_decay": True,
 }
 
 
 # What has no decay that is decoupled, or no other.
-DECOUPLED = {"decoupled_weight_decay", "lr_independent_weight_decay"}
+DECOUPLED = {
+    *("decoupled_weight_decay", "lr_independent_weight_decay"),
+    *("cautious_update", "cautious_weight_decay"),
+}
 LACK = {
     **dict.fromkeys(("RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD", "Rprop"), DECOUPLED),
     **{name: {"decoupled_weight_decay"} for name in ("AdamW", "Lion")},

@@ -86,7 +86,7 @@ def test_same_words_for_the_same_arguments() -> None:
     for argument in set.union(*(set(found) for found in described.values())) - DIFFERS:
         texts = {found[argument] for found in described.values() if argument in found}
         needs = " Needs ``decoupled_weight_decay``."  # which is an option of these
-        if argument == "lr_independent_weight_decay":
+        if argument in ("lr_independent_weight_decay", "cautious_weight_decay"):
             for name, found in described.items():
                 if argument in found:
                     is_needed = "decoupled_weight_decay" in found

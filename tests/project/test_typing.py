@@ -47,6 +47,8 @@ sgd = fusedopt.SGD(
     ema_decay=number,
     ema_bias_correction=True,
     lr_independent_weight_decay=True,
+    cautious_update=True,
+    cautious_weight_decay=True,
 )
 groups: list[dict[str, Any]] = [
     {"params": [model.weight], "lr": 0.1, "max_grad_norm": 1.0},
@@ -74,6 +76,8 @@ adam = fusedopt.Adam(
     ema_decay=None,
     ema_bias_correction=False,
     lr_independent_weight_decay=False,
+    cautious_update=False,
+    cautious_weight_decay=False,
 )
 adamw = fusedopt.AdamW(
     params=model.named_parameters(),
@@ -96,6 +100,8 @@ adamw = fusedopt.AdamW(
     ema_decay=0.9,
     ema_bias_correction=True,
     lr_independent_weight_decay=True,
+    cautious_update=True,
+    cautious_weight_decay=True,
 )
 fusedopt.SGD([{"params": model.parameters(), "lr": 0.1}])
 base: torch.optim.Optimizer = adamw

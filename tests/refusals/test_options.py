@@ -59,11 +59,18 @@ ODD: dict[str, tuple[Options, str]] = {
 }
 DECOUPLED = {"decoupled_weight_decay": True}
 INDEPENDENT = {"lr_independent_weight_decay": True}
+CAUTIOUS = {"cautious_weight_decay": True}
 SPLIT, MASTERS = {"master_weights": "split"}, {"master_weights": "float32"}
 STOCHASTIC = {"stochastic_rounding": True}
 L2_OR_NOT = ["SGD", "Adam", "NAdam", "RAdam"]
 CONTRADICTIONS: dict[str, tuple[list[str], Options, str]] = {
     "independent L2": (L2_OR_NOT, INDEPENDENT, "decoupled_weight_decay"),
+    "cautious L2": (L2_OR_NOT, CAUTIOUS, "cautious_weight_decay needs decoupled_weight_decay"),
+    "cautious L2 of some size": (
+        L2_OR_NOT,
+        {**CAUTIOUS, "weight_decay": 0.1, "decoupled_weight_decay": False},
+        "cautious_weight_decay needs decoupled_weight_decay",
+    ),
     "independent L2 of some size": (
         L2_OR_NOT,
         {**INDEPENDENT, "weight_decay": 0.1, "decoupled_weight_decay": False},

@@ -304,6 +304,7 @@ def test_lr_taken_down_by_hand(name: str, length: int) -> None:
 CONFLICTS: dict[str, tuple[str, Options, str]] = {
     "differentiable": ("Adam", {"differentiable": True}, "differentiable"),
     "independent L2": ("SGD", {"lr_independent_weight_decay": True}, "decoupled_weight_decay"),
+    "cautious L2": ("SGD", {"cautious_weight_decay": True}, "decoupled_weight_decay"),
     "unknown masters": ("AdamW", {"master_weights": "fp32"}, "master_weights"),
     "state dtype": ("SGD", {"state_dtype": torch.float16}, "state_dtype"),
     "beta1 of 1": ("Adam", {"betas": (1.0, 0.99)}, "index 0"),
@@ -337,7 +338,7 @@ CONFLICTS: dict[str, tuple[str, Options, str]] = {
         "Invalid step sizes: 2.0, 1.0",
     ),
 }
-OWN = {"lr_independent_weight_decay", "master_weights", "state_dtype"}
+OWN = {"lr_independent_weight_decay", "cautious_weight_decay", "master_weights", "state_dtype"}
 
 
 @pytest.mark.parametrize(("name", "options", "words"), **by_id(CONFLICTS))

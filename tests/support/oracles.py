@@ -47,6 +47,8 @@ class Oracle:
         maximize: bool = False,
         decoupled_weight_decay: bool = False,
         lr_independent_weight_decay: bool = False,
+        cautious_update: bool = False,
+        cautious_weight_decay: bool = False,
         ema_decay: float | None = None,
         ema_bias_correction: bool = False,
     ) -> None:
@@ -54,6 +56,7 @@ class Oracle:
         self.steps = 0
         self.lr, self.weight_decay, self.maximize = lr, weight_decay, maximize
         self.decoupled, self.lr_independent = decoupled_weight_decay, lr_independent_weight_decay
+        self.cautious_update, self.cautious_weight_decay = cautious_update, cautious_weight_decay
         self.ema_decay, self.ema_bias_correction = ema_decay, ema_bias_correction
 
     def step(self, grad: Tensor) -> None:
@@ -97,9 +100,25 @@ class Oracle:
             return g
         if not self.decoupled:
             return g + self.weight_decay * self.param
-        rate = self.weight_decay if self.lr_independent else self.lr * self.weight_decay
-        self.param = (1 - rate) * self.param
+        if not self.cautious_weight_decay:
+            self.param = (1 - self._decay_rate()) * self.param
         return g
+
+    def _decay_rate(self) -> float:
+        return self.weight_decay if self.lr_independent else self.lr * self.weight_decay
+
+    def _move(self, update: Array, g: Array) -> None:
+        """p <- p - update; or as the cautious have it.
+
+        Liang et al. (2024), algorithm 1, whose mask is not scaled here; Chen et al. (2025),
+        "Cautious Weight Decay", equation 1.
+        """
+        if self.cautious_update:
+            update = np.where(update * g > 0, update, 0)
+        if self.cautious_weight_decay and self.decoupled:
+            decays = update * self.param >= 0
+            self.param = np.where(decays, 1 - self._decay_rate(), 1) * self.param
+        self.param = self.param - update
 
 
 class SgdOracle(Oracle):
@@ -128,8 +147,10 @@ class SgdOracle(Oracle):
                 self.momentum_buffer = (
                     self.momentum * self.momentum_buffer + (1 - self.dampening) * g
                 )
-            g = g + self.momentum * self.momentum_buffer if self.nesterov else self.momentum_buffer
-        self.param = self.param - self.lr * g
+            v = self.momentum_buffer
+            self._move(self.lr * (g + self.momentum * v if self.nesterov else v), g)
+        else:
+            self._move(self.lr * g, g)
 
     def _states(self) -> dict[str, Array]:
         if self.momentum_buffer is None:
@@ -173,7 +194,7 @@ class AdamOracle(MomentsOracle):
         second = self.max_exp_avg_sq if self.amsgrad else self.exp_avg_sq
         m_hat = self.exp_avg / (1 - self.beta1**self.steps)
         v_hat = second / (1 - self.beta2**self.steps)
-        self.param = self.param - self.lr * m_hat / (np.sqrt(v_hat) + self.eps)
+        self._move(self.lr * m_hat / (np.sqrt(v_hat) + self.eps), g)
 
     def _states(self) -> dict[str, Array]:
         # Without beta1 the average of the grads is the grad, and not kept.
@@ -315,7 +336,7 @@ class NadamOracle(MomentsOracle):
         now, following = self.momenta(self.steps), self.momenta(self.steps + 1)
         m_hat = following * self.exp_avg / (1 - product * following) + (1 - now) * g / (1 - product)
         v_hat = self.exp_avg_sq / (1 - self.beta2**self.steps)
-        self.param = self.param - self.lr * m_hat / (np.sqrt(v_hat) + self.eps)
+        self._move(self.lr * m_hat / (np.sqrt(v_hat) + self.eps), g)
 
 
 class RadamOracle(MomentsOracle):
@@ -333,7 +354,7 @@ class RadamOracle(MomentsOracle):
             )
             adaptive = np.sqrt(1 - decay) / (np.sqrt(self.exp_avg_sq) + self.eps)
             m_hat = m_hat * np.sqrt(rectification) * adaptive
-        self.param = self.param - self.lr * m_hat
+        self._move(self.lr * m_hat, g)
 
 
 class AsgdOracle(Oracle):
@@ -403,9 +424,7 @@ class LionOracle(Oracle):
         self.beta1, self.beta2 = betas
 
     def _update(self, g: Array) -> None:
-        self.param = self.param - self.lr * np.sign(
-            self.beta1 * self.exp_avg + (1 - self.beta1) * g
-        )
+        self._move(self.lr * np.sign(self.beta1 * self.exp_avg + (1 - self.beta1) * g), g)
         self.exp_avg = self.beta2 * self.exp_avg + (1 - self.beta2) * g
 
     def _states(self) -> dict[str, Array]:

@@ -31,6 +31,8 @@ OFF: dict[str, Any] = {
     "ema_decay": None,
     "ema_bias_correction": False,
     "lr_independent_weight_decay": False,
+    "cautious_update": False,
+    "cautious_weight_decay": False,
     "decoupled_weight_decay": False,
 }
 

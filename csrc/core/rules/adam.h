@@ -11,6 +11,7 @@
 #include "core/macros.h"
 #include "core/normal.h"
 #include "core/power.h"
+#include "core/rules/caution.h"
 #include "core/rules/moments.h"
 
 namespace fusedopt {
@@ -59,20 +60,24 @@ struct Adam {
     Decay decay;
     bool amsgrad;
     bool averages_grads;  // beta1 is not 0; if it is 0, exp_avg is the grad and is not stored
+    Caution caution;
 
     constexpr int number() const {
-      return (static_cast<int>(decay) * 2 + (amsgrad ? 1 : 0)) * 2 + (averages_grads ? 1 : 0);
+      const int shape = (static_cast<int>(decay) * 2 + (amsgrad ? 1 : 0)) * 2 + averages_grads;
+      return shape * Caution::kNumbers + caution.number();
     }
     static FUSEDOPT_HD constexpr Variant of(int number) {
-      return {static_cast<Decay>(number / 4), number / 2 % 2 != 0, number % 2 != 0};
+      const int shape = number / Caution::kNumbers;
+      return {static_cast<Decay>(shape / 4), shape / 2 % 2 != 0, shape % 2 != 0,
+              Caution::of(number % Caution::kNumbers)};
     }
     constexpr bool uses(int state) const {
       return state == kExpAvg ? averages_grads : state == kExpAvgSq || amsgrad;
     }
   };
-  static constexpr int kNumVariants = kNumDecays * 4;
+  static constexpr int kNumVariants = kNumDecays * 4 * Caution::kNumbers;
   static Variant variant(const HyperParams& hyper) {
-    return {decay_of(hyper), hyper.amsgrad, hyper.beta1 != 0};
+    return {decay_of(hyper), hyper.amsgrad, hyper.beta1 != 0, caution_of(hyper)};
   }
 
   // The update of one element, or of several side by side.
@@ -99,8 +104,9 @@ struct Adam {
       largest = select(exp_avg_sq != exp_avg_sq, exp_avg_sq, largest);
       second_moment = largest;
     }
-    if (variant.decay == Decay::kDecoupled) param = scalars.keep.times(param);
-    const V ratio = math.divide_by_root(exp_avg, second_moment, V(scalars.eps));
+    const V ratio =
+        careful(variant.caution, math.divide_by_root(exp_avg, second_moment, V(scalars.eps)), grad);
+    param = decayed(variant.decay, variant.caution, scalars.keep, ratio, param);
     param = fma(V(-scalars.step_size), ratio, param);
   }
 };

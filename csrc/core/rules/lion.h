@@ -20,9 +20,9 @@ struct Lion {
     return scalars;
   }
 
-  using Variant = DecayVariant;
-  static constexpr int kNumVariants = kNumDecays;
-  static Variant variant(const HyperParams& hyper) { return {decay_of(hyper)}; }
+  using Variant = CautiousVariant;
+  static constexpr int kNumVariants = Variant::kNumbers;
+  static Variant variant(const HyperParams& hyper) { return {decay_of(hyper), caution_of(hyper)}; }
 
   template <class T, class V, class Math, class States>
   static FUSEDOPT_HD void update(Variant variant, const SharedScalars<T>& scalars, Math&, V& param,
@@ -31,8 +31,9 @@ struct Lion {
     V& exp_avg = state[kExpAvg];
     const GradAverage<T> average = {scalars.own[kUpdateWeight], scalars.own[kUpdateFromGrad]};
     const V direction = average(exp_avg, grad);
-    param = decayed(variant.decay, scalars, param);
-    param = param - with_sign_of(direction, V(scalars.step_size));
+    const V update = careful(variant.caution, with_sign_of(direction, V(scalars.step_size)), grad);
+    param = decayed(variant.decay, variant.caution, scalars.decay, update, param);
+    param = param - update;
     exp_avg = scalars.average(exp_avg, grad);
   }
 };

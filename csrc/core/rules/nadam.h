@@ -46,9 +46,9 @@ struct Nadam {
     return scalars;
   }
 
-  using Variant = DecayVariant;
-  static constexpr int kNumVariants = kNumDecays;
-  static Variant variant(const HyperParams& hyper) { return {decay_of(hyper)}; }
+  using Variant = CautiousVariant;
+  static constexpr int kNumVariants = Variant::kNumbers;
+  static Variant variant(const HyperParams& hyper) { return {decay_of(hyper), caution_of(hyper)}; }
 
   template <class T, class V, class Math, class States>
   static FUSEDOPT_HD void update(Variant variant, const SharedScalars<T>& scalars, Math& math,
@@ -58,8 +58,10 @@ struct Nadam {
     exp_avg = scalars.average(exp_avg, grad);
     exp_avg_sq = scalars.square_average()(exp_avg_sq, grad);
     const V numerator = fma(V(scalars.step_size), grad, V(scalars.own[kExpAvgWeight]) * exp_avg);
-    param = decayed(variant.decay, scalars, param);
-    param = param - math.divide_by_root(numerator, exp_avg_sq, V(scalars.eps));
+    const V update =
+        careful(variant.caution, math.divide_by_root(numerator, exp_avg_sq, V(scalars.eps)), grad);
+    param = decayed(variant.decay, variant.caution, scalars.decay, update, param);
+    param = param - update;
   }
 };
 

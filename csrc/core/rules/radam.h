@@ -34,9 +34,9 @@ struct Radam {
     return scalars;
   }
 
-  using Variant = DecayVariant;
-  static constexpr int kNumVariants = kNumDecays;
-  static Variant variant(const HyperParams& hyper) { return {decay_of(hyper)}; }
+  using Variant = CautiousVariant;
+  static constexpr int kNumVariants = Variant::kNumbers;
+  static Variant variant(const HyperParams& hyper) { return {decay_of(hyper), caution_of(hyper)}; }
 
   template <class T, class V, class Math, class States>
   static FUSEDOPT_HD void update(Variant variant, const SharedScalars<T>& scalars, Math& math,
@@ -48,7 +48,8 @@ struct Radam {
     V update = exp_avg;
     if (scalars.own[kIsRectified] != 0)
       update = math.divide_by_root(exp_avg, exp_avg_sq, V(scalars.eps));
-    param = decayed(variant.decay, scalars, param);
+    update = careful(variant.caution, update, grad);
+    param = decayed(variant.decay, variant.caution, scalars.decay, update, param);
     param = fma(V(-scalars.step_size), update, param);
   }
 };

@@ -8,6 +8,7 @@
 #include "core/hyper.h"
 #include "core/lanes.h"
 #include "core/macros.h"
+#include "core/rules/caution.h"
 
 namespace fusedopt {
 
@@ -48,21 +49,25 @@ struct Sgd {
   struct Variant {
     Momentum momentum;
     Decay decay;
+    Caution caution;
 
     constexpr int number() const {
-      return static_cast<int>(momentum) * kNumDecays + static_cast<int>(decay);
+      const int shape = static_cast<int>(momentum) * kNumDecays + static_cast<int>(decay);
+      return shape * Caution::kNumbers + caution.number();
     }
     static FUSEDOPT_HD constexpr Variant of(int number) {
-      return {static_cast<Momentum>(number / kNumDecays), static_cast<Decay>(number % kNumDecays)};
+      const int shape = number / Caution::kNumbers;
+      return {static_cast<Momentum>(shape / kNumDecays), static_cast<Decay>(shape % kNumDecays),
+              Caution::of(number % Caution::kNumbers)};
     }
     constexpr bool uses(int) const { return momentum != Momentum::kNone; }
   };
-  static constexpr int kNumVariants = 3 * kNumDecays;
+  static constexpr int kNumVariants = 3 * kNumDecays * Caution::kNumbers;
   static Variant variant(const HyperParams& hyper) {
     return {hyper.momentum == 0 ? Momentum::kNone
             : hyper.nesterov    ? Momentum::kNesterov
                                 : Momentum::kHeavyBall,
-            decay_of(hyper)};
+            decay_of(hyper), caution_of(hyper)};
   }
 
   // The update of one element, or of several side by side.
@@ -71,16 +76,18 @@ struct Sgd {
                                  V grad, V (&state)[kNumStates]) {
     grad = grad * V(scalars.grad_factor);
     if (variant.decay == Decay::kL2) grad = fma(V(scalars.weight_decay), param, grad);
+    V update = grad;
     if (variant.momentum != Momentum::kNone) {
       V& buffer = state[kMomentumBuffer];
       buffer = fma(V(scalars.momentum), buffer, V(scalars.grad_weight) * grad);
       if (variant.momentum == Momentum::kNesterov)
-        grad = fma(V(scalars.momentum), buffer, grad);
+        update = fma(V(scalars.momentum), buffer, grad);
       else
-        grad = buffer;
+        update = buffer;
     }
-    if (variant.decay == Decay::kDecoupled) param = scalars.keep.times(param);
-    param = fma(V(-scalars.lr), grad, param);
+    update = careful(variant.caution, update, grad);
+    param = decayed(variant.decay, variant.caution, scalars.keep, update, param);
+    param = fma(V(-scalars.lr), update, param);
   }
 };
 

@@ -4,6 +4,7 @@
 
 #include "core/hyper.h"
 #include "core/macros.h"
+#include "core/rules/caution.h"
 #include "core/rules/moments.h"
 #include "core/two_float.h"
 
@@ -62,18 +63,28 @@ struct DecayVariant {
   constexpr bool uses(int) const { return true; }
 };
 
+// The same, of a rule that may be cautious.
+struct CautiousVariant {
+  Decay decay;
+  Caution caution;
+
+  static constexpr int kNumbers = kNumDecays * Caution::kNumbers;
+  constexpr int number() const {
+    return static_cast<int>(decay) * Caution::kNumbers + caution.number();
+  }
+  static FUSEDOPT_HD constexpr CautiousVariant of(int number) {
+    return {static_cast<Decay>(number / Caution::kNumbers),
+            Caution::of(number % Caution::kNumbers)};
+  }
+  constexpr bool uses(int) const { return true; }
+};
+
 // The variants of a rule that has one.
 struct OnlyVariant {
   constexpr int number() const { return 0; }
   static FUSEDOPT_HD constexpr OnlyVariant of(int) { return {}; }
   constexpr bool uses(int) const { return true; }
 };
-
-// `size` with the sign of `direction`; 0 for 0 and NaN, as torch.sign has it.
-template <class V>
-FUSEDOPT_HD V with_sign_of(const V& direction, const V& size) {
-  return select(direction > V(0), size, select(direction < V(0), V(0) - size, V(0)));
-}
 
 // The grad as a rule sees it: clipped, with its sign and the L2 penalty.
 template <class T, class V>

@@ -1,0 +1,52 @@
+// Steps that go only where two directions agree, as an option of the rules with decoupled decay:
+// cautious updates (Liang et al., "Cautious Optimizers", arXiv 2411.16085) and cautious weight
+// decay (Chen et al., "Cautious Weight Decay", arXiv 2510.12402). An `update` is what is
+// subtracted from a param.
+#pragma once
+
+#include "core/hyper.h"
+#include "core/lanes.h"
+#include "core/macros.h"
+#include "core/two_float.h"
+
+namespace fusedopt {
+
+struct Caution {
+  bool in_updates;
+  bool in_decay;  // of decoupled decay; no effect on the others
+
+  static constexpr int kNumbers = 4;
+  constexpr int number() const { return (in_updates ? 2 : 0) + (in_decay ? 1 : 0); }
+  static FUSEDOPT_HD constexpr Caution of(int number) { return {number / 2 != 0, number % 2 != 0}; }
+};
+
+inline Caution caution_of(const HyperParams& hyper) {
+  return {hyper.cautious_update, hyper.cautious_weight_decay};
+}
+
+// `size` with the sign of `direction`, or the other sign; 0 for a direction of 0 or NaN, as
+// torch.sign has it.
+template <class V>
+FUSEDOPT_HD V with_sign_of(const V& direction, const V& size) {
+  return select(direction > V(0), size, select(direction < V(0), V(0) - size, V(0)));
+}
+
+// The update, or 0 where it goes against the grad; NaN stays NaN.
+template <class V>
+FUSEDOPT_HD V careful(Caution caution, const V& update, const V& grad) {
+  if (!caution.in_updates) return update;
+  return select(with_sign_of(grad, update) > V(0), update, update * V(0));
+}
+
+// The param after decoupled decay, of which `keep` is left of it. Cautious decay leaves it alone
+// where the update takes it away from 0. Signs are compared and not the sign of a product: that
+// may underflow.
+template <class T, class V>
+FUSEDOPT_HD V decayed(Decay decay, Caution caution, const TwoFloat<T>& keep, const V& update,
+                      const V& param) {
+  if (decay != Decay::kDecoupled) return param;
+  const V all = keep.times(param);
+  return caution.in_decay ? select(with_sign_of(update, param) < V(0), param, all) : all;
+}
+
+}  // namespace fusedopt

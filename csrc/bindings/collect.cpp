@@ -207,7 +207,7 @@ void Collector::check_param(StepContext& context, const Group& group, Operands& 
   cache.is_fresh = cache.is_fresh || cache.is_first;
   cache.is_complete = operands.is_complete;
   update.device = cache.device;
-  update.rule = row_.rule;
+  update.rule = group.options.rule;
   update.variant = group.options.variant;
   if (update.device == kCpu)
     context.has_cpu = true;

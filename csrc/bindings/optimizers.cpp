@@ -199,11 +199,21 @@ void read_sparse_adam(GroupReader& group, cuda::HyperParamsRef& source) {
     group.fail("ema_decay is not for SparseAdam: rows that are left alone would not be averaged");
 }
 
+template <class Rule>
+RuleChoice choice_of() {
+  return {kIdOf<Rule>, kMemberOf<Rule>};
+}
+
+// The rule of a group with these options.
+RuleChoice rule_for(const OptimizerRow& row, const HyperParams& hyper) {
+  const bool is_cautious = hyper.cautious_update || hyper.cautious_weight_decay;
+  return is_cautious ? row.cautious_rule : row.rule;
+}
+
 // A row with what follows from its rule.
 template <class Rule>
 OptimizerRow row_of(OptimizerRow row) {
-  row.rule = kIdOf<Rule>;
-  row.member = kMemberOf<Rule>;
+  row.rule = row.cautious_rule = choice_of<Rule>();
   for (int s = 0; s < Rule::kNumStates; ++s)
     if (Rule::is_second_moment(s)) row.second_moments |= 1u << s;
   return row;
@@ -219,6 +229,13 @@ OptimizerRow starting(OptimizerRow row, const Key& option, int state) {
 // torch's state has these as well.
 OptimizerRow deriving(OptimizerRow row, std::vector<Key> names) {
   row.derived = std::move(names);
+  return row;
+}
+
+// The rule has another for groups with a caution, with the same states.
+template <class Rule>
+OptimizerRow with_caution(OptimizerRow row) {
+  row.cautious_rule = choice_of<Rule>();
   return row;
 }
 
@@ -239,13 +256,15 @@ const Key kNoState("");
 // Name, names of states, those without which a state is incomplete, those of them that are left out
 // where they are not in use, whether steps are counted, how options are read.
 const OptimizerRow kOptimizers[] = {
-    row_of<Sgd>({"SGD", {Key("momentum_buffer")}, 0, 0, false, read_sgd}),
-    row_of<Adam>({"Adam",
-                  {Key("exp_avg"), Key("exp_avg_sq"), Key("max_exp_avg_sq")},
-                  only(Adam::kExpAvg, Adam::kExpAvgSq),
-                  only(Adam::kExpAvg),
-                  true,
-                  read_adam}),
+    with_caution<CautiousSgd>(
+        row_of<Sgd>({"SGD", {Key("momentum_buffer")}, 0, 0, false, read_sgd})),
+    with_caution<CautiousAdam>(
+        row_of<Adam>({"Adam",
+                      {Key("exp_avg"), Key("exp_avg_sq"), Key("max_exp_avg_sq")},
+                      only(Adam::kExpAvg, Adam::kExpAvgSq),
+                      only(Adam::kExpAvg),
+                      true,
+                      read_adam})),
     row_of<Adadelta>({"Adadelta",
                       {Key("acc_delta"), Key("square_avg")},
                       only(Adadelta::kAccDelta, Adadelta::kSquareAvg),
@@ -317,7 +336,7 @@ cuda::HyperParamsRef read_hyper(const OptimizerRow& row, GroupReader& reader) {
   cuda::HyperParamsRef source = {};
   read_common(reader, source);
   row.read(reader, source);
-  source.values.member = row.member;
+  source.values.member = rule_for(row, source.values).member;
   return source;
 }
 
@@ -329,7 +348,8 @@ GroupOptions read_options(const OptimizerRow& row, GroupReader& reader) {
   options.errs_if_nonfinite = reader.errs_if_nonfinite();
   options.master_weights = reader.master_weights();
   const HyperParams& hyper = options.source.values;
-  with_rule(row.rule, [&](auto rule) {
+  options.rule = rule_for(row, hyper).id;
+  with_rule(options.rule, [&](auto rule) {
     const auto variant = rule.variant(hyper);
     options.variant = static_cast<uint8_t>(variant.number());
     for (int s = 0; s < static_cast<int>(row.state_names.size()); ++s) {

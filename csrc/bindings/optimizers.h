@@ -18,6 +18,12 @@ namespace fusedopt {
 // States of a rule, a bit for each.
 using States = unsigned;
 
+// A rule that drivers know by its id, and which one it is of those that share one's kernel.
+struct RuleChoice {
+  RuleId id;
+  uint8_t member;  // HyperParams::member
+};
+
 struct OptimizerRow {
   const char* name;
   std::vector<Key> state_names;  // by the rule's numbers
@@ -31,8 +37,8 @@ struct OptimizerRow {
   bool by_rows = false;           // grads are of some of the rows, and others are left alone
   std::vector<Key> derived = {};  // what torch keeps in the state and here follows from "step"
   // What follows from the rule.
-  RuleId rule = 0;
-  uint8_t member = 0;  // HyperParams::member
+  RuleChoice rule = {};
+  RuleChoice cautious_rule = {};  // in the place of `rule` in a group with a caution
   States second_moments = 0;
 };
 // Reads the options that the rule computes with.
@@ -47,6 +53,7 @@ inline const Key kEmaParam("ema_param");
 struct GroupOptions {
   cuda::HyperParamsRef source;
   int scalars_gpu;  // where the numbers of `source` are that are on a GPU, or -1
+  RuleId rule;
   uint8_t variant;  // of the rule, its number
   bool capturable;
   bool errs_if_nonfinite;

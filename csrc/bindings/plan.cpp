@@ -121,7 +121,7 @@ py::object Plan::run(StepRequest& request, StepContext& context, bool& has_run) 
   const Step on_cpu = step_on_cpu(context, layouts);
   if (reads_grads && !request.is_measured && find_norm(on_cpu, request, context, on_gpus))
     return py::none();
-  if (context.clips && context.has_cpu) rescale(row_, request.grads, context);
+  if (context.clips && context.has_cpu) rescale(request.grads, context);
 
   has_run = true;  // from here on, nothing fails but CUDA
   if (!on_gpus.devices.empty()) {

@@ -54,7 +54,7 @@ int32_t scalars_at(const OptimizerRow& row, const GradInfo& grads, size_t group_
                          /*leave_on_gpu=*/false);
       group.host_values = read_hyper(row, reader).values;
     }
-    context.scalars.push_back(scalars_for(row.rule, group.host_values, key, grads));
+    context.scalars.push_back(scalars_for(group.options.rule, group.host_values, key, grads));
     context.scalars_keys.push_back({group_index, key});
   }
   group.last_key = key;
@@ -106,11 +106,11 @@ void find_scalars(const OptimizerRow& row, const GradInfo& grads, ParamTable& ta
   }
 }
 
-void rescale(const OptimizerRow& row, const GradInfo& grads, StepContext& context) {
+void rescale(const GradInfo& grads, StepContext& context) {
   for (size_t i = 0; i < context.scalars.size(); ++i) {
     const auto& key = context.scalars_keys[i];
-    context.scalars[i] =
-        scalars_for(row.rule, context.groups[key.group].host_values, key.step, grads);
+    const Group& group = context.groups[key.group];
+    context.scalars[i] = scalars_for(group.options.rule, group.host_values, key.step, grads);
   }
 }
 

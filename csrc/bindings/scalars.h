@@ -17,7 +17,7 @@ void find_scalars(const OptimizerRow& row, const GradInfo& grads, ParamTable& ta
                   StepContext& context);
 
 // Computes the scalars again, once `grads` says what the norm is.
-void rescale(const OptimizerRow& row, const GradInfo& grads, StepContext& context);
+void rescale(const GradInfo& grads, StepContext& context);
 
 // An optimizer that counts no steps treats a parameter's first one differently if it has dampening.
 // Whether that step takes place only the GPU knows if it may be skipped there, so it counts it, in

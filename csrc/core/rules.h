@@ -11,6 +11,7 @@
 #include "core/rules/adam.h"
 #include "core/rules/adamax.h"
 #include "core/rules/asgd.h"
+#include "core/rules/cautious.h"
 #include "core/rules/lion.h"
 #include "core/rules/nadam.h"
 #include "core/rules/radam.h"
@@ -22,8 +23,8 @@
 namespace fusedopt {
 
 // Those with a kernel of their own, and one that stands for all others.
-using OtherRules =
-    OneOf<Adadelta, Adagrad, Adamax, Asgd, Lion, Nadam, Radam, Rmsprop, Rprop, SparseAdam>;
+using OtherRules = OneOf<Adadelta, Adagrad, Adamax, Asgd, CautiousAdam, CautiousSgd, Lion, Nadam,
+                         Radam, Rmsprop, Rprop, SparseAdam>;
 using Rules = RuleList<Sgd, Adam, OtherRules>;
 
 // A rule's number: its place in the list, or that of the rule that stands for it.

@@ -140,6 +140,11 @@ void set_decay(HyperParams& hyper, Decay decay) {
   hyper.decoupled_weight_decay = decay == Decay::kDecoupled;
 }
 
+template <class Variant>
+constexpr bool has_caution = false;
+template <class Plain, int kNumPlain>
+constexpr bool has_caution<CautiousVariant<Plain, kNumPlain>> = true;
+
 void set_caution(HyperParams& hyper, Caution caution) {
   hyper.cautious_update = caution.in_updates;
   hyper.cautious_weight_decay = caution.in_decay;
@@ -152,7 +157,6 @@ HyperParams hyper_for(Sgd::Variant variant) {
   hyper.nesterov = variant.momentum == Sgd::Momentum::kNesterov;
   hyper.dampening = 0.25;
   set_decay(hyper, variant.decay);
-  set_caution(hyper, variant.caution);
   return hyper;
 }
 
@@ -163,7 +167,6 @@ HyperParams hyper_for(Adam::Variant variant) {
   hyper.eps = 1e-3;
   hyper.amsgrad = variant.amsgrad;
   set_decay(hyper, variant.decay);
-  set_caution(hyper, variant.caution);
   return hyper;
 }
 
@@ -184,11 +187,13 @@ HyperParams hyper_for(OtherRules::Variant variant) {
   hyper.largest_step = 0.17;
   variant.with_rule([&](auto rule, [[maybe_unused]] auto own) {
     using Rule = decltype(rule);
+    if constexpr (std::is_same_v<Rule, CautiousAdam>)
+      hyper = hyper_for(static_cast<const Adam::Variant&>(own));
+    if constexpr (std::is_same_v<Rule, CautiousSgd>)
+      hyper = hyper_for(static_cast<const Sgd::Variant&>(own));
     hyper.member = kMemberOf<Rule>;
-    constexpr bool kDecays = !std::is_same_v<Rule, Rprop> && !std::is_same_v<Rule, SparseAdam>;
-    if constexpr (kDecays) set_decay(hyper, own.decay);
-    if constexpr (std::is_same_v<typename Rule::Variant, CautiousVariant>)
-      set_caution(hyper, own.caution);
+    if constexpr (!std::is_same_v<typename Rule::Variant, OnlyVariant>) set_decay(hyper, own.decay);
+    if constexpr (has_caution<typename Rule::Variant>) set_caution(hyper, own.caution);
     if constexpr (std::is_same_v<Rule, Rmsprop>) {
       hyper.momentum = own.has_momentum ? 0.9 : 0;
       hyper.centered = own.centered;

@@ -28,25 +28,33 @@ struct Textbook {
   double p;
   double states[kMaxStates];
 
-  void step(Sgd, Sgd::Variant variant, double t, double g) {
+  void step(Sgd, Sgd::Variant variant, double t, double g) { step(variant, {}, t, g); }
+  void step(CautiousSgd, CautiousSgd::Variant variant, double t, double g) {
+    step(variant, variant.caution, t, g);
+  }
+  void step(Sgd::Variant variant, Caution caution, double t, double g) {
     using Momentum = Sgd::Momentum;
     double& v = states[Sgd::kMomentumBuffer];
     if (variant.momentum != Momentum::kNone)
       v = t == 1 ? g : hyper.momentum * v + (1 - hyper.dampening) * g;
-    move(variant.caution, g,
+    move(caution, g,
          hyper.lr * (variant.momentum == Momentum::kNone        ? g
                      : variant.momentum == Momentum::kHeavyBall ? v
                                                                 : g + hyper.momentum * v));
   }
 
-  void step(Adam, Adam::Variant variant, double t, double g) {
+  void step(Adam, Adam::Variant variant, double t, double g) { step(variant, {}, t, g); }
+  void step(CautiousAdam, CautiousAdam::Variant variant, double t, double g) {
+    step(variant, variant.caution, t, g);
+  }
+  void step(Adam::Variant variant, Caution caution, double t, double g) {
     double &v = states[Adam::kExpAvgSq], &largest = states[Adam::kMaxExpAvgSq];
     const double m = variant.averages_grads ? average(states[Adam::kExpAvg], hyper.beta1, g) : g;
     average(v, hyper.beta2, g * g);
     if (variant.amsgrad) largest = std::max(largest, v);
     const double m_hat = m / (1 - std::pow(hyper.beta1, t));
     const double v_hat = (variant.amsgrad ? largest : v) / (1 - std::pow(hyper.beta2, t));
-    move(variant.caution, g, hyper.lr * m_hat / (std::sqrt(v_hat) + hyper.eps));
+    move(caution, g, hyper.lr * m_hat / (std::sqrt(v_hat) + hyper.eps));
   }
 
   void step(Adadelta, Adadelta::Variant, double, double g) {
@@ -306,6 +314,8 @@ void test_rules() {
   test_rule<Adagrad>();
   test_rule<Adamax>();
   test_rule<Asgd>();
+  test_rule<CautiousAdam>();
+  test_rule<CautiousSgd>();
   test_rule<Lion>();
   test_rule<Nadam>();
   test_rule<Radam>();
@@ -330,21 +340,19 @@ void test_step_scalars() {
   // A term that torch leaves out is a variant without it.
   using Momentum = Sgd::Momentum;
   HyperParams hyper = sgd_hyper();
-  CHECK(has_number(Sgd::variant(hyper), {Momentum::kHeavyBall, Decay::kL2, {}}));
+  CHECK(has_number(Sgd::variant(hyper), {Momentum::kHeavyBall, Decay::kL2}));
   hyper.nesterov = true;
-  CHECK(has_number(Sgd::variant(hyper), {Momentum::kNesterov, Decay::kL2, {}}));
+  CHECK(has_number(Sgd::variant(hyper), {Momentum::kNesterov, Decay::kL2}));
   hyper.momentum = hyper.weight_decay = 0;
-  CHECK(has_number(Sgd::variant(hyper), {Momentum::kNone, Decay::kNone, {}}));
+  CHECK(has_number(Sgd::variant(hyper), {Momentum::kNone, Decay::kNone}));
   hyper = adam_hyper();
-  CHECK(has_number(Adam::variant(hyper), {Decay::kL2, false, true, {}}));
+  CHECK(has_number(Adam::variant(hyper), {Decay::kL2, false, true}));
   hyper.decoupled_weight_decay = hyper.amsgrad = true;
-  CHECK(has_number(Adam::variant(hyper), {Decay::kDecoupled, true, true, {}}));
+  CHECK(has_number(Adam::variant(hyper), {Decay::kDecoupled, true, true}));
   hyper.weight_decay = 0;
-  CHECK(has_number(Adam::variant(hyper), {Decay::kNone, true, true, {}}));
+  CHECK(has_number(Adam::variant(hyper), {Decay::kNone, true, true}));
   hyper.beta1 = 0;
-  CHECK(has_number(Adam::variant(hyper), {Decay::kNone, true, false, {}}));
-  hyper.cautious_update = true;
-  CHECK(has_number(Adam::variant(hyper), {Decay::kNone, true, false, {true, false}}));
+  CHECK(has_number(Adam::variant(hyper), {Decay::kNone, true, false}));
   // Clipping, as torch has it.
   hyper.max_grad_norm = 2;
   CHECK(clip_factor(hyper, 1) == 1 && clip_factor(hyper, 4) == 2 / (4 + 1e-6));

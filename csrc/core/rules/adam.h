@@ -11,7 +11,6 @@
 #include "core/macros.h"
 #include "core/normal.h"
 #include "core/power.h"
-#include "core/rules/caution.h"
 #include "core/rules/moments.h"
 
 namespace fusedopt {
@@ -60,30 +59,36 @@ struct Adam {
     Decay decay;
     bool amsgrad;
     bool averages_grads;  // beta1 is not 0; if it is 0, exp_avg is the grad and is not stored
-    Caution caution;
 
     constexpr int number() const {
-      const int shape = (static_cast<int>(decay) * 2 + (amsgrad ? 1 : 0)) * 2 + averages_grads;
-      return shape * Caution::kNumbers + caution.number();
+      return (static_cast<int>(decay) * 2 + (amsgrad ? 1 : 0)) * 2 + (averages_grads ? 1 : 0);
     }
     static FUSEDOPT_HD constexpr Variant of(int number) {
-      const int shape = number / Caution::kNumbers;
-      return {static_cast<Decay>(shape / 4), shape / 2 % 2 != 0, shape % 2 != 0,
-              Caution::of(number % Caution::kNumbers)};
+      return {static_cast<Decay>(number / 4), number / 2 % 2 != 0, number % 2 != 0};
     }
     constexpr bool uses(int state) const {
       return state == kExpAvg ? averages_grads : state == kExpAvgSq || amsgrad;
     }
   };
-  static constexpr int kNumVariants = kNumDecays * 4 * Caution::kNumbers;
+  static constexpr int kNumVariants = kNumDecays * 4;
   static Variant variant(const HyperParams& hyper) {
-    return {decay_of(hyper), hyper.amsgrad, hyper.beta1 != 0, caution_of(hyper)};
+    return {decay_of(hyper), hyper.amsgrad, hyper.beta1 != 0};
   }
 
   // The update of one element, or of several side by side.
-  template <class T, class V, class Math>
+  template <class T, class V, class Math, class States>
   static FUSEDOPT_HD void update(Variant variant, const Scalars<T>& scalars, Math& math, V& param,
-                                 V grad, V (&state)[kNumStates]) {
+                                 V grad, States& state) {
+    const V second_moment = update_moments(variant, scalars, param, grad, state);
+    if (variant.decay == Decay::kDecoupled) param = scalars.keep.times(param);
+    const V ratio = math.divide_by_root(state[kExpAvg], second_moment, V(scalars.eps));
+    param = fma(V(-scalars.step_size), ratio, param);
+  }
+
+  // The grad becomes what the averages are of. Returns the second moment to divide by.
+  template <class T, class V, class States>
+  static FUSEDOPT_HD V update_moments(Variant variant, const Scalars<T>& scalars, const V& param,
+                                      V& grad, States& state) {
     V &exp_avg = state[kExpAvg], &exp_avg_sq = state[kExpAvgSq];
     grad = grad * V(scalars.grad_factor);
     if (variant.decay == Decay::kL2) grad = fma(V(scalars.weight_decay), param, grad);
@@ -104,10 +109,7 @@ struct Adam {
       largest = select(exp_avg_sq != exp_avg_sq, exp_avg_sq, largest);
       second_moment = largest;
     }
-    const V ratio =
-        careful(variant.caution, math.divide_by_root(exp_avg, second_moment, V(scalars.eps)), grad);
-    param = decayed(variant.decay, variant.caution, scalars.keep, ratio, param);
-    param = fma(V(-scalars.step_size), ratio, param);
+    return second_moment;
   }
 };
 

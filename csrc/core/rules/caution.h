@@ -1,7 +1,7 @@
 // Steps that go only where two directions agree, as an option of the rules with decoupled decay:
 // cautious updates (Liang et al., "Cautious Optimizers", arXiv 2411.16085) and cautious weight
 // decay (Chen et al., "Cautious Weight Decay", arXiv 2510.12402). An `update` is what is
-// subtracted from a param.
+// subtracted from a param, but for a factor above 0.
 #pragma once
 
 #include "core/hyper.h"
@@ -24,6 +24,18 @@ inline Caution caution_of(const HyperParams& hyper) {
   return {hyper.cautious_update, hyper.cautious_weight_decay};
 }
 
+// The variants of a rule that may be cautious: those it has otherwise, each with any caution.
+template <class Plain, int kNumPlain>
+struct CautiousVariant : Plain {
+  Caution caution;
+
+  static constexpr int kNumbers = kNumPlain * Caution::kNumbers;
+  constexpr int number() const { return Plain::number() * Caution::kNumbers + caution.number(); }
+  static FUSEDOPT_HD constexpr CautiousVariant of(int number) {
+    return {Plain::of(number / Caution::kNumbers), Caution::of(number % Caution::kNumbers)};
+  }
+};
+
 // `size` with the sign of `direction`, or the other sign; 0 for a direction of 0 or NaN, as
 // torch.sign has it.
 template <class V>
@@ -38,9 +50,9 @@ FUSEDOPT_HD V careful(Caution caution, const V& update, const V& grad) {
   return select(with_sign_of(grad, update) > V(0), update, update * V(0));
 }
 
-// The param after decoupled decay, of which `keep` is left of it. Cautious decay leaves it alone
-// where the update takes it away from 0. Signs are compared and not the sign of a product: that
-// may underflow.
+// The param after decoupled decay, which leaves `keep` of it. Cautious decay leaves it alone where
+// the update takes it away from 0. Signs are compared and not the sign of a product: that may
+// underflow.
 template <class T, class V>
 FUSEDOPT_HD V decayed(Decay decay, Caution caution, const TwoFloat<T>& keep, const V& update,
                       const V& param) {

@@ -46,9 +46,11 @@ struct Nadam {
     return scalars;
   }
 
-  using Variant = CautiousVariant;
+  using Variant = CautiousDecayVariant;
   static constexpr int kNumVariants = Variant::kNumbers;
-  static Variant variant(const HyperParams& hyper) { return {decay_of(hyper), caution_of(hyper)}; }
+  static Variant variant(const HyperParams& hyper) {
+    return {{decay_of(hyper)}, caution_of(hyper)};
+  }
 
   template <class T, class V, class Math, class States>
   static FUSEDOPT_HD void update(Variant variant, const SharedScalars<T>& scalars, Math& math,

@@ -8,7 +8,6 @@
 #include "core/hyper.h"
 #include "core/lanes.h"
 #include "core/macros.h"
-#include "core/rules/caution.h"
 
 namespace fusedopt {
 
@@ -49,45 +48,43 @@ struct Sgd {
   struct Variant {
     Momentum momentum;
     Decay decay;
-    Caution caution;
 
     constexpr int number() const {
-      const int shape = static_cast<int>(momentum) * kNumDecays + static_cast<int>(decay);
-      return shape * Caution::kNumbers + caution.number();
+      return static_cast<int>(momentum) * kNumDecays + static_cast<int>(decay);
     }
     static FUSEDOPT_HD constexpr Variant of(int number) {
-      const int shape = number / Caution::kNumbers;
-      return {static_cast<Momentum>(shape / kNumDecays), static_cast<Decay>(shape % kNumDecays),
-              Caution::of(number % Caution::kNumbers)};
+      return {static_cast<Momentum>(number / kNumDecays), static_cast<Decay>(number % kNumDecays)};
     }
     constexpr bool uses(int) const { return momentum != Momentum::kNone; }
   };
-  static constexpr int kNumVariants = 3 * kNumDecays * Caution::kNumbers;
+  static constexpr int kNumVariants = 3 * kNumDecays;
   static Variant variant(const HyperParams& hyper) {
     return {hyper.momentum == 0 ? Momentum::kNone
             : hyper.nesterov    ? Momentum::kNesterov
                                 : Momentum::kHeavyBall,
-            decay_of(hyper), caution_of(hyper)};
+            decay_of(hyper)};
   }
 
   // The update of one element, or of several side by side.
-  template <class T, class V, class Math>
+  template <class T, class V, class Math, class States>
   static FUSEDOPT_HD void update(Variant variant, const Scalars<T>& scalars, Math&, V& param,
-                                 V grad, V (&state)[kNumStates]) {
+                                 V grad, States& state) {
+    const V update = update_buffer(variant, scalars, param, grad, state);
+    if (variant.decay == Decay::kDecoupled) param = scalars.keep.times(param);
+    param = fma(V(-scalars.lr), update, param);
+  }
+
+  // The grad becomes what the buffer is a sum of. Returns what the param moves along.
+  template <class T, class V, class States>
+  static FUSEDOPT_HD V update_buffer(Variant variant, const Scalars<T>& scalars, const V& param,
+                                     V& grad, States& state) {
     grad = grad * V(scalars.grad_factor);
     if (variant.decay == Decay::kL2) grad = fma(V(scalars.weight_decay), param, grad);
-    V update = grad;
-    if (variant.momentum != Momentum::kNone) {
-      V& buffer = state[kMomentumBuffer];
-      buffer = fma(V(scalars.momentum), buffer, V(scalars.grad_weight) * grad);
-      if (variant.momentum == Momentum::kNesterov)
-        update = fma(V(scalars.momentum), buffer, grad);
-      else
-        update = buffer;
-    }
-    update = careful(variant.caution, update, grad);
-    param = decayed(variant.decay, variant.caution, scalars.keep, update, param);
-    param = fma(V(-scalars.lr), update, param);
+    if (variant.momentum == Momentum::kNone) return grad;
+    V& buffer = state[kMomentumBuffer];
+    buffer = fma(V(scalars.momentum), buffer, V(scalars.grad_weight) * grad);
+    if (variant.momentum == Momentum::kNesterov) return fma(V(scalars.momentum), buffer, grad);
+    return buffer;
   }
 };
 

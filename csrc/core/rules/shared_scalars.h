@@ -63,21 +63,7 @@ struct DecayVariant {
   constexpr bool uses(int) const { return true; }
 };
 
-// The same, of a rule that may be cautious.
-struct CautiousVariant {
-  Decay decay;
-  Caution caution;
-
-  static constexpr int kNumbers = kNumDecays * Caution::kNumbers;
-  constexpr int number() const {
-    return static_cast<int>(decay) * Caution::kNumbers + caution.number();
-  }
-  static FUSEDOPT_HD constexpr CautiousVariant of(int number) {
-    return {static_cast<Decay>(number / Caution::kNumbers),
-            Caution::of(number % Caution::kNumbers)};
-  }
-  constexpr bool uses(int) const { return true; }
-};
+using CautiousDecayVariant = CautiousVariant<DecayVariant, kNumDecays>;
 
 // The variants of a rule that has one.
 struct OnlyVariant {

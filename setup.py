@@ -126,11 +126,18 @@ def cuda_archs(nvcc: Path) -> list[str]:
 
 
 def arch_flags(archs: list[str]) -> list[str]:
+    """nvcc's flags. Most of its time goes into PTX, which is made once for all from 10.0 on, and
+    once for all before: nvcc 13.0 makes the same for them, and the same machine code from it.
+    """
+    numbers = [arch.removesuffix("+PTX") for arch in archs]
+    plain = sorted((number for number in numbers if number.isdigit()), key=int)
+    lowest = {int(number) >= 100: number for number in reversed(plain)}
     flags = []
-    for arch in archs:
-        number = arch.removesuffix("+PTX")
-        codes = [f"sm_{number}", *([f"compute_{number}"] if arch.endswith("+PTX") else [])]
-        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    for arch, number in zip(archs, numbers, strict=True):
+        ptx = lowest[int(number) >= 100] if number.isdigit() else number  # 90a shares with none
+        ptx = f"compute_{ptx}"
+        codes = [f"sm_{number}", *([ptx] if arch.endswith("+PTX") else [])]
+        flags += [f"-gencode=arch={ptx},code={code}" for code in codes]
     return flags
 
 

@@ -25,7 +25,7 @@ from training import target_lines
 
 from lib.configs import COMPARISONS, SETTINGS
 from lib.report import ROOT, without_folders
-from lib.targets import HEADING, TARGETS
+from lib.targets import HEADING, OTHERS, TARGETS
 from lib.timing import MIB
 
 Result = dict[str, Any]
@@ -213,10 +213,21 @@ def sanitizer(runner: Runner) -> Result:
 
 
 def step(runner: Runner) -> Result:
-    path, picture = runner.out / "step-cuda.json", runner.out / "step-cuda.png"
+    return _step(runner, "step-cuda.json", "--plot", runner.out / "step-cuda.png")
+
+
+def others(runner: Runner) -> Result:
+    """The optimizers of which torch has no fused form."""
+    candidates = ("fusedopt", "torch-foreach", "torch-loop")
+    chosen = ("--optimizer", *OTHERS, "SparseAdam", "--candidates", *candidates)
+    return _step(runner, "step-cuda-others.json", *chosen)
+
+
+def _step(runner: Runner, file: str, *more: str | Path) -> Result:
+    path = runner.out / file
     limit = runner.max_seconds(45)  # for the last case, the picture, the start
     run = runner.python("bench/step.py", "--device", "cuda", "--targets", "--budget", "3", *limit,
-                        "--json", path, "--plot", picture)  # fmt: skip
+                        "--json", path, *more)  # fmt: skip
     cases = _read(path, "cases")
     lines, good = TARGETS["cuda"].compare(cases)
     return _with_targets(runner, run, good, cases=len(cases), targets=lines, file=path.name)
@@ -302,7 +313,7 @@ def tune(runner: Runner) -> Result:
 # that is left.
 PARTS: dict[str, tuple[Callable[[Runner], Result], float]] = {
     "build": (build, 100), "tests": (tests, 190), "sanitizer": (sanitizer, 100),
-    "step": (step, 140), "launches": (launches, 20), "ncu": (ncu, 45),
+    "step": (step, 140), "others": (others, 80), "launches": (launches, 20), "ncu": (ncu, 45),
     "exactness": (exactness, 25), "settings": (settings, 90), "training": (training, 50),
     "train": (train, 40), "tune": (tune, 200),
 }  # fmt: skip

@@ -40,6 +40,10 @@ MOST_BRANCHES = {
     "fp32, bf16 states": 6,
 }
 
+# For an element, to find the norm of the grads, which are the only memory that this reads.
+MOST_NORM_INSTRUCTIONS = {"fp32": 14, "bf16": 12, "fp16": 12}
+MOST_NORM_REGISTERS = 64  # eight blocks of four warps for an SM
+
 # That an SM's threads have asked for: the bandwidth for an SM times the latency, and half as much
 # again.
 LEAST_KIB_UNDER_WAY = {
@@ -94,6 +98,17 @@ def test_accesses_are_128_bits_wide(cuobjdump: str) -> None:
         assert kernel.counts["wide stores"] >= 2 * (2 if kernel.rule == "Sgd" else 3), kernel.name
     for kernel in all_kernels(cuobjdump):
         assert kernel.kind != "sum_squares" or kernel.counts["wide loads"] >= 4, kernel.name
+
+
+def test_the_norm_takes_few_instructions(cuobjdump: str) -> None:
+    kernels = [kernel for kernel in all_kernels(cuobjdump) if kernel.name == "sum_squares float32"]
+    assert kernels
+    for kernel in kernels:
+        assert kernel.registers <= MOST_NORM_REGISTERS
+        found = kernel.norm_ways()
+        assert found.keys() == MOST_NORM_INSTRUCTIONS.keys()
+        for name, most in MOST_NORM_INSTRUCTIONS.items():
+            assert found[name] <= most, (kernel.arch, name, found[name])
 
 
 def adam(cuobjdump: str) -> list[Kernel]:

@@ -56,6 +56,10 @@ SETTINGS = {
     "fp32, bf16 states": ADAMW
     | {COPY: 4, HALF_COPY: 4, WIDE_STORE: 2, HALF_STORE: 4, PACK: 8, UPPER_HALF: 8, DRAW: 0},
 }
+# What the norm's loops do at a time.
+WIDE_LOAD = r"\bLDG\.\S*\b128\b"
+NORM_LOADS = 4
+
 # Of a stage, for each thread.
 STAGED_BYTES = {
     "fp32": 4 * 32,
@@ -114,35 +118,57 @@ class Kernel:
 
     def ordinary_way(self, setting: str) -> tuple[int, int]:
         """Instructions and branches for ELEMENTS elements, copies for a later stage included."""
-        blocks, first = main_loop(self.code)
-        required = SETTINGS[setting]
-        ends = []
-        ways = {first: {(0,) * len(required): (0, 0)}}  # to each block, by what was done before it
-        for at in sorted(blocks):
-            text = "\n".join(blocks[at].instructions)
-            if re.search(RARE, text):
-                continue
-            counts = [len(re.findall(what, text)) for what in required]
-            for done, (length, branches) in ways.get(at, {}).items():
-                least = required.values()
-                if any(n == 0 and c > 0 for c, n in zip(counts, least, strict=True)):
-                    continue
-                now = tuple(min(d + c, n) for d, c, n in zip(done, counts, least, strict=True))
-                is_branch = "BRA" in blocks[at].instructions[-1]
-                way = (length + len(blocks[at].instructions), branches + is_branch)
-                for after in blocks[at].successors:
-                    if after == first and now == tuple(required.values()):
-                        ends.append(way)
-                    if after > at:
-                        known = ways.setdefault(after, {}).get(now)
-                        if known is None or way < known:
-                            ways[after][now] = way
-        if not ends:
+        found = shortest_way(*main_loop(self.code), SETTINGS[setting], RARE)
+        if found is None:
             raise AssertionError(
                 f"{self.arch} {self.name}: no way round the main loop is {setting}"
             )
-        length, branches = min(ends)
-        return length, branches
+        return found
+
+    def norm_ways(self) -> dict[str, float]:
+        """Instructions for an element in the loops of sum_squares, by their numbers' format."""
+        blocks = blocks_of(self.code)
+        found = {}
+        for first, last, text in loops_of(blocks):
+            if len(re.findall(WIDE_LOAD, text)) < NORM_LOADS:
+                continue
+            inside = {at: block for at, block in blocks.items() if first <= at <= last}
+            way = shortest_way(inside, first, {WIDE_LOAD: NORM_LOADS})
+            assert way is not None
+            of_pairs = {"fp16": r"\bHADD2\b", "bf16": UPPER_HALF}
+            names = [name for name, what in of_pairs.items() if re.search(what, text)]
+            wide = {"float32": "fp32", "float64": "fp64"}[self.type]
+            size = 2 if names else 8 if self.is_double else 4
+            found[(names or [wide])[0]] = way[0] * size / (16 * NORM_LOADS)
+        return found
+
+
+def shortest_way(
+    blocks: dict[int, Block], first: int, required: dict[str, int], rare: str | None = None
+) -> tuple[int, int] | None:
+    """Instructions and branches once round a loop that does at least this (0: nothing of it)."""
+    ends = []
+    ways = {first: {(0,) * len(required): (0, 0)}}  # to each block, by what was done before it
+    for at in sorted(blocks):
+        text = "\n".join(blocks[at].instructions)
+        if rare is not None and re.search(rare, text):
+            continue
+        counts = [len(re.findall(what, text)) for what in required]
+        for done, (length, branches) in ways.get(at, {}).items():
+            least = required.values()
+            if any(n == 0 and c > 0 for c, n in zip(counts, least, strict=True)):
+                continue
+            now = tuple(min(d + c, n) for d, c, n in zip(done, counts, least, strict=True))
+            is_branch = "BRA" in blocks[at].instructions[-1]
+            way = (length + len(blocks[at].instructions), branches + is_branch)
+            for after in blocks[at].successors:
+                if after == first and now == tuple(required.values()):
+                    ends.append(way)
+                if after > at:
+                    known = ways.setdefault(after, {}).get(now)
+                    if known is None or way < known:
+                        ways[after][now] = way
+    return min(ends, default=None)
 
 
 def blocks_of(code: list[tuple[int, str]]) -> dict[int, Block]:
@@ -257,6 +283,12 @@ def main(library: str) -> None:
                 under_way = kernel.under_way(setting) / 1024
                 title = f"{kernel.arch:7}Adam {setting:22}"
                 print(f"{title}{instructions:14.1f}{branches:12.1f}{under_way:8.0f}")
+    print("\nThe norm, for an element")
+    print(f"{'':34}{'instructions':>14}")
+    for kernel in kernels:
+        if kernel.kind == "sum_squares":
+            for name, instructions in kernel.norm_ways().items():
+                print(f"{kernel.arch:7}norm {name:22}{instructions:14.1f}")
 
 
 if __name__ == "__main__":

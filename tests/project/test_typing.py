@@ -104,6 +104,18 @@ adamw = fusedopt.AdamW(
     cautious_weight_decay=True,
 )
 fusedopt.SGD([{"params": model.parameters(), "lr": 0.1}])
+others: list[torch.optim.Optimizer] = [
+    fusedopt.RMSprop(model.parameters(), number, 0.99, number, number, number, True, True),
+    fusedopt.Adagrad(model.parameters(), number, 0.1, number, 0.5, number, None),
+    fusedopt.Adadelta(model.parameters(), number, 0.9, number, number, capturable=True),
+    fusedopt.Adamax(model.parameters(), number, (number, 0.99), number, number),
+    fusedopt.NAdam(model.parameters(), number, (0.9, number), number, number, 0.004, True),
+    fusedopt.RAdam(model.parameters(), number, (0.9, 0.99), number, number, True),
+    fusedopt.ASGD(model.parameters(), number, 0.01, 0.75, 1e6, number),
+    fusedopt.Rprop(model.parameters(), number, (0.5, 1.2), (1e-6, 50), maximize=True),
+    fusedopt.SparseAdam(model.parameters(), number, (number, 0.99), number),
+    fusedopt.Lion(model.named_parameters(), number, (0.9, number), number, cautious_update=True),
+]
 base: torch.optim.Optimizer = adamw
 torch.optim.lr_scheduler.StepLR(adamw, step_size=1)
 
@@ -151,6 +163,9 @@ WRONG = {
     "fusedopt.AdamW(model.parameters(), max_norm=1.0)": "call-arg",
     "fusedopt.AdamW(model.parameters(), decoupled_weight_decay=True)": "call-arg",
     "fusedopt.SGD(model.parameters(), 0.1, 0.9, 0.0, 0.0, False, True)": "call-arg",
+    "fusedopt.Rprop(model.parameters(), etas=0.5)": "arg-type",
+    "fusedopt.RMSprop(model.parameters(), cautious_update=True)": "call-arg",
+    "fusedopt.SparseAdam(model.parameters(), ema_decay=0.9)": "call-arg",
     "sgd.load_fp32_params(1)": "arg-type",
 }
 

@@ -13,6 +13,7 @@ check_build()
 
 from ._config import show_config  # noqa: E402
 from ._grad_scaler import GradScaler  # noqa: E402
+from ._step_in_backward import step_in_backward  # noqa: E402
 from .adadelta import Adadelta  # noqa: E402
 from .adagrad import Adagrad  # noqa: E402
 from .adam import Adam, AdamW  # noqa: E402
@@ -42,5 +43,6 @@ __all__ = [
     "Rprop",
     "SparseAdam",
     "show_config",
+    "step_in_backward",
 ]
 __version__ = "0.1.0"

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Optional, cast, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from ._state_dict import export_all_states, load_state_dict
 from ._steps import step_device, to_step
 from ._types import NormGroup, ParamGroup, Params, State
 from ._weights import read_weight, swapped, write_weight
+
+if TYPE_CHECKING:
+    from ._step_in_backward import StepInBackward
 
 
 class SharedStatus:
@@ -58,6 +61,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = False
 
     _initial_averages: InitialAverages | None = None  # until a step trains
+
+    _in_backward: Optional["StepInBackward"] = None  # while that is what steps
 
     # Over which processes the norm of the grads is taken, beside those that DTensors name.
     _norm_processes: NormProcesses | None = None
@@ -180,6 +185,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._in_backward is not None:
+            is_scaled = hasattr(self, "found_inf") or self._checks_grads
+            self._in_backward.finish(grad_norm, is_scaled)
+            return loss
         # Set by torch.amp.GradScaler: the grads are still scaled, and some may have overflowed.
         # What is on a GPU stays there: the kernels look at it.
         found_inf = getattr(self, "found_inf", None)
@@ -196,7 +205,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             grad_scale = float(grad_scale)
         if self._has_shards and grad_norm is None:
             self._refuse_norm_of_shards()
+        self._step_with(grad_scale, found_inf, grad_norm)
+        return loss
 
+    def _step_with(
+        self,
+        grad_scale: float | Tensor,
+        found_inf: Tensor | None,
+        grad_norm: float | Tensor | None,
+    ) -> None:
+        """The step, but for what a closure, a scaler and other ranks have to do with it."""
         if self._initial_averages is None:
             changed = self._run(grad_scale, found_inf, grad_norm)
         else:
@@ -204,7 +222,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             changed = self._initial_averages.through(self, run)
         if changed:
             drop_unused(self, changed)
-        return loss
 
     def _run(
         self,
@@ -212,7 +229,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         found_inf: Tensor | None,
         grad_norm: float | Tensor | None,
     ) -> list[tuple[int, int]] | None:
-        """The step itself. Returns where parameters have come to use less state, if any have."""
+        """One call into the extension, or two.
+
+        Returns where parameters have come to use less state, if any have.
+        """
         plan, processes = self._plan(), self._norm_processes
         norm_groups = [] if processes is None else processes.groups()
         threads = torch.get_num_threads()
@@ -460,7 +480,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
         self._note_shards()
-        self._step_supports_amp_scaling = bool(self.defaults.get("fused"))
+        is_fused = bool(self.defaults.get("fused"))
+        self._step_supports_amp_scaling = is_fused or self._in_backward is not None
         export_all_states(self)
         for group in self.param_groups:
             for name, value in self._switches().items():

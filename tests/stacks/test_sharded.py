@@ -13,6 +13,7 @@ if not dist.is_available():
 
 import fusedopt  # noqa: E402
 from support.equality import assert_equal  # noqa: E402
+from support.fsdp import FSDP2, UNEVEN, each_width, mesh_of, shard  # noqa: E402
 from support.processes import on_ranks  # noqa: E402
 from support.tensors import by_id  # noqa: E402
 from support.twins import (  # noqa: E402
@@ -30,24 +31,6 @@ from support.twins import (  # noqa: E402
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
 BFLOAT16 = torch.bfloat16
-EVEN, UNEVEN = 12, 13
-each_width = pytest.mark.parametrize("width", [EVEN, UNEVEN], ids=["even", "uneven"])
-
-
-def mesh_of(*sizes: int, names: tuple[str, ...] | None = None) -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
-
-
-def shard(model: Any, mesh: Any = None, **options: Any) -> Any:
-    """FSDP2, block by block. The last layer's weight is one row, which one rank has alone."""
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = mesh or mesh_of(dist.get_world_size())
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
 
 
 def split(model: Any, mesh: Any, sequence: bool = False) -> Any:
@@ -109,19 +92,6 @@ def clip_by_hand(model: Any) -> Any:
         return norm
 
     return clip
-
-
-FSDP2: dict[str, Any] = {
-    "plain": lambda model: shard(model),
-    "kept gathered": lambda model: shard(model, reshard_after_forward=False),
-    "offloaded": lambda model: shard(model, offload_policy=offload()),
-}
-
-
-def offload() -> Any:
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    return CPUOffloadPolicy(pin_memory=False)  # there is nothing to pin it for
 
 
 @on_ranks(2)

@@ -49,7 +49,7 @@ def test_versions_agree() -> None:
 
 def test_public_names() -> None:
     optimizers = {*ALL_NAMES, "SparseAdam"}
-    assert set(fusedopt.__all__) == {*optimizers, "GradScaler", "show_config"}
+    assert set(fusedopt.__all__) == {*optimizers, "GradScaler", "show_config", "step_in_backward"}
     assert all(hasattr(fusedopt, name) for name in fusedopt.__all__)
     assert (PACKAGE / "py.typed").exists()
 

@@ -24,6 +24,7 @@ from ._ranks import compare_ranks
 from ._state import Specs, create_state, drop_unused, new_entry
 from ._state_dict import export_all_states, load_state_dict
 from ._steps import step_device, to_step
+from ._tensors import bytes_of
 from ._types import NormGroup, ParamGroup, Params, State
 from ._weights import read_weight, swapped, write_weight
 
@@ -297,6 +298,33 @@ class FusedOptimizer(torch.optim.Optimizer):
         if status is not None:
             return status_field(status, _C.GRAD_STATUS, "skip") > 0
         return found_inf.sum() > 0 if isinstance(found_inf, Tensor) else torch.tensor(False)
+
+    def memory(self, group: int | None = None) -> dict[str, int]:
+        """Bytes that the parameters and what belongs to them take now, in this process.
+
+        Of DTensors, shards; of grads, those that are there.
+
+        Args:
+            group: of this param group, an index into ``param_groups``; None: of all.
+
+        Returns:
+            Bytes of ``params``, ``grads``, ``states`` (moments, momentum buffers, step counts ...),
+            ``masters`` (``master_param``, ``param_remainder``) and ``averages`` (``ema_param``),
+            and their ``total``.
+        """
+        names = _C.WEIGHTS_IN_STATE
+        kinds = {
+            names["master"]: "masters", names["remainder"]: "masters", names["average"]: "averages"
+        }  # fmt: skip
+        found = dict.fromkeys(("params", "grads", "states", "masters", "averages"), 0)
+        for each in self.param_groups if group is None else [self.param_groups[group]]:
+            for param in each["params"]:
+                found["params"] += bytes_of(param)
+                found["grads"] += 0 if param.grad is None else bytes_of(param.grad)
+                for name, entry in self.state.get(param, {}).items():
+                    if isinstance(entry, Tensor):
+                        found[kinds.get(name, "states")] += bytes_of(entry)
+        return {**found, "total": sum(found.values())}
 
     def fp32_params(self) -> list[Tensor]:
         """Copies of all weights, in the order of the param groups.

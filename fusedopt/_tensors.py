@@ -42,6 +42,14 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return shard
 
 
+def bytes_of(tensor: torch.Tensor) -> int:
+    """Of a tensor's elements; of a DTensor's shard; of a sparse tensor's indices and values."""
+    own = local(tensor)
+    if own.layout == torch.sparse_coo:
+        return bytes_of(own._indices()) + bytes_of(own._values())
+    return own.numel() * own.element_size()
+
+
 def count_writes(tensor: torch.Tensor) -> int:
     """How often a tensor, or the shard that it holds, has been written to; -1 if nobody counts."""
     try:

@@ -152,6 +152,7 @@ class SGD(FusedOptimizer):
         skipped (Tensor): whether the latest step changed nothing because of such grads.
 
     Methods:
+        memory(): bytes of parameters, grads and states.
         fp32_params(): copies of all weights, in float32 where parameters are narrower.
         load_fp32_params(weights): sets parameters and master weights to such copies.
         swap_ema(): a context in which the parameters hold the averages of ``ema_decay``.

@@ -47,6 +47,8 @@ def test_fsdp2_clips_by_the_previous_norm() -> None:
     """The norm is that of all shards, the same on both ranks."""
     model = FSDP2["plain"](tiny())
     optimizer = fusedopt.AdamW(model.parameters(), lr=LR, max_grad_norm=0.1)
+    shards = [param.to_local() for param in model.parameters()]
+    assert optimizer.memory()["params"] == sum(shard.nbytes for shard in shards)
     with fusedopt.step_in_backward(
         model, optimizer, bucket_bytes=800, clip_by_previous_norm=True
     ) as stepping:

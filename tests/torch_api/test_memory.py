@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 
 import fusedopt
-from support.device import STEPS_ON_DEVICE
+from support.device import DEVICE, STEPS_ON_DEVICE
 from support.files import run_python
 from support.optimizers import CASES, Case, main_cases, take_step, train, varied_cases
 from support.tensors import make_params, set_grads
@@ -187,3 +187,37 @@ def test_views_see_the_step(case: Case) -> None:
     touched = torch.zeros(4, 6, dtype=torch.bool)
     touched[1:3, ::2] = True
     assert torch.equal(base != 1, touched)
+
+
+def test_bytes_by_kind() -> None:
+    """Of a group or of all: 10 bytes a weight with split masters, and what averages add."""
+    sizes, bf16 = (300, 50), torch.bfloat16
+    params = [Parameter(torch.ones(size, dtype=bf16, device=DEVICE)) for size in sizes]
+    split = {"master_weights": "split", "state_dtype": bf16}
+    groups = [{"params": params[:1], **split}, {"params": params[1:], "ema_decay": 0.9}]
+    optimizer = fusedopt.AdamW(groups)
+    nothing = dict.fromkeys(("grads", "states", "masters", "averages"), 0)
+    assert optimizer.memory() == {"params": 700, **nothing, "total": 700}
+    train(optimizer, 1)
+    steps = sum(state["step"].nbytes for state in optimizer.state.values())
+    assert optimizer.memory(0) == {
+        **{"params": 600, "grads": 600, "states": 1200 + steps // 2, "masters": 600, "averages": 0},
+        "total": 3000 + steps // 2,
+    }
+    assert optimizer.memory(1) == {
+        **{"params": 100, "grads": 100, "states": 200 + steps // 2, "masters": 0, "averages": 200},
+        "total": 600 + steps // 2,
+    }
+    whole = optimizer.memory()
+    assert whole["total"] == 3600 + steps
+    optimizer.zero_grad()
+    assert optimizer.memory() == {**whole, "grads": 0, "total": whole["total"] - 700}
+    with pytest.raises(IndexError):
+        optimizer.memory(2)
+
+
+def test_bytes_of_sparse_grads() -> None:
+    embedding = torch.nn.Embedding(100, 8, sparse=True, device=DEVICE)
+    optimizer = fusedopt.SparseAdam(embedding.parameters())
+    embedding(torch.tensor([3, 7], device=DEVICE)).sum().backward()
+    assert optimizer.memory()["grads"] == 2 * 8 * 4 + 2 * 8

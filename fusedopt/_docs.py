@@ -9,6 +9,9 @@ from typing import TypeVar
 ARGUMENT = re.compile(r"^ {8}(\w+) \(.*(?:\n {12}.*)*\n", re.MULTILINE)
 STATE = re.compile(r"^ {8}(\w+): .*(?:\n {12}.*)*\n", re.MULTILINE)
 DEFAULT = re.compile(r", default [^)]*\)")
+# Which of the arguments need decoupled decay, where that is an option of its own.
+OF_DECOUPLED = ("lr_independent_weight_decay", "cautious_weight_decay")
+NEEDS = "            Needs ``decoupled_weight_decay``.\n"
 WEIGHTS = ("master_param", "param_remainder", "ema_param")
 OPTIONS = re.compile(r"^    All arguments but ``params``.*(?:\n    \S.*)*\n", re.MULTILINE)
 LEFT_OUT = re.compile(r"^    Arguments, attributes and methods that .*\n", re.MULTILINE)
@@ -35,6 +38,8 @@ def described_as(model: type) -> Callable[[Class], Class]:
         known_states = {found[1]: found[0] for found in STATE.finditer(model.__doc__)}
         counts = "" if re.search(r"^ {8}step: ", states, re.MULTILINE) else known_states["step"]
         names = inspect.signature(cls).parameters
+        if "decoupled_weight_decay" in names:
+            known |= {name: known[name] + NEEDS for name in OF_DECOUPLED if name in known}
         cls.__doc__ = "".join(
             [
                 LEFT_OUT.sub(_options(model), head),

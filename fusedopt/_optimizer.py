@@ -53,6 +53,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     _row: ClassVar[str]  # name in the extension's table of optimizers
     _option_defaults: ClassVar[dict[str, Any]]  # as its constructor's signature has them
     _own_options: ClassVar[tuple[str, ...]] = OWN_OPTIONS  # torch's twin has none of these
+    _fixed_options: ClassVar[dict[str, Any]] = {}  # what groups have whatever a checkpoint says
 
     _checks_grads = False  # set by fusedopt.GradScaler for its steps
 
@@ -495,7 +496,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _completed(self, saved: ParamGroup) -> ParamGroup:
         """A param group of a checkpoint with the options that it may lack."""
-        return {**self._switches(), **saved}
+        return {**self._switches(), **saved, **self._fixed_options}
 
     def _switches(self) -> dict[str, Any]:
         """Options of torch that are off by default: groups saved by an older one may lack them."""
@@ -514,6 +515,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self._switches().items():
                 group.setdefault(name, value)
+            group.update(self._fixed_options)
         for group in self.param_groups:
             for param in group["params"]:
                 entries = self.state.get(param)

@@ -77,7 +77,9 @@ class DerivedStates:
         if key not in self._known:
             self._known[key] = self._optimizer._derived_state(group, key[1])
         found = self._known[key].items()
-        kind = {"dtype": torch.float32, "device": step.device}
+        is_double = torch.get_default_dtype() == torch.float64
+        dtype = torch.float64 if is_double else torch.float32  # as torch keeps numbers
+        kind = {"dtype": dtype, "device": step.device}
         as_kept = {
             name: value if isinstance(value, int) else torch.tensor(value, **kind)
             for name, value in found

@@ -104,7 +104,8 @@ def hit_rows(grad: torch.Tensor, param: torch.Tensor) -> tuple[torch.Tensor, tor
     # Whoever makes a tensor may say that it is coalesced.
     if (rows.diff(prepend=rows.new_tensor([-1]), append=rows.new_tensor([len(grad)])) <= 0).any():
         raise ValueError(
-            f"of rows that are not those of a coalesced tensor of {len(grad)}: rising, from 0 on"
+            "said to be coalesced, but its rows are not in rising order, each of them once and "
+            f"from 0 to {len(grad) - 1}: leave that to coalesce()"
         )
     return grad.values().contiguous(), rows
 

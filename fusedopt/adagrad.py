@@ -10,6 +10,7 @@ from torch import Tensor
 from ._docs import described_as
 from ._optimizer import FusedOptimizer
 from ._options import given_options, notes_given, option_defaults
+from ._state import create_state
 from ._types import NormGroup, Params
 from .adam import AdamW
 
@@ -83,3 +84,18 @@ class Adagrad(FusedOptimizer):
         super().__init__(params, given_options(locals()), norm_group)
 
     _option_defaults = option_defaults(__init__)
+
+    def share_memory(self) -> None:
+        """Move the states to shared memory, for processes that step the same parameters.
+
+        As ``torch.optim.Adagrad.share_memory``. States that no step has made yet are made.
+        """
+        missing = [
+            (at, index)
+            for at, group in enumerate(self.param_groups)
+            for index, param in enumerate(group["params"])
+            if not self.state.get(param)
+        ]
+        create_state(self, missing, [], steps_on_gpu=False)
+        for state in self.state.values():
+            state["sum"].share_memory_()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ._optimizer import FusedOptimizer
 from ._options import given_options, notes_given, option_defaults
-from ._types import NormGroup, ParamGroup, Params, State
+from ._types import NormGroup, ParamGroup, Params
 
 
 class Adam(FusedOptimizer):
@@ -122,10 +122,11 @@ class Adam(FusedOptimizer):
         lr_independent_weight_decay (bool, default False): decoupled decay multiplies the weights by
             ``1 - weight_decay`` instead of ``1 - lr * weight_decay``, unless ``lr`` is 0. Needs
             ``decoupled_weight_decay``.
-        cautious_update (bool, default False): leave alone the elements of a parameter whose update
-            and grad differ in sign, and those whose grad is 0 (Liang et al., "Cautious Optimizers",
-            arXiv 2411.16085). Their states are updated all the same. What moves is not scaled up
-            for what rests, as in the paper, which would take another pass: raise ``lr`` for that.
+        cautious_update (bool, default False): update only the elements of a parameter whose update
+            has the sign of their grad, an L2 penalty included (Liang et al., "Cautious Optimizers",
+            arXiv 2411.16085). The others do no more than decay, and all states are kept up. What
+            moves is not scaled up for what rests, as in the paper, which would take another pass:
+            raise ``lr`` for that.
         cautious_weight_decay (bool, default False): decoupled decay leaves alone the elements that
             the update takes away from 0 (Chen et al., "Cautious Weight Decay", arXiv 2510.12402).
             Needs ``decoupled_weight_decay``.
@@ -320,10 +321,11 @@ class AdamW(Adam):
             without ``ema_decay``.
         lr_independent_weight_decay (bool, default False): decoupled decay multiplies the weights by
             ``1 - weight_decay`` instead of ``1 - lr * weight_decay``, unless ``lr`` is 0.
-        cautious_update (bool, default False): leave alone the elements of a parameter whose update
-            and grad differ in sign, and those whose grad is 0 (Liang et al., "Cautious Optimizers",
-            arXiv 2411.16085). Their states are updated all the same. What moves is not scaled up
-            for what rests, as in the paper, which would take another pass: raise ``lr`` for that.
+        cautious_update (bool, default False): update only the elements of a parameter whose update
+            has the sign of their grad, an L2 penalty included (Liang et al., "Cautious Optimizers",
+            arXiv 2411.16085). The others do no more than decay, and all states are kept up. What
+            moves is not scaled up for what rests, as in the paper, which would take another pass:
+            raise ``lr`` for that.
         cautious_weight_decay (bool, default False): decoupled decay leaves alone the elements that
             the update takes away from 0 (Chen et al., "Cautious Weight Decay", arXiv 2510.12402).
 
@@ -404,10 +406,5 @@ class AdamW(Adam):
 
     _option_defaults = option_defaults(__init__)
 
-    def _completed(self, saved: ParamGroup) -> ParamGroup:
-        return {**super()._completed(saved), "decoupled_weight_decay": True}
-
-    def __setstate__(self, state: State) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # saved by an Adam, or by a torch without the option
-            group["decoupled_weight_decay"] = True
+    # A checkpoint may be an Adam's, or of a torch without the option.
+    _fixed_options: ClassVar[ParamGroup] = {"decoupled_weight_decay": True}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ._docs import described_as
 from ._optimizer import FusedOptimizer
 from ._options import given_options, notes_given, option_defaults
-from ._types import NormGroup, Params
+from ._types import NormGroup, ParamGroup, Params
 from .adam import AdamW
 
 
@@ -55,6 +55,7 @@ class Lion(FusedOptimizer):
     """
 
     _row = "Lion"
+    _fixed_options: ClassVar[ParamGroup] = {"decoupled_weight_decay": True}
 
     @notes_given
     def __init__(

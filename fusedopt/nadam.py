@@ -48,16 +48,6 @@ class NAdam(FusedOptimizer):
         momentum_decay (float, default 4e-3): :math:`\psi`, at least 0.
         decoupled_weight_decay (bool, default False): decay the parameter instead of adding to the
             grad: :math:`p \leftarrow (1 - \gamma \lambda) p` before the update.
-        lr_independent_weight_decay (bool, default False): decoupled decay multiplies the weights by
-            ``1 - weight_decay`` instead of ``1 - lr * weight_decay``, unless ``lr`` is 0. Needs
-            ``decoupled_weight_decay``.
-        cautious_update (bool, default False): leave alone the elements of a parameter whose update
-            and grad differ in sign, and those whose grad is 0 (Liang et al., "Cautious Optimizers",
-            arXiv 2411.16085). Their states are updated all the same. What moves is not scaled up
-            for what rests, as in the paper, which would take another pass: raise ``lr`` for that.
-        cautious_weight_decay (bool, default False): decoupled decay leaves alone the elements that
-            the update takes away from 0 (Chen et al., "Cautious Weight Decay", arXiv 2510.12402).
-            Needs ``decoupled_weight_decay``.
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
         exp_avg, exp_avg_sq: the moments :math:`m, v`, of the parameter's dtype unless
@@ -104,10 +94,10 @@ class NAdam(FusedOptimizer):
     _option_defaults = option_defaults(__init__)
 
     def _derived_state(self, group: ParamGroup, step: float, /) -> dict[str, float]:
-        beta1, decay = float(group["betas"][0]), group["momentum_decay"]
-        product = 1.0
-        for i in range(1, int(step) + 1):
-            product *= beta1 * (1 - 0.5 * 0.96 ** (i * decay))
-            if product == 0:
-                break
+        beta1, decay = float(group["betas"][0]), float(group["momentum_decay"])
+        product, steps = 1.0, torch.arange(1, int(step) + 1, dtype=torch.float64, device="cpu")
+        for part in torch.split(steps, 1 << 16):
+            product *= float((beta1 * (1 - 0.5 * 0.96 ** (part * decay))).prod())
+            if abs(product) < 1e-30:  # 0 beside 1, as csrc/core/rules/nadam.h has it
+                return {"mu_product": 0.0}
         return {"mu_product": product}

@@ -50,16 +50,6 @@ class RAdam(FusedOptimizer):
             as that of ``lr``.
         decoupled_weight_decay (bool, default False): decay the parameter instead of adding to the
             grad: :math:`p \leftarrow (1 - \gamma \lambda) p` before the update.
-        lr_independent_weight_decay (bool, default False): decoupled decay multiplies the weights by
-            ``1 - weight_decay`` instead of ``1 - lr * weight_decay``, unless ``lr`` is 0. Needs
-            ``decoupled_weight_decay``.
-        cautious_update (bool, default False): leave alone the elements of a parameter whose update
-            and grad differ in sign, and those whose grad is 0 (Liang et al., "Cautious Optimizers",
-            arXiv 2411.16085). Their states are updated all the same. What moves is not scaled up
-            for what rests, as in the paper, which would take another pass: raise ``lr`` for that.
-        cautious_weight_decay (bool, default False): decoupled decay leaves alone the elements that
-            the update takes away from 0 (Chen et al., "Cautious Weight Decay", arXiv 2510.12402).
-            Needs ``decoupled_weight_decay``.
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
         exp_avg, exp_avg_sq: the moments :math:`m, v`, of the parameter's dtype unless

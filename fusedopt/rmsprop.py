@@ -10,7 +10,7 @@ from torch import Tensor
 from ._docs import described_as
 from ._optimizer import FusedOptimizer
 from ._options import given_options, notes_given, option_defaults
-from ._types import NormGroup, Params
+from ._types import NormGroup, ParamGroup, Params
 from .adam import AdamW
 
 
@@ -90,3 +90,6 @@ class RMSprop(FusedOptimizer):
         super().__init__(params, given_options(locals()), norm_group)
 
     _option_defaults = option_defaults(__init__)
+
+    def _switches(self) -> ParamGroup:
+        return {**super()._switches(), "momentum": 0}

@@ -119,10 +119,11 @@ class SGD(FusedOptimizer):
         lr_independent_weight_decay (bool, default False): decoupled decay multiplies the weights by
             ``1 - weight_decay`` instead of ``1 - lr * weight_decay``, unless ``lr`` is 0. Needs
             ``decoupled_weight_decay``.
-        cautious_update (bool, default False): leave alone the elements of a parameter whose update
-            and grad differ in sign, and those whose grad is 0 (Liang et al., "Cautious Optimizers",
-            arXiv 2411.16085). Their states are updated all the same. What moves is not scaled up
-            for what rests, as in the paper, which would take another pass: raise ``lr`` for that.
+        cautious_update (bool, default False): update only the elements of a parameter whose update
+            has the sign of their grad, an L2 penalty included (Liang et al., "Cautious Optimizers",
+            arXiv 2411.16085). The others do no more than decay, and all states are kept up. What
+            moves is not scaled up for what rests, as in the paper, which would take another pass:
+            raise ``lr`` for that.
         cautious_weight_decay (bool, default False): decoupled decay leaves alone the elements that
             the update takes away from 0 (Chen et al., "Cautious Weight Decay", arXiv 2510.12402).
             Needs ``decoupled_weight_decay``.

@@ -78,6 +78,16 @@ class SparseAdam(FusedOptimizer):
         error_if_nonfinite: bool = False,
     ) -> None:
         super().__init__(params, given_options(locals()), norm_group)
+        sparse = [
+            [at, index]
+            for at, group in enumerate(self.param_groups)
+            for index, param in enumerate(group["params"])
+            if param.layout != torch.strided
+        ]
+        if sparse:
+            raise ValueError(
+                f"Sparse params at indices {sparse}: SparseAdam requires dense parameter tensors"
+            )
 
     _option_defaults = option_defaults(__init__)
 

@@ -21,7 +21,7 @@ std::string subject(const Operands& operands, int k) {
   if (py::str(tensor.attr("layout")).cast<std::string>() != "torch.strided")
     throw py::type_error(what + "sparse (" + std::string(py::str(tensor.attr("layout"))) +
                          "), but only dense tensors can be stepped; use a dense grad "
-                         "(sparse=False in nn.Embedding) or torch.optim.SparseAdam");
+                         "(sparse=False in nn.Embedding), or SparseAdam for sparse grads");
   throw py::type_error(what + "a " + std::string(py::repr(py::type::of(tensor))) +
                        " whose memory torch does not export");
 }

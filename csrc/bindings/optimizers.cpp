@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <tuple>
 #include <utility>
 
@@ -129,7 +130,7 @@ void read_adagrad(GroupReader& group, cuda::HyperParamsRef& source) {
   read_eps(group, source);
   HyperParams& hyper = source.values;
   hyper.lr_decay = group.number(kLrDecay);
-  group.require(hyper.lr_decay >= 0, "Invalid lr_decay value", hyper.lr_decay);
+  group.require_at_first(hyper.lr_decay >= 0, "Invalid lr_decay value", hyper.lr_decay);
   const double initial = group.number_or(kInitialAccumulatorValue, 0);
   group.require(initial >= 0, "Invalid initial_accumulator_value value", initial);
 }
@@ -146,7 +147,7 @@ void read_asgd(GroupReader& group, cuda::HyperParamsRef& source) {
   hyper.lambd = group.number(kLambd);
   hyper.alpha = group.number(kAlpha);
   hyper.t0 = group.number(kT0);
-  group.require(hyper.lambd >= 0, "Invalid lambd value", hyper.lambd);
+  group.require(true, "Invalid lambd value", hyper.lambd);
   group.require(true, "Invalid alpha value", hyper.alpha);
   group.require(true, "Invalid t0 value", hyper.t0);
 }
@@ -194,6 +195,8 @@ void read_rprop(GroupReader& group, cuda::HyperParamsRef& source) {
 
 void read_sparse_adam(GroupReader& group, cuda::HyperParamsRef& source) {
   read_eps(group, source);
+  group.require_at_first(source.values.lr > 0, "Invalid learning rate", source.values.lr);
+  group.require_at_first(source.values.eps > 0, "Invalid epsilon value", source.values.eps);
   read_betas(group, source);
   if (source.values.has_ema())
     group.fail("ema_decay is not for SparseAdam: rows that are left alone would not be averaged");
@@ -207,13 +210,13 @@ RuleChoice choice_of() {
 // The rule of a group with these options.
 RuleChoice rule_for(const OptimizerRow& row, const HyperParams& hyper) {
   const bool is_cautious = hyper.cautious_update || hyper.cautious_weight_decay;
-  return is_cautious ? row.cautious_rule : row.rule;
+  return is_cautious ? row.cautious_rule.value() : row.rule;
 }
 
 // A row with what follows from its rule.
 template <class Rule>
 OptimizerRow row_of(OptimizerRow row) {
-  row.rule = row.cautious_rule = choice_of<Rule>();
+  row.rule = choice_of<Rule>();
   for (int s = 0; s < Rule::kNumStates; ++s)
     if (Rule::is_second_moment(s)) row.second_moments |= 1u << s;
   return row;
@@ -232,7 +235,7 @@ OptimizerRow deriving(OptimizerRow row, std::vector<Key> names) {
   return row;
 }
 
-// The rule has another for groups with a caution, with the same states.
+// Groups may have a caution. Their rule may be another, with the same states.
 template <class Rule>
 OptimizerRow with_caution(OptimizerRow row) {
   row.cautious_rule = choice_of<Rule>();
@@ -282,20 +285,21 @@ const OptimizerRow kOptimizers[] = {
                     read_adamax}),
     deriving(row_of<Asgd>({"ASGD", {Key("ax")}, only(Asgd::kAx), 0, true, read_asgd}),
              {Key("eta"), Key("mu")}),
-    row_of<Lion>({"Lion", {Key("exp_avg")}, only(Lion::kExpAvg), 0, false, read_lion}),
-    deriving(row_of<Nadam>({"NAdam",
-                            {Key("exp_avg"), Key("exp_avg_sq")},
-                            only(Nadam::kExpAvg, Nadam::kExpAvgSq),
-                            0,
-                            true,
-                            read_nadam}),
-             {Key("mu_product")}),
-    row_of<Radam>({"RAdam",
-                   {Key("exp_avg"), Key("exp_avg_sq")},
-                   only(Radam::kExpAvg, Radam::kExpAvgSq),
-                   0,
-                   true,
-                   read_radam}),
+    with_caution<Lion>(
+        row_of<Lion>({"Lion", {Key("exp_avg")}, only(Lion::kExpAvg), 0, false, read_lion})),
+    with_caution<Nadam>(deriving(row_of<Nadam>({"NAdam",
+                                                {Key("exp_avg"), Key("exp_avg_sq")},
+                                                only(Nadam::kExpAvg, Nadam::kExpAvgSq),
+                                                0,
+                                                true,
+                                                read_nadam}),
+                                 {Key("mu_product")})),
+    with_caution<Radam>(row_of<Radam>({"RAdam",
+                                       {Key("exp_avg"), Key("exp_avg_sq")},
+                                       only(Radam::kExpAvg, Radam::kExpAvgSq),
+                                       0,
+                                       true,
+                                       read_radam})),
     row_of<Rmsprop>({"RMSprop",
                      {Key("momentum_buffer"), Key("square_avg"), Key("grad_avg")},
                      only(Rmsprop::kSquareAvg),
@@ -336,6 +340,9 @@ cuda::HyperParamsRef read_hyper(const OptimizerRow& row, GroupReader& reader) {
   cuda::HyperParamsRef source = {};
   read_common(reader, source);
   row.read(reader, source);
+  for (const Key* key : {&kCautiousUpdate, &kCautiousWeightDecay})
+    if (reader.flag(*key) && !row.cautious_rule)
+      reader.fail(std::string(key->name()) + " is not for " + row.name);
   source.values.member = rule_for(row, source.values).member;
   return source;
 }
@@ -427,6 +434,23 @@ py::dict names_of_weights() {
   return names;
 }
 
+// What is in a state (`has` says what is) and another optimizer's alone, or nullptr.
+template <class Has>
+const Key* find_foreign(const OptimizerRow& row, const Has& has) {
+  const auto is_own = [&](const Key& key) {
+    const auto holds = [&](const std::vector<Key>& names) {
+      return std::any_of(names.begin(), names.end(),
+                         [&](const Key& own) { return std::strcmp(own.name(), key.name()) == 0; });
+    };
+    return holds(row.state_names) || holds(row.derived);
+  };
+  for (const OptimizerRow& other : kOptimizers)
+    for (const std::vector<Key>* names : {&other.state_names, &other.derived})
+      for (const Key& name : *names)
+        if (!is_own(name) && has(name)) return &name;
+  return nullptr;
+}
+
 bool has_unused(const OptimizerRow& row, const GroupOptions& options, Master master,
                 PyObject* state) {
   bool found = false;
@@ -452,7 +476,12 @@ void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state,
       miss(row.state_names[s], !is_checkpoint && (row.omissible >> s & 1) != 0);
   if (!has(kStep) && (row.always_counts || has(kEmaParam)))
     miss(kStep, false);  // an average without its count would start anew
-  if (may_be_missing) return;
+  if (may_be_missing) {
+    const Key* const foreign = is_checkpoint ? find_foreign(row, has) : nullptr;
+    if (foreign == nullptr) return;
+    throw py::value_error("the state of " + place + " has '" + foreign->name() + "', which " +
+                          row.name + " has not: it is another optimizer's");
+  }
   References keys;
   Py_ssize_t at = 0;
   visit_entries(state, at, [&](PyObject* key, PyObject* value) {

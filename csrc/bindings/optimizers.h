@@ -38,7 +38,7 @@ struct OptimizerRow {
   std::vector<Key> derived = {};  // what torch keeps in the state and here follows from "step"
   // What follows from the rule.
   RuleChoice rule = {};
-  RuleChoice cautious_rule = {};  // in the place of `rule` in a group with a caution
+  std::optional<RuleChoice> cautious_rule = {};  // of groups with a caution, if there may be any
   States second_moments = 0;
 };
 // Reads the options that the rule computes with.

@@ -26,6 +26,7 @@ namespace fusedopt {
 using OtherRules = OneOf<Adadelta, Adagrad, Adamax, Asgd, CautiousAdam, CautiousSgd, Lion, Nadam,
                          Radam, Rmsprop, Rprop, SparseAdam>;
 using Rules = RuleList<Sgd, Adam, OtherRules>;
+static_assert(OtherRules::kNumVariants <= 256, "a variant's number is kept in a byte");
 
 // A rule's number: its place in the list, or that of the rule that stands for it.
 using RuleId = uint8_t;

@@ -112,6 +112,26 @@ def test_load_refuses(name: str, damage: Callable[[dict[str, Any]], None], missi
         other.load_state_dict(saved)
 
 
+# Whose states have all that the other's have, and what tells them apart.
+LOOK_ALIKE = [
+    *((name, "Lion", "exp_avg_sq") for name in ("Adam", "AdamW", "NAdam", "RAdam")),
+    ("Adamax", "Lion", "exp_inf"),
+    *(("NAdam", name, "mu_product") for name in ("Adam", "AdamW", "RAdam")),
+]
+
+
+@pytest.mark.parametrize("package", [fusedopt, torch.optim], ids=["ours", "torch's"])
+@pytest.mark.parametrize(("name", "loads", "foreign"), LOOK_ALIKE)
+def test_load_refuses_what_has_more(name: str, loads: str, foreign: str, package: Any) -> None:
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    theirs = getattr(package, name)(params)
+    step(theirs, params)
+    other = getattr(fusedopt, loads)(params)
+    words = rf"group 0, index 0 has '{foreign}', which {loads.removesuffix('W')} has not: it is"
+    with refused(other, ValueError, words):
+        other.load_state_dict(theirs.state_dict())
+
+
 WITHOUT_COUNT = r"'middle' \(group 0, index 1\) has no 'step', but has .*'ema_param'"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
-from support.device import on_host
+from support.device import DEVICE, on_host
 from support.equality import assert_close, assert_equal, assert_same_math
 from support.optimizers import (
     Build,
@@ -21,6 +21,7 @@ from support.optimizers import (
     like_torch,
     main_cases,
     some_cases,
+    step_with,
     take_step,
     train,
     varied_cases,
@@ -117,6 +118,48 @@ def test_an_adam_checkpoint_makes_no_l2_penalty_of_adamws_decay() -> None:
     train(ours)
 
 
+def test_an_adam_checkpoint_makes_no_l2_penalty_of_lions_decay() -> None:
+    """Its groups, without states: of params that have not been stepped."""
+    theirs = torch.optim.Adam(make_params(), foreach=False)
+    ours = fusedopt.Lion(copy_params(theirs), cautious_weight_decay=True)
+    ours.load_state_dict(through_a_file(theirs.state_dict()))
+    assert ours.param_groups[0]["decoupled_weight_decay"]
+    train(ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["NAdam", "ASGD"])
+def test_numbers_beside_the_step_have_torchs_dtype(name: str, dtype: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        theirs = getattr(torch.optim, name)(make_params(), foreach=False)
+        ours = getattr(fusedopt, name)(copy_params(theirs))
+        for optimizer in (theirs, ours):
+            train(optimizer, steps=3)
+        found, expected = (each.state_dict()["state"][0] for each in (ours, theirs))
+        assert {key: entry.dtype for key, entry in found.items()} == {
+            key: entry.dtype for key, entry in expected.items()
+        }
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_the_product_of_many_momenta_is_found_quickly() -> None:
+    """It is the product of as many numbers as steps, or as make it 0."""
+    param = torch.zeros(1, device=DEVICE)
+    options = {"betas": (0.99999, 0.999), "momentum_decay": 100.0}
+    optimizer = fusedopt.NAdam([param], **options)
+    step_with(optimizer, [torch.ones_like(param)])
+    optimizer.state[param]["step"].fill_(1e6)
+    start = time.process_time()
+    product = float(optimizer.state_dict()["state"][0]["mu_product"])
+    assert time.process_time() - start < 2
+    # 0.96^100 is 0.017: from the tenth step on, all momenta are beta1.
+    first = math.prod(1 - 0.5 * 0.96 ** (100 * step) for step in range(1, 10))
+    assert product == pytest.approx(first * 0.99999**1e6, rel=1e-6)
+
+
 # torch.optim's implementations write different things (devices and dtypes of step, None buffers).
 @main_cases
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}], ids=str)
@@ -162,6 +205,11 @@ OLD: dict[str, tuple[Case, list[str], Callable[[float], Any]]] = {
     "RMSprop int step": (
         Case("RMSprop", {"momentum": 0.9, "centered": True}),
         ["maximize", "foreach", "capturable", "differentiable"],
+        int,
+    ),
+    "RMSprop without momentum": (
+        Case("RMSprop"),
+        ["momentum", "centered", "maximize", "foreach", "capturable", "differentiable"],
         int,
     ),
     "Adagrad float step": (

@@ -41,6 +41,7 @@ each_kind = pytest.mark.parametrize(
 )
 REAL = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 each_real_dtype = some_dtypes(*REAL)
+OTHERS = ["RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD", "Rprop"]
 STEPS = 7  # RAdam divides by the second moment from the sixth on
 
 
@@ -214,7 +215,7 @@ def test_checkpoints(caution: dict[str, Any]) -> None:
     assert not torch.equal(param, plain)
 
 
-@pytest.mark.parametrize("name", ["RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD", "Rprop"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_others_have_none(name: str) -> None:
     with pytest.raises(TypeError, match="cautious_update"):
         getattr(fusedopt, name)([values(3)], cautious_update=True)
@@ -260,3 +261,47 @@ def test_on_both_drivers(
         set_grads(optimizer, seed, in_place=True)
         step()
     return record(optimizer)
+
+
+@each_kind
+@each_case
+def test_ascending_by_a_negative_lr(case: Case, caution: dict[str, Any]) -> None:
+    """As ``maximize``, which turns grads round in place of steps; a group may have one."""
+    found = []
+    for sign in (1.0, -1.0):
+        param = values(600, dtype=torch.float64)
+        ascends = bool(case.options.get("maximize", False)) != (sign < 0)
+        options = {"maximize": ascends, "lr_independent_weight_decay": True, "weight_decay": 0.25}
+        optimizer = case.ours([param], **{**options, **caution})
+        optimizer.param_groups[0]["lr"] = sign * case.options["lr"]
+        step_with(
+            optimizer, [values(600, dtype=torch.float64, seed=seed) for seed in range(1, STEPS + 1)]
+        )
+        found.append(param)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["sgdw-momentum", "sgdw-nesterov"])
+def test_an_infinite_update_rests_too(name: str) -> None:
+    """It is not finite, but it goes against the grad: only NaN is no direction at all."""
+    param = values(10)
+    optimizer = CASES[name].ours([param], **UPDATE, weight_decay=0.0)
+    step_with(optimizer, [values(10, seed=1)])
+    optimizer.state[param]["momentum_buffer"].fill_(torch.inf)
+    before = param.clone()
+    step_with(optimizer, [torch.full_like(param, -1.0)])
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("option", [UPDATE, DECAY], ids=["update", "decay"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_groups_of_others_have_none(name: str, option: dict[str, bool]) -> None:
+    """Not even where decay is decoupled: nothing would come of it."""
+    (key,) = option
+    group = {"params": [values(3)], **option, "decoupled_weight_decay": True}
+    with pytest.raises(ValueError, match=f"{key} is not for {name}"):
+        getattr(fusedopt, name)([group])
+    optimizer = getattr(fusedopt, name)([values(3)])
+    optimizer.param_groups[0].update(option, decoupled_weight_decay=True)
+    with pytest.raises(ValueError, match=f"{key} is not for {name}"):
+        step_with(optimizer, [values(3)])

@@ -31,7 +31,7 @@ OTHERS: dict[str, dict[str, str]] = {
     "RMSprop": {
         **{**DECAY, **EPS, "momentum": "Invalid momentum value", "alpha": "Invalid alpha value"}
     },
-    "Adagrad": {**DECAY, **EPS},
+    "Adagrad": {**DECAY, **EPS, "lr_decay": "Invalid lr_decay value"},
     "Adadelta": {**DECAY, **EPS, "rho": "Invalid rho value"},
     "Adamax": {**DECAY, **EPS},
     "NAdam": {**DECAY, **EPS},
@@ -237,6 +237,7 @@ CHANGES: dict[str, tuple[str, Options, list[Options]]] = {
     "Adamax without decay of the norm": ("Adamax", {}, [{}, {"betas": (0.9, 1.0)}, {}, {}]),
     "ascent of RAdam": ("RAdam", {}, [{}, {"lr": -0.1}, {}, {"weight_decay": -0.1}, {}, {}, {}]),
     "ASGD's decay put to 0": ("ASGD", {"lambd": 0.5}, [{}, {"lambd": 0.0}, {"alpha": 0.0}, {}]),
+    "ASGD's lambd below 0": ("ASGD", {"lambd": -0.5}, [{}, {"lambd": -0.25}, {}, {}]),
     "ASGD's growing rate": ("ASGD", {"lambd": 0.5, "alpha": -1.0, "t0": -3.5}, [{}, {}, {}]),
     "Rprop's lr": ("Rprop", {}, [{}, {"lr": -1.0}, {}, {"step_sizes": (0.0, 0.05)}, {}]),
     "parameter": ("Adam", {}, [{"lr": Parameter(on_host(0.05, dtype=torch.float64))}, {"lr": 0.0}]),
@@ -315,7 +316,6 @@ CONFLICTS: dict[str, tuple[str, Options, str]] = {
     "alpha above 1": ("RMSprop", {"alpha": 1.01}, "Invalid alpha value: 1.01"),
     "alpha below -1": ("RMSprop", {"alpha": -1.01}, "Invalid alpha value: -1.01"),
     "rho above 1": ("Adadelta", {"rho": 1.01}, "Invalid rho value: 1.01"),
-    "decay of lr below 0": ("Adagrad", {"lr_decay": -0.5}, "Invalid lr_decay value: -0.5"),
     "start below 0": (
         "Adagrad",
         {"initial_accumulator_value": -0.5},
@@ -326,8 +326,7 @@ CONFLICTS: dict[str, tuple[str, Options, str]] = {
         {"momentum_decay": -0.5},
         "Invalid momentum_decay value: -0.5",
     ),
-    "lambd below 0": ("ASGD", {"lambd": -0.5}, "Invalid lambd value: -0.5"),
-    **{
+    **{  # with some of these, torch takes signs for factors
         f"etas={etas}": ("Rprop", {"etas": etas}, f"Invalid eta values: {etas[0]}, {etas[1]}")
         for etas in [(0.0, 1.2), (1.0, 1.2), (0.5, 1.0), (1.2, 0.5), (-0.5, 1.2)]
     },

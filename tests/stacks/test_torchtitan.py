@@ -121,8 +121,8 @@ def test_names(name: str) -> None:
     factory = OptimizersContainer._resolve_optimizer_factory
     assert factory(f"fusedopt.{name}") is getattr(fusedopt, name)
     assert factory("AdamW") is torch.optim.AdamW
-    with pytest.raises(NotImplementedError, match=r"fusedopt\.Lion not added"):
-        factory("fusedopt.Lion")
+    with pytest.raises(NotImplementedError, match=r"fusedopt\.Muon not added"):
+        factory("fusedopt.Muon")
 
 
 def test_states_in_bf16_are_an_option_of_ours() -> None:

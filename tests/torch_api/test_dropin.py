@@ -25,7 +25,7 @@ from support.optimizers import (
     train,
     varied_cases,
 )
-from support.snapshots import COPIES, DERIVED, copy_params
+from support.snapshots import COPIES, DERIVED, copy_params, record
 from support.tensors import make_params, params_of, set_grads
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
@@ -352,3 +352,22 @@ def test_module_and_optimizer_copied_together_stay_connected() -> None:
     before = model2.weight.detach().clone()
     optimizer2.step()
     assert not torch.equal(model2.weight, before)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("steps", [0, 2])
+def test_adagrads_shared_memory(steps: int) -> None:
+    """States that there are none of yet are made, so that processes can share them."""
+    options = {"initial_accumulator_value": 0.5, "master_weights": "float32"}
+    found = []
+    for shares in (False, True):
+        params = [torch.nn.Parameter(torch.ones(5, dtype=torch.bfloat16)) for _ in range(2)]
+        optimizer = fusedopt.Adagrad(params, **options)
+        train(optimizer, steps)
+        if shares:
+            optimizer.share_memory()
+            assert all(state["sum"].is_shared() for state in optimizer.state.values())
+            assert len(optimizer.state) == 2
+        train(optimizer, 2, steps)
+        found.append(record(optimizer))
+    assert_equal(*found)

@@ -270,6 +270,32 @@ def test_embedding() -> None:
     assert_close(models[0].weight.detach(), models[1].weight.detach())
 
 
+def test_sparse_params_are_refused() -> None:
+    """In torch's words."""
+    params = [torch.ones(2), torch.ones(2, 3).to_sparse()]
+    for package in (fusedopt, torch.optim):
+        with pytest.raises(
+            ValueError, match=r"Sparse params at indices \[\[0, 1\]\]: SparseAdam requires"
+        ):
+            package.SparseAdam(params)
+
+
+@pytest.mark.parametrize("option", ["lr", "eps"])
+def test_ranges_are_torchs(option: str) -> None:
+    """Above 0 as defaults, at least 0 later."""
+    for package in (fusedopt, torch.optim):
+        with pytest.raises(
+            ValueError, match=f"Invalid {'learning rate' if option == 'lr' else 'epsilon'}"
+        ):
+            package.SparseAdam([torch.ones(2)], **{option: 0.0})
+    param = torch.ones(ROWS, 4)
+    optimizer = fusedopt.SparseAdam([param])
+    optimizer.param_groups[0][option] = 0.0
+    param.grad = torch.ones(ROWS, 4)
+    optimizer.step()
+    assert bool((param == 1).all()) == (option == "lr")
+
+
 @pytest.fixture
 def _no_checks() -> Iterator[None]:
     with warnings.catch_warnings():
@@ -292,21 +318,21 @@ def bad_grads() -> dict[str, tuple[Any, type[Exception], str]]:
                 outside, numbers, (ROWS, 4), check_invariants=False, is_coalesced=True
             ),
             ValueError,
-            f"not those of a coalesced tensor of {ROWS}",
+            f"not in rising order, each of them once and from 0 to {ROWS - 1}",
         ),
         "twice": (
             lambda: torch.sparse_coo_tensor(
                 twice, numbers, (ROWS, 4), check_invariants=False, is_coalesced=True
             ),
             ValueError,
-            f"not those of a coalesced tensor of {ROWS}",
+            f"not in rising order, each of them once and from 0 to {ROWS - 1}",
         ),
         "below": (
             lambda: torch.sparse_coo_tensor(
                 -outside, numbers, (ROWS, 4), check_invariants=False, is_coalesced=True
             ),
             ValueError,
-            f"not those of a coalesced tensor of {ROWS}",
+            f"not in rising order, each of them once and from 0 to {ROWS - 1}",
         ),
     }
 

@@ -1,7 +1,6 @@
 // Steps that go only where two directions agree, as an option of the rules with decoupled decay:
 // cautious updates (Liang et al., "Cautious Optimizers", arXiv 2411.16085) and cautious weight
-// decay (Chen et al., "Cautious Weight Decay", arXiv 2510.12402). An `update` is what is
-// subtracted from a param, but for a factor above 0.
+// decay (Chen et al., "Cautious Weight Decay", arXiv 2510.12402).
 #pragma once
 
 #include "core/hyper.h"
@@ -43,16 +42,23 @@ FUSEDOPT_HD V with_sign_of(const V& direction, const V& size) {
   return select(direction > V(0), size, select(direction < V(0), V(0) - size, V(0)));
 }
 
-// The update, or 0 where it goes against the grad; NaN stays NaN.
+// A direction with the sign that a step along it has: an lr below 0 turns it round.
+template <class T, class V>
+FUSEDOPT_HD V signed_as(T step_size, const V& direction) {
+  return step_size < 0 ? V(0) - direction : direction;
+}
+
+// The direction that a rule has found, or 0 where it goes against the grad; NaN stays NaN.
 template <class V>
-FUSEDOPT_HD V careful(Caution caution, const V& update, const V& grad) {
-  if (!caution.in_updates) return update;
-  return select(with_sign_of(grad, update) > V(0), update, update * V(0));
+FUSEDOPT_HD V careful(Caution caution, const V& direction, const V& grad) {
+  if (!caution.in_updates) return direction;
+  const V rest = select(direction != direction, direction, V(0));
+  return select(with_sign_of(grad, direction) > V(0), direction, rest);
 }
 
 // The param after decoupled decay, which leaves `keep` of it. Cautious decay leaves it alone where
-// the update takes it away from 0. Signs are compared and not the sign of a product: that may
-// underflow.
+// the update, which is subtracted, takes it away from 0. Signs are compared and not the sign of a
+// product: that may underflow.
 template <class T, class V>
 FUSEDOPT_HD V decayed(Decay decay, Caution caution, const TwoFloat<T>& keep, const V& update,
                       const V& param) {

@@ -38,9 +38,10 @@ struct CautiousAdam {
                                       shared.decay};
     const V second_moment = Adam::update_moments(variant, scalars, param, grad, state);
     const V ratio = math.divide_by_root(state[Adam::kExpAvg], second_moment, V(scalars.eps));
-    const V update = careful(variant.caution, ratio, grad);
-    param = decayed(variant.decay, variant.caution, scalars.keep, update, param);
-    param = fma(V(-scalars.step_size), update, param);
+    const V direction = careful(variant.caution, ratio, grad);
+    param = decayed(variant.decay, variant.caution, scalars.keep,
+                    signed_as(scalars.step_size, direction), param);
+    param = fma(V(-scalars.step_size), direction, param);
   }
 };
 
@@ -69,10 +70,11 @@ struct CautiousSgd {
     const Sgd::Scalars<T> scalars = {shared.grad_factor,    shared.step_size,
                                      shared.own[kMomentum], shared.own[kGradWeight],
                                      shared.decay.high,     shared.decay};
-    const V direction = Sgd::update_buffer(variant, scalars, param, grad, state);
-    const V update = careful(variant.caution, direction, grad);
-    param = decayed(variant.decay, variant.caution, scalars.keep, update, param);
-    param = fma(V(-scalars.lr), update, param);
+    const V found = Sgd::update_buffer(variant, scalars, param, grad, state);
+    const V direction = careful(variant.caution, found, grad);
+    param = decayed(variant.decay, variant.caution, scalars.keep, signed_as(scalars.lr, direction),
+                    param);
+    param = fma(V(-scalars.lr), direction, param);
   }
 };
 

@@ -32,8 +32,8 @@ struct Lion {
     grad = whole_grad(variant.decay, scalars, param, grad);
     V& exp_avg = state[kExpAvg];
     const GradAverage<T> average = {scalars.own[kUpdateWeight], scalars.own[kUpdateFromGrad]};
-    const V direction = average(exp_avg, grad);
-    const V update = careful(variant.caution, with_sign_of(direction, V(scalars.step_size)), grad);
+    const V direction = careful(variant.caution, average(exp_avg, grad), grad);
+    const V update = with_sign_of(direction, V(scalars.step_size));
     param = decayed(variant.decay, variant.caution, scalars.decay, update, param);
     param = param - update;
     exp_avg = scalars.average(exp_avg, grad);

@@ -60,8 +60,8 @@ struct Nadam {
     exp_avg = scalars.average(exp_avg, grad);
     exp_avg_sq = scalars.square_average()(exp_avg_sq, grad);
     const V numerator = fma(V(scalars.step_size), grad, V(scalars.own[kExpAvgWeight]) * exp_avg);
-    const V update =
-        careful(variant.caution, math.divide_by_root(numerator, exp_avg_sq, V(scalars.eps)), grad);
+    const V found = math.divide_by_root(numerator, exp_avg_sq, V(scalars.eps));  // lr included
+    const V update = careful(variant.caution, found, signed_as(scalars.step_size, grad));
     param = decayed(variant.decay, variant.caution, scalars.decay, update, param);
     param = param - update;
   }

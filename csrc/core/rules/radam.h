@@ -47,12 +47,13 @@ struct Radam {
     V &exp_avg = state[kExpAvg], &exp_avg_sq = state[kExpAvgSq];
     exp_avg = scalars.average(exp_avg, grad);
     exp_avg_sq = scalars.square_average()(exp_avg_sq, grad);
-    V update = exp_avg;
+    V direction = exp_avg;
     if (scalars.own[kIsRectified] != 0)
-      update = math.divide_by_root(exp_avg, exp_avg_sq, V(scalars.eps));
-    update = careful(variant.caution, update, grad);
-    param = decayed(variant.decay, variant.caution, scalars.decay, update, param);
-    param = fma(V(-scalars.step_size), update, param);
+      direction = math.divide_by_root(exp_avg, exp_avg_sq, V(scalars.eps));
+    direction = careful(variant.caution, direction, grad);
+    param = decayed(variant.decay, variant.caution, scalars.decay,
+                    signed_as(scalars.step_size, direction), param);
+    param = fma(V(-scalars.step_size), direction, param);
   }
 };
 

@@ -5,6 +5,7 @@ The launches of a step are counted by gpu/launches.py; the targets of training.p
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -34,6 +35,13 @@ class Target:
     value: Callable[[Figures], float | None]  # of a case; None: not measured
     sign: str
     bar: float
+    instead: Target | None = None  # does as well
+
+    def is_met(self, case: Figures, value: float) -> bool:
+        if SIGNS[self.sign](value, self.bar):
+            return True
+        other = None if self.instead is None else self.instead.value(case)
+        return other is not None and self.instead is not None and self.instead.is_met(case, other)
 
 
 def times(name: str, bar: float, sign: str = ">=") -> Target:
@@ -77,11 +85,16 @@ class Targets:
             for target, value in zip(targets, values, strict=True):
                 if value is None:
                     continue
-                passed = SIGNS[target.sign](value, target.bar)
+                passed = target.is_met(case, value)
                 good = good and passed
                 text.append(
                     f"  {'pass' if passed else 'MISS'}  {key[0]:6} {key[1]:9} {key[2]:16} "
                     f"{target.what:25} {value:8.2f}  {target.sign} {target.bar:g}"
+                    + (
+                        f", or {target.instead.what} {target.instead.sign} {target.instead.bar:g}"
+                        if target.instead
+                        else ""
+                    )
                 )
         text += [f"  -     {kind} {n} workloads not measured" for kind, n in missing.items() if n]
         return text, good
@@ -117,21 +130,22 @@ CPU = {
 OTHERS = ("RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "Rprop")
 
 
-def _others(model: float, many: float) -> dict[Key, list[Target]]:
-    """Beside torch's foreach, for GPT-2 and for 1000 x 1000."""
-    bars = {"gpt2-124m": model, "many-1000x1000": many}
+def _others(model: float, many: float, instead: Target) -> dict[Key, list[Target]]:
+    """Beside torch's foreach, for GPT-2 (or as fast as memory is) and for 1000 x 1000."""
+    of_model = dataclasses.replace(times("torch-foreach", model), instead=instead)
+    targets = {"gpt2-124m": of_model, "many-1000x1000": times("torch-foreach", many)}
     found = {
-        (optimizer, "float32", work): [times("torch-foreach", bar)]
+        (optimizer, "float32", work): [target]
         for optimizer in OTHERS
-        for work, bar in bars.items()
+        for work, target in targets.items()
     }
     return found | {("SparseAdam", "float32", "embedding-1Mx64"): [times("torch-loop", 5.0)]}
 
 
-CPU_OTHERS = _others(3.0, 10.0)
+CPU_OTHERS = _others(3.0, 10.0, ours("% of in-place multiply", "percent_of_multiply", ">=", 90.0))
 for _work in ("gpt2-124m", "many-1000x1000"):
     CPU_OTHERS["Adagrad", "float32", _work].append(times("torch-fused", 1.0))
-CUDA_OTHERS = _others(2.5, 6.0)
+CUDA_OTHERS = _others(2.5, 6.0, ours("% of device copy", "percent_of_copy", ">=", 93.0))
 
 # AdamW on a GPU, by the wall clock where nothing else is said.
 OF_COPY = ours("% of device copy", "percent_of_copy", ">=", 93.0)

@@ -2,9 +2,12 @@
 #pragma once
 
 #include "core/layout.h"
+#include "core/step.h"
 
 namespace fusedopt::cpu {
 namespace {
+
+constexpr int64_t kCacheLine = 64;
 
 // A position in a walk over strided operands, which goes on by runs along the innermost dim. Within
 // a run, each operand has one stride.
@@ -46,6 +49,43 @@ class Cursor {
   const Layout& layout_;
   int64_t index_[kMaxDims] = {};
   int64_t at_[kMaxOperands + 1] = {};
+};
+
+// Has the memory of rows on its way before a walk comes to them: rows of a list lie anywhere, and
+// the hardware cannot know where the next one is. No effect on other layouts.
+class RowsAhead {
+ public:
+  RowsAhead(const ParamUpdate& update, const Layout& layout, int64_t begin, int64_t end)
+      : update_(update), layout_(layout) {
+    if (layout.rows == nullptr) return;
+    for (int d = 1; d < layout.num_dims; ++d) row_elements_ *= layout.size_of(d);
+    next_ = begin / row_elements_;
+    end_ = (end + row_elements_ - 1) / row_elements_;
+  }
+
+  // For a walk that is at this element: the rows of the next kElements, and one more.
+  void prefetch(int64_t element) {
+    if (layout_.rows == nullptr) return;
+    for (const int64_t last = (element + kElements) / row_elements_ + 1;
+         next_ < end_ && next_ <= last; ++next_)
+      for (int k = 0; k < kMaxOperands; ++k) {
+        const int64_t size = item_size(update_.formats.dtypes[k]);
+        if (size == 0 || k == kGrad) continue;  // grads have the rows side by side
+        const char* const row = static_cast<const char*>(update_.data[k]) +
+                                layout_.rows[next_] * layout_.dims[0].strides[k] * size;
+        for (int64_t at = 0; at < row_elements_ * size && at < kMostBytes; at += kCacheLine)
+          __builtin_prefetch(row + at, 1);
+      }
+  }
+
+ private:
+  static constexpr int64_t kElements = 1024;
+  static constexpr int64_t kMostBytes = 512;  // of a row; more of it the hardware sees coming
+
+  const ParamUpdate& update_;
+  const Layout& layout_;
+  int64_t row_elements_ = 1;
+  int64_t next_ = 0, end_ = 0;
 };
 
 // Calls visit(offset, length, cursor) for each run of the next n elements, and moves behind them.

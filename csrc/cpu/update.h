@@ -15,7 +15,6 @@ constexpr int kCount = 2;
 // How far ahead memory is asked for, in elements. The processor's own prefetching starts anew on
 // every page, and a step walks through four or five pages at once.
 constexpr int64_t kPrefetchAhead = 256;
-constexpr int64_t kCacheLine = 64;
 // Elements that do not lie as a block does are gathered in tiles of so many.
 constexpr int64_t kTileElements = 256;
 // Pieces that are updated at once, enough that the preparations for them do not count.
@@ -159,12 +158,39 @@ struct Pieces {
   Piece list[kMaxPieces];
   int count = 0;
   int64_t elements = 0;
+  void* rows[kMaxPieces][kMaxOperands];  // where those that are rows lie
 
   void add(const Piece& piece) {
     list[count++] = piece;
     elements += piece.end - piece.begin;
   }
+
+  // Elements [begin, end) of a row of the layout's list.
+  void add_row(const ParamUpdate& update, const Layout& layout, int64_t row, int64_t begin,
+               int64_t end) {
+    const Dim& dim = layout.dims[0];
+    const int64_t place = layout.rows[row];
+    void** const data = rows[count];
+    for (int k = 0; k < kMaxOperands; ++k) {
+      const int64_t at = (k == kGrad ? row : place) * dim.strides[k];
+      data[k] = static_cast<char*>(update.data[k]) + at * item_size(update.formats.dtypes[k]);
+    }
+    add({data, begin, end, update.first_element + place * dim.strides[kIndex]});
+  }
 };
+
+// Whether each row of the layout's list is so many blocks of consecutive elements, for which draws
+// are made at once.
+template <class T>
+bool has_rows_of_blocks(const Layout& layout, const Formats& formats) {
+  if (layout.rows == nullptr || layout.num_dims != 2) return false;
+  const Dim& dim = layout.dims[1];
+  for (int k = 0; k < kMaxOperands; ++k)
+    if (formats.dtypes[k] != DType::kAbsent && dim.strides[k] != 1) return false;
+  const bool has_draws = formats.stochastic != 0;
+  if (has_draws && (dim.strides[kIndex] != 1 || dim.size % kMaxDrawBlock != 0)) return false;
+  return dim.size % kBlock<T> == 0;
+}
 
 // Pieces of whole blocks; an end is rounded up to one. Not inlined, so that there is one copy for
 // its two callers.
@@ -391,8 +417,21 @@ __attribute__((noinline)) Parts update_alike(const Step& step, Parts parts) {
       continue;
     }
     const Layout& layout = step.layouts[update.layout];
+    RowsAhead ahead(update, layout, begin, end);
+    if (has_rows_of_blocks<T>(layout, update.formats)) {
+      const int64_t size = layout.dims[1].size;
+      for (int64_t row = begin / size; begin < end; ++row) {
+        const int64_t to = end < (row + 1) * size ? end : (row + 1) * size;
+        ahead.prefetch(begin);
+        whole.add_row(update, layout, row, begin - row * size, to - row * size);
+        if (whole.count == kMaxPieces || step.in_order) update_pieces();
+        begin = to;
+      }
+      continue;
+    }
     Cursor source(layout, begin), target(layout, begin);
     for (; begin < end; begin += kTileElements) {
+      ahead.prefetch(begin);
       const int64_t n = end - begin < kTileElements ? end - begin : kTileElements;
       tile.load(update, source, n);
       update_tile(n);

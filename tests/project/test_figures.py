@@ -42,7 +42,11 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize(
-    "name", ["step-cpu", "step-cuda", "training-step-cpu", "training-step-cuda", "precision-cpu"]
+    "name",
+    [
+        *("step-cpu", "step-cpu-others", "step-cuda"),
+        *("training-step-cpu", "training-step-cuda", "precision-cpu"),
+    ],
 )
 def test_tables(name: str) -> None:
     """What figure_tables.py prints, line for line."""
@@ -87,6 +91,30 @@ def test_sentences_about_the_cpu() -> None:
         f"move at {groups['fusedopt']['percent_of_copy']:.0f} % of the bandwidth of a copy",
         f"{host['fusedopt']['us_per_tensor']:.1f} us per tensor (torch fused there: "
         f"{host['torch-fused']['us_per_tensor']:.1f} us)",
+    )
+
+
+@pytest.mark.cpu_only
+@pytest.mark.usefixtures("bench")
+def test_sentences_about_optimizers_without_a_fused_form() -> None:
+    from lib.targets import TARGETS, ratio
+
+    content = results("step-cpu-others")
+    cases = {(case["optimizer"], case["workload"]): case for case in content["cases"]}
+    missed = [
+        line.split()[1:4:2]
+        for line in TARGETS["cpu"].compare(content["cases"])[0]
+        if "MISS" in line
+    ]
+    assert missed == [["Adagrad", "gpt2-124m"], ["SparseAdam", "embedding-1Mx64"]]
+    model, many = (
+        ratio(cases["Adagrad", work], "torch-fused") for work in ("gpt2-124m", "many-1000x1000")
+    )
+    sparse = ratio(cases["SparseAdam", "embedding-1Mx64"], "torch-loop")
+    assert_said(
+        f"torch's takes {model:.3g} times as long for GPT-2",
+        f"and {many:.3g} times for 1000 x 1000",
+        f"takes {sparse:.3g} times as long in torch (target: 5, missed)",
     )
 
 

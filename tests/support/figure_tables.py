@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-from lib.targets import ratio
+from lib.targets import OTHERS, ratio
 
 Figures = dict[str, Any]
 
@@ -54,6 +54,23 @@ def step_table(cases: list[Figures]) -> list[str]:
         if any(values):
             rows.append([TITLES[work], *map(_digits, values)])
     return markdown(heads, rows)
+
+
+def others_table(cases: list[Figures]) -> list[str]:
+    """Of the optimizers without a fused form in torch: ratios to foreach, and memory's share."""
+    found = {(case["optimizer"], case["workload"]): case for case in cases}
+    rows = []
+    for name in OTHERS:
+        model, many = (found.get((name, work)) for work in ("gpt2-124m", "many-1000x1000"))
+        if model is None:
+            continue
+        share = model["contenders"]["fusedopt"]["percent_of_multiply"]
+        ratios = (_digits(ratio(case, "torch-foreach")) for case in (model, many))
+        rows.append([name, *ratios, f"{share:.0f} %"])
+    heads = [
+        f"{TITLES[work]}: {NAMES['torch-foreach']}" for work in ("gpt2-124m", "many-1000x1000")
+    ]
+    return markdown(["optimizer, fp32", *heads, "GPT-2, of an in-place multiply"], rows)
 
 
 def gpu_step_table(cases: list[Figures]) -> list[str]:
@@ -177,6 +194,8 @@ def tables_of(contents: list[Figures]) -> list[list[str]]:
         both = [training_table(first), settings_table(first)]
         return both if on_cpu else [gpu_training_table(first)]
     cases = [case for content in contents for case in content["cases"]]
+    if all(case["optimizer"] in (*OTHERS, "SparseAdam") for case in cases):
+        return [others_table(cases)]
     return [step_table(cases) if on_cpu else gpu_step_table(cases)]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import _C
 from ._norms import are_marked
 from ._optimizer import FusedOptimizer
 from ._ranks import compare_ranks
@@ -218,7 +219,7 @@ class StepInBackward:
         if limit is not None and self._norm is not None:
             # As clipping has it: grads are multiplied by limit / (norm + 1e-6) if that is below 1.
             scale = ((self._norm + 1e-6) / limit).clamp(min=1.0)
-            scale = scale.float() if scale.is_cuda else float(scale)
+            scale = scale.float() if _C.is_on_gpu(scale) else float(scale)
         latest.found_inf, latest.grad_status, latest.counts_nonfinite = None, None, True
         stepping = part.prepared(params, {} if limit is None else {"max_grad_norm": math.inf})
         stepping._step_with(scale, None, None)

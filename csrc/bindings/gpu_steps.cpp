@@ -67,6 +67,7 @@ GpuStep Gpus::prepare(const StepRequest& request, ParamTable& table, const StepC
     device.groups = step.groups.data();
     device.num_groups = static_cast<int64_t>(step.groups.size());
     device.grad_scale = read(request.grad_scale);
+    device.host_grad_scale = request.grads.scale;
     device.found_inf = read(request.found_inf);
     device.reads_grads = reads_grads;
     device.clips = context.clips;

@@ -52,8 +52,9 @@ struct DeviceStep {
   const HyperParamsRef* groups;
   int64_t num_groups;
   // In device memory, or nullptr.
-  const float* grad_scale;  // the grads are still multiplied by this
-  const float* found_inf;   // above 0: the step changes nothing
+  const float* grad_scale;     // the grads are still multiplied by this
+  const float* found_inf;      // above 0: the step changes nothing
+  double host_grad_scale = 1;  // as the host knows it, where grad_scale is nullptr
   // If the grads are read before the step, where their sums and their GradStatus go on the device.
   bool reads_grads;
   bool clips;           // as in finalize_norm() of core/norm.h

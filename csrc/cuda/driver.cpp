@@ -72,9 +72,10 @@ class Device {
   }
 
   void finalize_norm(const DeviceStep& device_step) const {
-    runtime::finalize_norm({device_step.norm_sums, device_step.grad_scale, device_step.found_inf,
-                            device_step.status, device_step.clips},
-                           device_step.stream);
+    runtime::finalize_norm(
+        {device_step.norm_sums, device_step.grad_scale, device_step.host_grad_scale,
+         device_step.found_inf, device_step.status, device_step.clips},
+        device_step.stream);
   }
 
   // One launch of the update kernel for each key; where the device computes the scalars, a small
@@ -196,6 +197,7 @@ class Device {
     arguments.groups = reinterpret_cast<const HyperParamsRef*>(current_->at(parts.groups));
     arguments.scalars = computed(rows);
     arguments.grad_scale = device_step.grad_scale;
+    arguments.host_grad_scale = device_step.host_grad_scale;
     arguments.skip = skip_flag(device_step);
     arguments.grad_norm = device_step.reads_grads ? &device_step.status->grad_norm : nullptr;
     arguments.num_rows = rows.num_rows;

@@ -25,8 +25,9 @@ struct SumSquaresArguments {
 // What the GradStatus is made of.
 struct FinalizeArguments {
   const NormSums* sums;
-  const float* grad_scale;  // or nullptr
-  const float* found_inf;   // or nullptr
+  const float* grad_scale;  // or nullptr: then it is the host's
+  double host_grad_scale;
+  const float* found_inf;  // or nullptr
   GradStatus* status;
   bool clips;
 };
@@ -189,10 +190,10 @@ FUSEDOPT_HD ThreadSum<T> sum_thread(const Leaf& leaf, const Layout* layouts, uin
 // Writes the GradStatus, for the whole device, from the sums and their highest bins. One thread
 // does it.
 FUSEDOPT_HD void finalize_thread(const FinalizeArguments& arguments, const HighestBins& highest) {
-  const float scale = arguments.grad_scale != nullptr ? *arguments.grad_scale : 1.0f;
+  const double scale = arguments.grad_scale != nullptr ? static_cast<double>(*arguments.grad_scale)
+                                                       : arguments.host_grad_scale;
   const bool found_inf = arguments.found_inf != nullptr && *arguments.found_inf > 0;
-  *arguments.status = finalize_norm(*arguments.sums, highest, static_cast<double>(scale), found_inf,
-                                    arguments.clips);
+  *arguments.status = finalize_norm(*arguments.sums, highest, scale, found_inf, arguments.clips);
 }
 
 }  // namespace fusedopt::cuda

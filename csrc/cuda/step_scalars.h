@@ -17,7 +17,8 @@ struct StepScalarsArguments {
   const StepCounter* counters;
   const HyperParamsRef* groups;
   void* scalars;
-  const float* grad_scale;
+  const float* grad_scale;  // or nullptr: then it is the host's
+  double host_grad_scale;
   const float* skip;
   const double* grad_norm;  // nullptr: the grads are not read before the step
   int64_t num_rows;
@@ -67,7 +68,8 @@ FUSEDOPT_HD void step_scalars_thread(const StepScalarsArguments& arguments, int6
   const StepCounter counter = arguments.counters[row];
   if (!counter.active) return;
   GradInfo grads;
-  if (arguments.grad_scale != nullptr) grads.scale = static_cast<double>(*arguments.grad_scale);
+  grads.scale = arguments.grad_scale != nullptr ? static_cast<double>(*arguments.grad_scale)
+                                                : arguments.host_grad_scale;
   if (arguments.grad_norm != nullptr) grads.norm = *arguments.grad_norm;
   const auto scalars =
       step_scalars<Rule>(hyper_of(arguments.groups[counter.group]), increment(counter), grads);

@@ -32,8 +32,9 @@ from support.optimizers import (
     train,
 )
 from support.scalers import each_scaler, new_scaler, scale_grads, scaled_step
+from support.sides import Results, Side, on_both_drivers
 from support.snapshots import COPIES, record
-from support.tensors import by_id, make_params, params_of
+from support.tensors import by_id, draw, make_params, params_of, set_grads
 
 FUSED: dict[str, dict[str, Any]] = {"default": {}, "fused": {"fused": True}}
 each_fused = pytest.mark.parametrize("options", **by_id(FUSED))
@@ -324,3 +325,24 @@ def test_code_in_a_step_sees_unscaled_grads(
     finally:
         remove()
     return params_of(optimizer), scaler.get_scale()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}, {"max_grad_norm": torch.inf}])
+@on_both_drivers
+def test_a_scale_that_the_host_knows(side: Side, options: dict[str, Any]) -> Results:
+    """As of a scaler on the CPU, whatever computes the scalars of the step, and the norm."""
+    params = draw([30, 500], side.device)
+    optimizer = fusedopt.AdamW(params, lr=0.1, capturable=side.is_gpu, **options)
+    norms = []
+    for seed, scale in enumerate((1.0, 8.0, 0.25)):
+        set_grads(params, seed)
+        for param in params:
+            assert param.grad is not None
+            param.grad *= scale
+        optimizer._step_with(scale, None, None)
+        norm = optimizer.grad_norm
+        if norm is not None:
+            norms.append(norm.clone())
+            grads = torch.cat([p.grad.flatten() for p in params if p.grad is not None])
+            assert float(norm) == pytest.approx(float(grads.norm()) / scale, rel=1e-5)
+    return {**record(optimizer), **{f"norm {i}": norm for i, norm in enumerate(norms)}}

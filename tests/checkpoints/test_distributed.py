@@ -35,6 +35,7 @@ def test_without_processes(setting: str, way: str) -> None:
     assert sharded.round_trip(setting, way, mesh=None) == "same bits"
 
 
+@pytest.mark.unsanitized  # what each process steps are ordinary tensors
 def test_two_processes(tmp_path: Path) -> None:
     """Neither gloo nor NCCL sends int16, nor does anything gather a torch.dtype."""
     for verdicts in sharded.on_ranks(tmp_path / "two", 2, "round_trips(mesh)"):
@@ -44,6 +45,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
 # Said of every file in a process that is alone.
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.unsanitized
 def test_files_for_other_numbers_of_processes(tmp_path: Path) -> None:
     """From one process to two, and from two to one and to four, of which some have empty shards."""
     by_one, by_two = tmp_path / "by one", tmp_path / "by two"

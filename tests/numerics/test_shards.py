@@ -12,6 +12,7 @@ from support import sharded  # noqa: E402
 
 
 @pytest.mark.cpu_only
+@pytest.mark.unsanitized  # what each process steps are ordinary tensors
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_bits_do_not_depend_on_the_number_of_processes(world: int, tmp_path: Path) -> None:
     """With rows of even and of odd length, uneven and empty shards, in every setting: stochastic

@@ -9,8 +9,8 @@ from torch import Tensor
 import fusedopt
 from fusedopt import _C, _norms
 from support.device import DEVICE
-from support.files import run_python
 from support.optimizers import take_step
+from support.processes import run_fork
 from support.tensors import draw, params_of, set_grads, values
 
 
@@ -124,7 +124,7 @@ assert optimizer.grad_norm == 8**0.5, optimizer.grad_norm
 def test_shards_on_either_driver() -> None:
     """Of a second process that is not there, whose shard would have equal grads."""
     driver = "emulated" if _C.build_info()["cuda_archs"] == "emulated" else "cpu"
-    run_python("-c", FAKE_MESH, driver)
+    run_fork(FAKE_MESH, driver)
 
 
 def test_sharded_grads_are_summed_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ import torch
 import fusedopt
 from support.device import DEVICE, STEPS_ON_DEVICE
 from support.equality import assert_equal, assert_same_math, bits, same_bits
-from support.files import run_ranks
 from support.optimizers import Case, assert_params_after, main_cases, some_cases, take_step, train
+from support.processes import run_ranks
 from support.scalers import each_bad
 from support.sides import SIZES
 from support.snapshots import COPIES, copy_params, record, snapshot

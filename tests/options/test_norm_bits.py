@@ -20,7 +20,7 @@ from torch import Tensor
 import fusedopt
 from support.device import DEVICE
 from support.equality import same_bits
-from support.files import run_ranks
+from support.processes import run_ranks
 from support.sides import Results, Side, on_both_drivers
 from support.tensors import by_id, misaligned, some_dtypes, values
 
@@ -292,6 +292,7 @@ SHARDED: list[tuple[tuple[int, ...], str, float]] = [
 
 
 @pytest.mark.cpu_only
+@pytest.mark.unsanitized  # what each process steps are ordinary tensors
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_any_number_of_processes(tmp_path: Path, world: int) -> None:
     grads = []

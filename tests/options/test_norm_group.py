@@ -12,8 +12,8 @@ from torch.nn import Parameter
 import fusedopt
 from fusedopt._norms import NormProcesses
 from support.device import DEVICE
-from support.files import run_ranks
 from support.optimizers import each_of_all_names
+from support.processes import run_ranks
 from support.snapshots import refused
 from support.tensors import by_id, params_with_grads
 

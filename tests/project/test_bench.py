@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 
 from support.files import ROOT
+from support.processes import run_fork
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
@@ -20,14 +19,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _bench(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-
-
-def program(*arguments: str | Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_fresh_grads_are_new_objects_in_the_same_memory() -> None:
@@ -147,16 +138,16 @@ def test_results_say_how_they_were_measured(tmp_path: Path) -> None:
     axes = ("--grads", "kept", "--cache", "cold")
     contenders = ("--contenders", "fusedopt", "torch-fused")
     file = tmp_path / "step.json"
-    program("bench/step.py", *shapes, *axes, *contenders, "--json", file)
+    run_fork(ROOT / "bench/step.py", *shapes, *axes, *contenders, "--json", file)
     (case,) = json.loads(file.read_text())["cases"]
     assert (case["grads"], case["cache"], case["rounds"]) == ("kept", "cold", 5)
     assert list(case["contenders"]) == ["fusedopt", "torch-fused"]
 
 
 def test_all_that_a_gpu_run_starts_exists() -> None:
-    shown = program("bench/gpu/run_all.py", "--dry-run")
+    shown = run_fork(ROOT / "bench/gpu/run_all.py", "--dry-run")
     programs = set(re.findall(r"python (\S+\.py)", shown))
     assert len(programs) == 4
     for path in programs:
         assert (ROOT / path).is_file()
-        assert "usage:" in program(path, "--help")
+        assert "usage:" in run_fork(ROOT / path, "--help")

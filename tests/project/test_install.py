@@ -15,6 +15,7 @@ import fusedopt
 from fusedopt import _C, _config, _version
 from support.files import PACKAGE, ROOT, run_python
 from support.optimizers import ALL_NAMES
+from support.processes import run_fork
 
 pytestmark = pytest.mark.cpu_only
 
@@ -226,9 +227,12 @@ def import_unbuilt(folder: Path, *extensions: str, torch_version: str = "2.10.0"
         shutil.copy(path, package)
     for name in extensions:
         (package / name).write_text("no library")
-    return run_python("-c", TRY_IMPORT, torch_version, PYTHONPATH=str(folder))
+    script = folder / "try_import.py"
+    script.write_text(TRY_IMPORT)
+    return run_fork(script, torch_version)
 
 
+@pytest.mark.unsanitized  # imports, and no more
 @pytest.mark.parametrize("kind", ["sources", "installed"])
 @pytest.mark.parametrize(
     ("extension", "problem", "cause"),
@@ -260,6 +264,7 @@ def test_import_without_a_build_says_what_to_do(
     assert "partially initialized" not in said
 
 
+@pytest.mark.unsanitized  # imports, and no more
 def test_torch_is_checked_before_the_build(tmp_path: Path) -> None:
     said = import_unbuilt(tmp_path, torch_version="2.9.1")
     assert "needs torch >= 2.10" in said

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 import fusedopt
 from fusedopt._state import create_state
-from support.files import run_python
+from support.processes import run_fork
 
 INTERRUPTED = """
 import signal, torch, fusedopt
@@ -38,7 +38,7 @@ assert seen > 0
 @pytest.mark.cpu_only
 def test_interrupt() -> None:
     """Ctrl-C arrives between the walk and the work, where Python code runs; it must not abort."""
-    run_python("-c", INTERRUPTED)
+    run_fork(INTERRUPTED)
 
 
 def test_state_that_was_gone_in_a_failed_step() -> None:

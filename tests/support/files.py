@@ -38,24 +38,3 @@ def run_python(*command: object, **environment: str) -> str:
         process.kill()
     assert process.returncode == 0, out + err
     return out
-
-
-def run_ranks(folder: Path, code: str, world: int) -> list[str]:
-    """Standard outputs of so many processes, in one thread each, as torchrun starts them.
-
-    Their arguments are the rank, a file to meet in, and how many they are.
-    """
-    script = folder / "ranks.py"
-    script.write_text(code)
-    processes = [
-        start_python(script, rank, folder / "init", world, OMP_NUM_THREADS="1")
-        for rank in range(world)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:  # one that failed leaves the others waiting
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert not any(process.returncode for process in processes), outputs
-    return [out for out, _ in outputs]

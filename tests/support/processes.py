@@ -1,7 +1,8 @@
 """Tests that several processes of one gloo group run together, as torchrun would start them.
 
-To import torch takes longer than most of these tests. So the processes start when the first test
-needs them, as forks of one that has imported it, and live from test to test.
+To import torch takes longer than most of these tests. So all processes are forks of one that has
+imported it. Those of `on_ranks` start when the first test needs them, and live from test to test;
+those of `run_ranks` are for one script.
 """
 
 import contextlib
@@ -10,7 +11,9 @@ import importlib.util
 import inspect
 import multiprocessing
 import os
+import runpy
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -21,7 +24,92 @@ from typing import Any
 import pytest
 
 LIMIT_S = 180  # for one test, and to start the processes
+# What they have in common: dynamo is imported where the first optimizer is made.
+PRELOADED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo"]
 LAST_WORDS_S = 5  # for the other ranks once one has failed; most often they wait for it
+
+
+def forks() -> Any:
+    """The context of multiprocessing that starts them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+class Fork:
+    """A Python program in a process of its own, as `python script arguments` would start it."""
+
+    def __init__(self, script: Path, *arguments: object, log: Path, **environment: str) -> None:
+        self.log = log  # what the program prints, and beside it what it says on standard error
+        command = [str(part) for part in (script, *arguments)]
+        given = command, log, os.getcwd(), {**os.environ, **environment}
+        self.process = forks().Process(target=be_python, args=given)
+        self.process.start()
+
+    def output(self) -> str:
+        """Standard output, once all went well."""
+        self.process.join(LIMIT_S)
+        out, errors = self.log.read_text(), errors_beside(self.log).read_text()
+        assert self.process.exitcode == 0, out + errors
+        return out
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def errors_beside(log: Path) -> Path:
+    return log.with_suffix(".errors")
+
+
+def be_python(command: list[str], log: Path, folder: str, environment: dict[str, str]) -> None:
+    """In a new fork."""
+    for stream, file in ((1, log), (2, errors_beside(log))):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    import torch
+
+    if "OMP_NUM_THREADS" in environment:
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def run_fork(code: str | Path, *arguments: object, **environment: str) -> str:
+    """Standard output of a program, or of the text of one, once all went well.
+
+    Of what it imports, torch is there already, and in it what optimizers and FSDP need.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        script = code if isinstance(code, Path) else Path(folder, "program.py")
+        if not isinstance(code, Path):
+            script.write_text(code)
+        fork = Fork(script, *arguments, log=Path(folder, "out"), **environment)
+        try:
+            return fork.output()
+        finally:
+            fork.end()
+
+
+def run_ranks(folder: Path, code: str, world: int) -> list[str]:
+    """Standard outputs of so many processes, in one thread each.
+
+    Their arguments are the rank, a file to meet in, and how many they are.
+    """
+    script = folder / "ranks.py"
+    script.write_text(code)
+    ranks = [
+        Fork(script, rank, folder / "init", world, log=folder / f"{rank}.out", OMP_NUM_THREADS="1")
+        for rank in range(world)
+    ]
+    try:
+        return [rank.output() for rank in ranks]
+    finally:  # one that failed leaves the others waiting
+        for rank in ranks:
+            rank.end()
 
 
 def on_ranks(world: int) -> Callable[[Callable[..., Any]], Callable[..., None]]:
@@ -70,10 +158,7 @@ class Group:
     """Processes that wait for what to call."""
 
     def __init__(self, world: int, init: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
-        )
+        context = forks()
         self.pipes, self.processes = [], []
         for rank in range(world):
             pipe, its_pipe = context.Pipe()

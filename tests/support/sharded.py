@@ -28,7 +28,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import fusedopt
-from support.files import ROOT, run_ranks
+from support.files import ROOT
+from support.processes import run_ranks
 from support.tensors import BFLOAT16, FLOAT32, values
 
 Made = tuple[nn.Module, Any]
@@ -103,16 +104,19 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def everything(made: Made) -> dict[str, str]:
-    """The bits of all params and states, shortened; from whole tensors, so alike on all ranks."""
+def everything(made: Made, whole: bool = True) -> dict[str, str]:
+    """The bits of all params and states, shortened; from whole tensors, so alike on all ranks.
+
+    Or of what this process has of them: nothing is gathered then.
+    """
     model, optimizer = made
     found = {}
     for name, param in model.named_parameters():
         for key, entry in {"param": param.detach(), **optimizer.state[param]}.items():
-            whole = entry.view(BFLOAT16) if entry.dtype == torch.int16 else entry
-            if isinstance(whole, DTensor):
-                whole = whole.full_tensor()
-            contents = whole.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            numbers = entry.view(BFLOAT16) if entry.dtype == torch.int16 else entry
+            if isinstance(numbers, DTensor):
+                numbers = numbers.full_tensor() if whole else numbers.to_local()
+            contents = numbers.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             digest = hashlib.sha256(contents).hexdigest()[:16]
             found[f"{key} of {name}"] = f"{entry.dtype} {tuple(entry.shape)} {digest}"
     return found
@@ -129,7 +133,7 @@ def bits_of_all(mesh: Any) -> dict[str, dict[str, str]]:
 
 
 def round_trip(setting: str, way: str, mesh: Any) -> str:
-    """What comes of a state dict that is loaded into a fresh optimizer."""
+    """What comes of a state dict that is loaded into a fresh optimizer, as far as it is here."""
     saving, loading = WAYS[way]
     original, copied = trained(setting, mesh), make(setting, mesh, seed=1)
     saved = get_optimizer_state_dict(*original, options=StateDictOptions(**saving))
@@ -138,14 +142,15 @@ def round_trip(setting: str, way: str, mesh: Any) -> str:
             param.copy_(own)
     options = StateDictOptions(**loading)
     set_optimizer_state_dict(*copied, copy.deepcopy(saved), options=options)
-    if everything(copied) != everything(original):
-        return "loaded otherwise"
-    before = everything(original)
-    for made in (original, copied):
+    before, loaded = (everything(made, whole=False) for made in (original, copied))
+    for made in (original, copied):  # whatever was loaded, as other processes wait for this one
         train(made, 4, 5)
-    if everything(original) == before:
+    after, went_on = (everything(made, whole=False) for made in (original, copied))
+    if loaded != before:
+        return "loaded otherwise"
+    if after == before:
         return "no steps were made"
-    return "same bits" if everything(copied) == everything(original) else "goes on otherwise"
+    return "same bits" if went_on == after else "goes on otherwise"
 
 
 def round_trips(mesh: Any) -> dict[str, str]:

@@ -12,7 +12,6 @@ from torch.nn import Parameter
 import fusedopt
 from fusedopt import _C
 from support.equality import assert_equal, assert_same_math
-from support.files import run_ranks
 from support.optimizers import (
     VARIED,
     Build,
@@ -23,6 +22,7 @@ from support.optimizers import (
     train,
     varied_cases,
 )
+from support.processes import run_ranks
 from support.snapshots import DERIVED
 from support.tensors import make_params, params_of, set_grads
 

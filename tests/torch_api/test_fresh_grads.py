@@ -12,7 +12,7 @@ from torch.nn import Parameter
 import fusedopt
 from fusedopt import _C
 from support.device import STEPS_ON_DEVICE
-from support.files import run_python
+from support.processes import run_fork
 from support.tensors import values
 
 SHAPE = (6, 4)
@@ -100,7 +100,7 @@ def test_a_grad_that_is_another_params_memory_is_found() -> None:
 
 def fingerprints_with(setting: str) -> bool:
     code = "from fusedopt import _C; print(_C.build_info()['fingerprints'])"
-    return run_python("-c", code, FUSEDOPT_FINGERPRINTS=setting).strip() == "True"
+    return run_fork(code, FUSEDOPT_FINGERPRINTS=setting).strip() == "True"
 
 
 @pytest.mark.cpu_only
@@ -194,4 +194,4 @@ def test_imports_leave_torch_alone_and_do_not_depend_on_it(setting: str) -> None
     if "FakeTensorMode" in setting:  # torch.get_rng_state() is none then
         code = code.replace(", torch.get_rng_state().tolist()", "")
     is_off = os.environ.get("FUSEDOPT_FINGERPRINTS") == "0"
-    assert run_python("-c", code).strip() == ("FUSEDOPT_FINGERPRINTS=0" if is_off else "None")
+    assert run_fork(code).strip() == ("FUSEDOPT_FINGERPRINTS=0" if is_off else "None")

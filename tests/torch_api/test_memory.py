@@ -11,8 +11,8 @@ from torch.nn import Parameter
 
 import fusedopt
 from support.device import DEVICE, STEPS_ON_DEVICE
-from support.files import run_python
 from support.optimizers import CASES, Case, main_cases, take_step, train, varied_cases
+from support.processes import run_fork
 from support.tensors import make_params, set_grads
 
 
@@ -79,7 +79,7 @@ def test_no_copies(name: str) -> None:
     """A step over a 64 MiB tensor must not raise the peak of memory by a quarter of one tensor."""
     case = CASES[name]
     code = PEAK.format(name=case.optimizer, options=case.options, tensor=LARGE[name])
-    states, before, after = (int(number) for number in run_python("-c", code).split())
+    states, before, after = (int(number) for number in run_fork(code).split())
     assert states == len(case.state_names - {"step"})
     assert before > (2 + states) * 64 << 10  # the measure sees tensors of this size
     assert after - before < 16 << 10

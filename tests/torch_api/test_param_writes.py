@@ -13,8 +13,8 @@ from torch.nn import Parameter
 import fusedopt
 from support.device import DEVICE
 from support.equality import bits
-from support.files import run_ranks
 from support.optimizers import step_with
+from support.processes import run_ranks
 from support.snapshots import refused
 from support.tensors import BFLOAT16, FLOAT16, FLOAT32, by_id, values
 

@@ -3,6 +3,7 @@ FUSEDOPT_CUDA=emulated, steps tensors on the CPU with the code of the CUDA drive
 cpu_only are skipped in both, those marked unemulated in the latter."""
 
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,6 +54,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for mark, reason in reasons.items():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Tests that collect garbage need not go through thousands of other tests each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Settings of precision in checkpoints, from one to another and to torch's, and those refused."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch.nn import Parameter
 import fusedopt
 from support.device import DEVICE
 from support.equality import bits, both_ways
-from support.optimizers import Case, some_cases, step_with
+from support.optimizers import CASES, Case, some_cases, step_with
+from support.pairs import covering, in_pairs
 from support.settings import (
     EMAS,
+    FLOATS,
     ROWS,
     WEIGHTS,
     Row,
@@ -72,10 +75,12 @@ def assert_same(first: Any, second: Any) -> None:
         assert torch.equal(bits(value), bits(theirs[name])), name
 
 
-@each_row
-@each_ema
-@pytest.mark.parametrize("steps", [0, 2])
-@some_cases("sgd-l2", "momentum-damped", "adam-amsgrad", "adamw", "rmsprop-all")
+@in_pairs(
+    some_cases("sgd-l2", "momentum-damped", "adam-amsgrad", "adamw", "rmsprop-all"),
+    pytest.mark.parametrize("steps", [0, 2]),
+    each_ema,
+    each_row,
+)
 def test_resume_gives_the_same_bits(case: Case, steps: int, ema: Any, row: Row) -> None:
     original = build(case, row, [values(*SHAPE, dtype=row[1])], **ema)
     step_with(original, grads(row, *range(steps)))
@@ -86,9 +91,7 @@ def test_resume_gives_the_same_bits(case: Case, steps: int, ema: Any, row: Row) 
     assert_same(other, original)
 
 
-@each_row
-@each_ema
-@main_cases
+@in_pairs(main_cases, each_ema, each_row)
 def test_from_torch_and_back(case: Case, ema: dict[str, Any], row: Row) -> None:
     setting, dtype = row
     theirs = suited(case, row).theirs([values(*SHAPE, dtype=dtype)])
@@ -145,7 +148,14 @@ def test_options_of_torch_are_the_checkpoints(options: dict[str, Any]) -> None:
     assert options.items() <= ours.param_groups[0].items()
 
 
-PAIRS = [(first, second) for first in ROWS for second in ROWS if first[1] == second[1]]
+# Any two settings for params of one dtype; each of the two with either optimizer, and with all that
+# can become of an average.
+KINDS = list(itertools.product(("momentum-l2", "adamw"), ("neither", "saved", "wanted", "both")))
+PAIRS = [
+    (rows[first], rows[second], *KINDS[kind])
+    for rows in ([row for row in ROWS if row[1] == dtype] for dtype in FLOATS)
+    for first, second, kind in covering([len(rows), len(rows), len(KINDS)])
+]
 TIES = torch.tensor([1 + 2**-8, -1 - 2**-8, 1 + 2**-11, -1 - 2**-11])  # of bfloat16 and float16
 
 
@@ -156,13 +166,14 @@ def tied(optimizer: Any) -> None:
     optimizer.load_fp32_params([weight])
 
 
+@pytest.mark.unemulated  # loading is no driver's
 @pytest.mark.parametrize(
-    ("row", "other"), PAIRS, ids=[f"{a[0].id}-{b[0].id}-{dtype_id(a[1])}" for a, b in PAIRS]
+    ("row", "other", "name", "averages"),
+    PAIRS,
+    ids=[f"{a[0].id}-{b[0].id}-{dtype_id(a[1])}-{name}-{kind}" for a, b, name, kind in PAIRS],
 )
-@pytest.mark.parametrize("averages", ["neither", "saved", "wanted", "both"])
-@some_cases("momentum-l2", "adamw")
-def test_from_each_setting_to_each(case: Case, averages: str, row: Row, other: Row) -> None:
-    dtype, ema = row[1], EMAS["ema"]
+def test_from_each_setting_to_each(row: Row, other: Row, name: str, averages: str) -> None:
+    case, dtype, ema = CASES[name], row[1], EMAS["ema"]
     saved_ema = ema if averages in ("saved", "both") else {}
     wanted_ema = ema if averages in ("wanted", "both") else {}
     saved = build(case, row, [values(*SHAPE, dtype=dtype)], **saved_ema)

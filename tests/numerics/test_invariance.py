@@ -2,6 +2,7 @@
 is cut, spread over threads, ordered, grouped, laid out or vectorised."""
 
 import random
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from support.equality import bits, same_bits
 from support.layouts import Layout, each_layout
 from support.optimizers import Case, each_case, most_cases, some_cases, step_with
+from support.pairs import in_pairs, together
 from support.plans import MANY, best_isa, each_isa, require, use_plan
 from support.snapshots import results
 from support.tensors import DTYPES, each_dtype, some_dtypes, values
@@ -51,6 +53,7 @@ def assert_same(first: list[dict[str, Tensor]], second: list[dict[str, Tensor]])
         assert same_bits(ours, theirs), size
 
 
+@pytest.mark.unemulated  # it has the bits of the CPU driver: test_sizes of tests/cuda
 @each_dtype
 @each_case
 def test_a_tensor_of_one_value_keeps_one_value(case: Case, dtype: torch.dtype) -> None:
@@ -70,13 +73,11 @@ def test_a_tensor_of_one_value_keeps_one_value(case: Case, dtype: torch.dtype) -
 @pytest.mark.cpu_only
 @some_cases("sgd", "momentum-l2", "adam-low-betas", "adamw-amsgrad", "rmsprop-all", "asgd-averaged")
 @some_dtypes(torch.float32, torch.bfloat16, torch.complex64)
-@pytest.mark.parametrize("threads", [1, 2], ids=["1-thread", "2-threads"])
-@pytest.mark.parametrize("chunk_elements", [1, 64, 1000, 16384, MANY])
-def test_chunks_and_threads(
-    case: Case, dtype: torch.dtype, threads: int, chunk_elements: int
-) -> None:
-    cut = train(case, dtype, threads=threads, chunk_elements=chunk_elements)
-    assert_same(cut, train(case, dtype))
+def test_chunks_and_threads(case: Case, dtype: torch.dtype) -> None:
+    plain = train(case, dtype)
+    for threads, chunk_elements in product((1, 2), (1, 64, 1000, 16384, MANY)):
+        cut = train(case, dtype, threads=threads, chunk_elements=chunk_elements)
+        assert_same(cut, plain)
 
 
 @some_cases("nesterov", "adam-l2", "adamw")
@@ -113,9 +114,7 @@ def test_one_param_or_its_parts(case: Case, dtype: torch.dtype) -> None:
     assert same_bits({name: torch.cat([j[name] for j in joined]) for name in expected}, expected)
 
 
-@each_layout
-@some_cases("momentum", "adamw-amsgrad", "adagrad-initial")
-@some_dtypes(*DTYPES)
+@in_pairs(each_layout, some_cases("momentum", "adamw-amsgrad", "adagrad-initial"), each_dtype)
 def test_strided_or_dense(case: Case, dtype: torch.dtype, layout: Layout) -> None:
     strided = layout.view(layout.storage(dtype))
     dense = strided.clone(memory_format=torch.contiguous_format)
@@ -141,10 +140,11 @@ def run_isa(case: Case, dtype: torch.dtype, stride: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.cpu_only
-@each_isa
-@each_dtype
-@most_cases
-@pytest.mark.parametrize("stride", [1, 2], ids=["dense", "strided"])
+@in_pairs(
+    most_cases,
+    each_dtype,
+    together(each_isa, pytest.mark.parametrize("stride", [1, 2], ids=["dense", "strided"])),
+)
 def test_instruction_sets(
     case: Case, dtype: torch.dtype, isa: str, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

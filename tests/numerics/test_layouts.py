@@ -11,6 +11,7 @@ from support.files import constant
 from support.layouts import GRADS, Layout, each_grad, each_layout
 from support.optimizers import Case, some_cases, step_with
 from support.oracles import assert_rounded_once
+from support.pairs import in_pairs, together
 from support.snapshots import results
 from support.tensors import by_id, some_dtypes, values
 
@@ -34,11 +35,15 @@ SIZES = {
 }
 
 
-@some_dtypes(torch.float32, torch.float64, torch.bfloat16)
-@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "offset-by-one"])
-@pytest.mark.parametrize("stride", [1, 2], ids=["dense", "strided"])
-@pytest.mark.parametrize("size", **by_id(SIZES))
-@some_cases("momentum-l2", "adamw-amsgrad")
+@in_pairs(
+    some_cases("momentum-l2", "adamw-amsgrad"),
+    pytest.mark.parametrize("size", **by_id(SIZES)),
+    together(
+        some_dtypes(torch.float32, torch.float64, torch.bfloat16),
+        pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "offset-by-one"]),
+        pytest.mark.parametrize("stride", [1, 2], ids=["dense", "strided"]),
+    ),
+)
 def test_sizes(case: Case, size: int, stride: int, offset: int, dtype: torch.dtype) -> None:
     room = slice(offset, offset + size * stride, stride)
     storage, grad_storage = (values(size * stride + 40, dtype=dtype, seed=s) for s in (1, 2))
@@ -55,10 +60,12 @@ def test_sizes(case: Case, size: int, stride: int, offset: int, dtype: torch.dty
     assert torch.equal(storage[outside], before[outside])
 
 
-@each_layout
-@each_grad
-@some_cases("momentum", "nesterov-l2", "adam-amsgrad-l2", "adamw", "rmsprop-all")
-@some_dtypes(torch.float64, torch.complex128)
+@in_pairs(
+    each_layout,
+    each_grad,
+    some_cases("momentum", "nesterov-l2", "adam-amsgrad-l2", "adamw", "rmsprop-all"),
+    some_dtypes(torch.float64, torch.complex128),
+)
 def test_layouts(case: Case, layout: Layout, grad_layout: str, dtype: torch.dtype) -> None:
     storage = layout.storage(dtype)
     before, param = storage.clone(), layout.view(storage)

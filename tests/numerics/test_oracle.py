@@ -41,6 +41,7 @@ def run_three(
     return errors(fused, ours, oracle), errors(unfused, theirs, oracle), oracle
 
 
+@pytest.mark.unemulated  # it has the bits of the CPU driver: test_sizes of tests/cuda
 @each_dtype
 @each_case
 def test_error_is_at_most_that_of_unfused_torch(case: Case, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ import torch
 from support.device import needs_driver, needs_gpu
 from support.equality import tensor_bytes
 from support.optimizers import Case, each_case, some_cases
+from support.pairs import in_pairs
 from support.sides import GPU, SIZES, Results, Side, on_both_drivers, without_waiting
 from support.snapshots import record
 from support.tensors import by_id, draw, params_of, set_grads, some_dtypes
@@ -51,9 +52,7 @@ def train_scaled(
     return record(optimizer)
 
 
-@each_pattern
-@some_dtypes(torch.float32, torch.float16)
-@each_case
+@in_pairs(each_pattern, some_dtypes(torch.float32, torch.float16), each_case)
 @on_both_drivers
 def test_skipped_steps(side: Side, case: Case, dtype: torch.dtype, skipped: Any) -> Results:
     return train_scaled(side, case, dtype, skipped)

@@ -17,6 +17,7 @@ from support.optimizers import (
     each_of_few_names,
     step_with,
 )
+from support.pairs import in_pairs
 from support.settings import OFF
 from support.snapshots import results
 from support.tensors import by_id, params_with_grads, some_dtypes, values
@@ -184,14 +185,18 @@ def as_tensors(options: Options, shape: tuple[int, ...], dtype: torch.dtype) -> 
     return {name: wrap(value) for name, value in options.items()}
 
 
-@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
-@some_dtypes(torch.float32, torch.float64)
-@pytest.mark.parametrize(
-    ("name", "options"),
-    **by_id({f"{n} {key}": (n, row[1]) for key, row in TENSORS.items() for n in row[0]}),
-)
-@pytest.mark.parametrize(
-    "more", [{}, {"max_grad_norm": 0.5, "ema_decay": 0.75}], ids=["plain", "clipped and averaged"]
+@in_pairs(
+    pytest.mark.parametrize("shape", [(), (1,)], ids=str),
+    some_dtypes(torch.float32, torch.float64),
+    pytest.mark.parametrize(
+        ("name", "options"),
+        **by_id({f"{n} {key}": (n, row[1]) for key, row in TENSORS.items() for n in row[0]}),
+    ),
+    pytest.mark.parametrize(
+        "more",
+        [{}, {"max_grad_norm": 0.5, "ema_decay": 0.75}],
+        ids=["plain", "clipped and averaged"],
+    ),
 )
 def test_tensors(name: str, options: Any, dtype: torch.dtype, shape: Any, more: Any) -> None:
     found = []

@@ -12,6 +12,7 @@ import fusedopt
 from support import oracles
 from support.equality import bits, same_bits
 from support.optimizers import Case, step_with
+from support.pairs import in_pairs, together
 from support.sides import WORK_DTYPES, Results, Side, on_both_drivers, warmed_up
 from support.snapshots import record, results
 from support.tensors import by_id, draw, set_grads, some_dtypes, values
@@ -246,10 +247,11 @@ def test_masters_are_weights_like_others(
     assert torch.equal(bits(found[0]), bits(wide))
 
 
-@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
-@some_dtypes(*WORK_DTYPES, torch.float16)
-@each_kind
-@each_case
+@in_pairs(
+    pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"]),
+    some_dtypes(*WORK_DTYPES, torch.float16),
+    together(each_kind, each_case),
+)
 @on_both_drivers
 def test_on_both_drivers(
     side: Side, case: Case, caution: Any, dtype: torch.dtype, captured: bool

@@ -16,6 +16,7 @@ from support.equality import bits, same_bits, tensor_bytes
 from support.layouts import GRADS, Layout, each_grad, each_layout
 from support.optimizers import Case, most_cases, some_cases, take_step
 from support.oracles import TOLERANCES
+from support.pairs import in_pairs
 from support.sides import SIZES, Results, Side, on_both_drivers, warmed_up, without_waiting
 from support.snapshots import record, results
 from support.tensors import by_id, draw, misaligned, params_of, set_grads, some_dtypes, values
@@ -72,9 +73,11 @@ def test_as_torch(case: Case, limit: float) -> None:
         torch.testing.assert_close(param.cpu(), expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("limit", [0.7, 1e3], ids=["above", "below"])
-@some_dtypes(torch.float32, torch.bfloat16, torch.float16)
-@most_cases
+@in_pairs(
+    pytest.mark.parametrize("limit", [0.7, 1e3], ids=["above", "below"]),
+    some_dtypes(torch.float32, torch.bfloat16, torch.float16),
+    most_cases,
+)
 def test_error_is_at_most_that_of_torch(case: Case, dtype: torch.dtype, limit: float) -> None:
     case = case.suited_to(dtype)
     ours = values(3, 67, dtype=dtype, seed=1)
@@ -287,9 +290,14 @@ def test_infinite_limit_only_measures(case: Case, dtype: torch.dtype) -> None:
             assert torch.equal(bits(other[name]), bits(found[0][name])), name
 
 
-@pytest.mark.parametrize("skipped", [(), (0,), (2,), (0, 1, 3)], ids=str)
-@each_dtype
-@some_cases("sgd", "momentum-damped", "nesterov-l2", "adam-amsgrad-l2", "adamw", "adagrad", "nadam")
+@in_pairs(
+    pytest.mark.parametrize("skipped", [(), (0,), (2,), (0, 1, 3)], ids=str),
+    each_dtype,
+    some_cases(
+        *("sgd", "momentum-damped", "nesterov-l2"),
+        *("adam-amsgrad-l2", "adamw", "adagrad", "nadam"),
+    ),
+)
 @on_both_drivers
 def test_on_both_drivers(side: Side, case: Case, dtype: torch.dtype, skipped: Any) -> Results:
     params = draw([*SIZES, 20000], side.device, dtype)

@@ -14,6 +14,7 @@ from support.device import on_host
 from support.equality import bits, same_bits
 from support.optimizers import Case, step_with, train
 from support.oracles import TOLERANCES
+from support.pairs import in_pairs, together
 from support.sides import SIZES, WORK_DTYPES, Results, Side, on_both_drivers, warmed_up
 from support.snapshots import record, results
 from support.tensors import by_id, draw, params_of, set_grads, some_dtypes, values
@@ -236,10 +237,11 @@ def test_checkpoints(case: Case, more: dict[str, Any]) -> None:
     assert torch.equal(bits(params_of(again)[0]), bits(ours))
 
 
-@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
-@some_dtypes(*WORK_DTYPES, torch.float16)
-@each_kind
-@each_case
+@in_pairs(
+    pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"]),
+    some_dtypes(*WORK_DTYPES, torch.float16),
+    together(each_kind, each_case),
+)
 @on_both_drivers
 def test_on_both_drivers(
     side: Side, case: Case, more: Any, dtype: torch.dtype, captured: bool

@@ -16,6 +16,7 @@ from support import oracles
 from support.device import DEVICE, STEPS_ON_DEVICE
 from support.equality import bits, same_bits
 from support.optimizers import CASES, Case, most_cases, some_cases, step_with, take_step, train
+from support.pairs import in_pairs
 from support.sides import SIZES, Results, Side, on_both_drivers, warmed_up
 from support.snapshots import COPIES, record, refused
 from support.tensors import by_id, draw, dtype_id, params_of, set_grads, some_dtypes, values
@@ -91,9 +92,11 @@ def test_as_averaged_model(case: Case, decay: float) -> None:
         torch.testing.assert_close(average.cpu(), expected.detach(), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("corrected", [False, True], ids=["plain", "corrected"])
-@each_setting
-@some_optimizers
+@in_pairs(
+    pytest.mark.parametrize("corrected", [False, True], ids=["plain", "corrected"]),
+    each_setting,
+    some_optimizers,
+)
 def test_follows_the_weights(case: Case, setting: Any, corrected: bool) -> None:
     """Of a 16-bit param without masters what it reads, else the float32 weight."""
     optimizer = trained(case, setting, 0, ema_bias_correction=corrected)
@@ -192,9 +195,7 @@ CALLS: dict[str, Any] = {
 SAVED: dict[str, Any] = {}
 
 
-@pytest.mark.parametrize("call", **by_id(CALLS))
-@main_settings
-@some_optimizers
+@in_pairs(pytest.mark.parametrize("call", **by_id(CALLS)), main_settings, some_optimizers)
 def test_refused_inside(case: Case, setting: Any, call: Any) -> None:
     optimizer = trained(case, setting)
     SAVED.update(copy.deepcopy(optimizer.state_dict()))
@@ -309,9 +310,11 @@ def test_enabled_late(case: Case, setting: Any) -> None:
         assert torch.equal(params_of(optimizer)[1], plain)
 
 
-@pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
-@each_setting
-@some_optimizers
+@in_pairs(
+    pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"]),
+    each_setting,
+    some_optimizers,
+)
 def test_resume_gives_the_same_bits(case: Case, setting: Any, way: str) -> None:
     optimizer = trained(case, setting, ema_bias_correction=True)
     if way == "state_dict":
@@ -365,10 +368,12 @@ def test_skipped_step(case: Case, setting: Any) -> None:
     assert same_bits(record(first), record(expected))
 
 
-@pytest.mark.parametrize("corrected", [False, True], ids=["plain", "corrected"])
-@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
-@each_setting
-@some_optimizers
+@in_pairs(
+    pytest.mark.parametrize("corrected", [False, True], ids=["plain", "corrected"]),
+    pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"]),
+    each_setting,
+    some_optimizers,
+)
 @on_both_drivers
 def test_on_both_drivers(
     side: Side, case: Case, setting: Any, corrected: bool, captured: bool

@@ -12,6 +12,7 @@ import fusedopt
 from support.device import DEVICE
 from support.equality import bits
 from support.optimizers import Case, some_cases, step_with
+from support.pairs import in_pairs
 from support.plans import each_isa, require
 from support.settings import assert_param_is_rounded_weight, nearest_ties_away
 from support.snapshots import refused
@@ -101,15 +102,17 @@ EDGES = (0.0, -0.0, 1e-45, -3e-39, 1e-20, 3e38, -3e38, 1 + 2**-8, -1 - 2**-8)
 
 @pytest.mark.unemulated
 @pytest.mark.unsanitized  # no other accesses than in fewer steps
-@pytest.mark.parametrize(
-    ("ema_decay", "grad_dtype"), [(None, FLOAT32), (0.99, BFLOAT16)], ids=["wide-grads", "ema"]
-)
-@each_kind
-@some_cases(
-    *("sgd-l2", "momentum-l2", "momentum-damped", "nesterov", "sgdw-momentum"),
-    *("adam", "adam-amsgrad-l2", "adamw", "adamw-lr-independent"),
-    *("rmsprop-all", "adagrad-l2", "adadelta", "adamax-l2", "nadam", "radam", "asgd-averaged"),
-    *("rprop", "lion-decay"),
+@in_pairs(
+    pytest.mark.parametrize(
+        ("ema_decay", "grad_dtype"), [(None, FLOAT32), (0.99, BFLOAT16)], ids=["wide-grads", "ema"]
+    ),
+    each_kind,
+    some_cases(
+        *("sgd-l2", "momentum-l2", "momentum-damped", "nesterov", "sgdw-momentum"),
+        *("adam", "adam-amsgrad-l2", "adamw", "adamw-lr-independent"),
+        *("rmsprop-all", "adagrad-l2", "adadelta", "adamax-l2", "nadam", "radam", "asgd-averaged"),
+        *("rprop", "lion-decay"),
+    ),
 )
 def test_2000_steps_are_those_of_float32(
     case: Case, kind: str, dtype: torch.dtype, ema_decay: float | None, grad_dtype: torch.dtype

@@ -15,6 +15,7 @@ import fusedopt
 from support.device import STEPS_ON_DEVICE
 from support.equality import assert_equal, assert_same_math
 from support.optimizers import Case, each_adam, main_cases, take_step, train, varied_cases
+from support.pairs import in_pairs
 from support.snapshots import copy_params, refused, snapshot
 from support.tensors import by_id, make_params, params_of, set_grads
 
@@ -130,9 +131,7 @@ AT_ONCE = ("entries UserDict", "state UserDict", "params deque", "group UserDict
 CONTAINERS["all at once"] = lambda optimizer: [CONTAINERS[key](optimizer) for key in AT_ONCE]
 
 
-@varied_cases
-@when
-@pytest.mark.parametrize("change", **by_id(CONTAINERS))
+@in_pairs(varied_cases, when, pytest.mark.parametrize("change", **by_id(CONTAINERS)))
 def test_containers(case: Case, change: Callable[[Any], None], steps: int) -> None:
     """Steps before and after, some parameters resting; torch's twin may have nothing changed."""
     wraps_torch = steps > 0 and change is not CONTAINERS["entries made lazily"]

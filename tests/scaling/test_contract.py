@@ -31,6 +31,7 @@ from support.optimizers import (
     take_step,
     train,
 )
+from support.pairs import in_pairs, together
 from support.scalers import each_scaler, new_scaler, scale_grads, scaled_step
 from support.sides import Results, Side, on_both_drivers
 from support.snapshots import COPIES, record
@@ -210,12 +211,16 @@ ENDS: dict[str, tuple[Callable[[Any], Any], bool]] = {
 }
 
 
-@main_cases
-@each_scaler
-@each_fused
-@each_outcome
-@pytest.mark.parametrize(("ending", "is_done"), **by_id(ENDS))
-@pytest.mark.parametrize("goes_on", ["without a scaler", "with it"])
+@in_pairs(
+    main_cases,
+    pytest.mark.parametrize("goes_on", ["without a scaler", "with it"]),
+    together(
+        each_scaler,
+        each_fused,
+        each_outcome,
+        pytest.mark.parametrize(("ending", "is_done"), **by_id(ENDS)),
+    ),
+)
 def test_exception_in_a_scaled_step(
     case: Case,
     scaler_type: Any,

@@ -19,6 +19,7 @@ import fusedopt
 from support.device import DEVICE, STEPS_ON_DEVICE
 from support.equality import assert_equal, assert_same_math
 from support.optimizers import CASES, Case, assert_params_after, main_cases, take_step
+from support.pairs import in_pairs, together
 from support.scalers import (
     SCALERS,
     WAYS,
@@ -50,10 +51,7 @@ def is_overflow(seed: int, overflows: tuple[int, ...], bad: float) -> float | No
     return bad if seed in overflows else None
 
 
-@each_bad
-@each_pattern
-@each_way
-@main_cases
+@in_pairs(each_bad, main_cases, together(each_way, each_pattern))
 def test_training(case: Case, way: Way, overflows: tuple[int, ...], bad: float) -> None:
     """Scales as torch's with torch's optimizer, and in the end the same weights."""
     ours, theirs = case.ours(make_params(), **way.options), case.theirs(make_params())
@@ -72,11 +70,15 @@ def test_training(case: Case, way: Way, overflows: tuple[int, ...], bad: float) 
         assert len({float(count) for count in counts}) <= 1
 
 
-@each_bad
-@each_way
-@main_cases
-@pytest.mark.parametrize("warm", [False, True], ids=["first step", "later step"])
-@pytest.mark.parametrize("unscale", **by_id(UNSCALED))
+@in_pairs(
+    each_bad,
+    each_way,
+    main_cases,
+    together(
+        pytest.mark.parametrize("warm", [False, True], ids=["first step", "later step"]),
+        pytest.mark.parametrize("unscale", **by_id(UNSCALED)),
+    ),
+)
 def test_overflow_changes_nothing(
     case: Case, way: Way, bad: float, warm: bool, unscale: bool
 ) -> None:
@@ -145,6 +147,9 @@ def test_as_without_a_scaler(case: Case, dtype: torch.dtype) -> None:
         assert_params_after(optimizer, case, 0, 1, 2, 3, **more)
 
 
+SECOND = ["SGD", "Adam", "AdamW", "Adamax", "torch.SGD", "torch.AdamW"]
+
+
 def two_optimizers(first: str, second: str, options: dict[str, Any]) -> list[Any]:
     """One of fusedopt and one of either, as for a generator and a discriminator."""
     made = [getattr(fusedopt, first)(make_params(), lr=0.1, **options)]
@@ -155,10 +160,11 @@ def two_optimizers(first: str, second: str, options: dict[str, Any]) -> list[Any
     return [*made, other(make_params(seed=1), lr=0.1, **options)]
 
 
-@each_pattern
-@each_way
-@pytest.mark.parametrize("second", ["SGD", "Adam", "AdamW", "Adamax", "torch.SGD", "torch.AdamW"])
-@pytest.mark.parametrize("overflowing", [0, 1], ids=["ours overflows", "the other does"])
+@in_pairs(
+    pytest.mark.parametrize("overflowing", [0, 1], ids=["ours overflows", "the other does"]),
+    pytest.mark.parametrize("second", SECOND),
+    together(each_way, each_pattern),
+)
 def test_several_optimizers(second: str, way: Way, overflows: Any, overflowing: int) -> None:
     """Only the one with the overflow is skipped; the scale is that of both."""
     pairs = (
@@ -331,9 +337,11 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("bad", [(), (0,), (0, 1), (2,), (0, 1, 2, 3, 4), (1, 3)], ids=str)
-@some_dtypes(torch.float32, torch.float16, torch.bfloat16)
-@pytest.mark.parametrize("row", **by_id(ROWS))
+@in_pairs(
+    pytest.mark.parametrize("bad", [(), (0,), (0, 1), (2,), (0, 1, 2, 3, 4), (1, 3)], ids=str),
+    some_dtypes(torch.float32, torch.float16, torch.bfloat16),
+    pytest.mark.parametrize("row", **by_id(ROWS)),
+)
 @on_both_drivers
 def test_on_both_drivers(side: Side, row: Case, dtype: torch.dtype, bad: Any) -> Results:
     params: list[Tensor] = draw(SIZES, side.device, dtype)

@@ -21,6 +21,7 @@ from support.optimizers import (
     train,
     varied_cases,
 )
+from support.pairs import in_pairs
 from support.scalers import each_bad, new_scaler, scaled_step
 from support.snapshots import photograph, snapshot
 from support.tensors import by_id, make_params, params_of, set_grads
@@ -42,10 +43,12 @@ def test_scaled_training(build: Build, case: Case, options: Any, clip: float | N
     return params_of(optimizer), scaler.get_scale(), scaler.state_dict()
 
 
-@varied_cases
-@EACH_WAY
-@each_bad
-@pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "clipped"])
+@in_pairs(
+    varied_cases,
+    EACH_WAY,
+    each_bad,
+    pytest.mark.parametrize("clip", [None, 0.5], ids=["unclipped", "clipped"]),
+)
 def test_overflow_on_the_first_step(
     case: Case, options: dict[str, Any], bad: float, clip: float | None
 ) -> None:
@@ -68,9 +71,7 @@ def test_overflow_on_the_first_step(
     assert_params_after(optimizer, case, 1, 2, 3)  # powers of two: unscaling is exact
 
 
-@varied_cases
-@EACH_WAY
-@each_bad
+@in_pairs(varied_cases, EACH_WAY, each_bad)
 def test_overflow_on_a_later_step(case: Case, options: dict[str, Any], bad: float) -> None:
     optimizer, scaler = case.ours(make_params(), **options), new_scaler(torch.amp.GradScaler)
     for seed in range(2):

@@ -158,6 +158,7 @@ def public_functions() -> dict[str, Callable[..., Any]]:
 
 
 @pytest.mark.cpu_only
+@pytest.mark.unsanitized  # of Python alone
 @pytest.mark.parametrize("name", public_functions())
 def test_type_hints(name: str) -> None:
     """Tools that read signatures (command lines, configurations) get at every type."""

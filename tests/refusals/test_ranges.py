@@ -19,6 +19,7 @@ import fusedopt
 from support.device import DEVICE, on_host
 from support.equality import assert_equal, assert_same_math
 from support.optimizers import each_name, each_of_few_names, torch_reference
+from support.pairs import in_pairs
 from support.snapshots import record, refused
 from support.tensors import by_id, params_of, set_grads
 
@@ -264,9 +265,13 @@ SCHEDULES: dict[str, Callable[[Any, float, int], Any]] = {
 }
 
 
-@each_of_few_names
-@pytest.mark.parametrize("start", STARTS, ids=lambda start: f"{start:.3g}")
-@pytest.mark.parametrize("schedule", **by_id(SCHEDULES))
+@pytest.mark.unemulated
+@pytest.mark.unsanitized  # no other accesses than in fewer steps
+@in_pairs(
+    each_of_few_names,
+    pytest.mark.parametrize("start", STARTS, ids=lambda start: f"{start:.3g}"),
+    pytest.mark.parametrize("schedule", **by_id(SCHEDULES)),
+)
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning")
 def test_linear_decay_to_zero(name: str, start: float, schedule: Any) -> None:
     """Ends at an lr of about -1e-20 for many lengths; the loop and a resumed one step on."""

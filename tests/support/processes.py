@@ -41,6 +41,8 @@ class Fork:
 
     def __init__(self, script: Path, *arguments: object, log: Path, **environment: str) -> None:
         self.log = log  # what the program prints, and beside it what it says on standard error
+        for file in (log, errors_beside(log)):
+            file.touch()
         command = [str(part) for part in (script, *arguments)]
         given = command, log, os.getcwd(), {**os.environ, **environment}
         self.process = forks().Process(target=be_python, args=given)

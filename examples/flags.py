@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "capturable": SWITCH,
     "fused": SWITCH,
     "state_dtype": {"choices": ["float32", "bfloat16"]},
-    "master_weights": {"choices": ["float32", "split"]},
+    "master_weights": {"choices": ["float32", "split", "split8"]},
     "stochastic_rounding": SWITCH,
     "rounding_seed": {"type": int, "metavar": "N"},
     "max_grad_norm": NUMBER,

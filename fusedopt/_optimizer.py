@@ -445,8 +445,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """As ``torch.optim.Optimizer.state_dict``; RuntimeError inside ``swap_ema()``.
 
         Where ``betas[0]`` is 0 and there is no ``exp_avg``, one of zeros stands in for it, so that
-        ``torch.optim`` can load what is returned. The bits of ``param_remainder`` are seen as
-        bfloat16, in the same memory, which gloo and NCCL can send as they cannot int16. Param
+        ``torch.optim`` can load what is returned. The bits of an int16 ``param_remainder`` are seen
+        as bfloat16, in the same memory, which gloo and NCCL can send as they cannot int16. Param
         groups have the name of ``state_dtype``. So ``torch.distributed.checkpoint`` can gather,
         offload and broadcast all of it.
         """
@@ -472,8 +472,8 @@ class FusedOptimizer(torch.optim.Optimizer):
           ``exp_avg`` is dropped where ``betas[0]`` is 0;
         - states take on the strides of their parameter (those of channels_last, say), with which
           steps are fastest;
-        - the bits of ``param_remainder`` may be seen as bfloat16, as ``state_dict()`` has them, or
-          as int16;
+        - the bits of a ``param_remainder`` of 16 bits may be seen as bfloat16, as ``state_dict()``
+          has them, or as int16;
         - a ``step`` of any number type, numpy's too, becomes a floating-point tensor;
         - the time is linear in the number of parameters.
 

@@ -2,18 +2,18 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from . import _C
 from ._tensors import local
-from ._types import State
+from ._types import ParamGroup, State
 
 
 def join(param: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 weights that bfloat16 params and their int16 remainders are.
+    """The float32 weights that bfloat16 params and their int16 or int8 remainders are.
 
     Computed on the CPU, by the text that steps compute with; it takes copies of tensors elsewhere.
     """
@@ -24,9 +24,12 @@ def join(param: Tensor, remainder: Tensor) -> Tensor:
     return weight
 
 
-def split(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The bfloat16 params, nearest with ties away from zero, and int16 remainders of weights."""
-    dtypes = (torch.bfloat16, STEPPED)
+def split(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The bfloat16 params, nearest with ties away from zero, and remainders of float32 weights.
+
+    The remainders are int16, or int8 for the nearest weights of 24 bits.
+    """
+    dtypes = (torch.bfloat16, dtype)
     parts = [torch.empty_like(weight, dtype=dtype, requires_grad=False) for dtype in dtypes]
     shape = local(weight).shape
     param, remainder = (torch.empty(shape, dtype=dtype, device="cpu") for dtype in dtypes)
@@ -42,7 +45,8 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 # The 16 bits of a remainder are no number. Steps read them as integers. State dicts have them as
 # bfloat16: neither gloo nor NCCL sends an int16, and what casts states to their parameter's dtype,
-# as torch.optim does, then leaves them alone.
+# as torch.optim does, then leaves them alone. Those of 8 bits are int8 everywhere, which can be
+# sent; a cast to bfloat16 keeps them as numbers.
 STEPPED, SAVED = torch.int16, torch.bfloat16
 
 
@@ -53,6 +57,16 @@ def with_remainder_as(dtype: torch.dtype, entries: State) -> State:
     if not isinstance(remainder, Tensor) or {remainder.dtype, dtype} != {STEPPED, SAVED}:
         return entries
     return {**entries, name: remainder.view(dtype)}
+
+
+def with_remainder_of(group: ParamGroup, entries: State) -> State:
+    """The entries of a saved state, with the remainder's bits as a step of its group sees them."""
+    name = _C.WEIGHTS_IN_STATE["remainder"]
+    remainder = entries.get(name) if isinstance(entries, Mapping) else None
+    is_cast = isinstance(remainder, Tensor) and remainder.dtype == torch.bfloat16
+    if is_cast and group.get("master_weights") == "split8":  # by torch.optim
+        return {**entries, name: cast(Tensor, remainder).to(torch.int8)}
+    return with_remainder_as(STEPPED, entries)
 
 
 def master_in(state: State, spec: _C.StateSpec) -> tuple[str, Tensor] | None:
@@ -110,7 +124,7 @@ def write_weight(param: Tensor, weight: Tensor, state: State, spec: _C.StateSpec
     master = master_in(state, spec)
     weight = weight.to(param.device, spec.weight_dtype)
     if master is not None and master[0] == "remainder":
-        rounded, remainder = split(weight)
+        rounded, remainder = split(weight, master[1].dtype)
         param.copy_(rounded)
         master[1].copy_(remainder)
         return
@@ -158,21 +172,26 @@ def convert(entries: State, param: Tensor, spec: _C.StateSpec, place: str) -> Te
         is_state = spec.state_dtype is not None and name != "step" and isinstance(entry, Tensor)
         if is_state and entry.is_floating_point():
             entries[name] = entry.to(spec.state_dtype)
-    master, remainder = _of(saved["master"], torch.float32), _of(saved["remainder"], STEPPED)
+    master = _of(saved["master"], torch.float32)
+    remainder = _of(saved["remainder"], STEPPED, torch.int8)
+    if param.dtype != torch.bfloat16:
+        remainder = None
     values = None
     for name, kind, dtype in spec.entries:
         if kind == "average" and isinstance(saved["average"], Tensor):
             entries[name] = saved["average"].to(dtype)
         elif kind == "master" and master is not None:
             entries[name] = master
-        elif kind == "remainder" and remainder is not None:
+        elif kind == "remainder" and remainder is not None and remainder.dtype == dtype:
             entries[name] = remainder
+        elif kind == "remainder" and remainder is not None:
+            values, entries[name] = split(join(param.detach(), remainder), dtype)
         elif kind == "remainder" and master is not None:
-            values, entries[name] = split(master)
-        elif kind == "master" and remainder is not None and param.dtype == torch.bfloat16:
+            values, entries[name] = split(master, dtype)
+        elif kind == "master" and remainder is not None:
             entries[name] = values = join(param.detach(), remainder)
     return values
 
 
-def _of(entry: Any, dtype: torch.dtype) -> Tensor | None:
-    return entry if isinstance(entry, Tensor) and entry.dtype == dtype else None
+def _of(entry: Any, *dtypes: torch.dtype) -> Tensor | None:
+    return entry if isinstance(entry, Tensor) and entry.dtype in dtypes else None

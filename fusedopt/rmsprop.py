@@ -78,7 +78,7 @@ class RMSprop(FusedOptimizer):
         *,
         fused: bool | None = None,
         state_dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
-        master_weights: Literal["float32", "split"] | None = None,
+        master_weights: Literal["float32", "split", "split8"] | None = None,
         stochastic_rounding: bool | None = None,
         rounding_seed: int = 0,
         max_grad_norm: float | Tensor | None = None,

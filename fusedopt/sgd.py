@@ -69,15 +69,18 @@ class SGD(FusedOptimizer):
             the states, ``torch.float32`` or ``torch.bfloat16`` or its name, whatever that of their
             parameter, which must be real; None: that of the parameter. Param groups and state dicts
             hold the name; a group may be given either later.
-        master_weights (Literal["float32", "split"] | None, default None): keep the weights of
-            16-bit parameters in float32, so that updates too small for their dtype are not lost.
+        master_weights (Literal["float32", "split", "split8"] | None, default None): keep the
+            weights of 16-bit parameters in float32, so that updates too small for their dtype are
+            not lost.
             ``"float32"``: in ``master_param`` of the state, 4 bytes each; wider parameters need
             none and get none. ``"split"``, for bfloat16 only: the parameter and ``param_remainder``
             of the state, 2 bytes, are the weight together, exactly; the parameter is the nearest
-            bfloat16, with ties away from zero. What is written to a parameter between steps (a
-            loaded model, a clamp) is its weight from then on, to within the remainder: where it is
-            not what the float32 weight rounds to. Writes through ``.data`` are not counted by torch
-            and not noticed: ``load_fp32_params()`` or ``reset_masters()`` take them over.
+            bfloat16, with ties away from zero. ``"split8"``: the same with 1 byte, for a weight of
+            24 bits (the upper ones of a float32), to which each step rounds stochastically, or to
+            nearest with ``stochastic_rounding=False``. What is written to a parameter between steps
+            (a loaded model, a clamp) is its weight from then on, to within the remainder: where it
+            is not what the float32 weight rounds to. Writes through ``.data`` are not counted by
+            torch and not noticed: ``load_fp32_params()`` or ``reset_masters()`` take them over.
         stochastic_rounding (bool | None, default None): round what is kept in bfloat16 up or down
             with the probabilities that make the mean right, instead of to the nearest. True: all
             states, and parameters without master weights; not for float16 parameters. None, False:
@@ -138,7 +141,7 @@ class SGD(FusedOptimizer):
         master_param: float32, of a 16-bit parameter with ``master_weights="float32"``.
         param_remainder: int16, of a bfloat16 parameter with ``master_weights="split"``. State dicts
             have the same bits, in the same memory, as bfloat16, which processes can send each
-            other: they are no numbers there.
+            other: they are no numbers there. With ``"split8"`` it is int8, and so in state dicts.
         ema_param: float32 for a 16-bit parameter, else of the parameter's dtype, with
             ``ema_decay``.
 
@@ -189,7 +192,7 @@ class SGD(FusedOptimizer):
         capturable: bool = False,
         decoupled_weight_decay: bool = False,
         state_dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
-        master_weights: Literal["float32", "split"] | None = None,
+        master_weights: Literal["float32", "split", "split8"] | None = None,
         stochastic_rounding: bool | None = None,
         rounding_seed: int = 0,
         max_grad_norm: float | Tensor | None = None,

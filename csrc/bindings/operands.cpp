@@ -57,11 +57,13 @@ void read_operand(Operands& operands, int k) {
   } catch (const UnknownTensorType& error) {
     throw py::type_error(subject(operands, k) + error.what());
   }
-  const bool is_remainder = operands.master == Master::kSplit && k == kMaster;
+  const bool is_remainder = k == kMaster && is_split(operands.master);
   // State dicts have its bits as bfloat16, and not all put them into the state by
   // load_state_dict(): torch.distributed.optim.ZeroRedundancyOptimizer does so itself.
-  if (is_remainder && view.dtype == DType::kBFloat16) view.dtype = DType::kRemainder;
-  if (!view.is_supported || (view.dtype == DType::kRemainder && !is_remainder))
+  if (k == kMaster && operands.master == Master::kSplit && view.dtype == DType::kBFloat16)
+    view.dtype = DType::kRemainder;
+  const bool is_number = !is_split(master_of(view.dtype));
+  if (!view.is_supported || !(is_number || is_remainder))
     throw py::type_error(subject(operands, k) + describe(operands.tensors[k]) +
                          ", but dtypes that can be stepped are float32, float64, bfloat16, "
                          "float16 and complex");
@@ -97,10 +99,12 @@ void check_against_param(const Operands& operands, int k) {
 }
 
 void check_master(const Operands& operands) {
-  const bool is_split = operands.master == Master::kSplit;
-  if (operands.views[kMaster].dtype == (is_split ? DType::kRemainder : DType::kFloat32)) return;
+  if (operands.views[kMaster].dtype == dtype_of(operands.master)) return;
+  const char* const dtype = operands.master == Master::kSplit    ? "torch.int16"
+                            : operands.master == Master::kSplit8 ? "torch.int8"
+                                                                 : "torch.float32";
   throw py::type_error(subject(operands, kMaster) + describe(operands.tensors[kMaster]) +
-                       ", but must be " + (is_split ? "torch.int16" : "torch.float32"));
+                       ", but must be " + dtype + "; load_state_dict() converts it");
 }
 
 uint8_t find_device(const Operands& operands) {

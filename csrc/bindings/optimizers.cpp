@@ -329,7 +329,7 @@ void visit_unused(const OptimizerRow& row, const GroupOptions& options, Master m
     if ((row.omissible & ~options.states) >> s & 1) visit(row.state_names[s]);
   for (const Key& name : row.derived) visit(name);
   if (master != Master::kFloat32) visit(kMasterParam);
-  if (master != Master::kSplit) visit(kParamRemainder);
+  if (!is_split(master)) visit(kParamRemainder);
   if (!options.source.values.has_ema()) visit(kEmaParam);
   if (!options.counts_steps) visit(kStep);
 }
@@ -366,10 +366,11 @@ GroupOptions read_options(const OptimizerRow& row, GroupReader& reader) {
     }
   });
   if (options.master_weights == Master::kFloat32) options.names[kMaster] = &kMasterParam;
-  if (options.master_weights == Master::kSplit) options.names[kMaster] = &kParamRemainder;
+  if (is_split(options.master_weights)) options.names[kMaster] = &kParamRemainder;
   if (hyper.has_ema()) options.names[kEma] = &kEmaParam;
-  options.counts_steps =
-      row.always_counts || hyper.has_ema() || hyper.stochastic_rounding == StochasticRounding::kAll;
+  options.counts_steps = row.always_counts || hyper.has_ema() ||
+                         hyper.stochastic_rounding == StochasticRounding::kAll ||
+                         rounds_remainder(options.master_weights, hyper.stochastic_rounding);
   options.has_state =
       options.counts_steps || std::any_of(std::begin(options.names), std::end(options.names),
                                           [](const Key* name) { return name != nullptr; });
@@ -379,13 +380,14 @@ GroupOptions read_options(const OptimizerRow& row, GroupReader& reader) {
 std::optional<Master> master_for(Master wanted, DType param, bool is_complex) {
   if (wanted == Master::kNone) return wanted;
   if (wanted == Master::kFloat32 && item_size(param) > 2) return Master::kNone;
-  if (is_complex || (wanted == Master::kSplit && param != DType::kBFloat16)) return std::nullopt;
+  if (is_complex || (is_split(wanted) && param != DType::kBFloat16)) return std::nullopt;
   return wanted;
 }
 
 std::string master_is_for(Master kind) {
-  return kind == Master::kSplit ? "master_weights='split' is for torch.bfloat16"
-                                : "master_weights='float32' is for real numbers";
+  return kind == Master::kSplit    ? "master_weights='split' is for torch.bfloat16"
+         : kind == Master::kSplit8 ? "master_weights='split8' is for torch.bfloat16"
+                                   : "master_weights='float32' is for real numbers";
 }
 
 StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::object& dtype,
@@ -419,8 +421,9 @@ StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::obj
     spec.starts[row.state_names[static_cast<size_t>(row.started_state)].str()] =
         reader.number_or(*row.start_option, 0);
   if (*master == Master::kFloat32) add(spec.entries, kMasterParam, "master", wide);
-  if (*master == Master::kSplit)
-    add(spec.entries, kParamRemainder, "remainder", torch.attr("int16"));
+  if (is_split(*master))
+    add(spec.entries, kParamRemainder, "remainder",
+        torch.attr(*master == Master::kSplit ? "int16" : "int8"));
   if (options.source.values.has_ema()) add(spec.entries, kEmaParam, "average", wide);
   visit_unused(row, options, *master, [&](const Key& name) { spec.unused.append(name.str()); });
   return spec;

@@ -72,6 +72,11 @@ GroupOptions read_options(const OptimizerRow& row, GroupReader& reader);
 std::optional<Master> master_for(Master wanted, DType param, bool is_complex);
 std::string master_is_for(Master kind);  // which params can have it, for messages
 
+// Whether a weight of 24 bits is rounded to them stochastically.
+inline bool rounds_remainder(Master master, StochasticRounding rounding) {
+  return master == Master::kSplit8 && rounding != StochasticRounding::kNone;
+}
+
 // What the state of a parameter of a dtype (a torch.dtype) is to hold.
 struct StateSpec {
   // (name, kind, torch.dtype) of each tensor but "step". Kinds are "state", which begins as zeros

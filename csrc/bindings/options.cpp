@@ -109,8 +109,10 @@ Master GroupReader::master_weights() const {
   if (PyUnicode_Check(value.ptr())) {
     if (PyUnicode_CompareWithASCIIString(value.ptr(), "float32") == 0) return Master::kFloat32;
     if (PyUnicode_CompareWithASCIIString(value.ptr(), "split") == 0) return Master::kSplit;
+    if (PyUnicode_CompareWithASCIIString(value.ptr(), "split8") == 0) return Master::kSplit8;
   }
-  fail("master_weights must be 'float32', 'split' or None, got " + std::string(py::repr(value)));
+  fail("master_weights must be 'float32', 'split', 'split8' or None, got " +
+       std::string(py::repr(value)));
 }
 
 py::object GroupReader::state_dtype() const {

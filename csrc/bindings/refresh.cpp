@@ -149,7 +149,8 @@ void Collector::read_state(bool is_second, Operands& operands, const ParamUpdate
 }
 
 // Which operands are rounded stochastically: a bit for each. The average of a bfloat16 param is
-// float32; a param with a master weight is no more than its nearest bfloat16.
+// float32; a param with a master weight is no more than its nearest bfloat16, but a weight of 24
+// bits is rounded to them, which is noted at its remainder.
 uint8_t Collector::rounded_stochastically(const Operands& operands) const {
   unsigned wanted = 0;
   if (operands.rounding == StochasticRounding::kAll)
@@ -159,7 +160,8 @@ uint8_t Collector::rounded_stochastically(const Operands& operands) const {
   unsigned rounded = 0;
   for (int k = 0; k < kMaster; ++k)
     if (operands.has(k) && operands.views[k].dtype == DType::kBFloat16) rounded |= 1u << k;
-  return static_cast<uint8_t>(rounded & wanted);
+  const bool is_cut = rounds_remainder(operands.master, operands.rounding);
+  return static_cast<uint8_t>((rounded & wanted) | (is_cut ? 1u << kMaster : 0));
 }
 
 // Enters the operands into the update and notices what is not where it was.

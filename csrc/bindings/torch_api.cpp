@@ -79,8 +79,8 @@ bool read_dtype(DLDataType dtype, TensorView& view) {
     view.dtype = DType::kBFloat16;
     return true;
   }
-  if (dtype.code == kDlInt && bits == 16) {
-    view.dtype = DType::kRemainder;
+  if (dtype.code == kDlInt && (bits == 16 || bits == 8)) {
+    view.dtype = bits == 16 ? DType::kRemainder : DType::kRemainder8;
     return true;
   }
   if (dtype.code != kDlFloat && dtype.code != kDlComplex) return false;

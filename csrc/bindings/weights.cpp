@@ -22,21 +22,24 @@ TensorView view_of(py::handle tensor, DType dtype, References& held) {
   return view;
 }
 
-struct TableLayout {
+struct WeightParts {
   References held;
   uint16_t* param;
-  uint16_t* remainder;
+  void* remainder;
+  bool has_bytes;  // the remainder has 8 bits
   float* weight;
   int64_t count;
 
-  TableLayout(py::handle param_tensor, py::handle remainder_tensor, py::handle weight_tensor) {
+  WeightParts(py::handle param_tensor, py::handle remainder_tensor, py::handle weight_tensor) {
     const TensorView params = view_of(param_tensor, DType::kBFloat16, held);
-    const TensorView remainders = view_of(remainder_tensor, DType::kRemainder, held);
+    has_bytes = py::object(remainder_tensor.attr("itemsize")).cast<int>() == 1;
+    const TensorView remainders =
+        view_of(remainder_tensor, has_bytes ? DType::kRemainder8 : DType::kRemainder, held);
     const TensorView weights = view_of(weight_tensor, DType::kFloat32, held);
     if (!same_shape(params, weights) || !same_shape(remainders, weights))
       throw py::value_error("the parts of weights differ in shape");
     param = static_cast<uint16_t*>(params.data);
-    remainder = static_cast<uint16_t*>(remainders.data);
+    remainder = remainders.data;
     weight = static_cast<float*>(weights.data);
     count = count_elements(weights);
   }
@@ -45,18 +48,24 @@ struct TableLayout {
 }  // namespace
 
 void join_weights(py::handle param, py::handle remainder, py::handle weight) {
-  const TableLayout parts(param, remainder, weight);
-  for (int64_t i = 0; i < parts.count; ++i)
-    parts.weight[i] =
-        join_weight(float_from_bfloat16(parts.param[i]), uint32_t{parts.remainder[i]});
+  const WeightParts parts(param, remainder, weight);
+  for (int64_t i = 0; i < parts.count; ++i) {
+    const uint32_t bits = parts.has_bytes ? uint32_t{static_cast<uint8_t*>(parts.remainder)[i]} << 8
+                                          : uint32_t{static_cast<uint16_t*>(parts.remainder)[i]};
+    parts.weight[i] = join_weight(float_from_bfloat16(parts.param[i]), bits);
+  }
 }
 
 void split_weights(py::handle weight, py::handle param, py::handle remainder) {
-  const TableLayout parts(param, remainder, weight);
+  const WeightParts parts(param, remainder, weight);
   for (int64_t i = 0; i < parts.count; ++i) {
-    const auto split = split_weight(parts.weight[i]);
+    const float whole = parts.weight[i];
+    const auto split = split_weight(parts.has_bytes ? nearest_of_24_bits(whole) : whole);
     parts.param[i] = static_cast<uint16_t>(as_bits(split.param) >> 16);
-    parts.remainder[i] = static_cast<uint16_t>(split.remainder);
+    if (parts.has_bytes)
+      static_cast<uint8_t*>(parts.remainder)[i] = static_cast<uint8_t>(split.remainder >> 8);
+    else
+      static_cast<uint16_t*>(parts.remainder)[i] = static_cast<uint16_t>(split.remainder);
   }
 }
 

@@ -18,7 +18,8 @@ enum class DType : uint8_t {
   kFloat64 = 4,
   kBFloat16 = 8,
   kFloat16 = 16,
-  kRemainder = 32,  // what a bfloat16 param lacks of its weight (core/weight.h)
+  kRemainder = 32,   // what a bfloat16 param lacks of its weight (core/weight.h)
+  kRemainder8 = 64,  // the upper byte of that
 };
 
 // Whether `dtype` is `other`, which must not be kAbsent.
@@ -46,10 +47,11 @@ struct Compute<double> {
 
 // Bytes of an element; 0 for an operand that is absent.
 FUSEDOPT_HD constexpr int64_t item_size(DType dtype) {
-  return dtype == DType::kFloat64   ? 8
-         : dtype == DType::kFloat32 ? 4
-         : dtype == DType::kAbsent  ? 0
-                                    : 2;
+  return dtype == DType::kFloat64        ? 8
+         : dtype == DType::kFloat32      ? 4
+         : dtype == DType::kAbsent       ? 0
+         : is(dtype, DType::kRemainder8) ? 1
+                                         : 2;
 }
 
 // Calls `f` with a value of the storage type that `dtype` names, for the formats that T computes

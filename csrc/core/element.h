@@ -40,6 +40,7 @@ struct alignas(8) Formats {
   FUSEDOPT_HD bool has(int operand) const { return dtypes[operand] != DType::kAbsent; }
   FUSEDOPT_HD bool has_float32_master() const { return is(dtypes[kMaster], DType::kFloat32); }
   FUSEDOPT_HD bool has_split_master() const { return is(dtypes[kMaster], DType::kRemainder); }
+  FUSEDOPT_HD bool has_split8_master() const { return is(dtypes[kMaster], DType::kRemainder8); }
   FUSEDOPT_HD bool is_stochastic(int operand) const { return (stochastic >> operand & 1) != 0; }
   // Whether to compute in double, which one float64 operand demands, or in float.
   FUSEDOPT_HD bool in_double() const {
@@ -70,6 +71,7 @@ struct Mixed {};
 //     already, without rounding them;
 //   load_words<kIsOneFormat>(operand, Bits& to): reads 16 bits into the lower half of each word;
 //   store_words<kIsOneFormat>(operand, const Bits& from): the reverse;
+//   load_bytes(operand, Bits& to), store_bytes(operand, const Bits& from): the same for 8 bits;
 //   find_draws(rounding_key, Bits& draws): random bits for the elements (core/stochastic.h);
 //   kRoundsForNothing: store() is as fast as store_bfloat16() where either would do;
 //   formats(): how the elements are stored;
@@ -119,8 +121,13 @@ class Elements {
         unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
           if (kFirstState + s != kCheapest) round(kFirstState + s, states_[s], draws);
         });
+        if (formats_.is_stochastic(kMaster))
+          weight_ =
+              from_float<V>(round_to_24_bits(to_float(weight_), draw_for(kMaster, draws) & 0xffu));
       }
     }
+    if (formats_.has_split8_master() && !formats_.is_stochastic(kMaster))
+      weight_ = from_float<V>(nearest_of_24_bits(to_float(weight_)));
     if (formats_.has(kEma))
       with_format([&](auto format)
                       __attribute__((always_inline)) { update_ema<decltype(format)>(common); });
@@ -196,20 +203,28 @@ class Elements {
     if (!kIsOneFormat<Storage> && formats_.has_float32_master())
       return memory_.template load<float, false>(kMaster, weight_);
     load<Storage>(kParam, weight_);
-    if (!kCanBeSplit<Storage> || !formats_.has_split_master()) return;
     Bits remainder;
-    memory_.template load_words<kIsOneFormat<Storage>>(kMaster, remainder);
-    weight_ = from_float<V>(join_weight(to_float(weight_), remainder));
+    if (kCanBeSplit<Storage> && formats_.has_split_master()) {
+      memory_.template load_words<kIsOneFormat<Storage>>(kMaster, remainder);
+      weight_ = from_float<V>(join_weight(to_float(weight_), remainder));
+    } else if (!kIsOneFormat<Storage> && formats_.has_split8_master()) {
+      memory_.load_bytes(kMaster, remainder);
+      weight_ = from_float<V>(join_weight(to_float(weight_), remainder << 8));
+    }
   }
 
   template <class Storage>
   FUSEDOPT_HD void store_weight() const {
     if (!kIsOneFormat<Storage> && formats_.has_float32_master())
       memory_.template store<float, false>(kMaster, weight_);
-    if (!kCanBeSplit<Storage> || !formats_.has_split_master())
-      return store<Storage>(kParam, weight_);
+    const bool has_words = kCanBeSplit<Storage> && formats_.has_split_master();
+    const bool has_bytes = !kIsOneFormat<Storage> && formats_.has_split8_master();
+    if (!has_words && !has_bytes) return store<Storage>(kParam, weight_);
     const auto parts = split_weight(to_float(weight_));
-    memory_.template store_words<kIsOneFormat<Storage>>(kMaster, parts.remainder);
+    if (has_words)
+      memory_.template store_words<kIsOneFormat<Storage>>(kMaster, parts.remainder);
+    else if constexpr (!kIsOneFormat<Storage>)
+      memory_.store_bytes(kMaster, parts.remainder >> 8);
     memory_.template store_bfloat16<kIsOneFormat<Storage>>(kParam, parts.param);
   }
 

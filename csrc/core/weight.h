@@ -15,12 +15,26 @@ enum class Master : uint8_t {
   kNone,     // the param is the weight
   kFloat32,  // a float32 operand is the weight, and the param is that, rounded
   kSplit,    // a bfloat16 param and a remainder of 16 bits are the weight together
+  kSplit8,   // the same with a remainder of 8 bits, for a weight of 24
 };
 
 FUSEDOPT_HD Master master_of(DType dtype) {
-  return dtype == DType::kAbsent      ? Master::kNone
-         : dtype == DType::kRemainder ? Master::kSplit
-                                      : Master::kFloat32;
+  return dtype == DType::kAbsent       ? Master::kNone
+         : dtype == DType::kRemainder  ? Master::kSplit
+         : dtype == DType::kRemainder8 ? Master::kSplit8
+                                       : Master::kFloat32;
+}
+
+FUSEDOPT_HD DType dtype_of(Master master) {
+  return master == Master::kNone     ? DType::kAbsent
+         : master == Master::kSplit  ? DType::kRemainder
+         : master == Master::kSplit8 ? DType::kRemainder8
+                                     : DType::kFloat32;
+}
+
+// Whether the weight is in two parts: the param, and its remainder.
+FUSEDOPT_HD bool is_split(Master master) {
+  return master == Master::kSplit || master == Master::kSplit8;
 }
 
 // A float in two parts: the nearest bfloat16, and the difference of the bits, between -0x8000 and
@@ -49,6 +63,22 @@ template <class Float, class Bits>
 FUSEDOPT_HD Float join_weight(Float param, Bits remainder) {
   const Bits from_least = (remainder & 0xffffu) ^ 0x8000u;  // 0 for -0x8000
   return as_float(as_bits(param) + from_least - 0x8000u);
+}
+
+// A weight of 24 bits, the upper ones of a float, is a weight whose remainder has a lower byte of
+// 0: the upper one is kept. The 8 bits that are lost are rounded to nearest, with ties to even, or
+// with 8 random bits up or down (core/stochastic.h); either way a finite number never becomes
+// infinite. `weight` must be a result of arithmetic, as for round_stochastically().
+template <class Float, class Bits>
+FUSEDOPT_HD Float round_to_24_bits(Float weight, Bits addend) {
+  const Bits bits = as_bits(weight);
+  const auto stays = (bits & 0x7fffffffu) > Bits(0x7f7fff00u);  // the largest finite one
+  return as_float(select(stays, bits, bits + addend) & 0xffffff00u);
+}
+
+template <class Float>
+FUSEDOPT_HD Float nearest_of_24_bits(Float weight) {
+  return round_to_24_bits(weight, ((as_bits(weight) >> 8) & 1u) + 0x7fu);
 }
 
 }  // namespace fusedopt

@@ -112,6 +112,20 @@ struct Block {
       Halves::store(to, from.values);
   }
 
+  FUSEDOPT_HD void load_bytes(int operand, Bits& to) const {
+    const char* const from = place<uint8_t>(operand);
+    __builtin_prefetch(from + ahead);
+    unroll<kCount>([&](auto j) __attribute__((always_inline)) {
+      to[j] = read_bytes<kLanes>(from + j * kLanes);
+    });
+  }
+
+  FUSEDOPT_HD void store_bytes(int operand, const Bits& from) const {
+    char* const to = place<uint8_t>(operand);
+    unroll<kCount>([&](auto j)
+                       __attribute__((always_inline)) { write_bytes(to + j * kLanes, from[j]); });
+  }
+
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& to) const {
     using Raw = typename Word::Raw;
     if (draws != nullptr) {
@@ -282,6 +296,7 @@ class Tile {
   FUSEDOPT_HD void for_each_operand(const F& f) const {
     for (int k = 0; k < kMaxOperands; ++k) {
       const int64_t size = item_size(formats_.dtypes[k]);
+      if (size == 1) f(k, uint8_t{});
       if (size == 2) f(k, uint16_t{});
       if (size == 4) f(k, uint32_t{});
       if (size == 8) f(k, uint64_t{});

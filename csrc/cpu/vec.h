@@ -55,6 +55,10 @@ template <int kLanes>
 struct RawVec<uint16_t, kLanes> {
   typedef uint16_t Type __attribute__((vector_size(kLanes * 2)));
 };
+template <int kLanes>
+struct RawVec<uint8_t, kLanes> {
+  typedef uint8_t Type __attribute__((vector_size(kLanes)));
+};
 
 // A register of numbers. Intrinsics stand where the compiler finds no vector instruction by itself.
 template <class T, int kLanes>
@@ -168,6 +172,23 @@ FUSEDOPT_HD Vec<uint32_t, kLanes> read_halves(const void* from) {
 template <int kLanes>
 FUSEDOPT_HD void write_halves(void* to, Vec<uint32_t, kLanes> words) {
   write(to, __builtin_convertvector(words.raw, typename RawVec<uint16_t, kLanes>::Type));
+}
+
+// The same for bytes.
+template <int kLanes>
+FUSEDOPT_HD Vec<uint32_t, kLanes> read_bytes(const void* from) {
+  using Raw = typename RawVec<uint32_t, kLanes>::Type;
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) return Raw(_mm512_cvtepu8_epi32(read<__m128i>(from)));
+#elif defined(__AVX2__)
+  if constexpr (kLanes == 8)
+    return Raw(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(read<long long>(from))));
+#endif
+  return __builtin_convertvector(read<typename RawVec<uint8_t, kLanes>::Type>(from), Raw);
+}
+template <int kLanes>
+FUSEDOPT_HD void write_bytes(void* to, Vec<uint32_t, kLanes> words) {
+  write(to, __builtin_convertvector(words.raw, typename RawVec<uint8_t, kLanes>::Type));
 }
 
 // Loads two registers of numbers from what is stored as `Storage`, and stores them.

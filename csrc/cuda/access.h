@@ -181,6 +181,15 @@ FUSEDOPT_HD uint32_t word_across(uint32_t first, uint32_t second, uint32_t at) {
 // A word of two halves. The upper halves of the arguments are ignored.
 FUSEDOPT_HD uint32_t word_of(uint32_t low, uint32_t high) { return (low & 0xffffu) | high << 16; }
 
+// A word of four bytes. The upper bytes of the arguments are ignored.
+FUSEDOPT_HD uint32_t word_of_bytes(uint32_t b0, uint32_t b1, uint32_t b2, uint32_t b3) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(__byte_perm(b0, b1, 0x0040), __byte_perm(b2, b3, 0x0040), 0x5410);
+#else
+  return (b0 & 0xffu) | (b1 & 0xffu) << 8 | (b2 & 0xffu) << 16 | b3 << 24;
+#endif
+}
+
 // A word of two numbers in a 16-bit format, rounded to nearest even in one instruction.
 template <class Storage>
 FUSEDOPT_HD uint32_t pack(float low, float high) {

@@ -93,6 +93,17 @@ class Singles {
       store_item(address<uint16_t>(operand, j), static_cast<uint16_t>(from[j]));
   }
 
+  FUSEDOPT_HD void load_bytes(int operand, Bits& to) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) to[j] = load_item(address<uint8_t>(operand, j));
+  }
+
+  FUSEDOPT_HD void store_bytes(int operand, const Bits& from) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      store_item(address<uint8_t>(operand, j), static_cast<uint8_t>(from[j]));
+  }
+
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& draws) const {
     const int64_t first = load_item(&update_->first_element);
 #pragma unroll

@@ -124,9 +124,9 @@ StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
     }
     plan.stage_bytes += kNextPiece + more;
     // A misaligned piece of words begins within a word and ends within another, so it takes one
-    // word more than its size: 4 bytes for each of a thread's two pieces. Only elements of 2 bytes
-    // can lie within a word.
-    if (is_shifted && plan.sizes[k] == 2) plan.stage_bytes += kBlockThreads * 8;
+    // word more than its size: 4 bytes for each of a thread's two pieces. Only elements of 1 or 2
+    // bytes can lie within a word.
+    if (is_shifted && plan.sizes[k] <= 2) plan.stage_bytes += kBlockThreads * 8;
   }
   return plan;
 }
@@ -208,9 +208,9 @@ class Stages {
     if (plan_.not_of16 == 0) return;
     if (plan_.of8 != 0) {
       copy<8>(plan_.of8, tile.at[0], stage);
-      copy<8>(plan_.of8, tile.at[1], stage + 8);
+      if (has_two()) copy<8>(plan_.of8, tile.at[1], stage + 8);
     }
-    if (sizeof(T) == sizeof(double) && plan_.of4 != 0) {
+    if (plan_.of4 != 0) {
       copy<4>(plan_.of4, tile.at[0], stage);
       copy<4>(plan_.of4, tile.at[1], stage + 4);
     }

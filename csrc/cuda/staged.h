@@ -102,6 +102,23 @@ class Staged {
     write<kIsOneFormat>(operand, words);
   }
 
+  // 8 bits of each element; the upper bits of each word may be others.
+  FUSEDOPT_HD void load_bytes(int operand, Bits& to) const {
+    const Bytes bytes = bytes_of(operand);
+    for (int j = 0; j < kCount; ++j) to[j] = bytes[j / 4] >> 8 * (j % 4);
+  }
+
+  // Not for double, whose pieces would be less than a word of bytes.
+  FUSEDOPT_HD void store_bytes(int operand, const Bits& from) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      Words<kCount / 4> words;
+      for (int i = 0; i < kCount / 4; ++i)
+        words.words[i] =
+            word_of_bytes(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]);
+      write<false>(operand, words);
+    }
+  }
+
   // Chunks and pieces start at even elements, so a piece has both elements of each pair that shares
   // a draw (core/stochastic.h).
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& draws) const {
@@ -148,9 +165,9 @@ class Staged {
   FUSEDOPT_HD void write(int operand, const Words<kWords>& words) const {
     constexpr uint32_t kHalf = kWords / 2, kHalfBytes = 4 * kHalf;
     char* const data = stages_.data(operand);
-    if constexpr (kWords == 4)
+    if constexpr (kWords <= 4)
       if (kIsPlain || (opaque(stages_.plan().whole) & only(operand)) != 0)
-        return fusedopt::cuda::store_words(data + tile_.at[0] * 16, words);
+        return fusedopt::cuda::store_words(data + tile_.at[0] * (4 * kWords), words);
     if (kIsPlain || (opaque(stages_.plan().shifted) & only(operand)) == 0) {
       fusedopt::cuda::store_words(data + tile_.at[0] * kHalfBytes, half_of(words, 0));
       fusedopt::cuda::store_words(data + tile_.at[1] * kHalfBytes, half_of(words, kHalf));
@@ -169,13 +186,17 @@ class Staged {
     return half;
   }
 
-  // Stores to a misaligned place, element by element. Elements of 2 bytes are stored as such, as
-  // they may lie within a word; those of 4 and 8 bytes as words.
+  // Stores to a misaligned place, element by element. Elements of 1 and 2 bytes are stored as such,
+  // as they may lie within a word; those of 4 and 8 bytes as words.
   template <int kWords>
   static FUSEDOPT_HD void write_items(char* to, const Words<kWords>& words) {
-    constexpr bool kAreHalves = 2 * kWords < kCount;
+    constexpr int kInWord = kCount / 2 / kWords;  // elements
     for (int i = 0; i < kWords; ++i) {
-      if constexpr (kAreHalves) {
+      if constexpr (kInWord == 4) {
+        for (int j = 0; j < 4; ++j)
+          store_item(reinterpret_cast<uint8_t*>(to) + 4 * i + j,
+                     static_cast<uint8_t>(words.words[i] >> 8 * j));
+      } else if constexpr (kInWord == 2) {
         store_item(reinterpret_cast<uint16_t*>(to) + 2 * i, static_cast<uint16_t>(words.words[i]));
         store_item(reinterpret_cast<uint16_t*>(to) + 2 * i + 1,
                    static_cast<uint16_t>(words.words[i] >> 16));

@@ -164,7 +164,9 @@ FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, Shared
                                                  : arguments.few[update.scalars]);
   const ChunkUpdate<Rule, T> chunk_update(arguments, chunk, scalars,
                                           same_for_warp(uint32_t{update.variant}));
-  if (update.layout == kDense)
+  // Pieces of doubles are too small for bytes.
+  const bool has_pieces = sizeof(T) == sizeof(float) || !update.formats.has_split8_master();
+  if (update.layout == kDense && has_pieces)
     chunk_update.run_dense(Stages<Rule, T>(arguments.plan, update, chunk, thread, shared));
   else
     chunk_update.run_strided();

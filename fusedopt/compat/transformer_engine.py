@@ -301,7 +301,7 @@ class FusedAdam(DropIn, Adam):
         if value.dtype == torch.int16 and state.dtype != torch.int16:
             value = join(own, value)
         elif value.dtype != torch.int16 and state.dtype == torch.int16:
-            rounded, value = split(value.float())
+            rounded, value = split(value.float(), torch.int16)
             own.copy_(rounded)
         state.copy_(value)
 

@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "float32-masters": {"master_weights": "float32"},
     "split-masters": {"master_weights": "split"},
+    "split8-masters": {"master_weights": "split8"},
     "averages": {"ema_decay": 0.9},
     "corrected-averages": {"ema_decay": 0.9, "ema_bias_correction": True},
     "masters-and-averages": {"master_weights": "float32", "ema_decay": 0.9},

@@ -53,24 +53,23 @@ class Element {
 
   template <class T>
   T weight() const {
-    switch (master_of(buffer(kMaster).dtype())) {
-      case Master::kNone:
-        return get<T>(kParam);
-      case Master::kFloat32:
-        return get<T>(kMaster);
-      case Master::kSplit:
-        break;
-    }
+    const Master master = master_of(buffer(kMaster).dtype());
+    if (master == Master::kNone) return get<T>(kParam);
+    if (master == Master::kFloat32) return get<T>(kMaster);
     const uint32_t remainder = buffer(kMaster).word(at(kMaster));
-    return static_cast<T>(join_weight(get<float>(kParam), remainder));
+    const uint32_t bits = master == Master::kSplit8 ? remainder << 8 : remainder;
+    return static_cast<T>(join_weight(get<float>(kParam), bits));
   }
 
   template <class T>
   void set_weight(T weight) const {
-    if (master_of(buffer(kMaster).dtype()) == Master::kSplit) {
+    const Master master = master_of(buffer(kMaster).dtype());
+    if (is_split(master)) {
       const SplitWeight<float> parts = split_weight(static_cast<float>(weight));
       set(kParam, parts.param);
-      buffer(kMaster).set_word(at(kMaster), static_cast<uint16_t>(parts.remainder));
+      const uint32_t kept =
+          master == Master::kSplit8 ? parts.remainder >> 8 & 0xffu : parts.remainder;
+      buffer(kMaster).set_word(at(kMaster), static_cast<uint16_t>(kept));
       return;
     }
     set(kParam, weight);
@@ -109,6 +108,12 @@ __attribute__((noinline)) void update_elements(const Problem& problem,
                  : static_cast<T>(round_stochastically(static_cast<float>(value), draw, operand));
     };
     weight = rounded(kParam, weight);
+    if (master_of(problem.dtypes[kMaster]) == Master::kSplit8) {
+      const auto whole = static_cast<float>(weight);
+      const bool is_drawn = (problem.stochastic >> kMaster & 1) != 0;
+      const uint32_t draw = draw_for(kMaster, mixed(own)) & 0xffu;
+      weight = static_cast<T>(is_drawn ? round_to_24_bits(whole, draw) : nearest_of_24_bits(whole));
+    }
     element.set_weight(weight);
     for (int s = 0; s < Rule::kNumStates; ++s)
       if (problem.has(kFirstState + s))
@@ -258,7 +263,7 @@ bool Buffer::operator==(const Buffer& other) const {
     const bool same =
         std::memcmp(&bytes_[static_cast<size_t>(i * item)],
                     &other.bytes_[static_cast<size_t>(i * item)], static_cast<size_t>(item)) == 0;
-    const bool both_nan = dtype_ != DType::kRemainder && std::isnan(get<double>(i - first_)) &&
+    const bool both_nan = !is_remainder() && std::isnan(get<double>(i - first_)) &&
                           std::isnan(other.get<double>(i - other.first_));
     if (!same && !both_nan) return false;
   }
@@ -306,6 +311,8 @@ Problem rounded_stochastically(Problem problem, unsigned operands) {
                         (k != kParam || !problem.has(kMaster));
     if (can_be) problem.stochastic |= operands & (1u << k);
   }
+  if (master_of(problem.dtypes[kMaster]) == Master::kSplit8)
+    problem.stochastic |= operands & (1u << kMaster);
   return problem;
 }
 
@@ -317,9 +324,9 @@ Problem in_any_formats(Problem problem, std::mt19937& random) {
     if (problem.has(k)) problem.dtypes[static_cast<size_t>(k)] = is_uniform ? common : any();
   problem.dtypes[kMaster] = DType::kAbsent;
   const DType param = problem.dtypes[kParam];
+  constexpr DType kMasters[] = {DType::kFloat32, DType::kRemainder, DType::kRemainder8};
   if (item_size(param) == 2 && random() % 2 == 0)
-    problem.dtypes[kMaster] =
-        param == DType::kBFloat16 && random() % 2 == 0 ? DType::kRemainder : DType::kFloat32;
+    problem.dtypes[kMaster] = kMasters[param == DType::kBFloat16 ? random() % 3 : 0];
   problem.dtypes[kEma] = random() % 2 == 0 ? any() : DType::kAbsent;
   // A part of a tensor, which may begin before or after a change of the draws' key.
   constexpr int64_t kFirst[] = {0, 2, kMaxDrawBlock, (int64_t{2} << 32) - kMaxDrawBlock,
@@ -381,7 +388,7 @@ void put_special_values(const Problem& problem, std::vector<Buffer>& buffers, ui
   for (int k = 0; k < kMaxOperands; ++k)
     for (int64_t i = 0; i < problem.numel && problem.has(k); ++i) {
       const auto place = static_cast<size_t>(k);
-      if (problem.dtypes[place] != DType::kRemainder && random() % among == 0)
+      if (!is_split(master_of(problem.dtypes[place])) && random() % among == 0)
         buffers[place].set(offset_of(problem, i, k), any_special(random));
     }
 }

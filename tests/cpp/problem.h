@@ -14,6 +14,7 @@
 #include "core/layout.h"
 #include "core/step_scalars.h"
 #include "core/step.h"
+#include "core/weight.h"
 
 inline constexpr int64_t kGuard = 8;  // elements around an operand that must not change
 
@@ -29,7 +30,7 @@ class Buffer {
         bytes_(static_cast<size_t>((elements + 2 * guard) * fusedopt::item_size(dtype))) {
     std::normal_distribution<double> normal;
     for (int64_t i = -first_; i < elements + 2 * guard - first_; ++i) {
-      if (dtype == fusedopt::DType::kRemainder)
+      if (is_remainder())
         set_word(i, static_cast<uint16_t>(random()));
       else
         set(i, std::fabs(normal(random)));
@@ -39,6 +40,7 @@ class Buffer {
   void* data() { return dtype_ == fusedopt::DType::kAbsent ? nullptr : place(0); }
   std::vector<uint8_t>& bytes() { return bytes_; }  // guards included
   fusedopt::DType dtype() const { return dtype_; }
+  bool is_remainder() const { return is_split(fusedopt::master_of(dtype_)); }
 
   // Two NaNs are equal, whatever their payloads.
   bool operator==(const Buffer& other) const;
@@ -63,15 +65,16 @@ class Buffer {
     });
   }
 
-  // The 16 bits of an element, whatever they mean.
+  // The bits of an element of up to 16, whatever they mean.
   uint16_t word(int64_t at) const {
-    uint16_t word;
-    std::memcpy(&word, place(at), sizeof(word));
+    uint16_t word = 0;
+    std::memcpy(&word, place(at), word_size());
     return word;
   }
-  void set_word(int64_t at, uint16_t word) { std::memcpy(place(at), &word, sizeof(word)); }
+  void set_word(int64_t at, uint16_t word) { std::memcpy(place(at), &word, word_size()); }
 
  private:
+  size_t word_size() const { return static_cast<size_t>(fusedopt::item_size(dtype_)); }
   const uint8_t* place(int64_t at) const {
     return bytes_.data() + (first_ + at) * fusedopt::item_size(dtype_);
   }

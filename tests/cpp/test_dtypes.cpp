@@ -156,6 +156,32 @@ void test_split_weights() {
   }
 }
 
+// Rounded to 24 bits, by each of the draws that there are: one of the two neighbours, in the mean
+// right, and what has 24 bits stays. NaNs stay NaNs, and nothing finite becomes infinite.
+void test_weights_of_24_bits() {
+  for (uint64_t pattern = 0; pattern <= 0xffffffffu; pattern += 65521) {
+    const float weight = bit_cast<float>(static_cast<uint32_t>(pattern));
+    const float nearest = nearest_of_24_bits(weight);
+    if (weight != weight) {
+      CHECK(nearest != nearest || (pattern & 0x7fff00u) == 0);  // which arithmetic does not give
+      continue;
+    }
+    CHECK((as_bits(nearest) & 0xffu) == 0);
+    CHECK(std::isinf(nearest) == std::isinf(weight));
+    const float down = bit_cast<float>(static_cast<uint32_t>(pattern) & 0xffffff00u);
+    uint32_t ups = 0;
+    for (uint32_t draw = 0; draw < 256; ++draw) {
+      const float rounded = round_to_24_bits(weight, draw);
+      CHECK(as_bits(rounded) == as_bits(down) || as_bits(rounded) == as_bits(down) + 0x100u);
+      ups += rounded != down ? 1 : 0;
+    }
+    const bool is_largest = (pattern & 0x7fffff00u) == 0x7f7fff00u;
+    CHECK(is_largest || ups == (pattern & 0xffu));
+    const uint32_t lost = static_cast<uint32_t>(pattern) & 0xffu;
+    if (lost != 0x80u && !is_largest) CHECK((nearest != down) == (lost > 0x80u));
+  }
+}
+
 template <class T>
 void test_storage(DType dtype, int64_t size) {
   int64_t found = 0;
@@ -174,7 +200,9 @@ void test_descriptions() {
   CHECK(item_size(DType::kRemainder) == 2 && item_size(DType::kAbsent) == 0);
   CHECK(master_of(DType::kAbsent) == Master::kNone);
   CHECK(master_of(DType::kFloat32) == Master::kFloat32);
-  CHECK(master_of(DType::kRemainder) == Master::kSplit);
+  CHECK(item_size(DType::kRemainder8) == 1);
+  for (const Master master : {Master::kNone, Master::kFloat32, Master::kSplit, Master::kSplit8})
+    CHECK(master_of(dtype_of(master)) == master);
 }
 
 }  // namespace
@@ -189,5 +217,6 @@ void test_dtypes() {
   test_float_nans();
   test_wide_formats();
   test_split_weights();
+  test_weights_of_24_bits();
   test_descriptions();
 }

@@ -63,8 +63,9 @@ void test_masters_and_emas() {
   for (Problem problem : main_problems())
     for (const DType dtype : kAllDTypes) {
       problem = in_format(problem, dtype);
-      for (const DType master : {DType::kAbsent, DType::kFloat32, DType::kRemainder}) {
-        if (master == DType::kRemainder && dtype != DType::kBFloat16) continue;
+      for (const DType master :
+           {DType::kAbsent, DType::kFloat32, DType::kRemainder, DType::kRemainder8}) {
+        if (is_split(master_of(master)) && dtype != DType::kBFloat16) continue;
         if (master == DType::kFloat32 && item_size(dtype) > 2) continue;
         problem.dtypes[kMaster] = master;
         for (const DType ema : {DType::kAbsent, DType::kFloat32, DType::kFloat64, dtype}) {

@@ -24,7 +24,17 @@ KINDS: dict[str, tuple[str, torch.dtype]] = {
     "float32-of-bfloat16": ("float32", BFLOAT16),
     "float32-of-float16": ("float32", FLOAT16),
 }
-each_kind = pytest.mark.parametrize(("kind", "dtype"), **by_id(KINDS))
+each_exact_kind = pytest.mark.parametrize(("kind", "dtype"), **by_id(KINDS))
+# "split8" keeps the upper 24 bits.
+each_kind = pytest.mark.parametrize(
+    ("kind", "dtype"), **by_id({**KINDS, "split8": ("split8", BFLOAT16)})
+)
+
+
+def as_kept(weight: Tensor, kind: str) -> Tensor:
+    """Numbers that such a master weight holds exactly."""
+    return (weight.view(torch.int32) & -256).view(FLOAT32) if kind == "split8" else weight
+
 
 # Zeros, subnormals, ones, the largest finite numbers, infinities and NaNs of every kind.
 HIGH = (
@@ -67,7 +77,7 @@ def assert_weight(optimizer: Any, weight: Tensor, kind: str) -> None:
 @each_number
 @each_kind
 def test_every_number_is_kept(kind: str, dtype: torch.dtype, make: Callable[[], Tensor]) -> None:
-    weight = make()
+    weight = as_kept(make(), kind)
     optimizer, param = loaded(kind, dtype, weight)
     assert_weight(optimizer, weight, kind)
     param.grad = torch.zeros_like(weight)
@@ -81,12 +91,13 @@ def test_every_number_is_kept(kind: str, dtype: torch.dtype, make: Callable[[], 
 @pytest.mark.cpu_only
 @each_isa
 @each_number
+@pytest.mark.parametrize("kind", ["split", "split8"])
 def test_every_number_in_each_instruction_set(
-    isa: str, make: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch
+    isa: str, make: Callable[[], Tensor], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require(isa)
     monkeypatch.setenv("FUSEDOPT_ISA", isa)
-    test_every_number_is_kept("split", BFLOAT16, make)
+    test_every_number_is_kept(kind, BFLOAT16, make)
 
 
 def test_the_reference_rounds_as_said() -> None:
@@ -106,7 +117,7 @@ EDGES = (0.0, -0.0, 1e-45, -3e-39, 1e-20, 3e38, -3e38, 1 + 2**-8, -1 - 2**-8)
     pytest.mark.parametrize(
         ("ema_decay", "grad_dtype"), [(None, FLOAT32), (0.99, BFLOAT16)], ids=["wide-grads", "ema"]
     ),
-    each_kind,
+    each_exact_kind,
     some_cases(
         *("sgd-l2", "momentum-l2", "momentum-damped", "nesterov", "sgdw-momentum"),
         *("adam", "adam-amsgrad-l2", "adamw", "adamw-lr-independent"),
@@ -203,10 +214,12 @@ def test_wrong_weights(kind: str, dtype: torch.dtype, wrong: Any, stepped: bool)
         optimizer.load_fp32_params(wrong())
 
 
-def test_split_weights_of_float16_cannot_be_loaded() -> None:
-    params = [Parameter(torch.ones(3, dtype=dtype)) for dtype in (BFLOAT16, FLOAT16)]
-    optimizer = fusedopt.Adam(params, master_weights="split")
-    with refused(optimizer, ValueError, "split"):
+@pytest.mark.parametrize("kind", ["split", "split8"])
+@pytest.mark.parametrize("other", [FLOAT16, FLOAT32], ids=["float16", "float32"])
+def test_split_weights_of_others_cannot_be_loaded(kind: str, other: torch.dtype) -> None:
+    params = [Parameter(torch.ones(3, dtype=dtype)) for dtype in (BFLOAT16, other)]
+    optimizer = fusedopt.Adam(params, master_weights=kind)  # type: ignore[arg-type]
+    with refused(optimizer, ValueError, f"'{kind}' is for torch.bfloat16"):
         optimizer.load_fp32_params([torch.ones(3), torch.ones(3)])
 
 
@@ -235,6 +248,7 @@ BY_HAND: dict[str, tuple[str, Callable[[], Any]]] = {
     "remainder-of-floats": ("param_remainder", lambda: torch.ones(4, dtype=FLOAT16)),
     "remainder-unsigned": ("param_remainder", lambda: torch.ones(4, dtype=torch.uint16)),
     "remainder-of-another-shape": ("param_remainder", lambda: torch.ones(3, dtype=torch.int16)),
+    "remainder-of-8-bits": ("param_remainder", lambda: torch.ones(4, dtype=torch.int8)),
 }
 
 

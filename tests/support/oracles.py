@@ -465,12 +465,18 @@ TOLERANCES = {
 }
 
 
-def assert_rounded_once(value: Tensor, expected: Array, units: float = 0.5) -> None:
+def assert_rounded_once(
+    value: Tensor, expected: Array, units: float = 0.5, eps: float | None = None
+) -> None:
     """Half a unit in the last place of the storage format, and what computing cost before that.
 
-    Stochastic rounding may be off by one unit.
+    Stochastic rounding may be off by one unit. The unit of 1 is ``eps``, or as the dtype has it.
     """
     finfo = torch.finfo(value.dtype)
     compute = 2 * min(finfo.eps, torch.finfo(torch.float32).eps) * np.abs(expected).max(initial=0)
-    rounding = units * finfo.eps * np.maximum(np.abs(expected), finfo.smallest_normal)
+    rounding = (
+        units
+        * (finfo.eps if eps is None else eps)
+        * np.maximum(np.abs(expected), finfo.smallest_normal)
+    )
     assert (np.abs(exact(value) - expected) <= rounding + compute).all()

@@ -18,6 +18,7 @@ FLOATS = (FLOAT32, BFLOAT16, FLOAT16, FLOAT64)
 # What is rounded stochastically by default.
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf")
 WEIGHTS = ("master_param", "param_remainder")  # what master weights add to the state
+OF_24_BITS = 2.0**-15  # from 1 to the next weight of 24 bits
 
 
 # What the options that torch lacks are unless given.
@@ -72,7 +73,11 @@ class Setting:
             found["master_param"] = FLOAT32
         if self.masters(dtype) == "split":
             found["param_remainder"] = torch.int16
-        counts = oracle.counts_steps or averages or self.options.get("stochastic_rounding")
+        if self.masters(dtype) == "split8":
+            found["param_remainder"] = torch.int8
+        asked = self.options.get("stochastic_rounding")
+        cuts = self.masters(dtype) == "split8" and asked is not False
+        counts = oracle.counts_steps or averages or asked or cuts
         return {**found, "step": FLOAT32} if counts else found
 
     def assert_state_of(
@@ -87,11 +92,17 @@ class Setting:
 
     def assert_stored(self, name: str, value: Tensor, expected: oracles.Array) -> None:
         units = 1 if self.is_stochastic(name, value.dtype) else 0.5
-        assert_rounded_once(value, expected, units)
+        eps = torch.finfo(value.dtype).eps
+        if name in ("param", "ema_param") and self.options.get("master_weights") == "split8":
+            # The average is of the weight as it is stored.
+            units = 0.5 if self.options.get("stochastic_rounding") is False else 1
+            eps = OF_24_BITS if name == "param" else eps
+        assert_rounded_once(value, expected, units, eps)
 
 
 _F32_STATES, _BF16_STATES = {"state_dtype": FLOAT32}, {"state_dtype": BFLOAT16}
 _MASTERS, _SPLIT = {"master_weights": "float32"}, {"master_weights": "split"}
+_SPLIT8 = {"master_weights": "split8"}
 _STOCHASTIC = {"stochastic_rounding": True, "rounding_seed": 7}
 _NEAREST = {"stochastic_rounding": False}
 
@@ -104,12 +115,16 @@ SETTINGS = [
     Setting("masters-bfloat16-states", {**_MASTERS, **_BF16_STATES}, (FLOAT32, FLOAT16)),
     Setting("split", _SPLIT, (BFLOAT16,)),
     Setting("split-float32-states", {**_SPLIT, **_F32_STATES}, (BFLOAT16,)),
+    Setting("split8", _SPLIT8, (BFLOAT16,)),
+    Setting("split8-float32-states", {**_SPLIT8, **_F32_STATES}, (BFLOAT16,)),
     Setting("stochastic", _STOCHASTIC, (BFLOAT16, FLOAT32)),
     Setting("stochastic-float32-states", {**_STOCHASTIC, **_F32_STATES}, (BFLOAT16,)),
     Setting("stochastic-bfloat16-states", {**_STOCHASTIC, **_BF16_STATES}, (FLOAT32, FLOAT64)),
     Setting("stochastic-masters", {**_STOCHASTIC, **_MASTERS}, (BFLOAT16,)),
     Setting("stochastic-split", {**_STOCHASTIC, **_SPLIT}, (BFLOAT16,)),
+    Setting("stochastic-split8", {**_STOCHASTIC, **_SPLIT8}, (BFLOAT16,)),
     Setting("nearest", _NEAREST, (BFLOAT16,)),
+    Setting("nearest-split8", {**_NEAREST, **_SPLIT8}, (BFLOAT16,)),
     Setting("nearest-bfloat16-states", {**_NEAREST, **_BF16_STATES}, (FLOAT32,)),
 ]
 BY_ID = {setting.id: setting for setting in SETTINGS}
@@ -154,8 +169,11 @@ class Honest:
 
     def step(self, grad: Tensor, is_first: bool) -> None:
         step_with(self.twin, [grad.to("cpu", self.weight.dtype)])
-        if self.setting.masters(self.dtype) is None:
+        masters = self.setting.masters(self.dtype)
+        if masters is None:
             self._store("param", self.weight, self.dtype)
+        elif masters == "split8":
+            self._cut(self.weight)
         for name, state in self.twin.state[self.weight].items():
             if name not in FROM_STEP:
                 self._store(name, state, self.setting.options.get("state_dtype") or self.dtype)
@@ -169,11 +187,20 @@ class Honest:
         if not self.setting.is_stochastic(name, dtype):
             value.copy_(value.to(dtype))
             return
+        self._draw(value, 65536)
+
+    def _cut(self, weight: Tensor) -> None:
+        if self.setting.options.get("stochastic_rounding") is False:
+            weight.copy_(nearest_of_24_bits(weight))
+        else:
+            self._draw(weight, 256)
+
+    def _draw(self, value: Tensor, unit: int) -> None:
         integers = value.to(FLOAT32).view(torch.int32)
         draws = torch.randint(
-            65536, value.shape, generator=self.generator, dtype=torch.int32, device="cpu"
+            unit, value.shape, generator=self.generator, dtype=torch.int32, device="cpu"
         )
-        value.copy_(((integers + draws) & -65536).view(FLOAT32))
+        value.copy_(((integers + draws) & -unit).view(FLOAT32))
 
 
 def nearest_ties_away(weight: Tensor) -> Tensor:
@@ -182,12 +209,20 @@ def nearest_ties_away(weight: Tensor) -> Tensor:
     return ((numbers + 0x8000) >> 16).to(torch.int16).view(BFLOAT16)
 
 
+def nearest_of_24_bits(weight: Tensor) -> Tensor:
+    """Of numbers that are not close to the largest ones: with ties to even."""
+    numbers = weight.view(torch.int32).to(torch.int64)
+    rounded = (numbers + 0x7F + ((numbers >> 8) & 1)) & -256
+    return rounded.to(torch.int32).view(FLOAT32)
+
+
 def assert_param_is_rounded_weight(param: Tensor, weight: Tensor, masters: str | None) -> None:
     """For NaN: that both are."""
     if masters is None:
         expected = weight
     else:
-        expected = nearest_ties_away(weight) if masters == "split" else weight.to(param.dtype)
+        is_split = masters in ("split", "split8")
+        expected = nearest_ties_away(weight) if is_split else weight.to(param.dtype)
     assert torch.equal(param.isnan(), weight.isnan())
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[param.element_size()]
     same = param.detach().contiguous().view(integer) == expected.to(param.dtype).view(integer)

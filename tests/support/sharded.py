@@ -38,6 +38,7 @@ SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "plain": (FLOAT32, {}),
     "bfloat16 states": (FLOAT32, {"state_dtype": BFLOAT16}),
     "split": (BFLOAT16, {"master_weights": "split", "state_dtype": "bfloat16"}),
+    "split8": (BFLOAT16, {"master_weights": "split8", "state_dtype": "bfloat16"}),
     "masters": (BFLOAT16, {"master_weights": "float32"}),
     "average": (BFLOAT16, {"ema_decay": 0.9}),
     "everything": (

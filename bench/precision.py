@@ -42,6 +42,7 @@ SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
         (BF16, {"master_weights": "float32", "state_dtype": FP32}),
     "bf16, split masters, fp32 states": (BF16, {"master_weights": "split", "state_dtype": FP32}),
     "bf16, split masters, bf16 states": (BF16, {"master_weights": "split", "state_dtype": BF16}),
+    "bf16, split8 masters, bf16 states": (BF16, {"master_weights": "split8", "state_dtype": BF16}),
 }  # fmt: skip
 
 

@@ -60,7 +60,8 @@ def ours(
     grad_size = (grad_dtype or dtype).itemsize
     # The param is read and written, the grad read, two states both.
     moved = 2 * size + grad_size + 4 * state_dtype.itemsize
-    moved += {None: 0, "split": 2 * 2, "float32": 2 * 4 - size}[options.get("master_weights")]
+    masters = {None: 0, "split": 2 * 2, "split8": 2, "float32": 2 * 4 - size}
+    moved += masters[options.get("master_weights")]
     moved += grad_size * (("max_grad_norm" in options) or scaled) + 8 * ("ema_decay" in options)
 
     def make(params: list[nn.Parameter]) -> tuple[Step, Results]:

@@ -126,8 +126,6 @@ class Elements {
               from_float<V>(round_to_24_bits(to_float(weight_), draw_for(kMaster, draws) & 0xffu));
       }
     }
-    if (formats_.has_split8_master() && !formats_.is_stochastic(kMaster))
-      weight_ = from_float<V>(nearest_of_24_bits(to_float(weight_)));
     if (formats_.has(kEma))
       with_format([&](auto format)
                       __attribute__((always_inline)) { update_ema<decltype(format)>(common); });
@@ -164,6 +162,8 @@ class Elements {
     V ema;
     load<Storage>(kEma, ema);
     as_stored(formats_.has(kMaster) ? DType::kFloat32 : formats_.dtypes[kParam], weight_);
+    if (!kIsOneFormat<Storage> && formats_.has_split8_master())
+      weight_ = from_float<V>(nearest_of_24_bits(to_float(weight_)));
     store<Storage>(kEma, common.ema(ema, weight_));
   }
 
@@ -217,15 +217,20 @@ class Elements {
   FUSEDOPT_HD void store_weight() const {
     if (!kIsOneFormat<Storage> && formats_.has_float32_master())
       memory_.template store<float, false>(kMaster, weight_);
-    const bool has_words = kCanBeSplit<Storage> && formats_.has_split_master();
-    const bool has_bytes = !kIsOneFormat<Storage> && formats_.has_split8_master();
-    if (!has_words && !has_bytes) return store<Storage>(kParam, weight_);
-    const auto parts = split_weight(to_float(weight_));
-    if (has_words)
+    if (kCanBeSplit<Storage> && formats_.has_split_master()) {
+      const auto parts = split_weight(to_float(weight_));
       memory_.template store_words<kIsOneFormat<Storage>>(kMaster, parts.remainder);
-    else if constexpr (!kIsOneFormat<Storage>)
-      memory_.store_bytes(kMaster, parts.remainder >> 8);
-    memory_.template store_bfloat16<kIsOneFormat<Storage>>(kParam, parts.param);
+      return memory_.template store_bfloat16<kIsOneFormat<Storage>>(kParam, parts.param);
+    }
+    if constexpr (!kIsOneFormat<Storage>) {
+      if (formats_.has_split8_master()) {
+        // It may have been drawn to 24 bits, which changes nothing here.
+        const auto parts = split_weight(nearest_of_24_bits(to_float(weight_)));
+        memory_.store_bytes(kMaster, parts.remainder >> 8);
+        return memory_.template store_bfloat16<false>(kParam, parts.param);
+      }
+    }
+    store<Storage>(kParam, weight_);
   }
 
   FUSEDOPT_HD void round(int operand, V& values, const Bits& draws) const {

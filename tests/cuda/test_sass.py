@@ -28,6 +28,7 @@ MOST_INSTRUCTIONS = {
     "bf16": 55,
     "bf16, stochastic": 72,
     "split, bf16 states": 62,
+    "split8, bf16 states, stochastic": 82,
     "fp32 masters": 68,
     "fp32, bf16 states": 67,
 }
@@ -36,6 +37,7 @@ MOST_BRANCHES = {
     "bf16": 4,
     "bf16, stochastic": 4,
     "split, bf16 states": 5,
+    "split8, bf16 states, stochastic": 7,
     "fp32 masters": 7,
     "fp32, bf16 states": 6,
 }

@@ -43,7 +43,7 @@ UPPER_HALF = r"\b0xffff0000\b"  # one of two numbers in bfloat16, or one that is
 FMA = r"\bFFMA\b"
 DRAW = r"\b0x846ca68b\b|-0x7b935975\b"  # a factor of the hash
 # Halves, views at odd places, elements that are done again: nothing of the settings below.
-RARE = r"\bLDG\b|\bF2FP\.F16\b|\bHADD2\b|\bSTG\.E\.U16\b|\bSTG\.E desc|\bSTG\.E \["
+RARE = r"\bLDG\b|\bF2FP\.F16\b|\bHADD2\b|\bSTG\.E\.U(?:8|16)\b|\bSTG\.E desc|\bSTG\.E \["
 ADAMW = {FMA: 14 * ELEMENTS}
 WHOLE = ADAMW | {HALF_COPY: 0, HALF_STORE: 0}
 SETTINGS = {
@@ -51,6 +51,8 @@ SETTINGS = {
     "bf16": WHOLE | {COPY: 4, WIDE_STORE: 3, PACK: 12, UPPER_HALF: 16, DRAW: 0},
     "bf16, stochastic": WHOLE | {COPY: 4, WIDE_STORE: 3, PACK: 12, UPPER_HALF: 24, DRAW: 4},
     "split, bf16 states": WHOLE | {COPY: 5, WIDE_STORE: 4, PACK: 8, UPPER_HALF: 24, DRAW: 0},
+    "split8, bf16 states, stochastic": ADAMW
+    | {COPY: 4, HALF_COPY: 1, WIDE_STORE: 3, HALF_STORE: 1, PACK: 4, UPPER_HALF: 24, DRAW: 4},
     "fp32 masters": ADAMW
     | {COPY: 6, HALF_COPY: 2, WIDE_STORE: 6, HALF_STORE: 2, PACK: 4, UPPER_HALF: 4, DRAW: 0},
     "fp32, bf16 states": ADAMW
@@ -66,6 +68,7 @@ STAGED_BYTES = {
     "bf16": 4 * 16,
     "bf16, stochastic": 4 * 16,
     "split, bf16 states": 5 * 16,
+    "split8, bf16 states, stochastic": 5 * 16,
     "fp32 masters": 16 + 3 * 32,
     "fp32, bf16 states": 2 * 32 + 2 * 16,
 }
@@ -281,7 +284,7 @@ def main(library: str) -> None:
             for setting in SETTINGS:
                 instructions, branches = (n / ELEMENTS for n in kernel.ordinary_way(setting))
                 under_way = kernel.under_way(setting) / 1024
-                title = f"{kernel.arch:7}Adam {setting:22}"
+                title = f"{kernel.arch:7}Adam {setting:32}"
                 print(f"{title}{instructions:14.1f}{branches:12.1f}{under_way:8.0f}")
     print("\nThe norm, for an element")
     print(f"{'':34}{'instructions':>14}")

@@ -6,6 +6,7 @@
 #include <cstring>
 
 void test_dtypes();
+void test_codes();
 void test_rules();
 void test_step_scalars();
 void test_power();
@@ -27,6 +28,7 @@ int main(int argc, char** argv) {
     const char* name;
     void (*run)();
   } suites[] = {{"dtypes", test_dtypes},
+                {"codes", test_codes},
                 {"rules", test_rules},
                 {"step_scalars", test_step_scalars},
                 {"power", test_power},

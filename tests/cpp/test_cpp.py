@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 
 HEADERS = sorted(str(path.relative_to(ROOT / "csrc")) for path in ROOT.glob("csrc/**/*.h"))
 SUITES = [
-    *("dtypes", "rules", "step_scalars", "power", "branch_free", "chunks", "layout"),
+    *("dtypes", "codes", "rules", "step_scalars", "power", "branch_free", "chunks", "layout"),
     *("overlap", "norm", "driver", "grid", "host_mirror", "table", "gpu", "counters", "huge"),
 ]
 TESTS = sorted(ROOT.glob("tests/cpp/*.cpp"))

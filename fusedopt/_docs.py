@@ -8,7 +8,7 @@ from typing import TypeVar
 # Lines of a docstring: an argument, with its description; all of a state.
 ARGUMENT = re.compile(r"^ {8}(\w+) \(.*(?:\n {12}.*)*\n", re.MULTILINE)
 STATE = re.compile(r"^ {8}(\w+): .*(?:\n {12}.*)*\n", re.MULTILINE)
-DEFAULT = re.compile(r", default [^)]*\)")
+DEFAULT = re.compile(r", default (?:\([^)]*\)|[^)]*)\)")
 # Which of the arguments need decoupled decay, where that is an option of its own.
 OF_DECOUPLED = ("lr_independent_weight_decay", "cautious_weight_decay")
 NEEDS = "            Needs ``decoupled_weight_decay``.\n"
@@ -37,14 +37,18 @@ def described_as(model: type) -> Callable[[Class], Class]:
         heading, _, states = rest[rest.index("    State of a parameter") :].partition("\n")
         known_states = {found[1]: found[0] for found in STATE.finditer(model.__doc__)}
         counts = "" if re.search(r"^ {8}step: ", states, re.MULTILINE) else known_states["step"]
-        names = inspect.signature(cls).parameters
+        names, models = inspect.signature(cls).parameters, inspect.signature(model).parameters
         if "decoupled_weight_decay" in names:
             known |= {name: known[name] + NEEDS for name in OF_DECOUPLED if name in known}
         cls.__doc__ = "".join(
             [
                 LEFT_OUT.sub(_options(model), head),
                 "    Args:\n",
-                *(own.get(name) or _with_default(known[name], names[name]) for name in names),
+                *(
+                    own.get(name)
+                    or _with_default(known[name], names[name].default, models[name].default)
+                    for name in names
+                ),
                 f"\n{heading}\n",
                 counts,
                 states.rstrip(" "),
@@ -62,8 +66,10 @@ def described_as(model: type) -> Callable[[Class], Class]:
     return complete
 
 
-def _with_default(argument: str, parameter: inspect.Parameter) -> str:
-    return DEFAULT.sub(lambda _: f", default {parameter.default!r})", argument, count=1)
+def _with_default(argument: str, default: object, models: object) -> str:
+    if default == models:
+        return argument
+    return DEFAULT.sub(lambda _: f", default {default!r})", argument, count=1)
 
 
 def _options(model: type) -> str:

@@ -48,10 +48,10 @@ class Lion(FusedOptimizer):
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
         exp_avg: :math:`m`, of the parameter's dtype unless ``state_dtype`` says otherwise.
-        step: float32 (float64 if that is torch's default dtype), one element, with ``ema_decay`` or
-            ``stochastic_rounding=True``. On the CPU; on the parameter's GPU with ``capturable``,
-            with options that are tensors there, and where a GradScaler leaves unscaling to the
-            step.
+        step: float32 (float64 if that is torch's default dtype), one element, with ``ema_decay``,
+            ``stochastic_rounding=True`` or ``master_weights="split8"``. On the CPU; on the
+            parameter's GPU with ``capturable``, with options that are tensors there, and where a
+            GradScaler leaves unscaling to the step.
     """
 
     _row = "Lion"

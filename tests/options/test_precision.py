@@ -16,7 +16,7 @@ from torch import Tensor
 from support import oracles
 from support.equality import bits
 from support.layouts import Layout, each_layout
-from support.optimizers import Case, most_cases, some_cases, step_with, train, varied_cases
+from support.optimizers import MOST, Case, most_cases, some_cases, step_with, train, varied_cases
 from support.pairs import in_pairs
 from support.plans import MANY, each_isa, require, use_plan
 from support.settings import (
@@ -44,7 +44,7 @@ def grads_of(row: Row, seeds: Iterable[int], shape: tuple[int, ...] = SHAPE) -> 
     return [values(*shape, dtype=row[1], seed=seed) for seed in seeds]
 
 
-@pytest.mark.unemulated  # test_both_drivers has the same rows
+@pytest.mark.unemulated  # test_both_drivers has these rows, too
 @in_pairs(most_cases, each_ema, each_row)
 def test_one_step(case: Case, ema: dict[str, Any], row: Row) -> None:
     # From the same state: nothing but the rounding to each operand's own dtype is left.
@@ -191,11 +191,18 @@ def test_groups_on_both_drivers(side: Side, case: Case) -> Results:
     return record(optimizer)
 
 
-@in_pairs(most_cases, each_ema, each_row)
+# Every optimizer and every setting meets all sizes, half of them in a test.
+@in_pairs(
+    some_cases(*MOST, "nadam-lr-independent"),
+    each_ema,
+    each_row,
+    pytest.mark.parametrize("sizes", [SIZES[::2], SIZES[1::2]], ids=["from-0", "from-1"]),
+)
 @on_both_drivers
-def test_both_drivers(side: Side, case: Case, ema: dict[str, Any], row: Row) -> Results:
-    # The other sizes are in the two tests below.
-    optimizer = build(case, row, draw(SIZES[1::2], side.device, row[1]), **ema)
+def test_both_drivers(
+    side: Side, case: Case, ema: dict[str, Any], row: Row, sizes: list[int]
+) -> Results:
+    optimizer = build(case, row, draw(sizes, side.device, row[1]), **ema)
     train(optimizer, 3)
     weights = {f"w {index}": weight for index, weight in enumerate(optimizer.fp32_params())}
     return record(optimizer) | weights

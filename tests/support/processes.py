@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,13 @@ def forks() -> Any:
 
 
 class Fork:
-    """A Python program in a process of its own, as `python script arguments` would start it."""
+    """A Python program in a process of its own, with the arguments and environment it is given.
+
+    It is no new interpreter: it has pytest's sys.path, and torch is imported. The environment is
+    set only then, so what Python reads as it starts (PYTHONPATH, PYTHONWARNINGS) and what torch
+    reads as it is imported (most of TORCH_*) has no effect; OMP_NUM_THREADS is passed on to torch.
+    Programs for which this matters are for `run_python` in files.py.
+    """
 
     def __init__(self, script: Path, *arguments: object, log: Path, **environment: str) -> None:
         self.log = log  # what the program prints, and beside it what it says on standard error
@@ -50,14 +56,36 @@ class Fork:
 
     def output(self) -> str:
         """Standard output, once all went well."""
-        self.process.join(LIMIT_S)
-        out, errors = self.log.read_text(), errors_beside(self.log).read_text()
-        assert self.process.exitcode == 0, out + errors
+        (out,) = outputs([self])
         return out
 
     def end(self) -> None:
         self.process.kill()
         self.process.join()
+
+
+def outputs(running: Sequence[Fork]) -> list[str]:
+    """Standard outputs, once all went well; or an error with what all have said.
+
+    Once one has failed, the others are not waited for much longer.
+    """
+    deadline = time.monotonic() + LIMIT_S
+    waiting = {fork.process.sentinel: fork.process for fork in running}
+    while waiting:
+        ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for sentinel in ready:
+            if waiting.pop(sentinel).exitcode != 0:
+                deadline = min(deadline, time.monotonic() + LAST_WORDS_S)
+    codes = [fork.process.exitcode for fork in running]
+    found = [] if any(codes) else [f"the time of {LIMIT_S} s is over"]
+    for index, (fork, code) in enumerate(zip(running, codes, strict=True)):
+        end = "has not ended" if code is None else f"ended with {code}"
+        said = fork.log.read_text() + errors_beside(fork.log).read_text()
+        found.append(f"process {index} {end}:\n{said}")
+    assert codes == [0] * len(codes), "\n".join(found)
+    return [fork.log.read_text() for fork in running]
 
 
 def errors_beside(log: Path) -> Path:
@@ -108,7 +136,7 @@ def run_ranks(folder: Path, code: str, world: int) -> list[str]:
         for rank in range(world)
     ]
     try:
-        return [rank.output() for rank in ranks]
+        return outputs(ranks)
     finally:  # one that failed leaves the others waiting
         for rank in ranks:
             rank.end()

@@ -33,3 +33,9 @@ def test_ids_and_values_stay_together() -> None:
     for (kind_, sign_, x, y), key in zip(rows, mark.kwargs["ids"], strict=True):
         assert key == f"{kind_}-{'plus' if sign_ > 0 else 'minus'}-x{x}"
         assert y == (3 if x else 0)
+
+
+def test_values_with_marks_of_their_own_are_refused() -> None:
+    marked = pytest.param("b", marks=pytest.mark.skip)
+    with pytest.raises(TypeError, match=r"pytest\.param\(\) is not for these tables"):
+        in_pairs(pytest.mark.parametrize("kind", ["a", marked]))

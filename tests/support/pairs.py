@@ -81,6 +81,8 @@ def _names(mark: pytest.MarkDecorator) -> list[str]:
 def _rows(mark: pytest.MarkDecorator) -> list[tuple[str, tuple[Any, ...]]]:
     """The id and the values of each row of a mark."""
     values = list(mark.args[1] if len(mark.args) > 1 else mark.kwargs["argvalues"])
+    if any(isinstance(value, type(pytest.param())) for value in values):
+        raise TypeError("pytest.param() is not for these tables: its id and marks would be lost")
     ids = mark.kwargs.get("ids") or str
     keys = [str(ids(value)) for value in values] if callable(ids) else list(ids)
     many = len(_names(mark)) > 1

@@ -28,7 +28,10 @@ from lib import report
 from lib.cases import HYPER, gpt
 
 BF16, FP32 = torch.bfloat16, torch.float32
-PARTS = {"master_param": "masters", "param_remainder": "masters", "ema_param": "averages"}
+PARTS = {
+    **dict.fromkeys(("master_param", "param_remainder", "param_remainder8"), "masters"),
+    "ema_param": "averages",
+}
 EVALUATIONS = 20  # batches
 
 # The dtype of params and grads, and of the states unless an option says otherwise.

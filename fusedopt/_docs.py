@@ -12,7 +12,7 @@ DEFAULT = re.compile(r", default (?:\([^)]*\)|[^)]*)\)")
 # Which of the arguments need decoupled decay, where that is an option of its own.
 OF_DECOUPLED = ("lr_independent_weight_decay", "cautious_weight_decay")
 NEEDS = "            Needs ``decoupled_weight_decay``.\n"
-WEIGHTS = ("master_param", "param_remainder", "ema_param")
+WEIGHTS = ("master_param", "param_remainder", "param_remainder8", "ema_param")
 OPTIONS = re.compile(r"^    All arguments but ``params``.*(?:\n    \S.*)*\n", re.MULTILINE)
 LEFT_OUT = re.compile(r"^    Arguments, attributes and methods that .*\n", re.MULTILINE)
 REST = re.compile(r"^    Beside those of ``torch.optim.Optimizer``.*", re.MULTILINE | re.DOTALL)

@@ -26,7 +26,7 @@ from ._state_dict import export_all_states, load_state_dict
 from ._steps import step_device, to_step
 from ._tensors import bytes_of
 from ._types import NormGroup, ParamGroup, Params, State
-from ._weights import read_weight, swapped, write_weight
+from ._weights import MASTERS, read_weight, swapped, write_weight
 
 if TYPE_CHECKING:
     from ._step_in_backward import StepInBackward
@@ -310,13 +310,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Returns:
             Bytes of ``params``, ``grads``, ``states`` (moments, momentum buffers, step counts ...),
-            ``masters`` (``master_param``, ``param_remainder``) and ``averages`` (``ema_param``),
-            and their ``total``.
+            ``masters`` (``master_param``, ``param_remainder``, ``param_remainder8``) and
+            ``averages`` (``ema_param``), and their ``total``.
         """
         names = _C.WEIGHTS_IN_STATE
-        kinds = {
-            names["master"]: "masters", names["remainder"]: "masters", names["average"]: "averages"
-        }  # fmt: skip
+        kinds = {names[kind]: "masters" for kind in MASTERS} | {names["average"]: "averages"}
         found = dict.fromkeys(("params", "grads", "states", "masters", "averages"), 0)
         for each in self.param_groups if group is None else [self.param_groups[group]]:
             for param in each["params"]:
@@ -345,6 +343,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def load_fp32_params(self, weights: Iterable[Tensor]) -> None:
         """Set all weights, as ``fp32_params()`` gives them: parameters and their master weights.
 
+        With ``master_weights="split8"`` these are the nearest of 24 bits.
         Averages stay as they are. Raises ValueError if number, shapes or complex numbers do not
         fit, TypeError for what is no tensor; nothing is changed then.
         """
@@ -367,7 +366,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         all_specs = [specs.of(param, group) for param, group in entries]  # it may refuse some
         for (param, _), weight, spec in zip(entries, weights, all_specs, strict=True):
             for name, kind, dtype in spec.entries:
-                if kind in ("master", "remainder") and name not in self.state.get(param, {}):
+                if kind in MASTERS and name not in self.state.get(param, {}):
                     self.state[param][name] = new_entry(name, kind, dtype, param, {}, spec)
             write_weight(param, weight, self.state.get(param, {}), spec)
 
@@ -378,7 +377,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         ``master_weights``.
         """
         self._refuse_swapped("reset_masters()")
-        self._forget("master", "remainder")
+        self._forget(*MASTERS)
 
     def reset_ema(self) -> None:
         """Forget the averages: the next step begins them with the weights, as a first step does."""
@@ -445,8 +444,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """As ``torch.optim.Optimizer.state_dict``; RuntimeError inside ``swap_ema()``.
 
         Where ``betas[0]`` is 0 and there is no ``exp_avg``, one of zeros stands in for it, so that
-        ``torch.optim`` can load what is returned. The bits of an int16 ``param_remainder`` are seen
-        as bfloat16, in the same memory, which gloo and NCCL can send as they cannot int16. Param
+        ``torch.optim`` can load what is returned. The bits of ``param_remainder`` are seen as
+        bfloat16, in the same memory, which gloo and NCCL can send as they cannot int16. Param
         groups have the name of ``state_dtype``. So ``torch.distributed.checkpoint`` can gather,
         offload and broadcast all of it.
         """
@@ -461,8 +460,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         - state tensors get the group's ``state_dtype``, or keep the dtype they were saved with if
           that is None, where torch casts them to the parameter's;
         - of the options, those of torch are loaded, those that torch lacks stay as they are set
-          here. Master weights of the other kind are converted, which sets the parameters to
-          the nearest values of their dtype (load the model first); without any, the next step
+          here. Master weights of another kind are converted, which sets the parameters to
+          the nearest values of their dtype (load the model first), and for ``"split8"`` the weights
+          to the nearest of 24 bits; without any, the next step
           makes them from the parameters, as it does averages. A float32 master counts only where
           the parameter is what it rounds to, so load the model, too. What the options have no use
           for is dropped;
@@ -472,8 +472,8 @@ class FusedOptimizer(torch.optim.Optimizer):
           ``exp_avg`` is dropped where ``betas[0]`` is 0;
         - states take on the strides of their parameter (those of channels_last, say), with which
           steps are fastest;
-        - the bits of a ``param_remainder`` of 16 bits may be seen as bfloat16, as ``state_dict()``
-          has them, or as int16;
+        - the bits of ``param_remainder`` may be seen as bfloat16, as ``state_dict()`` has them, or
+          as int16;
         - a ``step`` of any number type, numpy's too, becomes a floating-point tensor;
         - the time is linear in the number of parameters.
 

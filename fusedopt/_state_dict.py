@@ -14,7 +14,7 @@ from ._options import name_state_dtype
 from ._state import Specs, new_entry
 from ._steps import to_step
 from ._types import ParamGroup
-from ._weights import SAVED, convert, with_remainder_as, with_remainder_of
+from ._weights import SAVED, STEPPED, convert, with_remainder_as
 
 if TYPE_CHECKING:
     from ._optimizer import FusedOptimizer
@@ -44,10 +44,7 @@ def _make_portable(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> N
         name_state_dtype(packed)
         for param, key in zip(group["params"], packed["params"], strict=True):
             if key in state:
-                if (
-                    group.get("master_weights") != "split8"
-                ):  # or with_remainder_of() would mistake it
-                    state[key] = with_remainder_as(SAVED, state[key])
+                state[key] = with_remainder_as(SAVED, state[key])
                 state[key] = derived.added_to(state[key], group)
             entries = state.get(key)
             spec = specs.of(param, group) if entries else None
@@ -108,12 +105,10 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
             strict=True,
         )
     )
-    groups_of = {key: group for group in saved_groups for key in group["params"]}
     state: defaultdict[Any, Any] = defaultdict(dict)
     for key, entries in state_dict["state"].items():
         if key in params:
-            entries = with_remainder_of(groups_of[key], entries)
-            state[params[key]] = _move(entries, params[key])
+            state[params[key]] = _move(with_remainder_as(STEPPED, entries), params[key])
         else:  # of no parameter: kept as it is, as torch does
             state[key] = entries
     new_values: list[tuple[Tensor, Tensor]] = []

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _C
 from ._tensors import local
-from ._types import ParamGroup, State
+from ._types import State
 
 
 def join(param: Tensor, remainder: Tensor) -> Tensor:
@@ -46,8 +46,12 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 # The 16 bits of a remainder are no number. Steps read them as integers. State dicts have them as
 # bfloat16: neither gloo nor NCCL sends an int16, and what casts states to their parameter's dtype,
 # as torch.optim does, then leaves them alone. Those of 8 bits are int8 everywhere, which can be
-# sent; a cast to bfloat16 keeps them as numbers.
+# sent; a cast to bfloat16 keeps them as numbers, exactly.
 STEPPED, SAVED = torch.int16, torch.bfloat16
+OF_8_BITS = torch.int8
+# The kinds of master weights in a state; those that are remainders, with their dtypes.
+REMAINDERS = {"remainder": STEPPED, "remainder8": OF_8_BITS}
+MASTERS = ("master", *REMAINDERS)
 
 
 def with_remainder_as(dtype: torch.dtype, entries: State) -> State:
@@ -59,20 +63,10 @@ def with_remainder_as(dtype: torch.dtype, entries: State) -> State:
     return {**entries, name: remainder.view(dtype)}
 
 
-def with_remainder_of(group: ParamGroup, entries: State) -> State:
-    """The entries of a saved state, with the remainder's bits as a step of its group sees them."""
-    name = _C.WEIGHTS_IN_STATE["remainder"]
-    remainder = entries.get(name) if isinstance(entries, Mapping) else None
-    is_cast = isinstance(remainder, Tensor) and remainder.dtype == torch.bfloat16
-    if is_cast and group.get("master_weights") == "split8":  # by torch.optim
-        return {**entries, name: cast(Tensor, remainder).to(torch.int8)}
-    return with_remainder_as(STEPPED, entries)
-
-
 def master_in(state: State, spec: _C.StateSpec) -> tuple[str, Tensor] | None:
     """The kind of master weight and the tensor that holds it, if the state has it."""
     for name, kind, _ in spec.entries:
-        if kind in ("master", "remainder") and name in state:
+        if kind in MASTERS and name in state:
             return kind, with_remainder_as(STEPPED, state)[name]
     return None
 
@@ -83,7 +77,7 @@ def read_weight(param: Tensor, state: State, spec: _C.StateSpec) -> Tensor:
     master = master_in(state, spec)
     if master is None:
         return param.to(spec.weight_dtype, copy=True)
-    if master[0] == "remainder":
+    if master[0] in REMAINDERS:
         return join(param, master[1])
     return weight_of(param, master[1])
 
@@ -123,8 +117,8 @@ def write_weight(param: Tensor, weight: Tensor, state: State, spec: _C.StateSpec
     """Make a parameter, and its master weight if the state has one, hold these weights."""
     master = master_in(state, spec)
     weight = weight.to(param.device, spec.weight_dtype)
-    if master is not None and master[0] == "remainder":
-        rounded, remainder = split(weight, master[1].dtype)
+    if master is not None and master[0] in REMAINDERS:
+        rounded, remainder = split(weight, REMAINDERS[master[0]])
         param.copy_(rounded)
         master[1].copy_(remainder)
         return
@@ -152,7 +146,7 @@ def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
 def convert(entries: State, param: Tensor, spec: _C.StateSpec, place: str) -> Tensor | None:
     """Make saved state fit the settings of the group that it is loaded into.
 
-    States take on the group's ``state_dtype`` if that is set. A master weight of the other kind is
+    States take on the group's ``state_dtype`` if that is set. A master weight of another kind is
     converted; one that was cast to another dtype (by ``torch.optim``) is dropped, as is all that
     the settings have no use for. Returns the values that the parameter is to have then, or None if
     it stays.
@@ -172,26 +166,32 @@ def convert(entries: State, param: Tensor, spec: _C.StateSpec, place: str) -> Te
         is_state = spec.state_dtype is not None and name != "step" and isinstance(entry, Tensor)
         if is_state and entry.is_floating_point():
             entries[name] = entry.to(spec.state_dtype)
-    master = _of(saved["master"], torch.float32)
-    remainder = _of(saved["remainder"], STEPPED, torch.int8)
-    if param.dtype != torch.bfloat16:
-        remainder = None
+    weight = _saved_weight(saved, param)
     values = None
     for name, kind, dtype in spec.entries:
         if kind == "average" and isinstance(saved["average"], Tensor):
             entries[name] = saved["average"].to(dtype)
-        elif kind == "master" and master is not None:
-            entries[name] = master
-        elif kind == "remainder" and remainder is not None and remainder.dtype == dtype:
-            entries[name] = remainder
-        elif kind == "remainder" and remainder is not None:
-            values, entries[name] = split(join(param.detach(), remainder), dtype)
-        elif kind == "remainder" and master is not None:
-            values, entries[name] = split(master, dtype)
-        elif kind == "master" and remainder is not None:
-            entries[name] = values = join(param.detach(), remainder)
+        elif kind in MASTERS and (kept := _of(saved[kind], dtype)) is not None:
+            entries[name] = kept
+        elif kind == "master" and weight is not None:
+            entries[name] = values = weight
+        elif kind in REMAINDERS and weight is not None:
+            values, entries[name] = split(weight, dtype)
     return values
 
 
-def _of(entry: Any, *dtypes: torch.dtype) -> Tensor | None:
-    return entry if isinstance(entry, Tensor) and entry.dtype in dtypes else None
+def _saved_weight(saved: dict[str, Any], param: Tensor) -> Tensor | None:
+    """The float32 weights that a saved master weight of any kind stands for, if there is one."""
+    weight = _of(saved["master"], torch.float32)
+    if weight is None and param.dtype == torch.bfloat16:
+        for kind, dtype in REMAINDERS.items():
+            remainder = _of(saved[kind], dtype)
+            if remainder is not None:
+                return join(param.detach(), remainder)
+    return weight
+
+
+def _of(entry: Any, dtype: torch.dtype) -> Tensor | None:
+    if isinstance(entry, Tensor) and dtype == OF_8_BITS and entry.is_floating_point():
+        entry = entry.to(dtype)  # torch.optim has cast it
+    return entry if isinstance(entry, Tensor) and entry.dtype == dtype else None

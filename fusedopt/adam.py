@@ -143,24 +143,24 @@ class AdamW(Adam):
             parameter, which must be real; None: that of the parameter. Param groups and state dicts
             hold the name; a group may be given either later.
         master_weights (Literal["float32", "split", "split8"] | None, default None): keep the
-            weights of 16-bit parameters in float32, so that updates too small for their dtype are
-            not lost.
-            ``"float32"``: in ``master_param`` of the state, 4 bytes each; wider parameters need
-            none and get none. ``"split"``, for bfloat16 only: the parameter and ``param_remainder``
-            of the state, 2 bytes, are the weight together, exactly; the parameter is the nearest
-            bfloat16, with ties away from zero. ``"split8"``: the same with 1 byte, for a weight of
-            24 bits (the upper ones of a float32), to which each step rounds stochastically, or to
-            nearest with ``stochastic_rounding=False``. What is written to a parameter between steps
-            (a loaded model, a clamp) is its weight from then on, to within the remainder: where it
-            is not what the float32 weight rounds to. Writes through ``.data`` are not counted by
-            torch and not noticed: ``load_fp32_params()`` or ``reset_masters()`` take them over.
+            weights of 16-bit parameters in float32, or in 24 bits of it, so that updates too small
+            for their dtype are not lost. ``"float32"``: in ``master_param`` of the state, 4 bytes
+            each; wider parameters need none and get none. ``"split"``, for bfloat16 only: the
+            parameter and ``param_remainder`` of the state, 2 bytes, are the weight together,
+            exactly; the parameter is the nearest bfloat16, with ties away from zero. ``"split8"``:
+            the same with ``param_remainder8``, 1 byte, for a weight of 24 bits, the upper ones of a
+            float32, to which each step rounds it stochastically. What is written to a parameter
+            between steps (a loaded model, a clamp) is its weight from then on, to within the
+            remainder: where it is not what the float32 weight rounds to. Writes through ``.data``
+            are not counted by torch and not noticed: ``load_fp32_params()`` or ``reset_masters()``
+            take them over.
         stochastic_rounding (bool | None, default None): round what is kept in bfloat16 up or down
             with the probabilities that make the mean right, instead of to the nearest. None:
             ``exp_avg_sq``, which to the nearest stands still where a step would change it by less
-            than half a unit. With a beta2 of 0.999, 1000 steps after grads have fallen to a tenth,
+            than half a unit (with a beta2 of 0.999, 1000 steps after grads have fallen to a tenth,
             its root is 1.67 times too large then, and right to half a percent if it is rounded
-            stochastically. True: all states, and parameters without master weights; not for float16
-            parameters. False: nothing, as in torch.
+            stochastically), and weights of 24 bits. True: all states, and parameters without master
+            weights, too; not for float16 parameters. False: nothing, as in torch.
         rounding_seed (int, default 0): 0 to 2**32 - 1. The draws follow from it, from the step, the
             element's place in its tensor (in the whole of a DTensor that is sharded by rows, by its
             first dim) and its new weight: the same in every run, on every device and for any number
@@ -218,7 +218,8 @@ class AdamW(Adam):
         master_param: float32, of a 16-bit parameter with ``master_weights="float32"``.
         param_remainder: int16, of a bfloat16 parameter with ``master_weights="split"``. State dicts
             have the same bits, in the same memory, as bfloat16, which processes can send each
-            other: they are no numbers there. With ``"split8"`` it is int8, and so in state dicts.
+            other: they are no numbers there.
+        param_remainder8: int8, of a bfloat16 parameter with ``master_weights="split8"``.
         ema_param: float32 for a 16-bit parameter, else of the parameter's dtype, with
             ``ema_decay``.
 

@@ -42,9 +42,9 @@ class Lion(FusedOptimizer):
         weight_decay (float | Tensor, default 0): :math:`\lambda`, at least 0, decoupled. A tensor
             is read as that of ``lr``.
         stochastic_rounding (bool | None, default None): round what is kept in bfloat16 up or down
-            with the probabilities that make the mean right, instead of to the nearest. True: all
-            states, and parameters without master weights; not for float16 parameters. None, False:
-            nothing, as in torch.
+            with the probabilities that make the mean right, instead of to the nearest. None: no
+            more than weights of 24 bits. True: all states, and parameters without master weights,
+            too; not for float16 parameters. False: nothing, as in torch.
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
         exp_avg: :math:`m`, of the parameter's dtype unless ``state_dtype`` says otherwise.

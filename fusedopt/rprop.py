@@ -45,9 +45,9 @@ class Rprop(FusedOptimizer):
         step_sizes (tuple[float, float], default (1e-6, 50)): :math:`s_{\min}` and
             :math:`s_{\max}`, at least 0.
         stochastic_rounding (bool | None, default None): round what is kept in bfloat16 up or down
-            with the probabilities that make the mean right, instead of to the nearest. True: all
-            states, and parameters without master weights; not for float16 parameters. None, False:
-            nothing, as in torch.
+            with the probabilities that make the mean right, instead of to the nearest. None: no
+            more than weights of 24 bits. True: all states, and parameters without master weights,
+            too; not for float16 parameters. False: nothing, as in torch.
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
         prev: the grad :math:`g'` of the step before, of the parameter's dtype unless

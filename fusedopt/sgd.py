@@ -51,9 +51,9 @@ class SGD(FusedOptimizer):
             and Hutter, arXiv 1711.05101). torch's groups have no such key, nor these unless it is
             True.
         stochastic_rounding (bool | None, default None): round what is kept in bfloat16 up or down
-            with the probabilities that make the mean right, instead of to the nearest. True: all
-            states, and parameters without master weights; not for float16 parameters. None, False:
-            nothing, as in torch: SGD has no second moments, which None is about.
+            with the probabilities that make the mean right, instead of to the nearest. None: no
+            more than weights of 24 bits. True: all states, and parameters without master weights,
+            too; not for float16 parameters. False: nothing, as in torch.
 
     State of a parameter, in ``state[param]``, of its shape where nothing else is said:
         momentum_buffer: :math:`v`, of the parameter's dtype unless ``state_dtype`` says otherwise,

@@ -104,7 +104,7 @@ void check_master(const Operands& operands) {
                             : operands.master == Master::kSplit8 ? "torch.int8"
                                                                  : "torch.float32";
   throw py::type_error(subject(operands, kMaster) + describe(operands.tensors[kMaster]) +
-                       ", but must be " + dtype + "; load_state_dict() converts it");
+                       ", but must be " + dtype);
 }
 
 uint8_t find_device(const Operands& operands) {

@@ -329,7 +329,8 @@ void visit_unused(const OptimizerRow& row, const GroupOptions& options, Master m
     if ((row.omissible & ~options.states) >> s & 1) visit(row.state_names[s]);
   for (const Key& name : row.derived) visit(name);
   if (master != Master::kFloat32) visit(kMasterParam);
-  if (!is_split(master)) visit(kParamRemainder);
+  if (master != Master::kSplit) visit(kParamRemainder);
+  if (master != Master::kSplit8) visit(kParamRemainder8);
   if (!options.source.values.has_ema()) visit(kEmaParam);
   if (!options.counts_steps) visit(kStep);
 }
@@ -366,7 +367,8 @@ GroupOptions read_options(const OptimizerRow& row, GroupReader& reader) {
     }
   });
   if (options.master_weights == Master::kFloat32) options.names[kMaster] = &kMasterParam;
-  if (is_split(options.master_weights)) options.names[kMaster] = &kParamRemainder;
+  if (options.master_weights == Master::kSplit) options.names[kMaster] = &kParamRemainder;
+  if (options.master_weights == Master::kSplit8) options.names[kMaster] = &kParamRemainder8;
   if (hyper.has_ema()) options.names[kEma] = &kEmaParam;
   options.counts_steps = row.always_counts || hyper.has_ema() ||
                          hyper.stochastic_rounding == StochasticRounding::kAll ||
@@ -421,9 +423,10 @@ StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::obj
     spec.starts[row.state_names[static_cast<size_t>(row.started_state)].str()] =
         reader.number_or(*row.start_option, 0);
   if (*master == Master::kFloat32) add(spec.entries, kMasterParam, "master", wide);
-  if (is_split(*master))
-    add(spec.entries, kParamRemainder, "remainder",
-        torch.attr(*master == Master::kSplit ? "int16" : "int8"));
+  if (*master == Master::kSplit)
+    add(spec.entries, kParamRemainder, "remainder", torch.attr("int16"));
+  if (*master == Master::kSplit8)
+    add(spec.entries, kParamRemainder8, "remainder8", torch.attr("int8"));
   if (options.source.values.has_ema()) add(spec.entries, kEmaParam, "average", wide);
   visit_unused(row, options, *master, [&](const Key& name) { spec.unused.append(name.str()); });
   return spec;
@@ -433,6 +436,7 @@ py::dict names_of_weights() {
   py::dict names;
   names["master"] = kMasterParam.name();
   names["remainder"] = kParamRemainder.name();
+  names["remainder8"] = kParamRemainder8.name();
   names["average"] = kEmaParam.name();
   return names;
 }
@@ -493,8 +497,9 @@ void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state,
   });
   std::string others;
   for (const py::object& key : keys) {
-    const bool is_master =
-        key.equal(py::str(kMasterParam.name())) || key.equal(py::str(kParamRemainder.name()));
+    const bool is_master = key.equal(py::str(kMasterParam.name())) ||
+                           key.equal(py::str(kParamRemainder.name())) ||
+                           key.equal(py::str(kParamRemainder8.name()));
     if (!is_master) others += (others.empty() ? "" : ", ") + std::string(py::repr(key));
   }
   if (others.empty()) return;  // a parameter that has not been stepped

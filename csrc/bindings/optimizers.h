@@ -47,6 +47,7 @@ cuda::HyperParamsRef read_hyper(const OptimizerRow& row, GroupReader& reader);
 // What a state may have whatever the optimizer.
 inline const Key kStep("step");
 inline const Key kMasterParam("master_param"), kParamRemainder("param_remainder");
+inline const Key kParamRemainder8("param_remainder8");
 inline const Key kEmaParam("ema_param");
 
 // What the options of a param group come to.
@@ -80,7 +81,7 @@ inline bool rounds_remainder(Master master, StochasticRounding rounding) {
 // What the state of a parameter of a dtype (a torch.dtype) is to hold.
 struct StateSpec {
   // (name, kind, torch.dtype) of each tensor but "step". Kinds are "state", which begins as zeros
-  // unless `starts` says otherwise, "master", "remainder" and "average".
+  // unless `starts` says otherwise, "master", "remainder", "remainder8" and "average".
   pybind11::list entries;
   pybind11::list left_out;        // of the optimizer, but the options have no use for them
   pybind11::list unused;          // names of all that other options may have left in the state
@@ -94,7 +95,7 @@ struct StateSpec {
 StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const pybind11::object& dtype,
                      bool is_strict);
 
-// The names in a state of the kinds "master", "remainder" and "average".
+// The names in a state of the kinds "master", "remainder", "remainder8" and "average".
 pybind11::dict names_of_weights();
 
 // Whether a state has any of what StateSpec::unused lists.

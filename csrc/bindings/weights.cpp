@@ -60,7 +60,9 @@ void split_weights(py::handle weight, py::handle param, py::handle remainder) {
   const WeightParts parts(param, remainder, weight);
   for (int64_t i = 0; i < parts.count; ++i) {
     const float whole = parts.weight[i];
-    const auto split = split_weight(parts.has_bytes ? nearest_of_24_bits(whole) : whole);
+    // A NaN whose bits are all in the lower byte would be cut to infinity.
+    const bool is_nan = whole != whole;
+    const auto split = split_weight(parts.has_bytes && !is_nan ? nearest_of_24_bits(whole) : whole);
     parts.param[i] = static_cast<uint16_t>(as_bits(split.param) >> 16);
     if (parts.has_bytes)
       static_cast<uint8_t*>(parts.remainder)[i] = static_cast<uint8_t>(split.remainder >> 8);

@@ -6,7 +6,8 @@
 // in memory of the CPU.
 namespace fusedopt {
 
-// weight <- the float32 numbers that bfloat16 params and their int16 remainders are together.
+// weight <- the float32 numbers that bfloat16 params and their int16 or int8 remainders are
+// together.
 void join_weights(pybind11::handle param, pybind11::handle remainder, pybind11::handle weight);
 
 // param, remainder <- the two parts of float32 weights.

@@ -1,4 +1,5 @@
-// Stochastic rounding to bfloat16: up or down with the probabilities that make the mean right.
+// Stochastic rounding to bfloat16, and of weights to 24 bits (core/weight.h): up or down with the
+// probabilities that make the mean right.
 //
 // The draws come from a counter-based generator, so that a resumed run repeats them: a hash of the
 // seed, the step, the number of the element in its tensor, and the element's new weight before it

@@ -1,5 +1,5 @@
-// Master weights: weights kept in float32 although the param is narrower, so that small updates are
-// not lost.
+// Master weights: weights kept in float32, or in 24 bits of it, although the param is narrower, so
+// that small updates are not lost.
 #pragma once
 
 #include <cstdint>

@@ -163,6 +163,8 @@ class FusedAdam(DropIn, Adam):
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """As ``fusedopt.Adam``'s; remainders are for groups of nothing but bfloat16."""
+        if isinstance(param_group, dict) and param_group.get("master_weights") == "split8":
+            raise ValueError("TransformerEngine's FusedAdam has no weights of 24 bits")
         super().add_param_group(param_group)
         added = self.param_groups[-1]
         if added.get("master_weights") == "split":

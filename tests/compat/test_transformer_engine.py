@@ -533,3 +533,11 @@ def test_as_megatron_core_does_it(remainders: bool, dtypes: tuple[torch.dtype, .
         twin.step()
     weights_of = [w for w in trained.optimizer.fp32_params() if w.numel()]
     assert_equal(weights_of, twin.fp32_params())
+
+
+def test_weights_of_24_bits_are_refused() -> None:
+    optimizer = FusedAdam([Parameter(torch.ones(3))], master_weights=True)
+    more = {"params": [Parameter(torch.ones(3))], "master_weights": "split8"}
+    with pytest.raises(ValueError, match="24 bits"):
+        optimizer.add_param_group(more)
+    assert len(optimizer.param_groups) == 1

@@ -1,5 +1,8 @@
 """Weights of 24 bits: a bfloat16 param and a remainder of one byte, rounded stochastically."""
 
+import warnings
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +11,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
+from support.device import DEVICE
 from support.equality import bits
 from support.optimizers import Case, some_cases, step_with
 from support.settings import OF_24_BITS, nearest_of_24_bits
-from support.snapshots import refused
 from support.tensors import BFLOAT16, FLOAT32, params_of, values
 
 SPLIT8: dict[str, Any] = {"master_weights": "split8"}
@@ -30,12 +33,12 @@ def test_weights_are_loaded_as_the_nearest() -> None:
     (found,) = optimizer.fp32_params()
     assert torch.equal(bits(found), bits(nearest_of_24_bits(weights)))
     assert ((found - weights).abs() <= OF_24_BITS / 2 * weights.abs()).all()
-    (entry,) = [optimizer.state[param]["param_remainder"] for param in params_of(optimizer)]
+    (entry,) = [optimizer.state[param]["param_remainder8"] for param in params_of(optimizer)]
     assert entry.dtype == torch.int8
 
 
 STEPS = 2000
-# Each is less than half of what 24 bits can tell from 1, but for the first.
+# What 24 bits can tell from 1 is 3e-5, half of which is what nearest rounding needs.
 MOVES = (1e-4, 3e-5, 1e-5, 1e-6, 1e-7)
 
 
@@ -92,22 +95,59 @@ def test_a_cast_by_torch_keeps_the_remainder() -> None:
     before = ours.fp32_params()[0]
     theirs = torch.optim.AdamW([Parameter(param.detach().clone())])
     theirs.load_state_dict(ours.state_dict())
-    assert theirs.state_dict()["state"][0]["param_remainder"].dtype == BFLOAT16
+    assert theirs.state_dict()["state"][0]["param_remainder8"].dtype == BFLOAT16
     ours.load_state_dict(theirs.state_dict())
     assert torch.equal(bits(ours.fp32_params()[0]), bits(before))
 
 
-def test_a_group_that_changes_its_kind() -> None:
-    # A step does not guess; load_state_dict() converts.
+@pytest.mark.parametrize(("kind", "other"), [("split", "split8"), ("split8", "split")])
+def test_a_group_that_changes_its_kind(kind: str, other: str) -> None:
+    # load_state_dict() converts, through torch and its casts, too; a step begins with the param.
     param = Parameter(values(64, dtype=BFLOAT16))
-    optimizer: Any = fusedopt.AdamW([param], master_weights="split")
+    optimizer: Any = fusedopt.AdamW([param], master_weights=kind)  # type: ignore[arg-type]
     step_with(optimizer, [torch.ones_like(param)] * 3)
-    before = optimizer.fp32_params()[0]
-    optimizer.param_groups[0]["master_weights"] = "split8"
-    param.grad = torch.ones_like(param)
-    with refused(optimizer, TypeError, r"param_remainder.*int16.*must be torch.int8.*load_state"):
+    before, unconverted = optimizer.fp32_params()[0], deepcopy(optimizer)
+    for each in (optimizer, unconverted):
+        each.param_groups[0]["master_weights"] = other
+    theirs = torch.optim.AdamW([Parameter(param.detach().clone())])
+    theirs.load_state_dict(optimizer.state_dict())
+    for saved in (optimizer, theirs):
+        optimizer.load_state_dict(saved.state_dict())
+        after = optimizer.fp32_params()[0].cpu()
+        expected = nearest_of_24_bits(before.cpu()) if other == "split8" else before.cpu()
+        assert torch.equal(bits(after), bits(expected))
+    (copied,) = params_of(unconverted)
+    start = copied.detach().float()
+    unconverted.param_groups[0]["lr"] = 0.0
+    step_with(unconverted, [torch.ones_like(copied)])
+    assert torch.equal(unconverted.fp32_params()[0], start)
+
+
+def test_nan_stays_nan() -> None:
+    numbers = [0x7F800001, 0x7F8000FF, 0xFF800080 - 2**32, 0x7FC00000, 0x7FFFFFFF, 0x7F800000]
+    weights = torch.tensor(numbers, dtype=torch.int32).view(FLOAT32).to(DEVICE)
+    optimizer = fusedopt.SGD([param_of(weights)], **SPLIT8)
+    optimizer.load_fp32_params([weights])
+    (found,) = optimizer.fp32_params()
+    assert found.isnan().tolist() == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize(("kind", "other"), [("split", "split8"), ("split8", "split")])
+def test_files_of_the_other_kind(kind: str, other: str, tmp_path: Path) -> None:
+    # torch.distributed.checkpoint loads in place, by name: nothing may be taken for another.
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    def trained(masters: str) -> tuple[torch.nn.Module, Any]:
+        model = torch.nn.Linear(8, 8, dtype=BFLOAT16, device=DEVICE)
+        optimizer = fusedopt.AdamW(model.parameters(), master_weights=masters)  # type: ignore[arg-type]
+        model(torch.ones(4, 8, dtype=BFLOAT16, device=DEVICE)).sum().backward()
         optimizer.step()
-    optimizer.load_state_dict(optimizer.state_dict())
-    after = optimizer.fp32_params()[0]
-    assert torch.equal(bits(after).cpu(), bits(nearest_of_24_bits(before.cpu())))
-    optimizer.step()
+        return model, optimizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"optimizer": get_optimizer_state_dict(*trained(kind))}, checkpoint_id=tmp_path)
+        wanted = {"optimizer": get_optimizer_state_dict(*trained(other))}
+        with pytest.raises(dcp.api.CheckpointException, match="param_remainder"):
+            dcp.load(wanted, checkpoint_id=tmp_path)

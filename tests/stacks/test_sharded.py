@@ -192,6 +192,7 @@ FULL: dict[str, dict[str, Any]] = {
     "averages": {"ema_decay": 0.9},
     "masters": {"master_weights": "float32"},
     "split masters": {"master_weights": "split"},  # neither gloo nor NCCL sends int16
+    "split8 masters": {"master_weights": "split8"},
     "states": {"state_dtype": torch.float32},  # torch gathers no torch.dtype of a group
 }
 

@@ -17,7 +17,8 @@ from support.tensors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, dtype_id
 FLOATS = (FLOAT32, BFLOAT16, FLOAT16, FLOAT64)
 # What is rounded stochastically by default.
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf")
-WEIGHTS = ("master_param", "param_remainder")  # what master weights add to the state
+# What master weights add to the state.
+WEIGHTS = ("master_param", "param_remainder", "param_remainder8")
 OF_24_BITS = 2.0**-15  # from 1 to the next weight of 24 bits
 
 
@@ -74,7 +75,7 @@ class Setting:
         if self.masters(dtype) == "split":
             found["param_remainder"] = torch.int16
         if self.masters(dtype) == "split8":
-            found["param_remainder"] = torch.int8
+            found["param_remainder8"] = torch.int8
         asked = self.options.get("stochastic_rounding")
         cuts = self.masters(dtype) == "split8" and asked is not False
         counts = oracle.counts_steps or averages or asked or cuts

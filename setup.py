@@ -155,7 +155,7 @@ def cpp_sources(build_dir: Path, with_cuda: bool) -> list[tuple[Path, list[str]]
     isas = ISA_FLAGS if X86_64 else {"baseline": []}
     cuda = ["table", "driver"] if with_cuda else ["unavailable"]
     if cuda_mode() == "emulated":
-        cuda = ["table", "driver", "emulated"]
+        cuda = ["emulated_float", "emulated_double", "table", "driver", "emulated"]
     # With all of an element in one function, a file takes sanitizers more than eight minutes.
     sanitized = ["-Og", "-Dalways_inline=unused"] if SANITIZE else []
     # For tests: -O3 takes longer to compile than the tests gain by it. And where g++ 12 vectorizes

@@ -11,6 +11,7 @@
 
 #include "core/emulation.h"
 #include "core/flush.h"
+#include "cuda/emulated_update.h"
 #include "cuda/runtime.h"
 
 namespace fusedopt::cuda {
@@ -26,34 +27,6 @@ void enqueue(std::function<void()> update) {
     g_recorded.push_back(std::move(update));
   else
     update();
-}
-
-// The shared memory of a block, used for one block after the other.
-class SharedMemory {
- public:
-  explicit SharedMemory(int64_t bytes) : words_(static_cast<size_t>(bytes) / sizeof(Words<4>)) {}
-
-  // For a new block. All bits are set, which is NaN in all formats of numbers: whoever reads what
-  // it has not copied computes with NaNs, and a test sees them.
-  SharedPlace renew() {
-    std::memset(words_.data(), 0xff, words_.size() * sizeof(Words<4>));
-    return shared_place(words_.data());
-  }
-
- private:
-  std::vector<Words<4>> words_;
-};
-
-// The update kernel. Float computation flushes subnormal numbers, as float.cu is compiled to.
-template <class Rule, class T>
-void update_all(const UpdateArguments<Rule, T>& arguments, int64_t num_chunks) {
-  const FlushMode flush(sizeof(T) == sizeof(float));
-  SharedMemory shared(int64_t{kStages} * arguments.plan.stage_bytes);
-  for (uint32_t block = 0; block < num_chunks; ++block) {
-    const SharedPlace place = shared.renew();
-    for (uint32_t thread = 0; thread < kBlockThreads; ++thread)
-      update_thread(arguments, place, block, thread);
-  }
 }
 
 // One block of sum_squares_kernel.
@@ -131,10 +104,8 @@ bool Event::is_done() const { return true; }
 void Event::wait() const {}
 
 void update(const UpdateCall& call) {
-  with_types(call.key, [&](auto rule, auto number) {
-    const auto arguments = arguments_for<decltype(rule), decltype(number)>(call);
-    enqueue([arguments, num_chunks = call.num_chunks] { update_all(arguments, num_chunks); });
-  });
+  enqueue(call.key.formats.in_double() ? emulated_update<double>(call)
+                                       : emulated_update<float>(call));
 }
 
 void sum_squares(const SumSquaresCall& call) {

@@ -27,10 +27,11 @@ SUITES = [
     *("overlap", "norm", "driver", "grid", "host_mirror", "table", "gpu", "counters", "huge"),
 ]
 TESTS = sorted(ROOT.glob("tests/cpp/*.cpp"))
-CUDA = [ROOT / f"csrc/cuda/{name}.cpp" for name in ("emulated", "table", "driver")]
+EMULATED = [ROOT / f"csrc/cuda/emulated{part}.cpp" for part in ("_float", "_double", "")]
+CUDA = [*EMULATED, *(ROOT / f"csrc/cuda/{name}.cpp" for name in ("table", "driver"))]
 # What is always inlined takes many minutes to compile with sanitizers. It is inlined for the sake
 # of objects of other instruction sets, which have none.
-KERNELS = [CUDA[0], ROOT / "csrc/cpu/isa_baseline.cpp"]
+KERNELS = [*EMULATED, ROOT / "csrc/cpu/isa_baseline.cpp"]
 FAST = {source: ["-Dalways_inline=unused"] for source in KERNELS}
 SANITIZE = ["-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
 

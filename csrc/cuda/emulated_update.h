@@ -1,0 +1,58 @@
+// The update kernel run on the host: what float.cu and double.cu are on a GPU. It is compiled for
+// each of the types that compute by itself, as the kernels are, since it takes that long.
+#pragma once
+
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "core/flush.h"
+#include "cuda/launch.h"
+
+namespace fusedopt::cuda {
+
+// All blocks of a launch whose kernel computes in T, to be called now or in each replay.
+template <class T>
+std::function<void()> emulated_update(const UpdateCall& call);
+extern template std::function<void()> emulated_update<float>(const UpdateCall& call);
+extern template std::function<void()> emulated_update<double>(const UpdateCall& call);
+
+// The shared memory of a block, used for one block after the other.
+class SharedMemory {
+ public:
+  explicit SharedMemory(int64_t bytes) : words_(static_cast<size_t>(bytes) / sizeof(Words<4>)) {}
+
+  // For a new block. All bits are set, which is NaN in all formats of numbers: whoever reads what
+  // it has not copied computes with NaNs, and a test sees them.
+  SharedPlace renew() {
+    std::memset(words_.data(), 0xff, words_.size() * sizeof(Words<4>));
+    return shared_place(words_.data());
+  }
+
+ private:
+  std::vector<Words<4>> words_;
+};
+
+// The update kernel. Float computation flushes subnormal numbers, as float.cu is compiled to.
+template <class Rule, class T>
+void update_all(const UpdateArguments<Rule, T>& arguments, int64_t num_chunks) {
+  const FlushMode flush(sizeof(T) == sizeof(float));
+  SharedMemory shared(int64_t{kStages} * arguments.plan.stage_bytes);
+  for (uint32_t block = 0; block < num_chunks; ++block) {
+    const SharedPlace place = shared.renew();
+    for (uint32_t thread = 0; thread < kBlockThreads; ++thread)
+      update_thread(arguments, place, block, thread);
+  }
+}
+
+template <class T>
+std::function<void()> emulated_update(const UpdateCall& call) {
+  std::function<void()> work;
+  with_rule(call.key.rule, [&](auto rule) {
+    const auto arguments = arguments_for<decltype(rule), T>(call);
+    work = [arguments, num_chunks = call.num_chunks] { update_all(arguments, num_chunks); };
+  });
+  return work;
+}
+
+}  // namespace fusedopt::cuda

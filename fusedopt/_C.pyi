@@ -44,12 +44,17 @@ class StateSpec:
     entries: list[tuple[str, str, dtype]]
     left_out: list[tuple[str, str, dtype]]
     unused: list[str]
+    codes: dict[str, tuple[str, dtype, str]]
+    wants_codes: bool
     starts: dict[str, float]
     counts_steps: bool
     state_dtype: dtype | None
     weight_dtype: dtype
 
 WEIGHTS_IN_STATE: dict[str, str]
+CODES_SUFFIX: str
+SCALES_SUFFIX: str
+GROUP_OF_CODES: int
 GRAD_STATUS: dict[str, tuple[int, str]]
 
 def check_group(
@@ -64,6 +69,9 @@ def state_spec(
 def state_dtype_name(value: Any) -> str | None: ...
 def join_weights(param: Tensor, remainder: Tensor, weight: Tensor) -> None: ...
 def split_weights(weight: Tensor, param: Tensor, remainder: Tensor) -> None: ...
+def encode(values: Tensor, codes: Tensor, scales: Tensor) -> None: ...
+def decode(codes: Tensor, scales: Tensor, values: Tensor) -> None: ...
+def names_of_scales(optimizer: str) -> list[str]: ...
 def build_info() -> BuildInfo: ...
 def is_on_gpu(tensor: Any) -> bool: ...
 

@@ -310,12 +310,14 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Returns:
             Bytes of ``params``, ``grads``, ``states`` (moments, momentum buffers, step counts ...),
-            ``masters`` (``master_param``, ``param_remainder``, ``param_remainder8``) and
-            ``averages`` (``ema_param``), and their ``total``.
+            ``scales`` (of states that are codes of 8 bits), ``masters`` (``master_param``,
+            ``param_remainder``, ``param_remainder8``) and ``averages`` (``ema_param``), and their
+            ``total``.
         """
         names = _C.WEIGHTS_IN_STATE
         kinds = {names[kind]: "masters" for kind in MASTERS} | {names["average"]: "averages"}
-        found = dict.fromkeys(("params", "grads", "states", "masters", "averages"), 0)
+        kinds |= dict.fromkeys(_C.names_of_scales(self._row), "scales")
+        found = dict.fromkeys(("params", "grads", "states", "scales", "masters", "averages"), 0)
         for each in self.param_groups if group is None else [self.param_groups[group]]:
             for param in each["params"]:
                 found["params"] += bytes_of(param)

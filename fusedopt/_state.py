@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._codes import has_state, new_codes, shape_of_scales
 from ._steps import place_steps
 from ._types import ParamGroup, State
 from ._weights import are_rewritten, overwrite, read_weight, weight_of
@@ -54,6 +55,17 @@ def new_entry(
     return torch.full_like(param, complex(start, start) if param.is_complex() else start, **kwargs)
 
 
+def new_entries(
+    name: str, kind: str, dtype: torch.dtype, param: Tensor, state: State, spec: _C.StateSpec
+) -> State:
+    """The same under its name, or codes and scales under theirs."""
+    shape = shape_of_scales(param) if spec.wants_codes and name in spec.codes else None
+    if shape is None:
+        return {name: new_entry(name, kind, dtype, param, state, spec)}
+    code_name, code_dtype, scale_name = spec.codes[name]
+    return dict(zip((code_name, scale_name), new_codes(param, code_dtype, shape), strict=True))
+
+
 def create_state(
     optimizer: "FusedOptimizer",
     missing: list[tuple[int, int]],
@@ -88,8 +100,8 @@ def create_state(
         for param, before, new, spec in created:
             present = before or {}
             for name, kind, dtype in spec.entries:
-                if present.get(name) is None:
-                    new[name] = new_entry(name, kind, dtype, param, present, spec)
+                if not has_state(name, present, spec):
+                    new |= new_entries(name, kind, dtype, param, present, spec)
 
     def discard() -> None:
         for param, before, _, _ in created:

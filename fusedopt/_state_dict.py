@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._codes import has_state
 from ._options import name_state_dtype
 from ._state import Specs, new_entry
 from ._steps import to_step
@@ -51,11 +52,11 @@ def _make_portable(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> N
             if spec is None or not spec.left_out:
                 continue
             in_use = [name for name, kind, _ in spec.entries if kind == "state"]
-            if all(entries.get(name) is not None for name in in_use):
+            if all(has_state(name, entries, spec) for name in in_use):
                 zeros = {
                     name: new_entry(name, kind, dtype, param.detach(), {}, spec)
                     for name, kind, dtype in spec.left_out
-                    if entries.get(name) is None
+                    if not has_state(name, entries, spec)
                 }
                 if zeros:
                     state[key] = {**entries, **zeros}

@@ -16,7 +16,7 @@ def wrapping(tensor_type: type[torch.Tensor]) -> tuple[str | None, bool, str | N
     A collective that is still under way is waited for. Raises TypeError for other subclasses that
     only wrap tensors: they have no memory of their own to write to.
     """
-    if _is_dtensor(tensor_type):
+    if is_dtensor(tensor_type):
         return "_local_tensor", False, "_spec"
     collectives: Any = sys.modules.get("torch.distributed._functional_collectives")
     if collectives is not None and issubclass(tensor_type, collectives.AsyncCollectiveTensor):
@@ -31,14 +31,14 @@ def wrapping(tensor_type: type[torch.Tensor]) -> tuple[str | None, bool, str | N
     return None, False, None
 
 
-def _is_dtensor(tensor_type: type[torch.Tensor]) -> bool:
+def is_dtensor(tensor_type: type[torch.Tensor]) -> bool:
     return all(hasattr(tensor_type, name) for name in ("_local_tensor", "_spec", "to_local"))
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard of a DTensor; other tensors are whole."""
     known: Any = tensor
-    shard: torch.Tensor = known._local_tensor if _is_dtensor(type(tensor)) else tensor
+    shard: torch.Tensor = known._local_tensor if is_dtensor(type(tensor)) else tensor
     return shard
 
 
@@ -53,7 +53,7 @@ def bytes_of(tensor: torch.Tensor) -> int:
 def count_writes(tensor: torch.Tensor) -> int:
     """How often a tensor, or the shard that it holds, has been written to; -1 if nobody counts."""
     try:
-        return tensor._version + (local(tensor)._version if _is_dtensor(type(tensor)) else 0)
+        return tensor._version + (local(tensor)._version if is_dtensor(type(tensor)) else 0)
     except RuntimeError:  # of inference tensors
         return -1
 
@@ -64,7 +64,7 @@ def align(tensor: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
     A grad can be sharded or partial where its param is not (SequenceParallel leaves partial grads
     on replicated weights). Raises TypeError if one of the two is a DTensor and the other is not.
     """
-    are_dtensors = _is_dtensor(type(tensor)), _is_dtensor(type(param))
+    are_dtensors = is_dtensor(type(tensor)), is_dtensor(type(param))
     if are_dtensors == (False, False):
         return tensor
     if are_dtensors != (True, True):
@@ -87,7 +87,7 @@ def hit_rows(grad: torch.Tensor, param: torch.Tensor) -> tuple[torch.Tensor, tor
         raise ValueError(f"of shape {tuple(grad.shape)}, its parameter of {tuple(param.shape)}")
     if grad.dim() == 0:
         raise ValueError("of a parameter without dims, which has no rows")
-    if _is_dtensor(type(grad)) or _is_dtensor(type(param)):
+    if is_dtensor(type(grad)) or is_dtensor(type(param)):
         raise TypeError("a DTensor's, whose rows cannot be told")
     grad = grad.detach()
     if grad.layout == torch.strided:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _C
+from ._codes import put_states, take_codes
 from ._tensors import local
 from ._types import State
 
@@ -146,13 +147,23 @@ def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
 def convert(entries: State, param: Tensor, spec: _C.StateSpec, place: str) -> Tensor | None:
     """Make saved state fit the settings of the group that it is loaded into.
 
-    States take on the group's ``state_dtype`` if that is set. A master weight of another kind is
-    converted; one that was cast to another dtype (by ``torch.optim``) is dropped, as is all that
+    States take on the group's ``state_dtype`` if that is set, codes included. A master weight of
+    another kind is converted; one that was cast to another dtype (by ``torch.optim``) is dropped, as is all that
     the settings have no use for. Returns the values that the parameter is to have then, or None if
     it stays.
 
-    Raises ValueError, with ``place``, for masters and averages of another shape than the parameter.
+    Raises ValueError, with ``place``, for masters and averages of another shape than the parameter,
+    and as ``take_codes``.
     """
+    codes = take_codes(entries, param, spec, place)
+    values = _convert_numbers(entries, param, spec, place)
+    put_states(entries, codes, param, spec)
+    return values
+
+
+def _convert_numbers(
+    entries: State, param: Tensor, spec: _C.StateSpec, place: str
+) -> Tensor | None:
     saved = {kind: entries.pop(name, None) for kind, name in _C.WEIGHTS_IN_STATE.items()}
     if spec.state_dtype is None and not any(isinstance(entry, Tensor) for entry in saved.values()):
         return None

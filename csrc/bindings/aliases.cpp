@@ -10,7 +10,12 @@ namespace fusedopt {
 namespace {
 
 int64_t owner_of(size_t at, int operand) {
-  return static_cast<int64_t>(at) * kMaxOperands + operand;
+  return static_cast<int64_t>(at) * kMaxTensors + operand;
+}
+
+// Where an operand, or the scales of one, begin; nullptr for what is not there.
+const void* memory_of(const ParamUpdate& update, int operand) {
+  return operand < kFirstScale ? update.data[operand] : update.scales[operand - kFirstScale];
 }
 
 bool have_common_bytes(const Region& a, const Region& b) {
@@ -40,6 +45,13 @@ bool share_elements(const Region& a, const Region& b) {
 // The memory of one operand.
 Region AliasCheck::region_of(size_t at, int operand) const {
   const ParamUpdate& update = table_.updates[at];
+  if (operand >= kFirstScale)
+    return {reinterpret_cast<uintptr_t>(memory_of(update, operand)),
+            sizeof(float),
+            num_groups(update.numel) * static_cast<int64_t>(sizeof(float)),
+            nullptr,
+            operand,
+            owner_of(at, operand)};
   const int64_t item = item_size(update.formats.dtypes[operand]);
   // Of a param with rows that are not updated, all count: which ones are is another matter in each
   // step. Its grad has been made for this step, without gaps.
@@ -56,14 +68,16 @@ Region AliasCheck::region_of(size_t at, int operand) const {
 
 // "exp_avg of parameter 'fc.weight' (group 0, index 3)" for an owner of a region.
 std::string AliasCheck::name_of(const StepContext& context, int64_t owner) const {
-  auto at = owner / kMaxOperands;
-  const auto operand = static_cast<int>(owner % kMaxOperands);
+  auto at = owner / kMaxTensors;
+  const auto operand = static_cast<int>(owner % kMaxTensors);
   size_t g = 0;
   for (; at >= context.groups[g].size(); ++g) at -= context.groups[g].size();
   const Group& group = context.groups[g];
   const std::string param = ParamId{group.dict.ptr(), static_cast<int64_t>(g), at}.text();
   if (operand == kParam) return param;
-  return group.options.names[operand]->name() + (" of " + param);
+  const int named = operand < kFirstScale ? operand : kFirstState + operand - kFirstScale;
+  const std::string name = group.options.names[named]->name();
+  return name + (operand < kFirstScale ? "" : kScalesSuffix) + " of " + param;
 }
 
 void AliasCheck::refuse_overlap(const StepContext& context) {
@@ -75,12 +89,12 @@ void AliasCheck::refuse_overlap(const StepContext& context) {
     for (size_t at = 0; at < table_.updates.size(); ++at) {
       const ParamUpdate& update = table_.updates[at];
       const bool counts = update.device != kIdle || (with_resting && table_.caches[at].is_disjoint);
-      for (int k = 0; counts && update.numel > 0 && k < kMaxOperands; ++k)
-        if (k != kGrad && update.data[k] != nullptr) regions.push_back(region_of(at, k));
+      for (int k = 0; counts && update.numel > 0 && k < kMaxTensors; ++k)
+        if (k != kGrad && memory_of(update, k) != nullptr) regions.push_back(region_of(at, k));
     }
   };
   const auto is_resting = [&](int64_t owner) {
-    return table_.updates[static_cast<size_t>(owner / kMaxOperands)].device == kIdle;
+    return table_.updates[static_cast<size_t>(owner / kMaxTensors)].device == kIdle;
   };
   collect(/*with_resting=*/true);
   auto found = find_overlap(regions);
@@ -133,13 +147,13 @@ bool AliasCheck::check_grads(const StepContext& context) {
 bool AliasCheck::meets_written(const Region& region, size_t& guess) const {
   const auto at = [&](size_t i) {
     const auto owner = static_cast<size_t>(written_[i].owner);
-    return region_of(owner / kMaxOperands, static_cast<int>(owner % kMaxOperands));
+    return region_of(owner / kMaxTensors, static_cast<int>(owner % kMaxTensors));
   };
   const uintptr_t end = end_of(region);
   const auto is_before = [&](size_t i) {
     const auto owner = static_cast<size_t>(written_[i].owner);
     return reinterpret_cast<uintptr_t>(
-               table_.updates[owner / kMaxOperands].data[owner % kMaxOperands]) < end;
+               memory_of(table_.updates[owner / kMaxTensors], owner % kMaxTensors)) < end;
   };
   const bool good = guess <= written_.size() && (guess == 0 || is_before(guess - 1)) &&
                     (guess == written_.size() || !is_before(guess));
@@ -167,8 +181,8 @@ bool AliasCheck::reads_others(const StepContext& context, size_t at) {
   const Region grad = region_of(at, kGrad);
   bool others = false;
   for (const Written& written : written_) {
-    const auto owner = static_cast<size_t>(written.owner) / kMaxOperands;
-    const Region region = region_of(owner, static_cast<int>(written.owner % kMaxOperands));
+    const auto owner = static_cast<size_t>(written.owner) / kMaxTensors;
+    const Region region = region_of(owner, static_cast<int>(written.owner % kMaxTensors));
     if (!have_common_bytes(grad, region)) continue;
     if (table_.updates[owner].device ==
         kIdle) {  // not written to; its memory may be the grad's by now

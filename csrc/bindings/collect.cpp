@@ -82,10 +82,11 @@ StepContext Collector::collect(const py::object& param_groups, const py::object&
       if (found - checked == kParamsAhead) check_next();
       if (found > checked)
         ring[(found - 1) % kParamsAhead].operands->for_each_plain(prefetch_storage);
-      Found& place = ring[found++ % kParamsAhead];
+      const size_t at = found++;
+      Found& place = ring[at % kParamsAhead];
       place.group = &group;
       place.operands.emplace(ParamId{group.dict.ptr(), static_cast<int64_t>(g), i}, held_);
-      find_param(group, walk, *place.operands);
+      find_param(group, walk, *place.operands, at);
       place.operands->for_each_plain(prefetch_description);
     }
   }
@@ -145,7 +146,8 @@ void Collector::find_rows(Operands& operands) const {
 }
 
 // Finds a param's tensors among Python's objects.
-void Collector::find_param(const Group& group, StateWalk& walk, Operands& operands) const {
+void Collector::find_param(const Group& group, StateWalk& walk, Operands& operands,
+                           size_t at) const {
   const ParamId& id = operands.id;
   PyObject* const param = PyTuple_GET_ITEM(group.params.ptr(), id.index);
   refuse_unless_tensor(param, id, "");
@@ -159,7 +161,7 @@ void Collector::find_param(const Group& group, StateWalk& walk, Operands& operan
   }
   find_state_dict(group, walk, is_active, operands);
   if (is_active) {
-    name_operands(group, operands);
+    name_operands(group, operands, at);
     find_state(group, operands);
   }
   operands.find_shards();
@@ -247,20 +249,32 @@ void Collector::find_state_dict(const Group& group, StateWalk& walk, bool is_act
 }
 
 // The names of what is in use for this param.
-void Collector::name_operands(const Group& group, Operands& operands) const {
+void Collector::name_operands(const Group& group, Operands& operands, size_t at) const {
   const GroupOptions& options = group.options;
   std::copy(options.names + kFirstState, options.names + kMaxOperands,
             operands.names + kFirstState);
+  for (int k = kFirstState; k < kMaster; ++k)
+    if (is_code(table_.updates[at].formats.dtypes[k]))  // and it is likely to be so again
+      name_state(group, operands, k, /*are_codes=*/true);
   operands.rounding = options.source.values.stochastic_rounding;
   if (options.master_weights == Master::kNone) return;
   operands.master = find_master(options.master_weights, operands);
   if (operands.master == Master::kNone) operands.names[kMaster] = nullptr;
 }
 
+// A state in use is a tensor of numbers, or codes and their scales: whatever is there.
+void Collector::name_state(const Group& group, Operands& operands, int k, bool are_codes) const {
+  const int state = k - kFirstState;
+  if (group.options.names[k] == nullptr || !row_.can_be_codes(state)) return;
+  const auto s = static_cast<size_t>(state);
+  operands.names[k] = are_codes ? &row_.code_names[s] : group.options.names[k];
+  operands.names[scale_of_state(k)] = are_codes ? &row_.scale_names[s] : nullptr;
+}
+
 // Finds the tensors of a parameter's state in its dict.
 void Collector::find_state(const Group& group, Operands& operands) const {
   int left = 0;  // what has not been found
-  for (int k = kFirstState; k < kMaxOperands; ++k) left += operands.has(k) ? 1 : 0;
+  for (int k = kFirstState; k < kMaxTensors; ++k) left += operands.has(k) ? 1 : 0;
   PyObject* const step_key = group.options.counts_steps ? kStep.object() : nullptr;
   left += step_key != nullptr ? 1 : 0;
   operands.is_complete = left == 0;
@@ -270,7 +284,7 @@ void Collector::find_state(const Group& group, Operands& operands) const {
   PyObject *bad_key = nullptr, *bad_value = nullptr;
   const auto take = [&](PyObject* key, PyObject* value) {
     PyObject** entry = key == step_key ? &operands.step : nullptr;
-    for (int k = kFirstState; entry == nullptr && k < kMaxOperands; ++k)
+    for (int k = kFirstState; entry == nullptr && k < kMaxTensors; ++k)
       if (operands.has(k) && key == operands.names[k]->object()) entry = &operands.tensors[k];
     if (entry == nullptr || *entry != nullptr || value == Py_None) return true;
     if (!is_tensor(value)) {
@@ -290,8 +304,26 @@ void Collector::find_state(const Group& group, Operands& operands) const {
     if (bad_key != nullptr) refuse_entry(operands.id, bad_key, bad_value);
   };
   if (left > 0 && step_key != nullptr) look_up(step_key);
-  for (int k = kFirstState; left > 0 && k < kMaxOperands; ++k)
+  for (int k = kFirstState; left > 0 && k < kMaxTensors; ++k)
     if (operands.has(k)) look_up(operands.names[k]->object());
+  for (int k = kFirstState; left > 0 && k < kMaster; ++k) {
+    if (!row_.can_be_codes(k - kFirstState)) continue;
+    const int scale = scale_of_state(k);
+    const auto lacks_some = [&] {
+      return operands.tensors[k] == nullptr ||
+             (operands.has_codes(k) && operands.tensors[scale] == nullptr);
+    };
+    // In the other form?
+    for (int form = 0; form < 2 && operands.has(k) && lacks_some(); ++form) {
+      left -= operands.has_codes(k) ? 2 : 1;
+      left += (operands.tensors[k] != nullptr) + (operands.tensors[scale] != nullptr);
+      operands.tensors[k] = operands.tensors[scale] = nullptr;
+      name_state(group, operands, k, !operands.has_codes(k));
+      left += operands.has_codes(k) ? 2 : 1;
+      look_up(operands.names[k]->object());
+      if (operands.has_codes(k)) look_up(operands.names[scale]->object());
+    }
+  }
   operands.is_complete = left == 0;
 }
 
@@ -324,7 +356,7 @@ bool Collector::uses_less(const ParamUpdate& update, const ParamCache& cache,
 void Collector::compare_specs(Operands& operands, size_t at) {
   const auto has_spec = [](const Shard& shard) { return shard.spec != nullptr; };
   if (table_.specs.empty()) {
-    if (std::none_of(operands.shards, operands.shards + kMaxOperands, has_spec)) return;
+    if (std::none_of(operands.shards, operands.shards + kMaxTensors, has_spec)) return;
     table_.specs.resize(table_.updates.size());
   }
   auto& specs = table_.specs[at];
@@ -343,7 +375,7 @@ void Collector::compare_specs(Operands& operands, size_t at) {
     operands.has_known_specs = false;
   }
   if (operands.tensors[kGrad] == nullptr) return;  // it rests: its states have not been found
-  for (int k = kFirstState; k < kMaxOperands; ++k)
+  for (int k = kFirstState; k < kMaxTensors; ++k)
     if (take(k)) operands.has_known_specs = false;
   if (take(kGrad) || !operands.has_known_specs || !specs[kGrad]) {
     operands.is_grad_alike = are_alike(operands.shards[kGrad].spec, operands.shards[kParam].spec);
@@ -360,8 +392,8 @@ Collector::Unchanged Collector::compare(const Operands& operands, ParamUpdate& u
     return plain != nullptr ? fingerprint(plain) : kNoFingerprint;
   };
   uint64_t all = print_of(operands.shards[kParam].tensor);
-  for (int k = kFirstState; k <= kMaxOperands; ++k) {
-    const bool is_step = k == kMaxOperands;
+  for (int k = kFirstState; k <= kMaxTensors; ++k) {
+    const bool is_step = k == kMaxTensors;
     PyObject* const tensor = is_step ? operands.step : operands.tensors[k];
     const bool is_plain_step = is_step && tensor != nullptr && is_plain(tensor);
     PyObject* const plain = is_plain_step ? tensor : is_step ? nullptr : operands.shards[k].tensor;

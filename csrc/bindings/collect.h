@@ -42,12 +42,13 @@ class Collector {
 
   void read_groups(const pybind11::object& param_groups, StepContext& context);
   void resize(const StepContext& context);
-  void find_param(const Group& group, StateWalk& walk, Operands& operands) const;
+  void find_param(const Group& group, StateWalk& walk, Operands& operands, size_t at) const;
   void check_param(StepContext& context, const Group& group, Operands& operands, size_t at);
   void find_rows(Operands& operands) const;
   void find_state_dict(const Group& group, StateWalk& walk, bool is_active,
                        Operands& operands) const;
-  void name_operands(const Group& group, Operands& operands) const;
+  void name_operands(const Group& group, Operands& operands, size_t at) const;
+  void name_state(const Group& group, Operands& operands, int k, bool are_codes) const;
   void find_state(const Group& group, Operands& operands) const;
   void keep_layout(ParamUpdate& update, ParamCache& cache);
   bool uses_less(const ParamUpdate& update, const ParamCache& cache, const Operands& operands,

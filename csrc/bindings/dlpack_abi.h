@@ -52,7 +52,7 @@ typedef struct {
 namespace fusedopt {
 
 inline constexpr uint32_t kDlpackMajor = 1;
-inline constexpr uint8_t kDlInt = 0, kDlFloat = 2, kDlBfloat = 4, kDlComplex = 5;
+inline constexpr uint8_t kDlInt = 0, kDlUInt = 1, kDlFloat = 2, kDlBfloat = 4, kDlComplex = 5;
 inline constexpr int32_t kDlCpu = 1, kDlCuda = 2;
 
 }  // namespace fusedopt

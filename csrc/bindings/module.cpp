@@ -1,5 +1,6 @@
 #include <pybind11/pybind11.h>
 
+#include "bindings/codes.h"
 #include "bindings/fingerprint.h"
 #include "bindings/torch_layout.h"
 #include "bindings/operands.h"
@@ -7,6 +8,7 @@
 #include "bindings/plan.h"
 #include "bindings/torch_api.h"
 #include "bindings/weights.h"
+#include "core/codes.h"
 #include "core/gpu.h"
 #if defined(FUSEDOPT_EMULATED)
 #include "core/emulation.h"
@@ -92,6 +94,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def_readonly("entries", &fusedopt::StateSpec::entries)
       .def_readonly("left_out", &fusedopt::StateSpec::left_out)
       .def_readonly("unused", &fusedopt::StateSpec::unused)
+      .def_readonly("codes", &fusedopt::StateSpec::codes)
+      .def_readonly("wants_codes", &fusedopt::StateSpec::wants_codes)
       .def_readonly("starts", &fusedopt::StateSpec::starts)
       .def_readonly("counts_steps", &fusedopt::StateSpec::counts_steps)
       .def_readonly("state_dtype", &fusedopt::StateSpec::state_dtype)
@@ -109,6 +113,20 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("weight"));
   m.def("split_weights", &fusedopt::split_weights, py::arg("weight"), py::arg("param"),
         py::arg("remainder"));
+  m.def("encode", &fusedopt::encode, py::arg("values"), py::arg("codes"), py::arg("scales"));
+  m.def("decode", &fusedopt::decode, py::arg("codes"), py::arg("scales"), py::arg("values"));
+  m.def(
+      "names_of_scales",
+      [](const std::string& optimizer) {
+        py::list names;
+        for (const fusedopt::Key& name : fusedopt::find_optimizer(optimizer).scale_names)
+          names.append(name.str());
+        return names;
+      },
+      py::arg("optimizer"));
+  m.attr("CODES_SUFFIX") = fusedopt::kCodesSuffix;
+  m.attr("SCALES_SUFFIX") = fusedopt::kScalesSuffix;
+  m.attr("GROUP_OF_CODES") = fusedopt::kGroup;
   m.def("build_info", &build_info);
   m.def("is_on_gpu", &is_on_gpu, py::arg("tensor"));
 #if defined(FUSEDOPT_EMULATED)

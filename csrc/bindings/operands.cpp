@@ -62,8 +62,9 @@ void read_operand(Operands& operands, int k) {
   // load_state_dict(): torch.distributed.optim.ZeroRedundancyOptimizer does so itself.
   if (k == kMaster && operands.master == Master::kSplit && view.dtype == DType::kBFloat16)
     view.dtype = DType::kRemainder;
-  const bool is_number = !is_split(master_of(view.dtype));
-  if (!view.is_supported || !(is_number || is_remainder))
+  if (operands.has_codes(k) && view.dtype == DType::kRemainder8) view.dtype = DType::kSignedCodes;
+  const bool is_number = !is_split(master_of(view.dtype)) && !is_code(view.dtype);
+  if (!view.is_supported || !(is_number || is_remainder || operands.has_codes(k)))
     throw py::type_error(subject(operands, k) + describe(operands.tensors[k]) +
                          ", but dtypes that can be stepped are float32, float64, bfloat16, "
                          "float16 and complex");
@@ -105,6 +106,26 @@ void check_master(const Operands& operands) {
                                                                  : "torch.float32";
   throw py::type_error(subject(operands, kMaster) + describe(operands.tensors[kMaster]) +
                        ", but must be " + dtype);
+}
+
+void check_codes(const Operands& operands, int k, DType kind) {
+  const TensorView& codes = operands.views[k];
+  if (codes.dtype != kind)
+    throw py::type_error(subject(operands, k) + describe(operands.tensors[k]) + ", but must be " +
+                         (kind == DType::kSignedCodes ? "torch.int8" : "torch.uint8"));
+  const int at = scale_of_state(k);
+  const TensorView& scales = operands.views[at];
+  const TensorView& param = operands.views[kParam];
+  if (scales.dtype != DType::kFloat32 || scales.is_complex ||
+      count_elements(scales) != num_groups(count_elements(codes)) ||
+      scales.device_type != param.device_type || scales.device_id != param.device_id)
+    throw py::value_error(subject(operands, at) + describe(operands.tensors[at]) +
+                          ", but must be torch.float32, one number for " + std::to_string(kGroup) +
+                          " elements, beside the parameter: " + describe(operands.tensors[kParam]));
+  if (!is_contiguous(codes) || !is_contiguous(scales))
+    throw py::value_error(subject(operands, is_contiguous(codes) ? at : k) +
+                          "not contiguous, as codes and their scales must be; load_state_dict() "
+                          "makes them that");
 }
 
 uint8_t find_device(const Operands& operands) {

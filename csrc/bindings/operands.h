@@ -5,6 +5,7 @@
 #include <string>
 
 #include "bindings/memory.h"
+#include "bindings/optimizers.h"
 #include "bindings/options.h"
 #include "bindings/torch_api.h"
 #include "core/hyper.h"
@@ -31,13 +32,13 @@ struct Operands {
   ParamId id;
   References& held;  // where what is found on the way to a tensor's memory is kept
   // Each in its place (core/layout.h), which is in use if it has a name.
-  PyObject* tensors[kMaxOperands] = {};  // borrowed from `held`; null for state that is missing
-  Shard shards[kMaxOperands];            // of those that have been found
-  const Key* names[kMaxOperands] = {&kParamName, &kGradName};
-  TensorView views[kMaxOperands];  // of those that have been read
-  PyObject* state = nullptr;       // the dict they are from
-  PyObject* step = nullptr;        // null if it is missing, and for optimizers that do not count
-  PyObject* rows = nullptr;        // int64, which rows the grad is of; null: of all
+  PyObject* tensors[kMaxTensors] = {};  // borrowed from `held`; null for state that is missing
+  Shard shards[kMaxTensors];            // of those that have been found
+  const Key* names[kMaxTensors] = {&kParamName, &kGradName};
+  TensorView views[kMaxTensors];  // of those that have been read
+  PyObject* state = nullptr;      // the dict they are from
+  PyObject* step = nullptr;       // null if it is missing, and for optimizers that do not count
+  PyObject* rows = nullptr;       // int64, which rows the grad is of; null: of all
   int64_t num_rows = 0;
   Master master = Master::kNone;
   StochasticRounding rounding = StochasticRounding::kNone;
@@ -47,9 +48,10 @@ struct Operands {
 
   Operands(const ParamId& at, References& references) : id(at), held(references) {}
   bool has(int k) const { return names[k] != nullptr; }
+  bool has_codes(int k) const { return k >= kFirstState && k < kMaster && has(scale_of_state(k)); }
 
   void find_shards() {
-    for (int k = 0; k < kMaxOperands; ++k)
+    for (int k = 0; k < kMaxTensors; ++k)
       if (tensors[k] != nullptr) shards[k] = find_shard(tensors[k], held);
   }
 
@@ -76,6 +78,9 @@ void check_against_param(const Operands& operands, int k);
 
 // Raises TypeError for a master weight of another dtype than its kind has.
 void check_master(const Operands& operands);
+
+// Raises TypeError or ValueError unless operand k and its scales are codes of that kind.
+void check_codes(const Operands& operands, int k, DType kind);
 
 // Who steps the param, in ParamUpdate::device's terms. Raises if it is on a device that this build
 // cannot step.

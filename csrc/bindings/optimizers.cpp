@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <tuple>
 #include <utility>
 
@@ -213,12 +214,25 @@ RuleChoice rule_for(const OptimizerRow& row, const HyperParams& hyper) {
   return is_cautious ? row.cautious_rule.value() : row.rule;
 }
 
+Key kept_key(const std::string& name) {
+  static auto* const kept = new std::deque<std::string>();  // for as long as the keys
+  return Key(kept->emplace_back(name).c_str());
+}
+
 // A row with what follows from its rule.
 template <class Rule>
 OptimizerRow row_of(OptimizerRow row) {
   row.rule = choice_of<Rule>();
   for (int s = 0; s < Rule::kNumStates; ++s)
     if (Rule::is_second_moment(s)) row.second_moments |= 1u << s;
+  for (int s = 0; s < static_cast<int>(row.state_names.size()); ++s) {
+    const DType codes = Rule::codes_of(s);
+    if (codes == DType::kSignedCodes) row.signed_codes |= 1u << s;
+    if (codes == DType::kPositiveCodes) row.positive_codes |= 1u << s;
+    const std::string name = row.state_names[static_cast<size_t>(s)].name();
+    row.code_names.push_back(kept_key(name + kCodesSuffix));
+    row.scale_names.push_back(kept_key(name + kScalesSuffix));
+  }
   return row;
 }
 
@@ -326,7 +340,9 @@ template <class Visit>
 void visit_unused(const OptimizerRow& row, const GroupOptions& options, Master master,
                   const Visit& visit) {
   for (size_t s = 0; s < row.state_names.size(); ++s)
-    if ((row.omissible & ~options.states) >> s & 1) visit(row.state_names[s]);
+    if ((row.omissible & ~options.states) >> s & 1)
+      for (const std::vector<Key>* names : {&row.state_names, &row.code_names, &row.scale_names})
+        visit((*names)[s]);
   for (const Key& name : row.derived) visit(name);
   if (master != Master::kFloat32) visit(kMasterParam);
   if (master != Master::kSplit) visit(kParamRemainder);
@@ -337,6 +353,17 @@ void visit_unused(const OptimizerRow& row, const GroupOptions& options, Master m
 
 }  // namespace
 
+// What 8 bits are too few for.
+void refuse_codes(const OptimizerRow& row, const HyperParams& hyper, const GroupReader& reader) {
+  if ((row.signed_codes | row.positive_codes) == 0)
+    reader.fail(std::string("state_dtype='q8' is not for ") + row.name +
+                ", whose state needs more than 8 bits");
+  if (hyper.centered)
+    reader.fail(
+        "state_dtype='q8' is not for centered=True: the difference of two averages needs "
+        "more than 8 bits");
+}
+
 cuda::HyperParamsRef read_hyper(const OptimizerRow& row, GroupReader& reader) {
   cuda::HyperParamsRef source = {};
   read_common(reader, source);
@@ -344,6 +371,7 @@ cuda::HyperParamsRef read_hyper(const OptimizerRow& row, GroupReader& reader) {
   for (const Key* key : {&kCautiousUpdate, &kCautiousWeightDecay})
     if (reader.flag(*key) && !row.cautious_rule)
       reader.fail(std::string(key->name()) + " is not for " + row.name);
+  if (reader.wants_codes()) refuse_codes(row, source.values, reader);
   source.values.member = rule_for(row, source.values).member;
   return source;
 }
@@ -401,6 +429,9 @@ StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::obj
   if (!master)
     throw py::value_error(master_is_for(options.master_weights) + ", not for " +
                           std::string(py::str(dtype)));
+  if (is_strict && reader.wants_codes() && (param.is_complex || item_size(param.dtype) > 4))
+    throw py::value_error("state_dtype='q8' is for float32, bfloat16 and float16, not for " +
+                          std::string(py::str(dtype)));
   const auto torch = py::module_::import("torch");
   // Weights and averages of 16-bit params are wider than these.
   const bool is_narrow = !param.is_complex && item_size(param.dtype) == 2;
@@ -410,6 +441,12 @@ StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::obj
   const py::object state_dtype = spec.state_dtype.is_none() ? dtype : spec.state_dtype;
   spec.counts_steps = options.counts_steps;
   spec.weight_dtype = wide;
+  spec.wants_codes = reader.wants_codes();
+  for (size_t s = 0; s < row.state_names.size(); ++s)
+    if (((row.signed_codes | row.positive_codes) >> s & 1) != 0)
+      spec.codes[row.state_names[s].str()] = py::make_tuple(
+          row.code_names[s].str(), torch.attr((row.signed_codes >> s & 1) != 0 ? "int8" : "uint8"),
+          row.scale_names[s].str());
   const auto add = [](py::list& list, const Key& name, const char* kind, const py::object& dtype) {
     list.append(py::make_tuple(name.str(), kind, dtype));
   };
@@ -449,10 +486,12 @@ const Key* find_foreign(const OptimizerRow& row, const Has& has) {
       return std::any_of(names.begin(), names.end(),
                          [&](const Key& own) { return std::strcmp(own.name(), key.name()) == 0; });
     };
-    return holds(row.state_names) || holds(row.derived);
+    return holds(row.state_names) || holds(row.derived) || holds(row.code_names) ||
+           holds(row.scale_names);
   };
   for (const OptimizerRow& other : kOptimizers)
-    for (const std::vector<Key>* names : {&other.state_names, &other.derived})
+    for (const std::vector<Key>* names :
+         {&other.state_names, &other.derived, &other.code_names, &other.scale_names})
       for (const Key& name : *names)
         if (!is_own(name) && has(name)) return &name;
   return nullptr;
@@ -479,8 +518,12 @@ void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state,
     may_be_missing = may_be_missing && is_omissible;
   };
   for (size_t s = 0; s < row.state_names.size(); ++s)
-    if (((row.required & in_use) >> s & 1) != 0 && !has(row.state_names[s]))
+    if (((row.required & in_use) >> s & 1) != 0 && !has(row.state_names[s]) &&
+        !has(row.code_names[s]) && !has(row.scale_names[s]))
       miss(row.state_names[s], !is_checkpoint && (row.omissible >> s & 1) != 0);
+  for (size_t s = 0; s < row.code_names.size(); ++s)
+    if (has(row.code_names[s]) != has(row.scale_names[s]))
+      miss(has(row.code_names[s]) ? row.scale_names[s] : row.code_names[s], false);
   if (!has(kStep) && (row.always_counts || has(kEmaParam)))
     miss(kStep, false);  // an average without its count would start anew
   if (may_be_missing) {

@@ -15,6 +15,14 @@
 // only source of what a parameter's state holds: fusedopt/_state.py asks for a StateSpec.
 namespace fusedopt {
 
+// The tensors of an update: the operands, and the scales of states that are codes (core/codes.h).
+inline constexpr int kFirstScale = kMaxOperands;
+inline constexpr int kMaxTensors = kFirstScale + kMaxStates;
+constexpr int scale_of_state(int operand) { return kFirstScale + (operand - kFirstState); }
+
+// What the names of codes and of their scales add to the name of a state.
+inline constexpr char kCodesSuffix[] = "_q8", kScalesSuffix[] = "_scale";
+
 // States of a rule, a bit for each.
 using States = unsigned;
 
@@ -40,6 +48,10 @@ struct OptimizerRow {
   RuleChoice rule = {};
   std::optional<RuleChoice> cautious_rule = {};  // of groups with a caution, if there may be any
   States second_moments = 0;
+  States signed_codes = 0, positive_codes = 0;         // that can be codes of 8 bits, of which kind
+  std::vector<Key> code_names = {}, scale_names = {};  // of these, by the rule's numbers
+
+  bool can_be_codes(int state) const { return ((signed_codes | positive_codes) >> state & 1) != 0; }
 };
 // Reads the options that the rule computes with.
 cuda::HyperParamsRef read_hyper(const OptimizerRow& row, GroupReader& reader);
@@ -83,8 +95,11 @@ struct StateSpec {
   // (name, kind, torch.dtype) of each tensor but "step". Kinds are "state", which begins as zeros
   // unless `starts` says otherwise, "master", "remainder", "remainder8" and "average".
   pybind11::list entries;
-  pybind11::list left_out;        // of the optimizer, but the options have no use for them
-  pybind11::list unused;          // names of all that other options may have left in the state
+  pybind11::list left_out;  // of the optimizer, but the options have no use for them
+  pybind11::list unused;    // names of all that other options may have left in the state
+  // Of states that can be codes: (name of the codes, their torch.dtype, name of the scales).
+  pybind11::dict codes;
+  bool wants_codes;               // where the param can have them
   pybind11::dict starts;          // of states that do not begin as zeros: the number they do with
   bool counts_steps;              // there is a "step"
   pybind11::object state_dtype;   // a torch.dtype, or None where the states' own decide

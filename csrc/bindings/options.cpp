@@ -124,6 +124,11 @@ py::object GroupReader::state_dtype() const {
   return py::reinterpret_borrow<py::object>(dtype);
 }
 
+bool GroupReader::wants_codes() const {
+  const py::object value = find(kStateDtype);
+  return value && is_q8(value.ptr());
+}
+
 bool GroupReader::errs_if_nonfinite() const { return flag(kErrorIfNonfinite); }
 
 bool GroupReader::flag(const Key& key) const {

@@ -59,6 +59,7 @@ class GroupReader {
   bool is_capturable() const;
   bool errs_if_nonfinite() const;
   pybind11::object state_dtype() const;             // a torch.dtype, or None
+  bool wants_codes() const;                         // states of 8 bits, where that can be
   int scalars_gpu() const { return scalars_gpu_; }  // the GPU they were left on, or -1
   [[noreturn]] void fail(const std::string& what) const;
   // Fails for infinite and NaN values.

@@ -60,7 +60,7 @@ struct ParamTable {
   std::vector<Rows> rows;                   // and which rows they are of
   std::vector<cuda::StepCounter> counters;  // of this step, if GPUs count
   // How DTensors, and their states, lie over devices; empty if there have been none.
-  std::vector<std::array<pybind11::object, kMaxOperands>> specs;
+  std::vector<std::array<pybind11::object, kMaxTensors>> specs;
   // What was found out of all parameters together, until one of them changes.
   bool is_disjoint = false;    // no memory is written twice
   bool is_chunked = false;     // the plan's chunks fit the updates

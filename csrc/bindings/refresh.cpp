@@ -136,14 +136,20 @@ void Collector::read_state(bool is_second, Operands& operands, const ParamUpdate
     read_operand(operands, k);
     check_against_param(operands, k);
     if (k == kMaster) check_master(operands);
+    if (operands.has_codes(k)) {
+      read_operand(operands, scale_of_state(k));
+      const bool are_signed = (row_.signed_codes >> (k - kFirstState) & 1) != 0;
+      check_codes(operands, k, are_signed ? DType::kSignedCodes : DType::kPositiveCodes);
+    }
     const bool is_other = update.data[k] != operands.views[k].data;
     if (k < kMaster && is_other && !is_second) cache.is_fresh = false;  // it was loaded
     if (!cache.counts_steps && is_other) {
       cache.step = nullptr;  // it belonged to another state
       cache.step_on_gpu = false;
     }
-    if (!is_plain(operands.tensors[k]) || operands.shards[kParam].spec != nullptr)
-      check_alignment(operands, k);
+    for (const int each : {k, operands.has_codes(k) ? scale_of_state(k) : k})
+      if (!is_plain(operands.tensors[each]) || operands.shards[kParam].spec != nullptr)
+        check_alignment(operands, each);
   }
   if (operands.step != nullptr) find_step(operands, cache);
 }
@@ -158,8 +164,15 @@ uint8_t Collector::rounded_stochastically(const Operands& operands) const {
   if (operands.rounding == StochasticRounding::kSecondMoments)
     wanted = row_.second_moments << kFirstState;
   unsigned rounded = 0;
-  for (int k = 0; k < kMaster; ++k)
-    if (operands.has(k) && operands.views[k].dtype == DType::kBFloat16) rounded |= 1u << k;
+  for (int k = 0; k < kMaster; ++k) {
+    if (!operands.has(k)) continue;
+    const DType dtype = operands.views[k].dtype;
+    if (dtype == DType::kBFloat16) rounded |= 1u << k;
+    if (!is_code(dtype)) continue;
+    rounded |= 1u << k;
+    if (dtype == DType::kPositiveCodes && operands.rounding != StochasticRounding::kNone)
+      wanted |= 1u << k;
+  }
   const bool is_cut = rounds_remainder(operands.master, operands.rounding);
   return static_cast<uint8_t>((rounded & wanted) | (is_cut ? 1u << kMaster : 0));
 }
@@ -176,6 +189,12 @@ void Collector::enter(const Operands& operands, ParamUpdate& update, ParamCache&
     const bool is_there = operands.has(k);
     assign(update.data[k], is_there ? operands.views[k].data : nullptr, same);
     assign(update.formats.dtypes[k], is_there ? operands.views[k].dtype : DType::kAbsent, same);
+  }
+  for (int s = 0; s < kMaxStates; ++s) {
+    const int scale = kFirstScale + s;
+    float* const data =
+        operands.has(scale) ? static_cast<float*>(operands.views[scale].data) : nullptr;
+    assign(update.scales[s], data, same_memory);
   }
   const Dims* const before = table_.dims_of(update);
   lay_out(operands, update);
@@ -204,7 +223,7 @@ void Collector::lay_out(const Operands& operands, ParamUpdate& update) {
   if (contiguous && can_be_dense && operands.rows == nullptr) return;
   Dims dims = make_dims(operands, has_draws);
   if (operands.rows != nullptr) return lay_out_rows(operands, update, std::move(dims));
-  coalesce(dims);
+  coalesce(dims, /*keeps_order=*/update.formats.has_codes());
   if (can_be_dense && is_dense(dims, present)) return;
   add_layout(update, std::move(dims), {});
 }

@@ -13,9 +13,11 @@ namespace {
 
 // What states may be of: the only list.
 struct StateDtype {
-  const char* name;  // torch's, too
+  const char* name;  // torch's, too, but for codes
+  const char* dtype_name;
   PyObject* dtype = nullptr;
 };
+constexpr char kQ8[] = "q8";
 
 // Filled by connect_to_torch() and read from then on. The references live as long as the process.
 struct Torch {
@@ -35,7 +37,7 @@ struct Torch {
   PyObject* combine_sums = nullptr;   // of fusedopt._norms
   PyObject* classify = nullptr;       // of fusedopt._norms
   PyObject* bfloat16 = nullptr;
-  StateDtype state_dtypes[2] = {{"float32"}, {"bfloat16"}};
+  StateDtype state_dtypes[3] = {{"float32", "float32"}, {"bfloat16", "bfloat16"}, {kQ8, "float32"}};
   PyObject* float_on_gpu = nullptr;  // of fusedopt._tensors
   PyObject* grad_name = nullptr;
   PyGetSetDef* grad = nullptr;  // TensorBase.grad, to be called without a lookup per tensor
@@ -81,6 +83,10 @@ bool read_dtype(DLDataType dtype, TensorView& view) {
   }
   if (dtype.code == kDlInt && (bits == 16 || bits == 8)) {
     view.dtype = bits == 16 ? DType::kRemainder : DType::kRemainder8;
+    return true;
+  }
+  if (dtype.code == kDlUInt && bits == 8) {
+    view.dtype = DType::kPositiveCodes;
     return true;
   }
   if (dtype.code != kDlFloat && dtype.code != kDlComplex) return false;
@@ -133,7 +139,7 @@ void connect_to_torch() {
   g_torch.combine_sums = keep(norms.attr("combine_sums"));
   g_torch.classify = keep(norms.attr("classify"));
   g_torch.bfloat16 = keep(torch.attr("bfloat16"));
-  for (StateDtype& each : g_torch.state_dtypes) each.dtype = keep(torch.attr(each.name));
+  for (StateDtype& each : g_torch.state_dtypes) each.dtype = keep(torch.attr(each.dtype_name));
   g_torch.grad_name = PyUnicode_InternFromString("grad");
   g_torch.grad = attribute_of(base, "grad");
   g_torch.is_neg = method_of(base, "is_neg");
@@ -171,10 +177,16 @@ py::object state_dtype_name(const py::object& value) {
   return found == nullptr ? py::object(py::none()) : py::str(found->name);
 }
 
+bool is_q8(PyObject* state_dtype) {
+  const StateDtype* const found = look_up_state_dtype(state_dtype);
+  return found != nullptr && found->name == kQ8;
+}
+
 std::string allowed_state_dtypes() {
   std::string allowed;
   for (const StateDtype& each : g_torch.state_dtypes)
-    allowed += "torch." + std::string(each.name) + ", '" + each.name + "', ";
+    allowed += (each.name == kQ8 ? "" : "torch." + std::string(each.name) + ", ") + "'" +
+               each.name + "', ";
   return allowed + "or None";
 }
 

@@ -51,6 +51,9 @@ PyObject* find_state_dtype(PyObject* value);
 // Its name, or None.
 pybind11::object state_dtype_name(const pybind11::object& value);
 
+// Whether that is "q8", codes of 8 bits, in which states are that can be; others are float32.
+bool is_q8(PyObject* state_dtype);
+
 std::string allowed_state_dtypes();  // for messages
 
 // `count` int64 numbers on a GPU, or on the CPU if `gpu` is below 0; a tensor of its own.

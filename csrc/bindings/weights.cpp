@@ -9,18 +9,18 @@
 namespace py = pybind11;
 
 namespace fusedopt {
-namespace {
 
-// Raises ValueError for a tensor that is not as weights.h has it.
-TensorView view_of(py::handle tensor, DType dtype, References& held) {
+TensorView view_on_cpu(py::handle tensor, DType dtype, References& held) {
   TensorView view;
   if (!is_tensor(tensor.ptr()) || !read_tensor(tensor.ptr(), view, held) || !view.is_supported ||
       view.dtype != dtype || view.is_complex || view.device_type != kDlCpu ||
       !is_contiguous(view) || contents_of(view.memory, view) != Contents::kValues)
-    throw py::value_error("not the contiguous tensor on the CPU that a part of weights must be: " +
+    throw py::value_error("not a contiguous tensor on the CPU of the dtype that is needed: " +
                           std::string(py::repr(tensor)));
   return view;
 }
+
+namespace {
 
 struct WeightParts {
   References held;
@@ -31,11 +31,11 @@ struct WeightParts {
   int64_t count;
 
   WeightParts(py::handle param_tensor, py::handle remainder_tensor, py::handle weight_tensor) {
-    const TensorView params = view_of(param_tensor, DType::kBFloat16, held);
+    const TensorView params = view_on_cpu(param_tensor, DType::kBFloat16, held);
     has_bytes = py::object(remainder_tensor.attr("itemsize")).cast<int>() == 1;
     const TensorView remainders =
-        view_of(remainder_tensor, has_bytes ? DType::kRemainder8 : DType::kRemainder, held);
-    const TensorView weights = view_of(weight_tensor, DType::kFloat32, held);
+        view_on_cpu(remainder_tensor, has_bytes ? DType::kRemainder8 : DType::kRemainder, held);
+    const TensorView weights = view_on_cpu(weight_tensor, DType::kFloat32, held);
     if (!same_shape(params, weights) || !same_shape(remainders, weights))
       throw py::value_error("the parts of weights differ in shape");
     param = static_cast<uint16_t*>(params.data);

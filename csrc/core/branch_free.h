@@ -24,6 +24,15 @@ struct Approximations {
     return 1 / x;
 #endif
   }
+  static FUSEDOPT_HD float root(float x) {
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return square_root(x);
+#endif
+  }
   static FUSEDOPT_HD float reciprocal_root(float x) {
 #if defined(__CUDA_ARCH__)
     float y;

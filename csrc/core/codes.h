@@ -144,7 +144,7 @@ FUSEDOPT_HD auto encoded(const Float& values, float scale, bool is_drawn, const 
   const auto is_above = magnitudes > threshold * Float(scale * Code::kUnit);
   const Bits word = as_bits(select(is_above, code + Float(1.0f), code) + Float(kMagic));
   const Bits finished = Code::finished(values, word & 0xffu) & 0xffu;
-  return scale == scale ? finished : Bits(0u);
+  return either(scale == scale, finished, Bits(0u));
 }
 
 }  // namespace fusedopt

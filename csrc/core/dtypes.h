@@ -11,20 +11,27 @@
 namespace fusedopt {
 
 // A bit for each format, so that a GPU tests for one in one instruction; testing the lowest bit
-// would take two, so it is not used.
+// takes two, so it is that of a rare one.
 enum class DType : uint8_t {
-  kAbsent = 0,  // there is no such operand
+  kAbsent = 0,         // there is no such operand
+  kPositiveCodes = 1,  // 8 bits for what is never negative (core/codes.h)
   kFloat32 = 2,
   kFloat64 = 4,
   kBFloat16 = 8,
   kFloat16 = 16,
   kRemainder = 32,   // what a bfloat16 param lacks of its weight (core/weight.h)
   kRemainder8 = 64,  // the upper byte of that
+  kSignedCodes = 128,
 };
 
 // Whether `dtype` is `other`, which must not be kAbsent.
 FUSEDOPT_HD constexpr bool is(DType dtype, DType other) {
   return (static_cast<unsigned>(dtype) & static_cast<unsigned>(other)) != 0;
+}
+
+// Whether it stands for codes, which mean something together with the scale of their group.
+FUSEDOPT_HD constexpr bool is_code(DType dtype) {
+  return is(dtype, DType::kSignedCodes) || is(dtype, DType::kPositiveCodes);
 }
 
 struct BFloat16 {
@@ -47,11 +54,11 @@ struct Compute<double> {
 
 // Bytes of an element; 0 for an operand that is absent.
 FUSEDOPT_HD constexpr int64_t item_size(DType dtype) {
-  return dtype == DType::kFloat64        ? 8
-         : dtype == DType::kFloat32      ? 4
-         : dtype == DType::kAbsent       ? 0
-         : is(dtype, DType::kRemainder8) ? 1
-                                         : 2;
+  return dtype == DType::kFloat64                          ? 8
+         : dtype == DType::kFloat32                        ? 4
+         : dtype == DType::kAbsent                         ? 0
+         : is(dtype, DType::kRemainder8) || is_code(dtype) ? 1
+                                                           : 2;
 }
 
 // Calls `f` with a value of the storage type that `dtype` names, for the formats that T computes

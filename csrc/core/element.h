@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/codes.h"
 #include "core/dtypes.h"
 #include "core/layout.h"
 #include "core/step_scalars.h"
@@ -38,6 +39,11 @@ struct alignas(8) Formats {
   uint8_t stochastic;  // a bit for each operand that is rounded stochastically
 
   FUSEDOPT_HD bool has(int operand) const { return dtypes[operand] != DType::kAbsent; }
+  FUSEDOPT_HD bool has_codes() const {
+    bool found = false;
+    for (int s = 0; s < kMaxStates; ++s) found = found || is_code(dtypes[kFirstState + s]);
+    return found;
+  }
   FUSEDOPT_HD bool has_float32_master() const { return is(dtypes[kMaster], DType::kFloat32); }
   FUSEDOPT_HD bool has_split_master() const { return is(dtypes[kMaster], DType::kRemainder); }
   FUSEDOPT_HD bool has_split8_master() const { return is(dtypes[kMaster], DType::kRemainder8); }
@@ -72,6 +78,10 @@ struct Mixed {};
 //   load_words<kIsOneFormat>(operand, Bits& to): reads 16 bits into the lower half of each word;
 //   store_words<kIsOneFormat>(operand, const Bits& from): the reverse;
 //   load_bytes(operand, Bits& to), store_bytes(operand, const Bits& from): the same for 8 bits;
+//   kHasCodes: states can be codes (core/codes.h). Only then there must be
+//     load_codes<Code>(operand, Float& to), and
+//     store_codes<Code>(operand, const Float& from, bool is_drawn, const Bits& draws), which gets
+//     all values of a group before it finds their scale; 16 random bits for each are in `draws`;
 //   find_draws(rounding_key, Bits& draws): random bits for the elements (core/stochastic.h);
 //   kRoundsForNothing: store() is as fast as store_bfloat16() where either would do;
 //   formats(): how the elements are stored;
@@ -106,13 +116,15 @@ class Elements {
   // nothing has been written, so a driver may still give up (BranchFree::is_exact()).
   FUSEDOPT_HD void finish(const CommonScalars<T>& common) {
     formats_ = memory_.formats();
+    Bits draws, cheapest;
+    if constexpr (Memory::kHasCodes) draws = cheapest = Bits(0u);
     if (formats_.stochastic != 0) {
-      Bits draws;
       memory_.find_draws(common.rounding_key, draws);
       // The new weight is part of the draw. NaNs of CPUs and GPUs differ in their bits, so infinity
       // stands in for a NaN.
       const Float weight = to_float(weight_), infinity = __builtin_inff();
       draws = element_draw(draws, as_bits(select(weight < infinity, weight, infinity)));
+      if constexpr (Memory::kHasCodes) cheapest = draws;
       if constexpr (kFirstState + kNumStates > kCheapest)
         round(kCheapest, states_[kCheapest - kFirstState], draws);
       if ((formats_.stochastic & ~(1 << kCheapest)) != 0) {
@@ -126,6 +138,11 @@ class Elements {
               from_float<V>(round_to_24_bits(to_float(weight_), draw_for(kMaster, draws) & 0xffu));
       }
     }
+    if constexpr (Memory::kHasCodes)
+      unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
+        constexpr int kOperand = kFirstState + decltype(s)::value;
+        store_codes(kOperand, states_[s], kOperand == kCheapest ? cheapest : draws);
+      });
     if (formats_.has(kEma))
       with_format([&](auto format)
                       __attribute__((always_inline)) { update_ema<decltype(format)>(common); });
@@ -151,8 +168,42 @@ class Elements {
     load_weight<Storage>();
     load<Storage>(kGrad, grad_);
     unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
-      if (formats_.has(kFirstState + s)) load<Storage>(kFirstState + s, states_[s]);
+      if (is_coded<Storage>(kFirstState + s))
+        load_codes(kFirstState + s, states_[s]);
+      else if (formats_.has(kFirstState + s))
+        load<Storage>(kFirstState + s, states_[s]);
     });
+  }
+
+  template <class Storage>
+  FUSEDOPT_HD bool is_coded(int operand) const {
+    if constexpr (Memory::kHasCodes && !kIsOneFormat<Storage>)
+      return is_code(formats_.dtypes[operand]);
+    else
+      return false;
+  }
+
+  FUSEDOPT_HD void load_codes(int operand, V& values) const {
+    if constexpr (Memory::kHasCodes) {
+      Float found;
+      if (is(formats_.dtypes[operand], DType::kSignedCodes))
+        memory_.template load_codes<SignedCode>(operand, found);
+      else
+        memory_.template load_codes<PositiveCode>(operand, found);
+      values = from_float<V>(found);
+    }
+  }
+
+  FUSEDOPT_HD void store_codes(int operand, const V& values, const Bits& draws) const {
+    if constexpr (Memory::kHasCodes) {
+      if (!is_coded<Mixed>(operand)) return;
+      const bool is_drawn = formats_.is_stochastic(operand);
+      const Bits own = draw_for(operand, draws);
+      if (is(formats_.dtypes[operand], DType::kSignedCodes))
+        memory_.template store_codes<SignedCode>(operand, to_float(values), is_drawn, own);
+      else
+        memory_.template store_codes<PositiveCode>(operand, to_float(values), is_drawn, own);
+    }
   }
 
   // The average is taken of the weight as it will be read in the next step: rounded to the format
@@ -171,7 +222,8 @@ class Elements {
   FUSEDOPT_HD void store() const {
     store_weight<Storage>();
     unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
-      if (formats_.has(kFirstState + s)) store<Storage>(kFirstState + s, states_[s]);
+      if (formats_.has(kFirstState + s) && !is_coded<Storage>(kFirstState + s))
+        store<Storage>(kFirstState + s, states_[s]);
     });
   }
 
@@ -234,7 +286,7 @@ class Elements {
   }
 
   FUSEDOPT_HD void round(int operand, V& values, const Bits& draws) const {
-    if (formats_.is_stochastic(operand))
+    if (formats_.is_stochastic(operand) && !is_coded<Mixed>(operand))
       values = from_float<V>(round_stochastically(to_float(values), draws, operand));
   }
 

@@ -60,13 +60,14 @@ inline constexpr int kMaxDims = 64 + 1;  // torch's limit, and the two parts of 
 
 // Simplifies dims: orders them by the param's strides (largest first), drops those of size 1, and
 // joins neighbours that are one dim in every operand. Elements of different operands that belonged
-// together still do; only the order in which they are visited changes.
-inline void coalesce(Dims& dims) {
+// together still do; only the order in which they are visited changes, unless it must not.
+inline void coalesce(Dims& dims, bool keeps_order = false) {
   dims.erase(std::remove_if(dims.begin(), dims.end(), [](const Dim& d) { return d.size == 1; }),
              dims.end());
-  std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
-    return a.strides[kParam] > b.strides[kParam];
-  });
+  if (!keeps_order)
+    std::stable_sort(dims.begin(), dims.end(), [](const Dim& a, const Dim& b) {
+      return a.strides[kParam] > b.strides[kParam];
+    });
   const auto joins = [](const Dim& outer, const Dim& inner) {
     for (int k = 0; k <= kIndex; ++k)
       if (outer.strides[k] != inner.strides[k] * inner.size) return false;

@@ -17,7 +17,8 @@ namespace fusedopt {
 // All that a driver needs to know of one parameter's update. A complex tensor counts as twice as
 // many real elements. Kernels load it in accesses of 16 bytes, hence its size.
 struct alignas(32) ParamUpdate {
-  void* data[kMaxOperands];  // by operand (core/layout.h); nullptr for those that are absent
+  void* data[kMaxOperands];   // by operand (core/layout.h); nullptr for those that are absent
+  float* scales[kMaxStates];  // of states that are codes, one for each group (core/codes.h)
   int64_t numel;
   int64_t first_element;  // its number in the tensor that this is a part of; 0: this is all of it
   int32_t scalars;        // index into Step::scalars
@@ -34,7 +35,7 @@ inline constexpr uint8_t kIdle = 0;  // there is no grad in this step, so nothin
 inline constexpr uint8_t kCpu = 1;
 inline constexpr uint8_t kFirstGpu = 2;
 inline constexpr int kMaxGpus = 255 - kFirstGpu;
-static_assert(sizeof(ParamUpdate) == 96, "whole halves of cache lines, and whole vectors of a GPU");
+static_assert(sizeof(ParamUpdate) == 128, "whole cache lines, and whole vectors of a GPU");
 
 // A step on the CPU. All pointers are borrowed for the call; `chunks` has num_chunks + 1 entries.
 struct Step {

@@ -4,6 +4,7 @@
 
 #include "core/element.h"
 #include "core/step.h"
+#include "cpu/codes.h"
 #include "cpu/cursor.h"
 #include "cpu/vec.h"
 
@@ -50,16 +51,19 @@ struct Block {
   using Word = typename Bits::Value;
   static constexpr bool kRoundsForNothing = false;
   static constexpr bool kSplitIsOneFormat = true;
+  static constexpr bool kHasCodes = true;
   static constexpr uint32_t kUpperHalf = 0xffff0000u;
   static constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
 
   Formats stored_as;
   DType format;           // as Formats::one_format()
   const uint32_t* draws;  // of the elements; nullptr if they follow from `at` and `first_element`
-  void* const* data = nullptr;  // of each operand
-  int64_t at = 0;               // elements from there to the block
-  int64_t first_element = 0;    // as ParamUpdate's
-  int64_t ahead = 0;            // how far ahead to ask for memory, in elements
+  CodeGroup* group = nullptr;      // where new values go until a group of codes is complete
+  void* const* data = nullptr;     // of each operand
+  float* const* scales = nullptr;  // of each state that is codes
+  int64_t at = 0;                  // elements from there to the block
+  int64_t first_element = 0;       // as ParamUpdate's
+  int64_t ahead = 0;               // how far ahead to ask for memory, in elements
 
   FUSEDOPT_HD const Formats& formats() const { return stored_as; }
   FUSEDOPT_HD DType one_format() const { return format; }
@@ -126,6 +130,33 @@ struct Block {
                        __attribute__((always_inline)) { write_bytes(to + j * kLanes, from[j]); });
   }
 
+  // A block is part of one group.
+  template <class Code, class Float>
+  FUSEDOPT_HD void load_codes(int operand, Float& to) const {
+    Bits codes;
+    load_bytes(operand, codes);
+    to = Code::template value<Float>(codes, scales[operand - kFirstState][at / kGroup]);
+  }
+
+  template <class Code, class Float>
+  FUSEDOPT_HD void store_codes(int operand, const Float& from, bool is_drawn,
+                               const Bits& own_draws) const {
+    const int64_t place = at % kGroup;
+    CodeGroup& to = *group;
+    unroll<kCount>([&](auto j) __attribute__((always_inline)) {
+      write(to.values[operand - kFirstState] + place + j * kLanes, from[j].raw);
+      if (is_drawn) write(to.draws[operand - kFirstState] + place + j * kLanes, own_draws[j].raw);
+    });
+  }
+
+  // Encodes the group that the block is in, if it is the group's last one. `end` is that of all
+  // elements; there may be fewer than a whole group.
+  FUSEDOPT_HD void finish_group(int64_t end) const {
+    const int64_t begin = at / kGroup * kGroup;
+    if (at + kBlock<T> < begin + kGroup) return;
+    store_group(stored_as, *group, data, scales, begin, end - begin);
+  }
+
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& to) const {
     using Raw = typename Word::Raw;
     if (draws != nullptr) {
@@ -164,6 +195,7 @@ struct Block {
 // Elements [begin, end) of operands that are consecutive.
 struct Piece {
   void* const* data;
+  float* const* scales;  // as ParamUpdate's
   int64_t begin, end;
   int64_t first_element = 0;  // as ParamUpdate's
 };
@@ -189,7 +221,7 @@ struct Pieces {
       const int64_t at = (k == kGrad ? row : place) * dim.strides[k];
       data[k] = static_cast<char*>(update.data[k]) + at * item_size(update.formats.dtypes[k]);
     }
-    add({data, begin, end, update.first_element + place * dim.strides[kIndex]});
+    add({data, nullptr, begin, end, update.first_element + place * dim.strides[kIndex]});
   }
 };
 
@@ -206,8 +238,8 @@ bool has_rows_of_blocks(const Layout& layout, const Formats& formats) {
   return dim.size % kBlock<T> == 0;
 }
 
-// Pieces of whole blocks; an end is rounded up to one. Not inlined, so that there is one copy for
-// its two callers.
+// Pieces of whole blocks, and of whole groups where there are codes; an end is rounded up to one.
+// Not inlined, so that there is one copy for its two callers.
 template <class Rule, class T>
 __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
                                              const StepScalars<Rule, T>& scalars, Block<T> block,
@@ -215,8 +247,10 @@ __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
   for (int i = 0; i < count; ++i) {
     const Piece piece = pieces[i];  // a copy, which the stores below cannot change
     block.data = piece.data;
+    block.scales = piece.scales;
     block.first_element = piece.first_element;
-    for (block.at = piece.begin; block.at < piece.end; block.at += kBlock<T>) {
+    const int64_t whole = block.group != nullptr ? (piece.end + kGroup - 1) & -kGroup : piece.end;
+    for (block.at = piece.begin; block.at < whole; block.at += kBlock<T>) {
       // No prefetch beyond the end: those cache lines may be another thread's.
       block.ahead = block.at + kPrefetchAhead + kBlock<T> <= piece.end ? kPrefetchAhead : 0;
       Elements<Rule, T, typename Block<T>::Values, Block<T>> elements(block);
@@ -224,6 +258,7 @@ __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
       elements.load();
       elements.apply(variant, scalars.rule, math);
       elements.finish(scalars.common);
+      if (block.group != nullptr) block.finish_group(piece.end);
     }
   }
 }
@@ -236,6 +271,7 @@ class Tile {
   Tile(const Formats& formats, DType one_format, uint32_t rounding_key)
       : formats_(formats), one_format_(one_format), rounding_key_(rounding_key) {
     for (int k = 0; k < kMaxOperands; ++k) data_[k] = bytes_[k];
+    for (int s = 0; s < kMaxStates; ++s) scales_[s] = group_scales_[s];
   }
 
   void load(const ParamUpdate& update, Cursor& cursor, int64_t n) {
@@ -248,6 +284,18 @@ class Tile {
       draw(offset, run, update.first_element + from.at(kIndex), from.stride(kIndex));
     });
     fill_up(n);
+  }
+
+  // The scales of groups from `begin` on, of `n` elements.
+  void load_scales(float* const* scales, int64_t begin, int64_t n) {
+    for_each_scale(begin, n, [&](int s, int64_t here, int64_t there) {
+      group_scales_[s][here] = scales[s][there];
+    });
+  }
+  void store_scales(float* const* scales, int64_t begin, int64_t n) const {
+    for_each_scale(begin, n, [&](int s, int64_t here, int64_t there) {
+      scales[s][there] = group_scales_[s][here];
+    });
   }
 
   void store(const ParamUpdate& update, Cursor& cursor, int64_t n) const {
@@ -285,11 +333,11 @@ class Tile {
     });
   }
 
-  Block<T> block() const {
+  Block<T> block(CodeGroup* group) const {
     // kAbsent: the elements are in order in the registers, as the draws are.
-    return {formats_, formats_.stochastic == 0 ? one_format_ : DType::kAbsent, draws_};
+    return {formats_, formats_.stochastic == 0 ? one_format_ : DType::kAbsent, draws_, group};
   }
-  Piece piece(int64_t n) const { return {data_, 0, n}; }
+  Piece piece(int64_t n) const { return {data_, scales_, 0, n}; }
 
  private:
   template <class F>
@@ -324,10 +372,18 @@ class Tile {
     }
   }
 
-  // Zeros fill the last block up. Their results are not stored.
+  template <class F>
+  void for_each_scale(int64_t begin, int64_t n, const F& f) const {
+    for (int s = 0; s < kMaxStates; ++s)
+      if (is_code(formats_.dtypes[kFirstState + s]))
+        for (int64_t g = 0; g < num_groups(n); ++g) f(s, g, begin / kGroup + g);
+  }
+
+  // Zeros fill the last block or group up. Their results are not stored.
   void fill_up(int64_t n) {
+    const int64_t whole = formats_.has_codes() ? kGroup : kBlock<T>;
     for_each_operand([&](int k, auto item) {
-      const int64_t size = sizeof(item), end = (n + kBlock<T> - 1) / kBlock<T> * kBlock<T>;
+      const int64_t size = sizeof(item), end = (n + whole - 1) / whole * whole;
       __builtin_memset(bytes_[k] + n * size, 0, static_cast<size_t>((end - n) * size));
     });
   }
@@ -342,6 +398,8 @@ class Tile {
   const DType one_format_;
   const uint32_t rounding_key_;
   void* data_[kMaxOperands];
+  float* scales_[kMaxStates];
+  float group_scales_[kMaxStates][kTileElements / kGroup];
   alignas(kCacheLine) char bytes_[kMaxOperands][kTileElements * sizeof(T)];
   alignas(kCacheLine) uint32_t draws_[kTileElements];
 };
@@ -400,19 +458,24 @@ __attribute__((noinline)) Parts update_alike(const Step& step, Parts parts) {
   const StepScalars<Rule, T> scalars =
       step.scalars[first.scalars].template of<Rule>().template as<T>();
   const DType one_format = first.formats.one_format(Block<T>::kSplitIsOneFormat);
-  const Block<T> block = {first.formats, one_format, nullptr};
+  CodeGroup group_values;
+  CodeGroup* const group = first.formats.has_codes() ? &group_values : nullptr;
+  const Block<T> block = {first.formats, one_format, nullptr, group};
   Tile<T> tile(first.formats, one_format, scalars.common.rounding_key);
   const auto update_tile = [&](int64_t n) {
     const Piece piece = tile.piece(n);
-    update_blocks<Rule, T>(variant, scalars, tile.block(), &piece, 1);
+    update_blocks<Rule, T>(variant, scalars, tile.block(group), &piece, 1);
   };
   Pieces whole, rests;  // of blocks, and what is left
   const auto update_pieces = [&] {
     if (whole.count > 0) update_blocks<Rule, T>(variant, scalars, block, whole.list, whole.count);
     if (rests.count > 0) {
+      const Piece& rest = rests.list[0];  // the only one where there are codes
       tile.load(rests);
+      tile.load_scales(rest.scales, rest.begin, rests.elements);
       update_tile(rests.elements);
       tile.store(rests);
+      tile.store_scales(rest.scales, rest.begin, rests.elements);
     }
     whole.count = rests.count = 0;
     rests.elements = 0;
@@ -423,11 +486,13 @@ __attribute__((noinline)) Parts update_alike(const Step& step, Parts parts) {
     const int64_t end = parts.end();
     if (update.layout == kDense) {
       static_assert(kChunkAlignment % kBlock<T> == 0, "`begin` is a multiple of a block");
-      const int64_t rest = end & -kBlock<T>;
-      if (begin < rest) whole.add({update.data, begin, rest, update.first_element});
-      if (rest < end) rests.add({update.data, rest, end, update.first_element});
+      static_assert(kChunkAlignment % kGroup == 0, "and of a group");
+      const int64_t rest = end & -(group != nullptr ? kGroup : kBlock<T>);
+      if (begin < rest) whole.add({update.data, update.scales, begin, rest, update.first_element});
+      if (rest < end) rests.add({update.data, update.scales, rest, end, update.first_element});
       const bool is_full = whole.count == kMaxPieces || rests.count == kMaxPieces ||
-                           rests.elements > kTileElements - kBlock<T>;
+                           rests.elements > kTileElements - kBlock<T> ||
+                           (group != nullptr && rests.count > 0);
       if (is_full || step.in_order) update_pieces();
       continue;
     }
@@ -449,8 +514,10 @@ __attribute__((noinline)) Parts update_alike(const Step& step, Parts parts) {
       ahead.prefetch(begin);
       const int64_t n = end - begin < kTileElements ? end - begin : kTileElements;
       tile.load(update, source, n);
+      tile.load_scales(update.scales, begin, n);
       update_tile(n);
       tile.store(update, target, n);
+      tile.store_scales(update.scales, begin, n);
     }
   }
   update_pieces();

@@ -6,8 +6,10 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "core/bits.h"
+#include "core/branch_free.h"
 #include "core/dtypes.h"
 #include "core/macros.h"
 #include "core/step.h"
@@ -31,12 +33,53 @@ FUSEDOPT_HD T load_item(const T* from) {
   return *from;
 }
 
+// The emulation's threads run one after the other, but some values are what several of them say. So
+// a block's threads run twice: first in rehearsal, in which they store nothing and what they say is
+// written down, then with the answers.
+struct LaneTalk {
+  bool is_rehearsal = true;
+  uint32_t thread = 0;
+  std::vector<std::vector<uint32_t>> said;  // by each thread, one after the other
+  size_t next = 0;                          // of what this thread has said
+};
+#if !defined(__CUDA_ARCH__)
+inline thread_local LaneTalk* lane_talk = nullptr;
+#endif
+
 template <class T>
 FUSEDOPT_HD void store_item(T* to, T value) {
 #if defined(__CUDA_ARCH__)
   __builtin_assume(__isGlobal(to));
+#else
+  if (lane_talk != nullptr && lane_talk->is_rehearsal) return;
 #endif
   *to = value;
+}
+
+// The largest of what so many neighbouring lanes of a warp say, 4, 8, 16 or 32 of them, whose
+// number begins at a multiple of that. All of these must call it.
+FUSEDOPT_HD uint32_t largest_of_lanes(uint32_t value, uint32_t lanes) {
+#if defined(__CUDA_ARCH__)
+  const uint32_t first = (threadIdx.x & 31) & ~(lanes - 1);
+  const uint32_t mask = lanes == 32 ? 0xffffffffu : ((1u << lanes) - 1) << first;
+#pragma unroll
+  for (uint32_t width = 1; width < 32; width *= 2)
+    if (width < lanes) value = max(value, __shfl_xor_sync(mask, value, width));
+  return value;
+#else
+  LaneTalk& talk = *lane_talk;
+  if (talk.is_rehearsal) {
+    talk.said[talk.thread].push_back(value);
+    return value;
+  }
+  const size_t at = talk.next++;
+  const uint32_t first = talk.thread & ~(lanes - 1);
+  for (uint32_t other = first; other < first + lanes; ++other) {
+    const uint32_t others = talk.said[other].at(at);  // throws where one has not called it
+    value = others > value ? others : value;
+  }
+  return value;
+#endif
 }
 
 // In one access, of up to 16 bytes. The address is a multiple of the size.
@@ -208,7 +251,18 @@ FUSEDOPT_HD uint32_t pack(float low, float high) {
 #endif
 }
 
-// Loads an update in six accesses of 16 bytes that do not depend on each other, so that their
+// The roots and reciprocals, right but for their last bits, that core/codes.h asks for.
+struct DeviceRoots {
+  FUSEDOPT_HD float about_root(float x) const { return Approximations::root(x); }
+  template <int kCount>
+  FUSEDOPT_HD Pack<float, kCount> about_root(Pack<float, kCount> x) const {
+    for (int j = 0; j < kCount; ++j) x[j] = about_root(x[j]);
+    return x;
+  }
+  FUSEDOPT_HD float about_reciprocal(float x) const { return Approximations::reciprocal(x); }
+};
+
+// Loads an update in eight accesses of 16 bytes that do not depend on each other, so that their
 // latencies overlap.
 FUSEDOPT_HD ParamUpdate load_update(const ParamUpdate* from) {
   constexpr int kParts = sizeof(ParamUpdate) / sizeof(Words<4>);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/flush.h"
+#include "cuda/access.h"
 #include "cuda/launch.h"
 
 namespace fusedopt::cuda {
@@ -39,9 +40,19 @@ void update_all(const UpdateArguments<Rule, T>& arguments, int64_t num_chunks) {
   const FlushMode flush(sizeof(T) == sizeof(float));
   SharedMemory shared(int64_t{kStages} * arguments.plan.stage_bytes);
   for (uint32_t block = 0; block < num_chunks; ++block) {
-    const SharedPlace place = shared.renew();
-    for (uint32_t thread = 0; thread < kBlockThreads; ++thread)
-      update_thread(arguments, place, block, thread);
+    LaneTalk talk;
+    talk.said.resize(kBlockThreads);
+    const bool talks = arguments.plan.has_codes != 0;
+    if (talks) lane_talk = &talk;
+    for (talk.is_rehearsal = talks;; talk.is_rehearsal = false) {
+      const SharedPlace place = shared.renew();
+      for (talk.thread = 0; talk.thread < kBlockThreads; ++talk.thread) {
+        talk.next = 0;
+        update_thread(arguments, place, block, talk.thread);
+      }
+      if (!talk.is_rehearsal) break;
+    }
+    lane_talk = nullptr;
   }
 }
 

@@ -5,17 +5,20 @@
 
 #include <cstdint>
 
+#include "core/codes.h"
 #include "core/element.h"
 #include "core/step.h"
 #include "core/stochastic.h"
 #include "cuda/access.h"
 #include "cuda/thread_slice.h"
+#include "cuda/tuning.h"
 
 namespace fusedopt::cuda {
 
 // `Memory` of core/element.h for kCount elements that may lie anywhere. One that is placed twice is
-// computed and written twice, with the same bytes.
-template <class T, int kCount>
+// computed and written twice, with the same bytes. Where there are codes, a warp's elements are one
+// group.
+template <class T, int kCount, bool kMayHaveCodes = false>
 class Singles {
   using Bits = Pack<uint32_t, kCount>;
 
@@ -23,6 +26,7 @@ class Singles {
   using Values = Pack<T, kCount>;
   static constexpr bool kRoundsForNothing = true;
   static constexpr bool kSplitIsOneFormat = false;
+  static constexpr bool kHasCodes = kMayHaveCodes;
 
   FUSEDOPT_HD DType one_format() const { return DType::kAbsent; }
   FUSEDOPT_HD Formats formats() const {
@@ -104,6 +108,25 @@ class Singles {
       store_item(address<uint8_t>(operand, j), static_cast<uint8_t>(from[j]));
   }
 
+  template <class Code>
+  FUSEDOPT_HD void load_codes(int operand, Pack<float, kCount>& to) const {
+    Bits codes;
+    load_bytes(operand, codes);
+    to = Code::template value<Pack<float, kCount>>(codes, load_item(scale_place(operand)));
+  }
+
+  template <class Code>
+  FUSEDOPT_HD void store_codes(int operand, const Pack<float, kCount>& from, bool is_drawn,
+                               const Bits& draws) const {
+    uint32_t largest = 0;
+    for (int j = 0; j < kCount; ++j) largest = larger(largest, as_bits(from[j]) & 0x7fffffffu);
+    const float scale = scale_of(largest_of_lanes(largest, kWarp));
+    DeviceRoots math;
+    store_bytes(operand, encoded<Code>(from, scale, is_drawn,
+                                       threshold_shares<Pack<float, kCount>>(draws), math));
+    if (at_[0][operand] % kGroup == 0) store_item(scale_place(operand), scale);
+  }
+
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& draws) const {
     const int64_t first = load_item(&update_->first_element);
 #pragma unroll
@@ -115,6 +138,11 @@ class Singles {
   template <class Storage>
   FUSEDOPT_HD Storage* address(int operand, int j) const {
     return static_cast<Storage*>(load_item(update_->data + operand)) + at_[j][operand];
+  }
+
+  // Codes lie in the order of the elements, whatever the layout.
+  FUSEDOPT_HD float* scale_place(int operand) const {
+    return load_item(update_->scales + (operand - kFirstState)) + at_[0][operand] / kGroup;
   }
 
   const ParamUpdate* const update_;

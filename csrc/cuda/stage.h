@@ -62,6 +62,8 @@ struct StagePlan {
   uint32_t shifted;              // misaligned: not at a multiple of the size of a piece
   uint32_t whole;                // aligned, and a thread's elements are one piece
   uint32_t has_two;              // 1 if a thread has two pieces at a time, else 0
+  uint32_t unit_shift;           // pieces are staged in units of 1 << unit_shift of them: groups
+  uint32_t has_codes;            // 1 if there are states that are codes, else 0
   uint32_t sizes[kMaxOperands];  // of an element, in bytes
   // Offsets in a stage: where the first and where the last 16 bytes of a thread begin. They are the
   // same for an operand of which a thread has no more than 16.
@@ -103,6 +105,8 @@ StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
       static_cast<uint32_t>(shifted == 0 ? formats.one_format(false) : DType::kAbsent);
   const uint32_t elements = piece_elements<T>(formats);
   plan.has_two = elements != kThreadElements<T>;
+  plan.has_codes = formats.has_codes();
+  while (plan.has_codes != 0 && elements << plan.unit_shift < kGroup) ++plan.unit_shift;
   for (int k = 0; k < kMaxOperands; ++k) {
     plan.sizes[k] = static_cast<uint32_t>(item_size(formats.dtypes[k]));
     if (!formats.has(k)) continue;
@@ -145,8 +149,9 @@ struct Tile {
   uint32_t at[2];
 };
 
-// The copies of one thread, for its part of a chunk of a dense update.
-template <class Rule, class T>
+// The copies of one thread, for its part of a chunk of a dense update. A thread has 8 bytes of an
+// operand that is codes; in its place in a stage, the scales of its two pieces come behind them.
+template <class Rule, class T, bool kHasCodes>
 class Stages {
   static constexpr uint32_t kCount = kThreadElements<T>;
 
@@ -160,14 +165,18 @@ class Stages {
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
       data_[k] = same_for_warp(static_cast<char*>(update.data[k]) + chunk.begin * plan.sizes[k]);
     });
+    if constexpr (kHasCodes)
+      for (int s = 0; s < Rule::kNumStates; ++s)
+        scales_[s] = same_for_warp(update.scales[s] + chunk.begin / kGroup);
     // Misaligned pieces are copied in whole words, which reach up to 3 bytes beyond the piece at
     // either end. At the ends of the tensor these could be outside of its memory, so the first
     // piece, and the last if no element follows it, are left to Singles.
     const bool is_shifted = plan.shifted != 0;
     const uint32_t margin = is_shifted && chunk.end == update.numel ? 1 : 0;
     const auto n = static_cast<uint32_t>(chunk.end - chunk.begin);
-    end_ = n > margin ? (n - margin) / piece_elements() : 0;
-    first_ = is_shifted && chunk.begin == 0 && end_ > 0 ? 1 : 0;
+    const uint32_t unit = kHasCodes ? plan.unit_shift : 0;
+    end_ = n > margin ? (n - margin) / piece_elements() >> unit << unit : 0;
+    first_ = is_shifted && chunk.begin == 0 && end_ > 0 ? 1u << unit : 0;
     start_ = first_ + chunk.slice.rank;
     threads_ = chunk.slice.size;
     stride_ = opaque(has_two() ? 2 * threads_ : threads_);
@@ -176,6 +185,13 @@ class Stages {
   FUSEDOPT_HD const StagePlan& plan() const { return plan_; }
   FUSEDOPT_HD uint64_t first_pair() const { return first_pair_; }       // of the chunk's draws
   FUSEDOPT_HD char* data(int operand) const { return data_[operand]; }  // at the chunk's start
+
+  // The scale of the group that a piece is in, and how many lanes have a group together.
+  FUSEDOPT_HD float* scale_of(int operand, uint32_t piece) const {
+    return scales_[operand - kFirstState] + (piece >> plan_.unit_shift);
+  }
+  FUSEDOPT_HD uint32_t lanes_of_group() const { return 1u << plan_.unit_shift; }
+  FUSEDOPT_HD bool is_first_of_group() const { return (thread_ & (lanes_of_group() - 1)) == 0; }
 
   FUSEDOPT_HD bool has_two() const { return plan_.has_two != 0; }
   FUSEDOPT_HD uint32_t piece_elements() const { return has_two() ? kCount / 2 : kCount; }
@@ -217,6 +233,14 @@ class Stages {
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
       if ((plan_.in_words & only(k)) != 0) copy_words(k, tile, stage);
     });
+    if constexpr (kHasCodes)
+      unroll<Rule::kNumStates>([&](auto s) __attribute__((always_inline)) {
+        constexpr int kOperand = kFirstState + decltype(s)::value;
+        const uint32_t has_it = is_code(bit_cast<Formats>(plan_.formats).dtypes[kOperand]);
+        const SharedPlace to = stage + plan_.places[0][kOperand] + 8;
+        start_copy_if<4>(has_it, to, scale_of(kOperand, tile.at[0]));
+        start_copy_if<4>(has_it, to + 4, scale_of(kOperand, tile.at[1]));
+      });
   }
 
   // Shifts the words of misaligned operands into place once they have arrived. It is done in shared
@@ -299,7 +323,8 @@ class Stages {
   const SharedPlace own_;  // this thread's place in the first stage
   const uint32_t thread_;
   const uint64_t first_pair_;
-  char* data_[kMaxOperands];  // at the chunk's start
+  char* data_[kMaxOperands];         // at the chunk's start
+  float* scales_[Rule::kNumStates];  // likewise
   uint32_t first_, end_, start_, threads_, stride_;
 };
 

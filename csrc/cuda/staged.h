@@ -14,7 +14,7 @@ namespace fusedopt::cuda {
 
 // `Memory` of core/element.h for the elements that a thread computes at a time. Results go from
 // registers to global memory and not through shared memory: nothing waits for a store.
-template <class Rule, class T>
+template <class Rule, class T, bool kMayHaveCodes>
 class Staged {
   static constexpr int kCount = kThreadElements<T>;
   using Bits = Pack<uint32_t, kCount>;
@@ -23,8 +23,9 @@ class Staged {
   using Values = Pack<T, kCount>;
   static constexpr bool kRoundsForNothing = true;
   static constexpr bool kSplitIsOneFormat = false;
+  static constexpr bool kHasCodes = kMayHaveCodes;
 
-  FUSEDOPT_HD Staged(const Stages<Rule, T>& stages, const Tile& tile, SharedPlace stage)
+  FUSEDOPT_HD Staged(const Stages<Rule, T, kHasCodes>& stages, const Tile& tile, SharedPlace stage)
       : stages_(stages), tile_(tile), stage_(stage) {
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
       // Read without asking whether the operand is there: this takes no branch, and the bytes of
@@ -41,6 +42,7 @@ class Staged {
     return bit_cast<Formats>(words);
   }
   FUSEDOPT_HD DType one_format() const {
+    if constexpr (kHasCodes) return DType::kAbsent;
     return static_cast<DType>(opaque(stages_.plan().one_format));
   }
 
@@ -119,6 +121,49 @@ class Staged {
     }
   }
 
+  // The first half of a thread's elements may be of another group than the second.
+  template <class Code>
+  FUSEDOPT_HD void load_codes(int operand, Pack<float, kCount>& to) const {
+    const Bytes bytes = bytes_of(operand);
+    for (int half = 0; half < 2; ++half) {
+      Half<uint32_t> codes;
+      for (int j = 0; j < kCount / 2; ++j) codes[j] = bytes[half] >> 8 * j;
+      const auto values = Code::template value<Half<float>>(
+          codes, as_float(bytes[stages_.has_two() ? 2 + half : 2]));
+      for (int j = 0; j < kCount / 2; ++j) to[half * kCount / 2 + j] = values[j];
+    }
+  }
+
+  template <class Code>
+  FUSEDOPT_HD void store_codes(int operand, const Pack<float, kCount>& from, bool is_drawn,
+                               const Bits& draws) const {
+    uint32_t largest[2] = {0, 0};
+    for (int j = 0; j < kCount; ++j) {
+      uint32_t& most = largest[j / (kCount / 2)];
+      most = larger(most, as_bits(from[j]) & 0x7fffffffu);
+    }
+    const bool has_two = stages_.has_two();
+    const uint32_t lanes = stages_.lanes_of_group();
+    largest[0] = largest_of_lanes(has_two ? largest[0] : larger(largest[0], largest[1]), lanes);
+    largest[1] = has_two ? largest_of_lanes(largest[1], lanes) : largest[0];
+    Words<kCount / 4> words;
+    DeviceRoots math;
+    for (int half = 0; half < 2; ++half) {
+      const float scale = scale_of(largest[half]);
+      Half<float> values;
+      Half<uint32_t> own_draws;
+      for (int j = 0; j < kCount / 2; ++j) {
+        values[j] = from[half * kCount / 2 + j];
+        own_draws[j] = draws[half * kCount / 2 + j];
+      }
+      const auto shares = threshold_shares<Half<float>>(own_draws);
+      const auto codes = encoded<Code>(values, scale, is_drawn, shares, math);
+      words.words[half] = word_of_bytes(codes[0], codes[1], codes[2], codes[3]);
+      if (stages_.is_first_of_group()) store_item(stages_.scale_of(operand, tile_.at[half]), scale);
+    }
+    write<false>(operand, words);
+  }
+
   // Chunks and pieces start at even elements, so a piece has both elements of each pair that shares
   // a draw (core/stochastic.h).
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& draws) const {
@@ -137,6 +182,9 @@ class Staged {
   }
 
  private:
+  template <class V>
+  using Half = Pack<V, kCount / 2>;
+
   // A thread's bytes of an operand. Of one with 16 bytes or fewer, these are twice the same 16.
   using Bytes = Pack<uint32_t, 8>;
 
@@ -206,7 +254,7 @@ class Staged {
     }
   }
 
-  const Stages<Rule, T>& stages_;
+  const Stages<Rule, T, kHasCodes>& stages_;
   const Tile& tile_;
   const SharedPlace stage_;
   Bytes bytes_[kMaxOperands];

@@ -1,6 +1,7 @@
 // What one thread of the update kernel does. There is one kernel for a rule and the type it
-// computes in, for updates in any formats. No thread needs another one, so the emulation on the
-// host can go through the threads one after the other and get what a GPU gives.
+// computes in, for updates in any formats. No thread needs another one, but to find the scales of
+// codes (largest_of_lanes() of cuda/access.h), so the emulation on the host can go through the
+// threads one after the other and get what a GPU gives.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +49,8 @@ class ChunkUpdate {
   // A software pipeline over kStages stages of shared memory. kStages - 1 tiles are copied in
   // advance; each turn then starts one more copy, waits for the oldest, and computes. The copy of a
   // turn goes to the stage that the turn before has read.
-  FUSEDOPT_HD void run_dense(const Stages<Rule, T>& stages) const {
+  template <bool kHasCodes>
+  FUSEDOPT_HD void run_dense(const Stages<Rule, T, kHasCodes>& stages) const {
     const uint32_t stride = stages.stride(), end = stages.end(), piece = stages.piece_elements();
     uint32_t next = stages.start();  // to be copied
     const auto copy_next = [&](SharedPlace stage) __attribute__((always_inline)) {
@@ -69,22 +71,32 @@ class ChunkUpdate {
       stage = stages.after(stage);
       stages.align(stage);
       const Tile tile = stages.tile(at);
-      Math math;
-      if (update_elements(Staged<Rule, T>(stages, tile, stage), math)) continue;
-      // Rare: an operand for which the branch-free mathematics is not exact. Nothing has been
-      // stored yet, so all elements of the tile are read again from global memory.
-      const uint32_t count = tile.at[1] != tile.at[0] ? 2 * piece : piece;
+      const Staged<Rule, T, kHasCodes> staged(stages, tile, stage);
+      if constexpr (kHasCodes) {
+        update_exactly(staged);
+      } else {
+        Math math;
+        if (update_elements(staged, math)) continue;
+        // Rare: an operand for which the branch-free mathematics is not exact. Nothing has been
+        // stored yet, so all elements of the tile are read again from global memory.
+        const uint32_t count = tile.at[1] != tile.at[0] ? 2 * piece : piece;
 #pragma unroll 1
-      for (uint32_t i = 0; i < count; ++i)
-        update_single(chunk_.begin +
-                      (i < piece ? tile.at[0] * piece + i : tile.at[1] * piece + i - piece));
+        for (uint32_t i = 0; i < count; ++i)
+          update_single(chunk_.begin +
+                        (i < piece ? tile.at[0] * piece + i : tile.at[1] * piece + i - piece));
+      }
     }
     // What fills no piece, about one piece at either end of the chunk.
     const uint32_t head = stages.first() * piece, staged_elements = end * piece - head;
     const uint32_t left = static_cast<uint32_t>(chunk_.end - chunk_.begin) - staged_elements;
+    if constexpr (kHasCodes) {
+      run_groups(chunk_.begin, chunk_.begin + head);
+      run_groups(chunk_.begin + head + staged_elements, chunk_.end);
+    } else {
 #pragma unroll 1
-    for (uint32_t i = chunk_.slice.rank; i < left; i += chunk_.slice.size)
-      update_single(chunk_.begin + i + (i < head ? 0 : staged_elements));
+      for (uint32_t i = chunk_.slice.rank; i < left; i += chunk_.slice.size)
+        update_single(chunk_.begin + i + (i < head ? 0 : staged_elements));
+    }
   }
 
   // Neighbouring threads do neighbouring elements. Each does two at a time, so that their loads
@@ -108,6 +120,24 @@ class ChunkUpdate {
     }
   }
 
+  // Elements [begin, end), which begin with a group of codes: a warp does one group at a time.
+  FUSEDOPT_HD void run_groups(int64_t begin, int64_t end) const {
+    constexpr int kOfThread = kGroup / kWarp;
+    const uint32_t lane = chunk_.slice.rank % kWarp, warps = chunk_.slice.size / kWarp;
+#pragma unroll 1
+    for (int64_t group = begin + chunk_.slice.rank / kWarp * kGroup; group < end;
+         group += int64_t{warps} * kGroup) {
+      Singles<T, kOfThread, true> singles(chunk_.update, arguments_.layouts);
+#pragma unroll
+      for (int j = 0; j < kOfThread; ++j) {
+        const int64_t own = group + j * kWarp + lane;
+        singles.place(j, own < end ? own : end - 1);
+      }
+      Ieee ieee;
+      update_elements(singles, ieee);
+    }
+  }
+
  private:
   // In float, square roots and divisions take no branch (core/branch_free.h). In double they are
   // the compiler's own: steps in float64 are rare enough for these to be slow.
@@ -123,6 +153,22 @@ class ChunkUpdate {
     if (!math.is_exact()) return false;
     elements.finish(scalars_.common);
     return true;
+  }
+
+  // The same for elements whose scales other threads need: all of them get to their ends. Where the
+  // branch-free mathematics is not exact, the compiler's own does it again.
+  template <class Memory>
+  FUSEDOPT_HD void update_exactly(const Memory& memory) const {
+    Elements<Rule, T, typename Memory::Values, Memory> elements(memory);
+    Math math;
+    elements.load();
+    elements.apply(Rule::Variant::of(opaque(variant_)), scalars_.rule, math);
+    if (!math.is_exact()) {
+      Ieee ieee;
+      elements.load();
+      elements.apply(Rule::Variant::of(opaque(variant_)), scalars_.rule, ieee);
+    }
+    elements.finish(scalars_.common);
   }
 
   // One element, with the compiler's exact square root and division.
@@ -166,8 +212,15 @@ FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, Shared
                                           same_for_warp(uint32_t{update.variant}));
   // Pieces of doubles are too small for bytes.
   const bool has_pieces = sizeof(T) == sizeof(float) || !update.formats.has_split8_master();
+  if (arguments.plan.has_codes != 0) {
+    if constexpr (sizeof(T) == sizeof(float))
+      if (update.layout == kDense)
+        return chunk_update.run_dense(
+            Stages<Rule, T, true>(arguments.plan, update, chunk, thread, shared));
+    return chunk_update.run_groups(chunk.begin, chunk.end);
+  }
   if (update.layout == kDense && has_pieces)
-    chunk_update.run_dense(Stages<Rule, T>(arguments.plan, update, chunk, thread, shared));
+    chunk_update.run_dense(Stages<Rule, T, false>(arguments.plan, update, chunk, thread, shared));
   else
     chunk_update.run_strided();
 }

@@ -39,6 +39,7 @@ SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bfloat16 states": (FLOAT32, {"state_dtype": BFLOAT16}),
     "split": (BFLOAT16, {"master_weights": "split", "state_dtype": "bfloat16"}),
     "split8": (BFLOAT16, {"master_weights": "split8", "state_dtype": "bfloat16"}),
+    "q8": (BFLOAT16, {"master_weights": "split8", "state_dtype": "q8"}),
     "masters": (BFLOAT16, {"master_weights": "float32"}),
     "average": (BFLOAT16, {"ema_decay": 0.9}),
     "everything": (
@@ -68,7 +69,8 @@ def make(setting: str, mesh: Any, seed: int = 0) -> Made:
     """Shards are uneven, and one process has nothing of the last bias."""
     dtype, options = SETTINGS[setting]
     torch.manual_seed(seed)
-    sizes = (3, 5, 34, 41, 1)  # rows of even and of odd length
+    # Rows of even and of odd length; and of whole groups of codes, with a vector behind them.
+    sizes = (64, 128, 65, 1) if options.get("state_dtype") == "q8" else (3, 5, 34, 41, 1)
     layers = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
     model = nn.Sequential(*layers).to(dtype)
     if mesh is not None:

@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "core/dtypes.h"
 #include "core/two_float.h"
 #include "core/hyper.h"
 #include "core/lanes.h"
@@ -18,6 +19,9 @@ namespace fusedopt {
 struct Adam {
   enum State { kExpAvg, kExpAvgSq, kMaxExpAvgSq, kNumStates };
   static constexpr bool is_second_moment(int state) { return state == kExpAvgSq; }
+  static constexpr DType codes_of(int state) {
+    return state == kExpAvg ? DType::kSignedCodes : DType::kPositiveCodes;
+  }
 
   // The bias corrections c1 = 1 - beta1^t and c2 = 1 - beta2^t are part of step_size and eps. That
   // leaves one square root and one division for each element: m_hat / (sqrt(v_hat) + eps) = m

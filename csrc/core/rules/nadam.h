@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "core/dtypes.h"
 #include "core/power.h"
 #include "core/rules/shared_scalars.h"
 
@@ -11,6 +12,9 @@ namespace fusedopt {
 struct Nadam {
   enum State { kExpAvg, kExpAvgSq, kNumStates };
   static constexpr bool is_second_moment(int state) { return state == kExpAvgSq; }
+  static constexpr DType codes_of(int state) {
+    return state == kExpAvg ? DType::kSignedCodes : DType::kPositiveCodes;
+  }
   enum Own { kExpAvgWeight = kSquareAverageScalars };  // the grad's weight is the step_size
 
   // beta1 (1 - 0.96^(step momentum_decay) / 2), the momentum of a step.

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "core/dtypes.h"
 #include "core/power.h"
 #include "core/rules/shared_scalars.h"
 
@@ -12,6 +13,9 @@ namespace fusedopt {
 struct Radam {
   enum State { kExpAvg, kExpAvgSq, kNumStates };
   static constexpr bool is_second_moment(int state) { return state == kExpAvgSq; }
+  static constexpr DType codes_of(int state) {
+    return state == kExpAvg ? DType::kSignedCodes : DType::kPositiveCodes;
+  }
   // Not 0: the second moment is known well enough to divide by it.
   enum Own { kIsRectified = kSquareAverageScalars };
 

@@ -2,6 +2,7 @@
 // "Generating Sequences With Recurrent Neural Networks" (arXiv 1308.0850), in torch's form.
 #pragma once
 
+#include "core/dtypes.h"
 #include "core/rules/shared_scalars.h"
 
 namespace fusedopt {
@@ -9,6 +10,9 @@ namespace fusedopt {
 struct Rmsprop {
   enum State { kMomentumBuffer, kSquareAvg, kGradAvg, kNumStates };
   static constexpr bool is_second_moment(int state) { return state == kSquareAvg; }
+  static constexpr DType codes_of(int state) {
+    return state == kSquareAvg ? DType::kPositiveCodes : DType::kSignedCodes;
+  }
   enum Own { kMomentum = kSquareAverageScalars };
 
   static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo,

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "core/dtypes.h"
 #include "core/power.h"
 #include "core/rules/shared_scalars.h"
 
@@ -12,6 +13,7 @@ namespace fusedopt {
 struct SparseAdam {
   enum State { kExpAvg, kExpAvgSq, kNumStates };
   static constexpr bool is_second_moment(int state) { return state == kExpAvgSq; }
+  static constexpr DType codes_of(int) { return DType::kAbsent; }
 
   static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo info,
                                                    const GradInfo& grads) {

@@ -1,0 +1,94 @@
+// States in 8 bits on the CPU: a group's new values are kept until all are known, and then encoded.
+// Part of isa_kernels.h, which says what must not be used here.
+#pragma once
+
+#include "core/codes.h"
+#include "core/element.h"
+#include "cpu/vec.h"
+
+namespace fusedopt::cpu {
+namespace {
+
+// The new values of a group's states, and for those that are drawn 16 random bits of each.
+struct CodeGroup {
+  alignas(64) float values[kMaxStates][kGroup];
+  alignas(64) uint32_t draws[kMaxStates][kGroup];
+};
+
+// What core/codes.h asks for: roots of numbers that are not negative and a reciprocal, but for
+// their last bits.
+struct Approximate {
+  template <int kLanes>
+  FUSEDOPT_HD Vec<float, kLanes> about_root(Vec<float, kLanes> x) const {
+    using V [[maybe_unused]] = Vec<float, kLanes>;
+    // Something is added so that it is not 0, whose reciprocal root would be infinite.
+#if defined(__AVX512F__)
+    if constexpr (kLanes == 16)
+      return x *
+             V(typename V::Raw(_mm512_maskz_rsqrt14_ps(0xffff, __m512((x + V(0x1p-126f)).raw))));
+#elif defined(__AVX2__)
+    if constexpr (kLanes == 8) {
+      const V some = x + V(0x1p-126f);
+      const V about = typename V::Raw(_mm256_rsqrt_ps(__m256(some.raw)));
+      const V near = about * (V(1.5f) - V(0.5f) * some * about * about);
+      return x * near;
+    }
+#endif
+    return square_root(x);
+  }
+  template <class V>
+  FUSEDOPT_HD Pack<V, 2> about_root(Pack<V, 2> x) const {
+    x[0] = about_root(x[0]);
+    x[1] = about_root(x[1]);
+    return x;
+  }
+  FUSEDOPT_HD float about_reciprocal(float x) const { return 1 / x; }
+};
+
+template <class Code>
+__attribute__((noinline)) void encode_group(const float* values, const uint32_t* draws,
+                                            bool is_drawn, float* scale_at, uint8_t* codes,
+                                            int64_t count) {
+  constexpr int kLanes = kRegisterBytes / 4;
+  using Float = Vec<float, kLanes>;
+  using Bits = Vec<uint32_t, kLanes>;
+  Bits largest(0u);
+  for (int i = 0; i < kGroup; i += kLanes)
+    largest = larger(largest, Bits(read<typename Bits::Raw>(values + i)) & 0x7fffffffu);
+  uint32_t most = 0;
+  for (int i = 0; i < kLanes; ++i) most = larger(most, uint32_t{largest.raw[i]});
+  const float scale = scale_of(most);
+  *scale_at = scale;
+  Approximate math;
+  alignas(64) uint8_t found[kGroup];
+  for (int i = 0; i < kGroup; i += kLanes) {
+    Float shares(0.0f);
+    if (is_drawn) shares = threshold_shares<Float>(Bits(read<typename Bits::Raw>(draws + i)));
+    const Float own = read<typename Float::Raw>(values + i);
+    write_bytes(found + i, encoded<Code>(own, scale, is_drawn, shares, math));
+  }
+  __builtin_memcpy(codes, found, static_cast<size_t>(count));
+}
+
+// Writes the codes and the scales of the group that begins with element `begin`. Of fewer elements
+// than a whole group, `count`, the values behind the last do not count.
+__attribute__((noinline)) void store_group(const Formats& formats, CodeGroup& group,
+                                           void* const* data, float* const* scales, int64_t begin,
+                                           int64_t count) {
+  for (int s = 0; s < kMaxStates; ++s) {
+    const int operand = kFirstState + s;
+    if (!is_code(formats.dtypes[operand])) continue;
+    const int64_t own = count < kGroup ? count : kGroup;
+    for (int64_t i = own; i < kGroup; ++i) group.values[s][i] = 0;
+    auto* const codes = static_cast<uint8_t*>(data[operand]) + begin;
+    float* const scale = scales[s] + begin / kGroup;
+    const bool is_drawn = formats.is_stochastic(operand);
+    if (is(formats.dtypes[operand], DType::kSignedCodes))
+      encode_group<SignedCode>(group.values[s], group.draws[s], is_drawn, scale, codes, own);
+    else
+      encode_group<PositiveCode>(group.values[s], group.draws[s], is_drawn, scale, codes, own);
+  }
+}
+
+}  // namespace
+}  // namespace fusedopt::cpu

@@ -1,0 +1,206 @@
+"""States in 8 bits: which parameters have them, and conversions from and to numbers.
+
+How codes and scales mean numbers is said in csrc/core/codes.h. A scale is that of 64 elements in a
+row, so that shards of rows have whole groups; where rows are no multiple of 64, of 64 elements of
+the flat tensor.
+"""
+
+import warnings
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C
+from ._tensors import is_dtensor, local
+from ._types import State
+
+# Smaller tensors, and vectors, have float32 states: they take no memory that matters, and norms and
+# biases are where small errors would.
+MIN_ELEMENTS = 4096
+
+Codes = tuple[Tensor, Tensor]  # and their scales
+
+
+def shape_of_scales(param: Tensor) -> tuple[int, ...] | None:
+    """The shape that scales of a parameter's states have, or None if its states cannot be codes.
+
+    That depends on shapes and on how a DTensor lies over devices, but not on how many have a part.
+    """
+    is_wide = param.is_complex() or param.dtype == torch.float64
+    if is_wide or param.dim() < 2 or param.numel() < MIN_ELEMENTS:
+        return None
+    group = _C.GROUP_OF_CODES
+    row = param.numel() // param.shape[0]
+    if row % (group * _parts_of_row(param)) == 0:
+        return param.shape[0], row // group
+    return None if is_dtensor(param) else (-(-param.numel() // group),)
+
+
+def _parts_of_row(param: Any) -> int:
+    """In how many parts rows are cut by sharding; more than they can have if that cuts groups."""
+    if not is_dtensor(param):
+        return 1
+    parts = 1
+    for at, placement in enumerate(param.placements):
+        if placement.is_replicate():
+            continue
+        dim = getattr(placement, "dim", None)
+        if dim is None or (dim > 0 and param.dim() > 2):
+            return param.numel() + 1
+        parts *= param.device_mesh.size(at) if dim > 0 else 1
+    return parts
+
+
+def new_codes(param: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Codes:
+    """Codes of zeros and their scales."""
+    codes = torch.zeros_like(
+        param, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False
+    )
+    return codes, like_scales(codes, torch.zeros(_local_shape(codes, shape), device=_device(codes)))
+
+
+def like_scales(codes: Any, scales: Tensor) -> Tensor:
+    """This process's scales as a tensor that lies over devices as their codes do."""
+    if not is_dtensor(codes):
+        return scales
+    from torch.distributed.tensor import DTensor
+
+    shape = torch.Size((codes.shape[0], codes.numel() // codes.shape[0] // _C.GROUP_OF_CODES))
+    return DTensor.from_local(
+        scales, codes.device_mesh, codes.placements, run_check=False, shape=shape,
+        stride=(shape[1], 1),
+    )  # fmt: skip
+
+
+def _device(tensor: Tensor) -> torch.device:
+    return local(tensor).device
+
+
+def _local_shape(codes: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    own = local(codes)
+    if own is codes:
+        return shape
+    return own.shape[0], prod(own.shape[1:]) // _C.GROUP_OF_CODES
+
+
+def encode(values: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Codes:
+    """The nearest codes of a state, computed on the CPU by the text that steps compute with."""
+    codes, scales = new_codes(values, dtype, shape)
+    own = local(values.detach()).to("cpu", torch.float32).contiguous()
+    parts = [torch.empty_like(local(each), device="cpu") for each in (codes, scales)]
+    _C.encode(own, *parts)
+    for to, part in zip((codes, scales), parts, strict=True):
+        local(to).copy_(part)
+    return codes, scales
+
+
+def decode(codes: Tensor, scales: Tensor) -> Tensor:
+    """The float32 numbers that codes stand for."""
+    values = torch.empty_like(codes, dtype=torch.float32)
+    own = torch.empty(local(codes).shape, dtype=torch.float32)
+    _C.decode(*(local(each).cpu().contiguous() for each in (codes, scales)), own)
+    local(values).copy_(own)
+    return values
+
+
+def has_state(name: str, state: State, spec: _C.StateSpec) -> bool:
+    """Whether a state has what is called so, in numbers or in codes."""
+    return any(state.get(each) is not None for each in (name, *spec.codes.get(name, ())[::2]))
+
+
+def take_codes(entries: State, param: Tensor, spec: _C.StateSpec, place: str) -> dict[str, Codes]:
+    """Take all codes out of saved entries, by the names of their states.
+
+    Raises ValueError or TypeError for what is not codes and scales of such a parameter.
+    """
+    found = {}
+    for name, (code_name, dtype, scale_name) in spec.codes.items():
+        plain = entries.get(name)
+        if dtype == torch.uint8 and isinstance(plain, Tensor) and plain.dtype == torch.float16:
+            warnings.warn(
+                f"{name} of {place} was saved in float16, in which squares of small grads are 0, "
+                "and updates by them far too large",
+                stacklevel=5,
+            )
+        codes, scales = (entries.pop(each, None) for each in (code_name, scale_name))
+        if codes is None or scales is None:
+            continue  # both: a state with one of them has been refused
+        for each, entry in ((code_name, codes), (scale_name, scales)):
+            if not isinstance(entry, Tensor):
+                raise TypeError(
+                    f"{each} of {place} is {entry!r} in the loaded state dict, but must be a tensor"
+                )
+        count = -(-param.numel() // _C.GROUP_OF_CODES)
+        if codes.shape != param.shape or scales.numel() != count:
+            raise ValueError(
+                f"{code_name} and {scale_name} of {place} are of shapes {tuple(codes.shape)} and "
+                f"{tuple(scales.shape)} in the loaded state dict, which does not fit the parameter "
+                f"of shape {tuple(param.shape)}, with a scale for {_C.GROUP_OF_CODES} elements"
+            )
+        # torch.optim may have cast both to the parameter's dtype, of which codes are whole numbers.
+        if codes.dtype != dtype and not codes.is_floating_point():
+            raise TypeError(f"{code_name} of {place} is {codes.dtype}, but must be {dtype}")
+        found[name] = codes.to(dtype), scales.float()
+    return found
+
+
+def put_states(
+    entries: State, saved: dict[str, Codes], param: Tensor, spec: _C.StateSpec
+) -> None:
+    """Enter what ``take_codes`` has taken out, as codes or numbers, and make codes of numbers.
+
+    As the settings have it; without ``state_dtype``, as it was saved, if the parameter can have it.
+    """
+    shape = shape_of_scales(param)
+    for name, (code_name, dtype, scale_name) in spec.codes.items():
+        plain = entries.get(name)
+        keeps = name in saved and spec.state_dtype is None
+        if shape is not None and (spec.wants_codes or keeps):
+            if name in saved:
+                codes, scales = saved[name]
+                found = codes.contiguous(), scales.reshape(shape).contiguous()
+            elif isinstance(plain, Tensor):
+                found = encode(plain, dtype, shape)
+            else:
+                continue
+            entries.pop(name, None)
+            entries[code_name], entries[scale_name] = found
+        elif name in saved:
+            entries[name] = decode(*saved[name]).to(spec.state_dtype or torch.float32)
+
+
+def float32_states(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with float32 states in place of codes, under the names that torch.optim has.
+
+    Args:
+        state_dict: of an optimizer whose states may be codes of 8 bits (``state_dtype="q8"``), as
+            ``state_dict()`` or ``torch.load`` returned it. It is not changed.
+
+    Returns:
+        A new state dict; what is no code is in it as it was.
+
+    Raises:
+        ValueError: there are codes without scales.
+    """
+    return {
+        **state_dict,
+        "state": {key: _with_numbers(entries) for key, entries in state_dict["state"].items()},
+    }
+
+
+def _with_numbers(entries: Any) -> Any:
+    if not isinstance(entries, dict):
+        return entries
+    found = {}
+    for name, entry in entries.items():
+        state, is_code, _ = name.partition(_C.CODES_SUFFIX)
+        if is_code and name == state + _C.CODES_SUFFIX:
+            scales = entries.get(state + _C.SCALES_SUFFIX)
+            if scales is None:
+                raise ValueError(f"the state dict has {name}, but no {state + _C.SCALES_SUFFIX}")
+            found[state] = decode(entry, scales)
+        elif name.removesuffix(_C.SCALES_SUFFIX) + _C.CODES_SUFFIX not in entries:
+            found[name] = entry
+    return found

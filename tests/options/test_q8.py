@@ -1,0 +1,593 @@
+"""States in 8 bits: codes and the scales of 64 elements."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import fusedopt
+from fusedopt import _C
+from fusedopt.compat import float32_states
+from support.codes import (
+    CODED_SHAPES,
+    FLAT,
+    GROUP,
+    MANY_DIMS,
+    ROWS,
+    SHAPES,
+    SMALL,
+    VECTOR,
+    assert_codes_of,
+    coded_names,
+    decoded,
+    each_coded_case,
+    few_coded_cases,
+    numbers_of,
+    of_q8,
+    one_step,
+)
+from support.device import DEVICE
+from support.equality import bits
+from support.optimizers import Case, each_of_all_names, step_with
+from support.pairs import in_pairs
+from support.plans import MANY, best_isa, each_isa, require, use_plan
+from support.snapshots import COPIES, record, refused, through_a_file
+from support.tensors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, draw, params_of, some_dtypes, values
+
+each_narrow = some_dtypes(FLOAT32, BFLOAT16, FLOAT16)
+
+
+def grads_for(params: Any, seed: int) -> list[Tensor]:
+    return [values(*p.shape, dtype=p.dtype, seed=100 * seed + i) for i, p in enumerate(params)]
+
+
+def trained(case: Case, dtype: torch.dtype, steps: int = 3, **more: Any) -> Any:
+    params = draw(SHAPES, dtype=dtype)
+    optimizer = of_q8(case.suited_to(dtype), params, **more)
+    for step in range(steps):
+        one_step(optimizer, grads_for(params, step))
+    return optimizer
+
+
+def test_which_params_have_codes() -> None:
+    optimizer = trained(CASE, FLOAT32)
+    shapes = {
+        ROWS: (40, 2),
+        FLAT: (68,),  # 61 * 71 elements, the last group short
+        MANY_DIMS: (8, 10),
+        VECTOR: None,
+        SMALL: None,
+    }
+    for param, expected in zip(params_of(optimizer), shapes.values(), strict=True):
+        entries = optimizer.state[param]
+        if expected is None:
+            assert {k: v.dtype for k, v in entries.items()} == dict.fromkeys(
+                ("step", "exp_avg", "exp_avg_sq"), FLOAT32
+            )
+            continue
+        assert {k: (v.dtype, tuple(v.shape)) for k, v in entries.items()} == {
+            "step": (FLOAT32, ()),
+            "exp_avg_q8": (torch.int8, tuple(param.shape)),
+            "exp_avg_sq_q8": (torch.uint8, tuple(param.shape)),
+            "exp_avg_scale": (FLOAT32, expected),
+            "exp_avg_sq_scale": (FLOAT32, expected),
+        }
+
+
+CASE = Case("AdamW", {"lr": 0.01})
+
+
+@in_pairs(
+    each_coded_case,
+    each_narrow,
+    pytest.mark.parametrize("rounding", [None, False, True]),
+    pytest.mark.parametrize("masters", [None, "float32", "split", "split8"]),
+)
+def test_a_step_is_that_of_numbers(
+    case: Case, dtype: torch.dtype, rounding: bool | None, masters: str | None
+) -> None:
+    """From what the codes stand for; then each new state is rounded to a code beside it."""
+    if masters in ("split", "split8") and dtype != BFLOAT16:
+        masters = "float32"
+    more: dict[str, Any] = {"stochastic_rounding": rounding, "master_weights": masters}
+    if rounding and dtype == FLOAT16:
+        more["stochastic_rounding"] = None
+    optimizer = trained(case, dtype, **more)
+    params = params_of(optimizer)
+    weights = optimizer.fp32_params()
+    case = case.suited_to(dtype)
+    plain = case.ours([Parameter(weight.clone()) for weight in weights], stochastic_rounding=False)
+    for param, copied in zip(params, params_of(plain), strict=True):
+        entries = {k: v.to(DEVICE) for k, v in numbers_of(optimizer.state[param]).items()}
+        ours = {"param_remainder", "param_remainder8", "master_param"}
+        plain.state[copied] = {
+            k: v.clone().float() for k, v in entries.items() if k not in ours
+        }
+    grads = grads_for(params, 7)
+    one_step(optimizer, grads)
+    one_step(plain, [grad.float() for grad in grads])
+    for param, copied in zip(params, params_of(plain), strict=True):
+        entries, expected = optimizer.state[param], plain.state[copied]
+        assert bool(coded_names(entries)) == (
+            param.shape in CODED_SHAPES and bool(expected.keys() - {"step"})
+        )
+        for name in coded_names(entries):
+            is_positive = entries[f"{name}_q8"].dtype == torch.uint8
+            draws = more["stochastic_rounding"]
+            is_drawn = is_positive if draws is None else draws
+            assert_codes_of(entries, name, expected[name].cpu(), 1 if is_drawn else 0.5)
+    # Weights before they are rounded are those of float32 states, as the numbers are the same.
+    wide = masters is not None or dtype == FLOAT32
+    for ours, theirs in zip(optimizer.fp32_params(), params_of(plain), strict=True):
+        assert ours.shape == theirs.shape
+        if wide and masters != "split8":
+            torch.testing.assert_close(ours, theirs.detach(), rtol=2e-6, atol=1e-7)
+
+
+@in_pairs(
+    few_coded_cases,
+    some_dtypes(FLOAT32, BFLOAT16),
+    each_isa,
+    pytest.mark.parametrize("chunk_elements", [64, 1000, MANY]),
+    pytest.mark.parametrize("threads", [1, 2]),
+)
+@pytest.mark.cpu_only
+def test_bits_depend_on_nothing_else(
+    case: Case, dtype: torch.dtype, isa: str, chunk_elements: int, threads: int
+) -> None:
+    require(isa)
+    runs = []
+    for plan in ((best_isa(), MANY, 1), (isa, chunk_elements, threads)):
+        torch.set_num_threads(plan[2])
+        params = draw([*SHAPES, (300, 256)], dtype=dtype)
+        optimizer = of_q8(case, params, stochastic_rounding=True)
+        use_plan(optimizer, *plan[:2])
+        for step in range(3):
+            one_step(optimizer, grads_for(params, step))
+        runs.append(record(optimizer))
+    for name, value in runs[0].items():
+        assert torch.equal(bits(value), bits(runs[1][name])), name
+
+
+LAYOUTS = {
+    "channels-last": ((8, 16, 5, 8), (640, 1, 128, 16)),
+    "transposed": ((96, 64), (1, 96)),
+    "rows-with-gaps": ((40, 128), (150, 1)),
+    "columns-with-gaps": ((61, 71), (142, 2)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@few_coded_cases
+def test_strided_params_have_the_same_codes(case: Case, layout: Any) -> None:
+    shape, strides = layout
+    room = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    strided = values(room).as_strided(shape, strides)
+    dense = strided.clone(memory_format=torch.contiguous_format)
+    runs = []
+    for param in (strided, dense):
+        optimizer = of_q8(case, [param], stochastic_rounding=True)
+        for step in range(3):
+            step_with(optimizer, [values(*shape, seed=step + 1)])
+        assert all(
+            entry.is_contiguous() for name, entry in optimizer.state[param].items() if name != "step"
+        )
+        runs.append(record(optimizer))
+    for name, value in runs[0].items():
+        assert torch.equal(bits(value.contiguous()), bits(runs[1][name])), name
+
+
+def test_zeros_are_exact_and_small_squares_stay() -> None:
+    param = torch.zeros(64, 64)
+    optimizer = of_q8(CASE, [param])
+    grad = torch.zeros(64, 64)
+    grad[1, 0], grad[1, 1] = 1.0, 1e-15
+    grad[2] = 1e-25  # whose squares are 0 in float32
+    step_with(optimizer, [grad] * 3)
+    entries = optimizer.state[param]
+    codes = entries["exp_avg_sq_q8"].cpu()
+    assert codes[1, 0] == 255
+    assert codes[1, 1] == 1  # 1e-30 of the largest
+    assert (codes[1, 2:] == 0).all()
+    assert (codes[[0, 2]] == 0).all()
+    assert entries["exp_avg_sq_scale"][0] == 0
+    assert (entries["exp_avg_q8"][0] == 0).all()
+    assert entries["exp_avg_scale"][0] == 0
+    assert (param[0] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_visible(bad: float) -> None:
+    param = values(64, 128)
+    optimizer = of_q8(CASE, [param])
+    grad = values(64, 128, seed=1)
+    grad[3, 70] = bad
+    step_with(optimizer, [grad])
+    for name in ("exp_avg_scale", "exp_avg_sq_scale"):
+        scales = optimizer.state[param][name].cpu()
+        assert scales[3, 1].isnan()
+        assert scales.isfinite().sum() == scales.numel() - 1
+    step_with(optimizer, [values(64, 128, seed=2)])
+    assert param[3, 64:].isnan().all()  # all of the group, not one step later than that
+    assert param.isfinite().sum() == param.numel() - GROUP
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "ASGD", "Rprop", "SparseAdam"])
+def test_optimizers_without(name: str) -> None:
+    with pytest.raises(ValueError, match=f"state_dtype='q8' is not for {name}"):
+        getattr(fusedopt, name)([values(64, 64)], state_dtype="q8")
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"'q8' is not for centered=True"):
+        fusedopt.RMSprop([values(64, 64)], state_dtype="q8", centered=True)
+    with pytest.raises(ValueError, match=r"'float32', torch.bfloat16, 'bfloat16', 'q8', or None"):
+        fusedopt.AdamW([values(64, 64)], state_dtype="q4")  # type: ignore[arg-type]
+    for dtype in (FLOAT64, torch.complex64, torch.complex128):
+        optimizer = of_q8(CASE, [values(64, 64, dtype=dtype)])
+        params_of(optimizer)[0].grad = values(64, 64, dtype=dtype)
+        with refused(optimizer, ValueError, "state_dtype='q8' is for float32, bfloat16 and"):
+            optimizer.step()
+
+
+# What is done to the state of a param, and what the next step says.
+DAMAGE: dict[str, tuple[Any, type[Exception], str]] = {
+    "no-scales": (
+        lambda state: state.pop("exp_avg_scale"),
+        ValueError,
+        "has no 'exp_avg_scale', but has",
+    ),
+    "no-codes": (lambda state: state.pop("exp_avg_sq_q8"), ValueError, "has no 'exp_avg_sq_q8'"),
+    "signed": (
+        lambda state: state.update(exp_avg_sq_q8=state["exp_avg_sq_q8"].view(torch.int8)),
+        TypeError,
+        r"exp_avg_sq_q8 of .* must be torch.uint8",
+    ),
+    "unsigned": (
+        lambda state: state.update(exp_avg_q8=state["exp_avg_q8"].view(torch.uint8)),
+        TypeError,
+        r"exp_avg_q8 of .* must be torch.int8",
+    ),
+    "numbers": (
+        lambda state: state.update(exp_avg_q8=state["exp_avg_q8"].float()),
+        TypeError,
+        r"exp_avg_q8 of .* must be torch.int8",
+    ),
+    "fewer-scales": (
+        lambda state: state.update(exp_avg_scale=state["exp_avg_scale"][1:]),
+        ValueError,
+        r"exp_avg_scale of .* one number for 64 elements",
+    ),
+    "double-scales": (
+        lambda state: state.update(exp_avg_scale=state["exp_avg_scale"].double()),
+        ValueError,
+        r"exp_avg_scale of .* must be torch.float32",
+    ),
+    "transposed": (
+        lambda state: state.update(exp_avg_q8=state["exp_avg_q8"].t().contiguous().t()),
+        ValueError,
+        r"exp_avg_q8 of .* is not contiguous",
+    ),
+    "other-shape": (
+        lambda state: state.update(exp_avg_q8=state["exp_avg_q8"].reshape(-1)),
+        ValueError,
+        r"exp_avg_q8 of .* does not fit the parameter",
+    ),
+    "no-tensor": (lambda state: state.update(exp_avg_q8=3), TypeError, "must be a tensor"),
+    "shared": (
+        lambda state: state.update(exp_avg_scale=state["exp_avg_sq_scale"]),
+        ValueError,
+        "share memory",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "error", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_state(damage: Any, error: type[Exception], message: str) -> None:
+    param = values(64, 64)
+    optimizer = of_q8(CASE, [param])
+    step_with(optimizer, [values(64, 64, seed=1)] * 2)
+    damage(optimizer.state[param])
+    param.grad = values(64, 64, seed=2)
+    with refused(optimizer, error, message):
+        optimizer.step()
+
+
+def test_a_uint8_param_is_refused() -> None:
+    param = torch.zeros(64, 64, dtype=torch.uint8, device=DEVICE)
+    with pytest.raises(TypeError, match="dtypes that can be stepped"):
+        step_with(fusedopt.SGD([param]), [param.clone()])
+
+
+# Checkpoints.
+
+
+@in_pairs(each_coded_case, each_narrow, pytest.mark.parametrize("copied", [*COPIES, "file"]))
+def test_a_resumed_run_repeats_the_bits(case: Case, dtype: torch.dtype, copied: str) -> None:
+    optimizer = trained(case, dtype)
+    if copied == "file":
+        params = [param.detach().clone() for param in params_of(optimizer)]
+        other = of_q8(case.suited_to(dtype), params)
+        other.load_state_dict(through_a_file(optimizer.state_dict()))
+    else:
+        other = COPIES[copied](optimizer)
+    for each in (optimizer, other):
+        for step in (5, 6):
+            one_step(each, grads_for(params_of(each), step))
+    ours, theirs = record(optimizer), record(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(bits(value), bits(theirs[name])), name
+
+
+KEPT: dict[str, Any] = {"None": None, "float32": "float32", "bfloat16": BFLOAT16, "q8": "q8"}
+
+
+@pytest.mark.parametrize("to", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("start", KEPT.values(), ids=KEPT)
+@few_coded_cases
+def test_conversions(case: Case, start: Any, to: Any) -> None:
+    """From each kind of states to each; nearest codes, which are then what they are."""
+    params = draw(SHAPES, dtype=BFLOAT16)
+    first = case.ours(params, state_dtype=start)
+    for step in range(3):
+        one_step(first, grads_for(params, step))
+    second = case.ours([param.detach().clone() for param in params], state_dtype=to)
+    second.load_state_dict(through_a_file(first.state_dict()))
+    for own, other in zip(params, params_of(second), strict=True):
+        before, after = first.state[own], second.state[other]
+        codes = start == "q8" if to is None else to == "q8"
+        has_states = bool(before.keys() - {"step"})
+        assert bool(coded_names(after)) == (codes and own.shape in CODED_SHAPES and has_states)
+        numbers = numbers_of(before)
+        assert numbers_of(after).keys() == numbers.keys()
+        for name, value in numbers_of(after).items():
+            if f"{name}_q8" in before and f"{name}_q8" in after:
+                for each in (f"{name}_q8", f"{name}_scale"):
+                    assert torch.equal(before[each], after[each]), each
+            elif f"{name}_q8" in after:
+                assert_codes_of(after, name, numbers[name].double().cpu(), 0.5)
+            elif name != "step":
+                decides = start if to is None else to
+                wide = FLOAT32 if decides in ("q8", "float32") else BFLOAT16
+                assert after[name].dtype == wide, name
+                torch.testing.assert_close(
+                    value.float(), numbers[name].float(), rtol=1e-2, atol=0
+                )
+    one_step(second, grads_for(params, 9))
+    assert all(param.isfinite().all() for param in params_of(second))
+
+
+@few_coded_cases
+def test_to_torch_and_back(case: Case) -> None:
+    optimizer = trained(case, FLOAT32)
+    theirs = case.theirs([Parameter(param.detach().clone()) for param in params_of(optimizer)])
+    exported = float32_states(optimizer.state_dict())
+    theirs.load_state_dict(through_a_file(exported))
+    for own, other in zip(params_of(optimizer), params_of(theirs), strict=True):
+        for name, value in numbers_of(optimizer.state[own]).items():
+            torch.testing.assert_close(
+                theirs.state[other][name].float(), value.to(DEVICE), rtol=1e-6, atol=0
+            )
+    one_step(theirs, grads_for(params_of(theirs), 8))
+    back = of_q8(case, [param.detach().clone() for param in params_of(theirs)])
+    back.load_state_dict(theirs.state_dict())
+    one_step(back, grads_for(params_of(back), 9))
+    assert coded_names(back.state[params_of(back)[0]]) == coded_names(
+        optimizer.state[params_of(optimizer)[0]]
+    )
+
+
+def test_through_a_cast_by_torch_codes_stay() -> None:
+    optimizer = trained(CASE, BFLOAT16)
+    params = params_of(optimizer)
+    theirs = torch.optim.AdamW([Parameter(param.detach().clone()) for param in params])
+    theirs.load_state_dict(optimizer.state_dict())
+    back = of_q8(CASE, params)
+    back.load_state_dict(theirs.state_dict())
+    for param in params[:3]:
+        for name in ("exp_avg_q8", "exp_avg_sq_q8"):
+            assert torch.equal(optimizer.state[param][name], back.state[param][name])
+
+
+BAD_FILES: dict[str, tuple[Any, type[Exception], str]] = {
+    "no-scales": (lambda state: state.pop("exp_avg_scale"), ValueError, "has no 'exp_avg_scale'"),
+    "other-codes": (
+        lambda state: state.update(exp_avg_q8=state["exp_avg_q8"][1:]),
+        ValueError,
+        "exp_avg_q8 and exp_avg_scale of .* are of shapes",
+    ),
+    "other-scales": (
+        lambda state: state.update(exp_avg_scale=state["exp_avg_scale"][1:]),
+        ValueError,
+        "exp_avg_q8 and exp_avg_scale of .* are of shapes",
+    ),
+    "other-kind": (
+        lambda state: state.update(exp_avg_q8=state["exp_avg_q8"].view(torch.uint8)),
+        TypeError,
+        "exp_avg_q8 of .* must be torch.int8",
+    ),
+    "no-tensor": (lambda state: state.update(exp_avg_scale=1.0), TypeError, "must be a tensor"),
+}
+
+
+@pytest.mark.parametrize(("damage", "error", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_checkpoints(damage: Any, error: type[Exception], message: str) -> None:
+    optimizer = trained(CASE, FLOAT32)
+    saved = copy.deepcopy(optimizer.state_dict())
+    damage(saved["state"][0])
+    with refused(optimizer, error, message):
+        optimizer.load_state_dict(saved)
+
+
+def test_another_optimizers_codes_are_refused() -> None:
+    optimizer = trained(CASE, FLOAT32)
+    saved = copy.deepcopy(optimizer.state_dict())
+    entries = saved["state"][0]
+    entries |= {f"square_avg{end}": entries[f"exp_avg_sq{end}"] for end in ("_q8", "_scale")}
+    with refused(optimizer, ValueError, "'square_avg_q8', which Adam has not"):
+        optimizer.load_state_dict(saved)
+
+
+def test_saved_in_float16_warns() -> None:
+    params = draw([(64, 64)], dtype=FLOAT16)
+    saved = CASE.suited_to(FLOAT16).ours(params)
+    one_step(saved, grads_for(params, 1))
+    for state_dtype in ("q8", "float32"):
+        other = CASE.ours(params, state_dtype=state_dtype)
+        with pytest.warns(UserWarning, match="exp_avg_sq of .* was saved in float16"):
+            other.load_state_dict(saved.state_dict())
+
+
+def test_settings_that_change_in_mid_run() -> None:
+    """A step goes by what is in the state; new parameters and checkpoints go by the settings."""
+    param, late = draw([(64, 64), (64, 128)])
+    optimizer = CASE.ours([param])
+    step_with(optimizer, [values(64, 64, seed=1)])
+    optimizer.param_groups[0]["state_dtype"] = "q8"
+    optimizer.add_param_group({"params": [late]})
+    for seed in (2, 3):
+        one_step(optimizer, [values(64, 64, seed=seed), values(64, 128, seed=seed)])
+    assert optimizer.state[param].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    optimizer.param_groups[1]["state_dtype"] = "q8"
+    del optimizer.state[late]
+    optimizer.load_state_dict(optimizer.state_dict())
+    one_step(optimizer, [values(64, 64, seed=4), values(64, 128, seed=4)])
+    for each in (param, late):
+        assert coded_names(optimizer.state[each]) == ["exp_avg", "exp_avg_sq"]
+    # And back.
+    for group in optimizer.param_groups:
+        group["state_dtype"] = "float32"
+    one_step(optimizer, [values(64, 64, seed=5), values(64, 128, seed=5)])
+    assert coded_names(optimizer.state[param]) == ["exp_avg", "exp_avg_sq"]
+    optimizer.load_state_dict(optimizer.state_dict())
+    one_step(optimizer, [values(64, 64, seed=6), values(64, 128, seed=6)])
+    assert optimizer.state[param].keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_a_first_moment_that_is_left_out_takes_its_codes_along() -> None:
+    param = values(64, 64)
+    optimizer = of_q8(CASE, [param])
+    step_with(optimizer, [values(64, 64, seed=1)])
+    optimizer.param_groups[0]["betas"] = (0.0, 0.99)
+    step_with(optimizer, [values(64, 64, seed=2)])
+    assert optimizer.state[param].keys() == {"step", "exp_avg_sq_q8", "exp_avg_sq_scale"}
+
+
+def test_memory() -> None:
+    optimizer = trained(CASE, BFLOAT16, master_weights="split8")
+    groups = sum(-(-param.numel() // GROUP) for param in params_of(optimizer)[:3])
+    coded = sum(param.numel() for param in params_of(optimizer)[:3])
+    others = sum(param.numel() for param in params_of(optimizer)[3:])
+    found = optimizer.memory()
+    assert found["scales"] == 2 * 4 * groups
+    assert found["states"] == 2 * coded + 2 * 4 * others + 4 * len(SHAPES)
+    assert found["masters"] == coded + others
+    of_one = of_q8(CASE, [values(1024, 1024, dtype=BFLOAT16)], master_weights="split8")
+    step_with(of_one, [values(1024, 1024, dtype=BFLOAT16)])
+    (param,) = params_of(of_one)
+    total = of_one.memory()["total"] - 4  # for the count of steps
+    assert total / param.numel() == 2 + 2 + 1 + 2 + 2 * 4 / GROUP
+
+
+# Accuracy, by the simulation that chose the formats (csrc/core/codes.h), with the real kernels.
+
+
+def errors(spread: float, fall: str, **options: Any) -> tuple[float, float, float]:
+    """RMS of the error of AdamW's updates against float64, of the last 100 steps of 1000, or of 1000
+    after a fall of grads by 10, over that of the updates; sqrt(v) over its true value, and the
+    largest of these updates over the true largest. In groups of elements whose grads have means and standard
+    deviations that are log-normal with this spread.
+    """
+    generator = torch.Generator().manual_seed(3)
+    shape, lr = (64, 128), 1.0
+    sizes = torch.exp(spread * torch.randn(shape, generator=generator, dtype=FLOAT64))
+    means = sizes * torch.randn(shape, generator=generator, dtype=FLOAT64) * 0.1
+    kept = Parameter(torch.zeros(shape, device=DEVICE))
+    optimizer = fusedopt.AdamW([kept], lr=lr, weight_decay=0, **options)
+    m, v = torch.zeros(shape, dtype=FLOAT64), torch.zeros(shape, dtype=FLOAT64)
+    wrong = true = 0.0
+    roots, largest = [], [0.0, 0.0]
+    steps = 1000 if fall == "none" else 2000
+    for step in range(1, steps + 1):
+        grad = means + sizes * torch.randn(shape, generator=generator, dtype=FLOAT64)
+        if step > 1000:
+            grad *= torch.where(torch.arange(128) % 2 == 0, 0.1, 0.1 if fall == "all" else 1.0)
+        grad = grad.float()
+        with torch.no_grad():
+            kept.zero_()
+        kept.grad = grad.to(DEVICE)
+        optimizer.step()
+        m = 0.9 * m + 0.1 * grad.double()
+        v = 0.999 * v + 0.001 * grad.double() ** 2
+        if step <= steps - 100:
+            continue
+        expected = -lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+        found = kept.detach().cpu().double()
+        wrong += float(((found - expected) ** 2).sum())
+        true += float((expected**2).sum())
+        for at, updates in enumerate((found, expected)):
+            largest[at] = max(largest[at], float(updates.abs().max()))
+        entries = optimizer.state[kept]
+        second = decoded(entries, "exp_avg_sq") if "exp_avg_sq_q8" in entries else None
+        if second is not None:
+            of_fallen = slice(None, None, 2)
+            roots.append(float(np.mean(np.sqrt(second / v.numpy())[:, of_fallen])))
+    return (wrong / true) ** 0.5, float(np.mean(roots)), largest[0] / largest[1]
+
+
+# Spread of grads in a group, what falls; the largest error and how far sqrt(v) may be off.
+ACCURACY = [
+    (0.5, "none", None, 0.07, 0.02),
+    (0.5, "all", None, 0.07, 0.02),
+    (0.5, "half", None, 0.08, 0.03),
+    (1.0, "none", None, 0.12, 0.03),
+    (0.5, "none", False, 0.06, 0.02),
+    (0.5, "all", False, 0.06, 0.02),
+]
+
+
+@pytest.mark.unsanitized  # no other accesses than in fewer steps
+@pytest.mark.unemulated  # it has the same bits
+@pytest.mark.parametrize(("spread", "fall", "rounding", "error", "drift"), ACCURACY)
+def test_accuracy(spread: float, fall: str, rounding: bool | None, error: float, drift: float) -> None:
+    found, root, largest = errors(spread, fall, state_dtype="q8", stochastic_rounding=rounding)
+    print(f"{spread=} {fall=} {rounding=}: error {found:.3f}, sqrt(v) {root:.3f}, {largest:.2f}")
+    assert found <= error
+    assert root == pytest.approx(1, abs=drift)
+    assert largest < 1.5
+
+
+@pytest.mark.unsanitized
+@pytest.mark.unemulated
+def test_no_update_is_far_too_large() -> None:
+    _, _, largest = errors(1.5, "none", state_dtype="q8")
+    assert largest < 3
+
+
+@pytest.mark.unsanitized
+@pytest.mark.unemulated
+def test_to_nearest_second_moments_stand_still_in_their_group() -> None:
+    # Why they are drawn by default: half of the grads of each group fall.
+    found, root, _ = errors(0.5, "half", state_dtype="q8", stochastic_rounding=False)
+    assert root > 1.2
+    assert found > 0.15
+
+
+@each_of_all_names
+def test_each_name_has_codes_or_says_why(name: str) -> None:
+    make = getattr(fusedopt, name)
+    if name in ("Adagrad", "ASGD", "Rprop"):
+        pytest.skip("test_optimizers_without")
+    param = values(64, 64)
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = make([param], state_dtype="q8", **options)
+    step_with(optimizer, [values(64, 64, seed=1)])
+    assert len(coded_names(optimizer.state[param])) == (1 if name in ("SGD", "Lion", "RMSprop") else 2)
+    assert {f"{each}_scale" for each in coded_names(optimizer.state[param])} <= set(
+        _C.names_of_scales(make._row)
+    )

@@ -1,0 +1,104 @@
+"""What codes of 8 bits mean, written down a second time from their definition, in float64."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from support.optimizers import CASES, Case
+from support.tensors import params_of
+
+GROUP = 64
+# Shapes with groups along rows, along the flat tensor with a short last one, and with float32
+# states: a vector, and what is small.
+ROWS, FLAT, MANY_DIMS, VECTOR, SMALL = (40, 128), (61, 71), (8, 16, 5, 8), (5000,), (63, 64)
+SHAPES = (ROWS, FLAT, MANY_DIMS, VECTOR, SMALL)
+CODED_SHAPES = (ROWS, FLAT, MANY_DIMS)
+
+# Of the optimizers that have codes.
+CODED_CASES: dict[str, Case] = {
+    name: case
+    for name, case in CASES.items()
+    if case.optimizer not in ("Adagrad", "ASGD", "Rprop") and not case.options.get("centered")
+}
+FEW_CODED = ("momentum", "nesterov-l2", "adam-amsgrad", "adam-no-beta1", "adamw", "lion-decay")
+each_coded_case = pytest.mark.parametrize("case", CODED_CASES.values(), ids=CODED_CASES)
+few_coded_cases = pytest.mark.parametrize(
+    "case", [CODED_CASES[name] for name in FEW_CODED], ids=FEW_CODED
+)
+
+
+def of_q8(case: Case, params: Any, **more: Any) -> Any:
+    return case.ours(params, state_dtype="q8", **more)
+
+
+def one_step(optimizer: Any, grads: list[Tensor]) -> None:
+    for param, grad in zip(params_of(optimizer), grads, strict=True):
+        param.grad = grad
+    optimizer.step()
+
+
+def coded_names(entries: Any) -> list[str]:
+    return [name.removesuffix("_q8") for name in entries if name.endswith("_q8")]
+
+
+def levels(codes: Tensor) -> Any:
+    """What the codes stand for, over their scale."""
+    number = codes.cpu().numpy().astype(np.float64)
+    if codes.dtype == torch.int8:
+        return np.sign(number) * (number / 127) ** 2
+    return (number / 255) ** 4
+
+
+def spread(scales: Tensor, like: Tensor) -> Any:
+    """The scale of each element."""
+    flat = np.repeat(scales.cpu().numpy().reshape(-1).astype(np.float64), GROUP)
+    return flat[: like.numel()].reshape(like.shape)
+
+
+def decoded(entries: Any, name: str) -> Any:
+    codes = entries[f"{name}_q8"]
+    return levels(codes) * spread(entries[f"{name}_scale"], codes)
+
+
+def numbers_of(entries: Any) -> dict[str, Tensor]:
+    """A state with float32 numbers, under their names, in place of codes."""
+    found = {
+        name: entry for name, entry in entries.items() if not name.endswith(("_q8", "_scale"))
+    }
+    for name in coded_names(entries):
+        found[name] = torch.from_numpy(decoded(entries, name)).float()
+    return found
+
+
+def largest_of_groups(values: Any) -> Any:
+    flat = np.abs(np.asarray(values, np.float64)).reshape(-1)
+    padded = np.pad(flat, (0, -len(flat) % GROUP)).reshape(-1, GROUP)
+    return padded.max(axis=1)
+
+
+def assert_codes_of(entries: Any, name: str, values: Any, units: float) -> None:
+    """The codes are those of the values, but for so many units of a code."""
+    codes, scales = entries[f"{name}_q8"], entries[f"{name}_scale"]
+    values = np.asarray(values, np.float64)
+    found_scales = scales.cpu().numpy().reshape(-1).astype(np.float64)
+    np.testing.assert_allclose(found_scales, largest_of_groups(values), rtol=1e-5)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.nan_to_num(np.abs(values) / spread(scales, codes))
+    is_signed = codes.dtype == torch.int8
+    ideal = 127 * share**0.5 if is_signed else 255 * share**0.25
+    number = codes.cpu().numpy().astype(np.float64)
+    assert (np.abs(np.abs(number) - ideal) <= units + 1e-3).all() or (
+        not is_signed and _but_for_small_ones(np.abs(number), ideal, units)
+    ), name
+    if is_signed:
+        assert (np.sign(number) * np.sign(values) >= 0).all()
+    else:
+        assert ((number > 0) == (values > 0)).all()
+
+
+def _but_for_small_ones(number: Any, ideal: Any, units: float) -> bool:
+    """What is above 0 has code 1 at least."""
+    return bool(((np.abs(number - ideal) <= units + 1e-3) | ((number == 1) & (ideal < 1))).all())

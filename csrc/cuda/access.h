@@ -33,14 +33,26 @@ FUSEDOPT_HD T load_item(const T* from) {
   return *from;
 }
 
-// The emulation's threads run one after the other, but some values are what several of them say. So
-// a block's threads run twice: first in rehearsal, in which they store nothing and what they say is
-// written down, then with the answers.
+// The emulation's threads run one after the other, but some values are what several of them say,
+// and none of these may store before all have read. So a block's threads run twice: first in
+// rehearsal, in which what they say is written down, then with the answers; and what they store is
+// kept until the end.
 struct LaneTalk {
+  struct Store {
+    void* to;
+    size_t size;
+    char bytes[16];
+  };
+  // Of one thread, what it says among the lanes of a whole warp, and what among fewer.
+  struct Said {
+    std::vector<uint32_t> values[2];
+    size_t next[2] = {0, 0};
+  };
+
   bool is_rehearsal = true;
   uint32_t thread = 0;
-  std::vector<std::vector<uint32_t>> said;  // by each thread, one after the other
-  size_t next = 0;                          // of what this thread has said
+  std::vector<Said> said;
+  std::vector<Store> stores = {};
 };
 #if !defined(__CUDA_ARCH__)
 inline thread_local LaneTalk* lane_talk = nullptr;
@@ -51,7 +63,12 @@ FUSEDOPT_HD void store_item(T* to, T value) {
 #if defined(__CUDA_ARCH__)
   __builtin_assume(__isGlobal(to));
 #else
-  if (lane_talk != nullptr && lane_talk->is_rehearsal) return;
+  if (lane_talk != nullptr) {
+    if (lane_talk->is_rehearsal) return;
+    LaneTalk::Store later = {to, sizeof(value), {}};
+    memcpy(later.bytes, &value, sizeof(value));
+    return lane_talk->stores.push_back(later);
+  }
 #endif
   *to = value;
 }
@@ -68,14 +85,15 @@ FUSEDOPT_HD uint32_t largest_of_lanes(uint32_t value, uint32_t lanes) {
   return value;
 #else
   LaneTalk& talk = *lane_talk;
+  const int who = lanes == 32 ? 0 : 1;
   if (talk.is_rehearsal) {
-    talk.said[talk.thread].push_back(value);
+    talk.said[talk.thread].values[who].push_back(value);
     return value;
   }
-  const size_t at = talk.next++;
+  const size_t at = talk.said[talk.thread].next[who]++;
   const uint32_t first = talk.thread & ~(lanes - 1);
   for (uint32_t other = first; other < first + lanes; ++other) {
-    const uint32_t others = talk.said[other].at(at);  // throws where one has not called it
+    const uint32_t others = talk.said[other].values[who].at(at);  // throws if it has said nothing
     value = others > value ? others : value;
   }
   return value;

@@ -40,19 +40,18 @@ void update_all(const UpdateArguments<Rule, T>& arguments, int64_t num_chunks) {
   const FlushMode flush(sizeof(T) == sizeof(float));
   SharedMemory shared(int64_t{kStages} * arguments.plan.stage_bytes);
   for (uint32_t block = 0; block < num_chunks; ++block) {
-    LaneTalk talk;
+    LaneTalk talk = {};
     talk.said.resize(kBlockThreads);
     const bool talks = arguments.plan.has_codes != 0;
     if (talks) lane_talk = &talk;
     for (talk.is_rehearsal = talks;; talk.is_rehearsal = false) {
       const SharedPlace place = shared.renew();
-      for (talk.thread = 0; talk.thread < kBlockThreads; ++talk.thread) {
-        talk.next = 0;
+      for (talk.thread = 0; talk.thread < kBlockThreads; ++talk.thread)
         update_thread(arguments, place, block, talk.thread);
-      }
       if (!talk.is_rehearsal) break;
     }
     lane_talk = nullptr;
+    for (const LaneTalk::Store& store : talk.stores) std::memcpy(store.to, store.bytes, store.size);
   }
 }
 

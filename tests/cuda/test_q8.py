@@ -1,0 +1,159 @@
+"""Codes of 8 bits have the bits of the CPU driver, whatever the sizes, formats and addresses."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from support.codes import SHAPES, coded_names, each_coded_case, few_coded_cases, of_q8
+from support.optimizers import Case
+from support.pairs import in_pairs
+from support.sides import Results, Side, on_both_drivers
+from support.snapshots import record
+from support.tensors import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    around,
+    by_id,
+    draw,
+    misaligned,
+    set_grads,
+    some_dtypes,
+)
+
+EDGES = (0.0, -0.0, 1e-45, -3e-39, 6e-8, 6.1e-5, 1e-20, 65504.0, 3e38, -torch.inf, torch.nan)
+# Beside SHAPES: groups that end with a chunk, with a block of threads and with a warp; one element
+# more and one less than that.
+MORE_SHAPES = [(16, 1024), (3, 2048), (2, 2111), (2, 2049), (65, 64), (129, 33), (9, 1024)]
+
+
+def train(
+    side: Side, case: Case, dtypes: tuple[torch.dtype, ...], shapes: Any, who: str, **options: Any
+) -> Results:
+    """Dtypes of params and of grads; whose memory is misaligned. The last tensor meets numbers of
+    every kind."""
+
+    def moved(name: str, tensors: list[Tensor]) -> list[Tensor]:
+        if who not in (name, "all"):
+            return tensors
+        return [misaligned(tensor, 1 + i % 9) for i, tensor in enumerate(tensors)]
+
+    params = moved("param", draw(shapes, side.device, dtypes[0]))
+    views = [param for param in params if param._base is not None]
+    optimizer = of_q8(case.suited_to(dtypes[0]), params, **options)
+    for step in range(3):
+        set_grads(params, step)
+        if step == 1:
+            edges = torch.tensor(EDGES, dtype=FLOAT64).to(dtypes[0])
+            params[-1].grad.view(-1)[70 : 70 + len(EDGES)] = edges.to(side.device)
+        grads = moved("grad", [param.grad.to(dtypes[1]) for param in params])
+        for param, grad in zip(params, grads, strict=True):
+            param.grad_dtype = None  # whatever is assigned
+            param.grad = grad
+        optimizer.step()
+        states = [optimizer.state[param] for param in params]
+        for name in [name for name in states[0] if name.endswith("_q8")]:
+            entries = moved("codes", [state[name] for state in states if name in state])
+            for state, entry in zip([s for s in states if name in s], entries, strict=True):
+                state[name] = entry
+            views += entries if entries[0]._base is not None else []
+    return record(optimizer) | around(views)
+
+
+MIXES = {
+    "float32": (FLOAT32, FLOAT32),
+    "bfloat16": (BFLOAT16, BFLOAT16),
+    "float16": (FLOAT16, FLOAT16),
+    "wide-grad": (BFLOAT16, FLOAT32),
+    "double-grad": (FLOAT32, FLOAT64),
+}
+each_mix = pytest.mark.parametrize("dtypes", **by_id(MIXES))
+each_rounding = pytest.mark.parametrize("rounding", [None, False, True])
+
+
+@in_pairs(
+    each_coded_case,
+    each_mix,
+    each_rounding,
+    pytest.mark.parametrize("masters", [None, "float32", "split", "split8"]),
+    pytest.mark.parametrize("ema", [None, 0.9]),
+)
+@on_both_drivers
+def test_formats(
+    side: Side, case: Case, dtypes: Any, rounding: Any, masters: Any, ema: Any
+) -> Results:
+    if dtypes[0] == FLOAT16:
+        rounding = None
+    if dtypes[0] != BFLOAT16 and masters is not None:
+        masters = "float32"
+    options = {"stochastic_rounding": rounding, "master_weights": masters, "ema_decay": ema}
+    return train(side, case, dtypes, [*SHAPES, *MORE_SHAPES], "nobody", **options)
+
+
+@in_pairs(
+    few_coded_cases,
+    each_mix,
+    pytest.mark.parametrize("who", ["param", "grad", "codes", "all"]),
+)
+@on_both_drivers
+def test_misaligned(side: Side, case: Case, dtypes: Any, who: str) -> Results:
+    return train(side, case, dtypes, [*SHAPES, *MORE_SHAPES], who)
+
+
+STRIDES = {(8, 16, 5, 8): (640, 1, 128, 16), (96, 64): (1, 96), (61, 71): (142, 2)}
+
+
+def train_strided(side: Side, case: Case, dtype: torch.dtype) -> Results:
+    """Beside them dense tensors: all of it is one step."""
+    params = []
+    for shape, strides in STRIDES.items():
+        room = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        params.append(draw([room], side.device, dtype)[0].as_strided(shape, strides))
+    optimizer = of_q8(case, [*params, *draw([(64, 64), (67, 65)], side.device, dtype)])
+    for seed in range(3):
+        set_grads(optimizer, seed)
+        optimizer.step()
+    assert all("_q8" in "".join(optimizer.state[param]) for param in params)
+    return record(optimizer)
+
+
+@few_coded_cases
+@some_dtypes(FLOAT32, BFLOAT16)
+@on_both_drivers
+def test_strided(side: Side, case: Case, dtype: torch.dtype) -> Results:
+    return train_strided(side, case, dtype)
+
+
+TINY = [(64, 64), (5, 1024), (41, 101)]
+
+
+@few_coded_cases
+@each_mix
+@on_both_drivers
+def test_sanitizer_codes(side: Side, case: Case, dtypes: Any) -> Results:
+    return train(side, case, dtypes, TINY, "all" if dtypes[0] == BFLOAT16 else "nobody")
+
+
+@few_coded_cases
+@on_both_drivers
+def test_sanitizer_strided_codes(side: Side, case: Case) -> Results:
+    return train_strided(side, case, BFLOAT16)
+
+
+@few_coded_cases
+@on_both_drivers
+def test_in_a_graph(side: Side, case: Case) -> Results:
+    params = draw(TINY, side.device, BFLOAT16)
+    optimizer = of_q8(case, params, capturable=side.is_gpu, max_grad_norm=0.5)
+    set_grads(params, 0)
+    optimizer.step()
+    set_grads(params, 1, in_place=True)
+    replay = side.replayable(optimizer.step)
+    for seed in (1, 2, 3):
+        set_grads(params, seed, in_place=True)
+        replay()
+    assert all(coded_names(optimizer.state[param]) for param in params)
+    return record(optimizer)

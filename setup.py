@@ -156,12 +156,14 @@ def cpp_sources(build_dir: Path, with_cuda: bool) -> list[tuple[Path, list[str]]
     cuda = ["table", "driver"] if with_cuda else ["unavailable"]
     if cuda_mode() == "emulated":
         cuda = ["emulated_float", "emulated_double", "table", "driver", "emulated"]
-    # With all of an element in one function, a file takes sanitizers more than eight minutes.
-    sanitized = ["-Og", "-Dalways_inline=unused"] if SANITIZE else []
-    # For tests: -O3 takes longer to compile than the tests gain by it. And where g++ 12 vectorizes
+    # With all of an element in one function, a file takes minutes, and with sanitizers more than
+    # eight.
+    in_pieces = "-Dalways_inline=unused"
+    sanitized = ["-Og", in_pieces] if SANITIZE else []
+    # For tests: -O2 takes longer to compile than the tests gain by it. And where g++ 12 vectorizes
     # straight code, it loses the rounding of a double to a float (test_first_averages() in
     # tests/cpp/test_gpu.cpp).
-    quick = sanitized or ["-O2", "-fno-tree-slp-vectorize"]
+    quick = sanitized or ["-O1", in_pieces, "-fno-tree-slp-vectorize"]
     quick = quick if cuda_mode() == "emulated" else []
     # Without NDEBUG, pybind11 asks at every count of references whether the GIL is held.
     binding = ["-O1"] if SANITIZE else ["-O2", "-DNDEBUG"]

@@ -13,6 +13,7 @@ namespace {
 
 struct Roots {
   float about_root(float x) const { return std::sqrt(x); }
+  float about_fourth_root(float x) const { return std::sqrt(std::sqrt(x)); }
   float about_reciprocal(float x) const { return 1 / x; }
 };
 

@@ -45,8 +45,7 @@ struct SignedCode {
   static constexpr int kMost = 127;
   static constexpr float kUnit = 1.0f / (127.0f * 127.0f);  // what code 1 stands for
   static constexpr float kRoot = kMost / 2.0f;              // over the root of 4
-  // From this code on thresholds are drawn, and how far they may lie beyond the share drawn.
-  static constexpr float kFirstDrawn = 0, kMargin = 0.3f;
+  static constexpr float kFirstDrawn = 0;  // from this code on thresholds are drawn
 
   template <class Float>
   static FUSEDOPT_HD Float power(Float code) {
@@ -80,7 +79,7 @@ struct PositiveCode {
   static constexpr float kUnit = 1.0f / (255.0f * 255.0f * 255.0f * 255.0f);
   static constexpr float kRoot = kMost / 1.41421356f;
   // Between codes below that, a draw could make a root twice or four times too small.
-  static constexpr float kFirstDrawn = 4, kMargin = 0.1f;
+  static constexpr float kFirstDrawn = 4;
 
   template <class Float>
   static FUSEDOPT_HD Float power(Float code) {
@@ -89,7 +88,7 @@ struct PositiveCode {
   }
   template <class Float, class Math>
   static FUSEDOPT_HD Float root(Math& math, Float x) {
-    return math.about_root(math.about_root(x));
+    return math.about_fourth_root(x);
   }
 
   template <class Float, class Bits>
@@ -104,8 +103,7 @@ struct PositiveCode {
   template <class Float, class Bits>
   static FUSEDOPT_HD Bits finished(Float value, Bits code) {
     const Float magnitude = as_float(as_bits(value) & 0x7fffffffu);
-    const Bits at_least = select(code > Bits(1u), code, Bits(1u));
-    return select(magnitude > Float(0), at_least, Bits(0u));
+    return select(magnitude > Float(0), larger(code, Bits(1u)), Bits(0u));
   }
 };
 
@@ -126,14 +124,19 @@ FUSEDOPT_HD auto encoded(const Float& values, float scale, bool is_drawn, const 
   constexpr float kMagic = 0x1.8p23f;  // added and taken off again, it rounds to whole numbers
   const Float magnitudes = as_float(as_bits(values) & 0x7fffffffu);
   const float over_scale = scale > 0 ? math.about_reciprocal(0.25f * scale) : 0.0f;
-  // The code, or one less, whatever the last bits of the roots.
+  // The code, or one less. That holds if roots are off by up to 1 / 1400, which is less than 0.2 of
+  // a code: as codes count, a threshold is up to 0.1 further than its share, as its power is
+  // convex.
+  constexpr float kMargin = 0.3f;
   const Float about = Code::root(math, magnitudes * Float(over_scale)) * Float(Code::kRoot);
-  Float below(0.6f);
-  if (is_drawn)
-    below = select(about < Float(Code::kFirstDrawn), below, shares + Float(Code::kMargin));
-  Float code = ((about + Float(0.5f)) - below + Float(kMagic)) - Float(kMagic);
-  code = select(code > Float(Code::kMost - 1), Float(Code::kMost - 1), code);
-  if (Code::kFirstDrawn == 0) code = select(code < Float(0), Float(0), code);
+  Float below(kMargin);
+  if (is_drawn && Code::kFirstDrawn == 0)
+    below = shares + Float(kMargin - 0.5f);
+  else if (is_drawn)
+    below = select(about < Float(Code::kFirstDrawn), below, shares + Float(kMargin - 0.5f));
+  Float code = (about - below + Float(kMagic)) - Float(kMagic);
+  code = smaller(code, Float(Code::kMost - 1));
+  if (Code::kFirstDrawn == 0) code = larger(code, Float(0));
   // The threshold above it.
   Float threshold = Code::power(code + Float(0.5f));
   if (is_drawn) {
@@ -142,7 +145,7 @@ FUSEDOPT_HD auto encoded(const Float& values, float scale, bool is_drawn, const 
     threshold = select(code < Float(Code::kFirstDrawn), threshold, drawn);
   }
   const auto is_above = magnitudes > threshold * Float(scale * Code::kUnit);
-  const Bits word = as_bits(select(is_above, code + Float(1.0f), code) + Float(kMagic));
+  const Bits word = as_bits(code + Float(kMagic)) + select(is_above, Bits(1u), Bits(0u));
   const Bits finished = Code::finished(values, word & 0xffu) & 0xffu;
   return either(scale == scale, finished, Bits(0u));
 }

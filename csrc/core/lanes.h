@@ -39,6 +39,8 @@ FUSEDOPT_HD uint32_t as_bits(float value) { return bit_cast<uint32_t>(value); }
 FUSEDOPT_HD uint64_t as_bits(double value) { return bit_cast<uint64_t>(value); }
 FUSEDOPT_HD uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 FUSEDOPT_HD uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
+FUSEDOPT_HD float larger(float a, float b) { return a > b ? a : b; }
+FUSEDOPT_HD float smaller(float a, float b) { return a < b ? a : b; }
 FUSEDOPT_HD float as_float(uint32_t bits) { return bit_cast<float>(bits); }
 
 // Conversions between the type that computes and float.
@@ -126,6 +128,14 @@ struct Pack {
   FUSEDOPT_HD friend Pack fma(const Pack& a, const Pack& b, Pack c) {
     for (int j = 0; j < kCount; ++j) c[j] = fma(a[j], b[j], c[j]);
     return c;
+  }
+  FUSEDOPT_HD friend Pack larger(Pack a, const Pack& b) {
+    for (int j = 0; j < kCount; ++j) a[j] = larger(a[j], b[j]);
+    return a;
+  }
+  FUSEDOPT_HD friend Pack smaller(Pack a, const Pack& b) {
+    for (int j = 0; j < kCount; ++j) a[j] = smaller(a[j], b[j]);
+    return a;
   }
   FUSEDOPT_HD friend Pack square_root(Pack x) {
     for (int j = 0; j < kCount; ++j) x[j] = square_root(x[j]);

@@ -15,34 +15,44 @@ struct CodeGroup {
   alignas(64) uint32_t draws[kMaxStates][kGroup];
 };
 
-// What core/codes.h asks for: roots of numbers that are not negative and a reciprocal, but for
-// their last bits.
+// What core/codes.h asks for: reciprocals, and roots of numbers that are not negative, about.
 struct Approximate {
   template <int kLanes>
   FUSEDOPT_HD Vec<float, kLanes> about_root(Vec<float, kLanes> x) const {
-    using V [[maybe_unused]] = Vec<float, kLanes>;
-    // Something is added so that it is not 0, whose reciprocal root would be infinite.
-#if defined(__AVX512F__)
-    if constexpr (kLanes == 16)
-      return x *
-             V(typename V::Raw(_mm512_maskz_rsqrt14_ps(0xffff, __m512((x + V(0x1p-126f)).raw))));
-#elif defined(__AVX2__)
-    if constexpr (kLanes == 8) {
-      const V some = x + V(0x1p-126f);
-      const V about = typename V::Raw(_mm256_rsqrt_ps(__m256(some.raw)));
-      const V near = about * (V(1.5f) - V(0.5f) * some * about * about);
-      return x * near;
-    }
-#endif
-    return square_root(x);
+    return kHasReciprocalRoot<kLanes> ? x * reciprocal_root(x) : square_root(x);
   }
-  template <class V>
-  FUSEDOPT_HD Pack<V, 2> about_root(Pack<V, 2> x) const {
-    x[0] = about_root(x[0]);
-    x[1] = about_root(x[1]);
-    return x;
+  template <int kLanes>
+  FUSEDOPT_HD Vec<float, kLanes> about_fourth_root(Vec<float, kLanes> x) const {
+    return kHasReciprocalRoot<kLanes> ? reciprocal_root(reciprocal_root(x))
+                                      : square_root(square_root(x));
   }
   FUSEDOPT_HD float about_reciprocal(float x) const { return 1 / x; }
+
+ private:
+#if defined(__AVX512F__)
+  template <int kLanes>
+  static constexpr bool kHasReciprocalRoot = kLanes == 16;
+#elif defined(__AVX2__)
+  template <int kLanes>
+  static constexpr bool kHasReciprocalRoot = kLanes == 8;
+#else
+  template <int kLanes>
+  static constexpr bool kHasReciprocalRoot = false;
+#endif
+
+  // Something is added so that it is never infinite.
+  template <int kLanes>
+  static FUSEDOPT_HD Vec<float, kLanes> reciprocal_root(Vec<float, kLanes> x) {
+    x = x + Vec<float, kLanes>(0x1p-126f);
+#if defined(__AVX512F__)
+    if constexpr (kHasReciprocalRoot<kLanes>)
+      x = typename RawVec<float, kLanes>::Type(_mm512_maskz_rsqrt14_ps(0xffff, __m512(x.raw)));
+#elif defined(__AVX2__)
+    if constexpr (kHasReciprocalRoot<kLanes>)
+      x = typename RawVec<float, kLanes>::Type(_mm256_rsqrt_ps(__m256(x.raw)));
+#endif
+    return x;
+  }
 };
 
 template <class Code>

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/dtypes.h"
 #include "core/lanes.h"
@@ -91,7 +92,26 @@ struct Vec {
     return mask ? then.raw : otherwise.raw;
   }
 
-  FUSEDOPT_HD friend Vec larger(Vec a, Vec b) { return a.raw > b.raw ? a.raw : b.raw; }
+  FUSEDOPT_HD friend Vec larger(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, float> && kLanes == 16)
+      return Raw(_mm512_maskz_max_ps(0xffff, __m512(a.raw), __m512(b.raw)));
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<T, float> && kLanes == 8)
+      return Raw(_mm256_max_ps(__m256(a.raw), __m256(b.raw)));
+#endif
+    return a.raw > b.raw ? a.raw : b.raw;
+  }
+  FUSEDOPT_HD friend Vec smaller(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, float> && kLanes == 16)
+      return Raw(_mm512_maskz_min_ps(0xffff, __m512(a.raw), __m512(b.raw)));
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<T, float> && kLanes == 8)
+      return Raw(_mm256_min_ps(__m256(a.raw), __m256(b.raw)));
+#endif
+    return a.raw < b.raw ? a.raw : b.raw;
+  }
 
   FUSEDOPT_HD friend Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
@@ -188,6 +208,15 @@ FUSEDOPT_HD Vec<uint32_t, kLanes> read_bytes(const void* from) {
 }
 template <int kLanes>
 FUSEDOPT_HD void write_bytes(void* to, Vec<uint32_t, kLanes> words) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (kLanes == 8) {
+    // The lowest byte of each word to the front of its half, and the halves' fronts together.
+    const __m256i lowest = _mm256_set1_epi32(0x0c080400);
+    const __m256i fronts = _mm256_shuffle_epi8(__m256i(words.raw), lowest);
+    const __m128i upper = _mm256_extracti128_si256(fronts, 1);
+    return write(to, _mm_unpacklo_epi32(_mm256_castsi256_si128(fronts), upper)[0]);
+  }
+#endif
   write(to, __builtin_convertvector(words.raw, typename RawVec<uint8_t, kLanes>::Type));
 }
 

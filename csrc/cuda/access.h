@@ -55,7 +55,7 @@ struct LaneTalk {
   std::vector<Store> stores = {};
 };
 #if !defined(__CUDA_ARCH__)
-inline thread_local LaneTalk* lane_talk = nullptr;
+inline __thread LaneTalk* lane_talk = nullptr;
 #endif
 
 template <class T>
@@ -276,6 +276,11 @@ struct DeviceRoots {
   FUSEDOPT_HD Pack<float, kCount> about_root(Pack<float, kCount> x) const {
     for (int j = 0; j < kCount; ++j) x[j] = about_root(x[j]);
     return x;
+  }
+  FUSEDOPT_HD float about_fourth_root(float x) const { return about_root(about_root(x)); }
+  template <int kCount>
+  FUSEDOPT_HD Pack<float, kCount> about_fourth_root(const Pack<float, kCount>& x) const {
+    return about_root(about_root(x));
   }
   FUSEDOPT_HD float about_reciprocal(float x) const { return Approximations::reciprocal(x); }
 };

@@ -58,8 +58,8 @@ CUDA_STRICT = [
 ]
 CUDA_NO_DOUBLE = ["-Xptxas=--warn-on-double-precision-use"]
 # Computation in float flushes subnormal numbers. Sums of squares begin in it and end in double.
-CUDA_FLUSHING = ("float.cu", "grad_norm.cu")
-CUDA_WITHOUT_DOUBLE = ("float.cu",)
+CUDA_FLUSHING = ("float.cu", "float_codes.cu", "grad_norm.cu")
+CUDA_WITHOUT_DOUBLE = ("float.cu", "float_codes.cu")
 ALL_ARCHS = ["80", "86", "89", "90", "100", "120"]
 # Where a compiler comes from if FUSEDOPT_CUDA=1 asks for one that the machine does not have.
 CUDA_WHEELS = ["nvidia-cuda-nvcc==13.0.*", "nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*",
@@ -188,7 +188,7 @@ def cuda_sources(nvcc: Path) -> list[tuple[Path, list[str]]]:
     if "CXX" in os.environ:
         common.append(f"-ccbin={os.environ['CXX']}")
     sources = sorted(path.relative_to(ROOT) for path in ROOT.glob("csrc/cuda/*.cu"))
-    sources.sort(key=lambda path: path.name not in ("float.cu", "double.cu"))  # the longest first
+    sources.sort(key=lambda path: "float" not in path.name)  # the longest first
 
     def flags(name: str) -> list[str]:
         flush = f"-ftz={'true' if name in CUDA_FLUSHING else 'false'}"

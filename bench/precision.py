@@ -28,16 +28,13 @@ from lib import report
 from lib.cases import HYPER, gpt
 
 BF16, FP32 = torch.bfloat16, torch.float32
-PARTS = {
-    **dict.fromkeys(("master_param", "param_remainder", "param_remainder8"), "masters"),
-    "ema_param": "averages",
-}
 EVALUATIONS = 20  # batches
 
 # The dtype of params and grads, and of the states unless an option says otherwise.
 SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (FP32, {}),
     "fp32, bf16 states": (FP32, {"state_dtype": BF16}),
+    "fp32, q8 states": (FP32, {"state_dtype": "q8"}),
     "bf16": (BF16, {}),
     "bf16, stochastic rounding": (BF16, {"stochastic_rounding": True}),
     "bf16, fp32 states": (BF16, {"state_dtype": FP32}),
@@ -46,6 +43,7 @@ SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bf16, split masters, fp32 states": (BF16, {"master_weights": "split", "state_dtype": FP32}),
     "bf16, split masters, bf16 states": (BF16, {"master_weights": "split", "state_dtype": BF16}),
     "bf16, split8 masters, bf16 states": (BF16, {"master_weights": "split8", "state_dtype": BF16}),
+    "bf16, split8 masters, q8 states": (BF16, {"master_weights": "split8", "state_dtype": "q8"}),
 }  # fmt: skip
 
 
@@ -69,18 +67,13 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 def bytes_per_parameter(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Counted; a step count is no state that grows with the parameters."""
-    found = {"params": 0, "grads": 0, "states": 0, "masters": 0, "averages": 0}
-    elements = 0
-    for param in params_of(optimizer):
-        assert param.grad is not None
-        elements += param.numel()
-        found["params"] += param.nbytes
-        found["grads"] += param.grad.nbytes
-        for name, state in optimizer.state[param].items():
-            if name != "step" and isinstance(state, torch.Tensor):
-                found[PARTS.get(name, "states")] += state.nbytes
-    counted = {name: total / elements for name, total in found.items()}
-    return counted | {"total": sum(counted.values())}
+    counting: Any = optimizer
+    found: dict[str, int] = counting.memory()
+    steps = sum(state["step"].nbytes for state in optimizer.state.values() if "step" in state)
+    elements = sum(param.numel() for param in params_of(optimizer))
+    for name in ("states", "total"):
+        found[name] -= steps
+    return {name: total / elements for name, total in found.items()}
 
 
 @torch.no_grad()
@@ -97,7 +90,7 @@ def train(seed: int, text: torch.Tensor, args: argparse.Namespace) -> list[dict[
     """All settings side by side, on the same batches."""
     torch.manual_seed(seed)
     first = gpt.GPT(gpt.Config()).to(args.device)
-    runs = [start(name, first, args) for name in SETTINGS]
+    runs = [start(name, first, args) for name in args.settings]
     batches = gpt.Batches(text, gpt.BATCH, first.config.context, seed)
     begin = time.perf_counter()
     for step in range(args.steps):
@@ -164,7 +157,11 @@ def main() -> int:
     add("--max-seconds", type=float, default=480.0, metavar="S", help=in_all)
     add("--ema", type=float, metavar="DECAY", help="with averages, whose loss is measured too")
     add("--text", type=Path, metavar="FILE", help="default: Python's standard library")
+    of_all = "those to train in (default: all); float32 is what the others are compared with"
+    add("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], metavar="NAME", help=of_all)
     args = report.parse_args(parser)
+    if "fp32" not in args.settings:
+        parser.error("--settings must have fp32 among them")
     machine = report.start(args)
     text = gpt.load_text(args.text)
     rows: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -175,13 +172,13 @@ def main() -> int:
         if seeds and passed * (len(seeds) + 1) / len(seeds) > args.max_seconds:
             print(f"stopped after {len(seeds)} of {len(args.seeds)} seeds (--max-seconds)")
             break
-        for name, found in zip(SETTINGS, train(seed, text, args), strict=True):
+        for name, found in zip(args.settings, train(seed, text, args), strict=True):
             rows[name].append(found)
         seeds.append(seed)
     base = [row["final_loss"] for row in rows["fp32"]]
     config = {"batch": gpt.BATCH, "optimizer": args.optimizer, "steps": args.steps,
               "seeds": seeds, "ema_decay": args.ema, "text_bytes": len(text)}  # fmt: skip
-    settings = [summary(name, rows[name], base) for name in SETTINGS]
+    settings = [summary(name, rows[name], base) for name in args.settings]
     print_settings(settings)
     if args.json:
         of_run = {"config": asdict(gpt.Config()) | config, "seconds": time.monotonic() - begin}

@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "foreach": SWITCH,
     "capturable": SWITCH,
     "fused": SWITCH,
-    "state_dtype": {"choices": ["float32", "bfloat16"]},
+    "state_dtype": {"choices": ["float32", "bfloat16", "q8"]},
     "master_weights": {"choices": ["float32", "split", "split8"]},
     "stochastic_rounding": SWITCH,
     "rounding_seed": {"type": int, "metavar": "N"},

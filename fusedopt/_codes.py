@@ -35,12 +35,12 @@ def shape_of_scales(param: Tensor) -> tuple[int, ...] | None:
     row = param.numel() // param.shape[0]
     if row % (group * _parts_of_row(param)) == 0:
         return param.shape[0], row // group
-    return None if is_dtensor(param) else (-(-param.numel() // group),)
+    return None if is_dtensor(type(param)) else (-(-param.numel() // group),)
 
 
 def _parts_of_row(param: Any) -> int:
     """In how many parts rows are cut by sharding; more than they can have if that cuts groups."""
-    if not is_dtensor(param):
+    if not is_dtensor(type(param)):
         return 1
     parts = 1
     for at, placement in enumerate(param.placements):
@@ -48,7 +48,7 @@ def _parts_of_row(param: Any) -> int:
             continue
         dim = getattr(placement, "dim", None)
         if dim is None or (dim > 0 and param.dim() > 2):
-            return param.numel() + 1
+            return int(param.numel()) + 1
         parts *= param.device_mesh.size(at) if dim > 0 else 1
     return parts
 
@@ -63,7 +63,7 @@ def new_codes(param: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Code
 
 def like_scales(codes: Any, scales: Tensor) -> Tensor:
     """This process's scales as a tensor that lies over devices as their codes do."""
-    if not is_dtensor(codes):
+    if not is_dtensor(type(codes)):
         return scales
     from torch.distributed.tensor import DTensor
 
@@ -90,7 +90,7 @@ def encode(values: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Codes:
     codes, scales = new_codes(values, dtype, shape)
     own = local(values.detach()).to("cpu", torch.float32).contiguous()
     parts = [torch.empty_like(local(each), device="cpu") for each in (codes, scales)]
-    _C.encode(own, *parts)
+    _C.encode(own, parts[0], parts[1])
     for to, part in zip((codes, scales), parts, strict=True):
         local(to).copy_(part)
     return codes, scales
@@ -100,7 +100,7 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 numbers that codes stand for."""
     values = torch.empty_like(codes, dtype=torch.float32)
     own = torch.empty(local(codes).shape, dtype=torch.float32)
-    _C.decode(*(local(each).cpu().contiguous() for each in (codes, scales)), own)
+    _C.decode(local(codes).cpu().contiguous(), local(scales).cpu().contiguous(), own)
     local(values).copy_(own)
     return values
 
@@ -142,27 +142,43 @@ def take_codes(entries: State, param: Tensor, spec: _C.StateSpec, place: str) ->
         # torch.optim may have cast both to the parameter's dtype, of which codes are whole numbers.
         if codes.dtype != dtype and not codes.is_floating_point():
             raise TypeError(f"{code_name} of {place} is {codes.dtype}, but must be {dtype}")
+        if scales.dtype == torch.float16:
+            raise ValueError(
+                f"{scale_name} of {place} was cast to float16, in which small scales are 0; "
+                "float32_states() of fusedopt.compat makes a state dict that others can take"
+            )
         found[name] = codes.to(dtype), scales.float()
+        is_open = spec.state_dtype is None and isinstance(plain, Tensor)
+        if is_open and any(each == name for each, *_ in spec.entries):
+            raise ValueError(
+                f"the state of {place} has both {name} and {code_name} in the loaded state dict; "
+                "set state_dtype to say which it is to be"
+            )
     return found
 
 
-def put_states(
-    entries: State, saved: dict[str, Codes], param: Tensor, spec: _C.StateSpec
-) -> None:
+def put_states(entries: State, saved: dict[str, Codes], param: Tensor, spec: _C.StateSpec) -> None:
     """Enter what ``take_codes`` has taken out, as codes or numbers, and make codes of numbers.
 
     As the settings have it; without ``state_dtype``, as it was saved, if the parameter can have it.
+    Where both are there, one is what torch.distributed.checkpoint has found in this optimizer and
+    filled up with: that which settings do not ask for comes from the checkpoint.
     """
     shape = shape_of_scales(param)
+    in_use = [name for name, kind, _ in spec.entries if kind == "state"]
     for name, (code_name, dtype, scale_name) in spec.codes.items():
         plain = entries.get(name)
+        if name not in in_use:
+            if name in saved:  # until an option needs it
+                entries[code_name], entries[scale_name] = saved[name]
+            continue
         keeps = name in saved and spec.state_dtype is None
         if shape is not None and (spec.wants_codes or keeps):
-            if name in saved:
+            if isinstance(plain, Tensor):
+                found = encode(plain, dtype, shape)
+            elif name in saved:
                 codes, scales = saved[name]
                 found = codes.contiguous(), scales.reshape(shape).contiguous()
-            elif isinstance(plain, Tensor):
-                found = encode(plain, dtype, shape)
             else:
                 continue
             entries.pop(name, None)
@@ -176,18 +192,26 @@ def float32_states(state_dict: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         state_dict: of an optimizer whose states may be codes of 8 bits (``state_dtype="q8"``), as
-            ``state_dict()`` or ``torch.load`` returned it. It is not changed.
+            ``state_dict()`` or ``torch.load`` returned it, or as ``get_optimizer_state_dict`` of
+            torch.distributed.checkpoint did, flattened or not. It is not changed.
 
     Returns:
         A new state dict; what is no code is in it as it was.
 
     Raises:
-        ValueError: there are codes without scales.
+        ValueError: it is no state dict of an optimizer, or there are codes without scales, or codes
+            that were cast to another dtype.
     """
-    return {
-        **state_dict,
-        "state": {key: _with_numbers(entries) for key, entries in state_dict["state"].items()},
-    }
+    if "state" in state_dict:
+        states = {key: _with_numbers(entries) for key, entries in state_dict["state"].items()}
+        return {**state_dict, "state": states}
+    if any(key.startswith("state.") for key in state_dict):
+        flat: dict[str, Any] = _with_numbers(state_dict)
+        return flat
+    raise ValueError(
+        "not the state dict of an optimizer: it has neither 'state' nor keys that begin with "
+        f"'state.', but {', '.join(map(repr, list(state_dict)[:5]))}"
+    )
 
 
 def _with_numbers(entries: Any) -> Any:
@@ -195,11 +219,13 @@ def _with_numbers(entries: Any) -> Any:
         return entries
     found = {}
     for name, entry in entries.items():
-        state, is_code, _ = name.partition(_C.CODES_SUFFIX)
-        if is_code and name == state + _C.CODES_SUFFIX:
+        state = name.removesuffix(_C.CODES_SUFFIX)
+        if state != name:
             scales = entries.get(state + _C.SCALES_SUFFIX)
             if scales is None:
                 raise ValueError(f"the state dict has {name}, but no {state + _C.SCALES_SUFFIX}")
+            if entry.dtype not in (torch.int8, torch.uint8):
+                raise ValueError(f"{name} is {entry.dtype}: codes of 8 bits have been cast")
             found[state] = decode(entry, scales)
         elif name.removesuffix(_C.SCALES_SUFFIX) + _C.CODES_SUFFIX not in entries:
             found[name] = entry

@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable
 from typing import TypeVar
 
+from . import _C
+
 # Lines of a docstring: an argument, with its description; all of a state.
 ARGUMENT = re.compile(r"^ {8}(\w+) \(.*(?:\n {12}.*)*\n", re.MULTILINE)
 STATE = re.compile(r"^ {8}(\w+): .*(?:\n {12}.*)*\n", re.MULTILINE)
@@ -12,6 +14,7 @@ DEFAULT = re.compile(r", default (?:\([^)]*\)|[^)]*)\)")
 # Which of the arguments need decoupled decay, where that is an option of its own.
 OF_DECOUPLED = ("lr_independent_weight_decay", "cautious_weight_decay")
 NEEDS = "            Needs ``decoupled_weight_decay``.\n"
+OF_CODES = re.compile(r" ``\"q8\"``:.*?have float32\.", re.DOTALL)
 WEIGHTS = ("master_param", "param_remainder", "param_remainder8", "ema_param")
 OPTIONS = re.compile(r"^    All arguments but ``params``.*(?:\n    \S.*)*\n", re.MULTILINE)
 LEFT_OUT = re.compile(r"^    Arguments, attributes and methods that .*\n", re.MULTILINE)
@@ -29,6 +32,7 @@ def described_as(model: type) -> Callable[[Class], Class]:
     """
 
     def complete(cls: Class) -> Class:
+        has_codes = bool(_C.names_of_scales(cls._row))  # type: ignore[attr-defined]
         if cls.__doc__ is None or model.__doc__ is None:  # python -OO
             return cls
         own = {found[1]: found[0] for found in ARGUMENT.finditer(cls.__doc__)}
@@ -38,6 +42,8 @@ def described_as(model: type) -> Callable[[Class], Class]:
         known_states = {found[1]: found[0] for found in STATE.finditer(model.__doc__)}
         counts = "" if re.search(r"^ {8}step: ", states, re.MULTILINE) else known_states["step"]
         names, models = inspect.signature(cls).parameters, inspect.signature(model).parameters
+        if not has_codes:
+            known["state_dtype"] = OF_CODES.sub("", known["state_dtype"].replace(', "q8"', ""))
         if "decoupled_weight_decay" in names:
             known |= {name: known[name] + NEEDS for name in OF_DECOUPLED if name in known}
         cls.__doc__ = "".join(

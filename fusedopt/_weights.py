@@ -148,9 +148,9 @@ def convert(entries: State, param: Tensor, spec: _C.StateSpec, place: str) -> Te
     """Make saved state fit the settings of the group that it is loaded into.
 
     States take on the group's ``state_dtype`` if that is set, codes included. A master weight of
-    another kind is converted; one that was cast to another dtype (by ``torch.optim``) is dropped, as is all that
-    the settings have no use for. Returns the values that the parameter is to have then, or None if
-    it stays.
+    another kind is converted; one that was cast to another dtype (by ``torch.optim``) is dropped,
+    as is all that the settings have no use for. Returns the values that the parameter is to have
+    then, or None if it stays.
 
     Raises ValueError, with ``place``, for masters and averages of another shape than the parameter,
     and as ``take_codes``.

@@ -66,7 +66,7 @@ class Adam(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        state_dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
+        state_dtype: torch.dtype | Literal["float32", "bfloat16", "q8"] | None = None,
         master_weights: Literal["float32", "split", "split8"] | None = None,
         stochastic_rounding: bool | None = None,
         rounding_seed: int = 0,
@@ -138,10 +138,14 @@ class AdamW(Adam):
         fused (bool | None, default None): every step is fused, whatever this says. True lets
             ``torch.amp.GradScaler`` leave unscaling and skipping to ``step()``, and excludes
             ``foreach=True``.
-        state_dtype (torch.dtype | Literal["float32", "bfloat16"] | None, default None): dtype of
-            the states, ``torch.float32`` or ``torch.bfloat16`` or its name, whatever that of their
-            parameter, which must be real; None: that of the parameter. Param groups and state dicts
-            hold the name; a group may be given either later.
+        state_dtype (torch.dtype | Literal["float32", "bfloat16", "q8"] | None, default None): dtype
+            of the states, ``torch.float32`` or ``torch.bfloat16`` or its name, whatever that of
+            their parameter, which must be real; None: that of the parameter. ``"q8"``: codes of 8
+            bits with a float32 scale for each 64 elements, 2.125 bytes for both moments, of
+            parameters of float32, bfloat16 and float16 with two dims or more and 4096 elements or
+            more; others have float32. Param groups and state dicts hold the name; a group may be
+            given either later. A step goes by what is in the state, ``load_state_dict()`` and new
+            parameters by the option.
         master_weights (Literal["float32", "split", "split8"] | None, default None): keep the
             weights of 16-bit parameters in float32, or in 24 bits of it, so that updates too small
             for their dtype are not lost. ``"float32"``: in ``master_param`` of the state, 4 bytes
@@ -159,8 +163,9 @@ class AdamW(Adam):
             ``exp_avg_sq``, which to the nearest stands still where a step would change it by less
             than half a unit (with a beta2 of 0.999, 1000 steps after grads have fallen to a tenth,
             its root is 1.67 times too large then, and right to half a percent if it is rounded
-            stochastically), and weights of 24 bits. True: all states, and parameters without master
-            weights, too; not for float16 parameters. False: nothing, as in torch.
+            stochastically), all states in 8 bits, and weights of 24 bits. True: all states, and
+            parameters without master weights, too; not for float16 parameters. False: nothing, as
+            in torch.
         rounding_seed (int, default 0): 0 to 2**32 - 1. The draws follow from it, from the step, the
             element's place in its tensor (in the whole of a DTensor that is sharded by rows, by its
             first dim) and its new weight: the same in every run, on every device and for any number
@@ -215,6 +220,11 @@ class AdamW(Adam):
             step reads and writes less, and ``state_dict()`` has zeros for it. Where that changes,
             it starts from zeros.
         max_exp_avg_sq: the largest second moment so far, as ``exp_avg_sq``, with ``amsgrad``.
+        exp_avg_q8, exp_avg_scale, exp_avg_sq_q8, exp_avg_sq_scale, max_exp_avg_sq_q8 ...: in place
+            of these with ``state_dtype="q8"``: int8 or, of what is never negative, uint8 codes, and
+            float32 scales of shape (first dim, elements of a row / 64), or, where rows are no
+            multiple of 64 elements, of (elements / 64,). Their names are not torch's, so that
+            nobody takes codes for numbers.
         master_param: float32, of a 16-bit parameter with ``master_weights="float32"``.
         param_remainder: int16, of a bfloat16 parameter with ``master_weights="split"``. State dicts
             have the same bits, in the same memory, as bfloat16, which processes can send each
@@ -265,7 +275,7 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
+        state_dtype: torch.dtype | Literal["float32", "bfloat16", "q8"] | None = None,
         master_weights: Literal["float32", "split", "split8"] | None = None,
         stochastic_rounding: bool | None = None,
         rounding_seed: int = 0,

@@ -74,7 +74,7 @@ class RAdam(FusedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        state_dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
+        state_dtype: torch.dtype | Literal["float32", "bfloat16", "q8"] | None = None,
         master_weights: Literal["float32", "split", "split8"] | None = None,
         stochastic_rounding: bool | None = None,
         rounding_seed: int = 0,

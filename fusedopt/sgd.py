@@ -83,7 +83,7 @@ class SGD(FusedOptimizer):
         fused: bool | None = None,
         capturable: bool = False,
         decoupled_weight_decay: bool = False,
-        state_dtype: torch.dtype | Literal["float32", "bfloat16"] | None = None,
+        state_dtype: torch.dtype | Literal["float32", "bfloat16", "q8"] | None = None,
         master_weights: Literal["float32", "split", "split8"] | None = None,
         stochastic_rounding: bool | None = None,
         rounding_seed: int = 0,

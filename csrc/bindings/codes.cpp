@@ -1,7 +1,6 @@
 #include "bindings/codes.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "bindings/weights.h"
 #include "core/codes.h"
@@ -10,12 +9,6 @@ namespace py = pybind11;
 
 namespace fusedopt {
 namespace {
-
-struct Roots {
-  float about_root(float x) const { return std::sqrt(x); }
-  float about_fourth_root(float x) const { return std::sqrt(std::sqrt(x)); }
-  float about_reciprocal(float x) const { return 1 / x; }
-};
 
 struct CodeParts {
   References held;
@@ -42,7 +35,7 @@ struct CodeParts {
 
 template <class Code>
 void encode(const CodeParts& parts) {
-  Roots math;
+  ExactRoots math;
   for (int64_t begin = 0; begin < parts.count; begin += kGroup) {
     const int64_t end = std::min(begin + kGroup, parts.count);
     uint32_t largest = 0;

@@ -257,6 +257,7 @@ void Collector::name_operands(const Group& group, Operands& operands, size_t at)
     if (is_code(table_.updates[at].formats.dtypes[k]))  // and it is likely to be so again
       name_state(group, operands, k, /*are_codes=*/true);
   operands.rounding = options.source.values.stochastic_rounding;
+  operands.draws_codes = options.counts_steps && operands.rounding != StochasticRounding::kNone;
   if (options.master_weights == Master::kNone) return;
   operands.master = find_master(options.master_weights, operands);
   if (operands.master == Master::kNone) operands.names[kMaster] = nullptr;
@@ -278,7 +279,11 @@ void Collector::find_state(const Group& group, Operands& operands) const {
   PyObject* const step_key = group.options.counts_steps ? kStep.object() : nullptr;
   left += step_key != nullptr ? 1 : 0;
   operands.is_complete = left == 0;
-  if (operands.state == nullptr) return;
+  if (operands.state == nullptr) {
+    for (int k = kFirstState; k < kMaster; ++k)
+      name_state(group, operands, k, /*are_codes=*/false);  // there are none
+    return;
+  }
 
   // Keys are interned as a rule, so going through the few entries is cheaper than three lookups.
   PyObject *bad_key = nullptr, *bad_value = nullptr;

@@ -59,6 +59,7 @@ class Collector {
   // For what is not as it was (refresh.cpp).
   void refresh(const Group& group, bool is_second, Unchanged unchanged, Operands& operands,
                ParamUpdate& update, ParamCache& cache);
+  void refuse_both_forms(const Group& group, const Operands& operands) const;
   void read_param_and_grad(Operands& operands, ParamCache& cache);
   void read_state(bool is_second, Operands& operands, const ParamUpdate& update,
                   ParamCache& cache) const;

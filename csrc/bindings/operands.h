@@ -42,6 +42,7 @@ struct Operands {
   int64_t num_rows = 0;
   Master master = Master::kNone;
   StochasticRounding rounding = StochasticRounding::kNone;
+  bool draws_codes = false;     // for which steps must be counted
   bool is_complete = false;     // the state has all that is in use
   bool has_known_specs = true;  // a DTensor and its states lie over devices as in the step before
   bool is_grad_alike = true;    // and the grad as its param

@@ -226,9 +226,8 @@ OptimizerRow row_of(OptimizerRow row) {
   for (int s = 0; s < Rule::kNumStates; ++s)
     if (Rule::is_second_moment(s)) row.second_moments |= 1u << s;
   for (int s = 0; s < static_cast<int>(row.state_names.size()); ++s) {
-    const DType codes = Rule::codes_of(s);
-    if (codes == DType::kSignedCodes) row.signed_codes |= 1u << s;
-    if (codes == DType::kPositiveCodes) row.positive_codes |= 1u << s;
+    if (Rule::kind_of(s) == StateKind::kSigned) row.signed_codes |= 1u << s;
+    if (Rule::kind_of(s) == StateKind::kPositive) row.positive_codes |= 1u << s;
     const std::string name = row.state_names[static_cast<size_t>(s)].name();
     row.code_names.push_back(kept_key(name + kCodesSuffix));
     row.scale_names.push_back(kept_key(name + kScalesSuffix));
@@ -398,9 +397,11 @@ GroupOptions read_options(const OptimizerRow& row, GroupReader& reader) {
   if (options.master_weights == Master::kSplit) options.names[kMaster] = &kParamRemainder;
   if (options.master_weights == Master::kSplit8) options.names[kMaster] = &kParamRemainder8;
   if (hyper.has_ema()) options.names[kEma] = &kEmaParam;
-  options.counts_steps = row.always_counts || hyper.has_ema() ||
-                         hyper.stochastic_rounding == StochasticRounding::kAll ||
-                         rounds_remainder(options.master_weights, hyper.stochastic_rounding);
+  options.counts_steps =
+      row.always_counts || hyper.has_ema() ||
+      hyper.stochastic_rounding == StochasticRounding::kAll ||
+      (reader.wants_codes() && hyper.stochastic_rounding != StochasticRounding::kNone) ||
+      rounds_remainder(options.master_weights, hyper.stochastic_rounding);
   options.has_state =
       options.counts_steps || std::any_of(std::begin(options.names), std::end(options.names),
                                           [](const Key* name) { return name != nullptr; });

@@ -87,6 +87,7 @@ void Collector::refresh(const Group& group, bool is_second, Unchanged unchanged,
     cache.step_on_gpu = false;
   }
   cache.counts_steps = group.options.counts_steps;
+  if (unchanged == Unchanged::kNothing) refuse_both_forms(group, operands);
   read_param_and_grad(operands, cache);
   const TensorView& grad = operands.views[kGrad];
   if (unchanged == Unchanged::kAllButGrad && update.formats.dtypes[kGrad] == grad.dtype &&
@@ -97,6 +98,22 @@ void Collector::refresh(const Group& group, bool is_second, Unchanged unchanged,
     enter(operands, update, cache);
   }
   cache.recognizable = operands.is_complete && update.layout == kDense;
+}
+
+// Raises ValueError for a state that is there in numbers and in codes, as one of them is not kept
+// up.
+void Collector::refuse_both_forms(const Group& group, const Operands& operands) const {
+  if (operands.state == nullptr) return;
+  for (int s = 0; s < kMaxStates; ++s) {
+    const Key* const numbers = group.options.names[kFirstState + s];
+    if (numbers == nullptr || !row_.can_be_codes(s)) continue;
+    const auto at = static_cast<size_t>(s);
+    for (const Key* other : {&row_.code_names[at], &row_.scale_names[at]})
+      if (lookup(operands.state, numbers->object()) && lookup(operands.state, other->object()))
+        throw py::value_error("the state of " + operands.id.text() + " has both '" +
+                              numbers->name() + "' and '" + other->name() +
+                              "', of which steps keep one up; delete the other");
+  }
 }
 
 void Collector::read_param_and_grad(Operands& operands, ParamCache& cache) {
@@ -168,10 +185,10 @@ uint8_t Collector::rounded_stochastically(const Operands& operands) const {
     if (!operands.has(k)) continue;
     const DType dtype = operands.views[k].dtype;
     if (dtype == DType::kBFloat16) rounded |= 1u << k;
-    if (!is_code(dtype)) continue;
-    rounded |= 1u << k;
-    if (dtype == DType::kPositiveCodes && operands.rounding != StochasticRounding::kNone)
+    if (is_code(dtype) && operands.draws_codes) {
+      rounded |= 1u << k;
       wanted |= 1u << k;
+    }
   }
   const bool is_cut = rounds_remainder(operands.master, operands.rounding);
   return static_cast<uint8_t>((rounded & wanted) | (is_cut ? 1u << kMaster : 0));
@@ -192,8 +209,8 @@ void Collector::enter(const Operands& operands, ParamUpdate& update, ParamCache&
   }
   for (int s = 0; s < kMaxStates; ++s) {
     const int scale = kFirstScale + s;
-    float* const data =
-        operands.has(scale) ? static_cast<float*>(operands.views[scale].data) : nullptr;
+    const bool is_there = operands.has(scale) && operands.tensors[scale] != nullptr;
+    float* const data = is_there ? static_cast<float*>(operands.views[scale].data) : nullptr;
     assign(update.scales[s], data, same_memory);
   }
   const Dims* const before = table_.dims_of(update);

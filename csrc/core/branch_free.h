@@ -54,6 +54,8 @@ struct Approximations {
 template <class Approximate = Approximations>
 class BranchFree {
  public:
+  static constexpr bool kIsForCodes = false;
+
   // The square root of `scaled`, which is at least 2^-101.
   static FUSEDOPT_HD float root(float scaled) {
     const float y = Approximate::reciprocal_root(scaled);
@@ -154,6 +156,36 @@ class BranchFree {
   }
 
   float largest_ = 0;  // magnitude of all quotients so far; takes one instruction for each
+};
+
+// Branch-free at first, and exact where that was not. For kernels that cannot leave single elements
+// to others: their elements share scales (core/codes.h).
+template <class Exact>
+class BranchFreeOrExact {
+ public:
+  static constexpr bool kIsForCodes = true;
+
+  template <class V>
+  FUSEDOPT_HD V divide_by_root(const V& numerator, const V& square, const V& eps) {
+    if (must_be_exact_) return exact_.divide_by_root(numerator, square, eps);
+    return fast_.divide_by_root(numerator, square, eps);
+  }
+  template <class V>
+  FUSEDOPT_HD V divide(const V& numerator, const V& denominator) {
+    return must_be_exact_ ? exact_.divide(numerator, denominator)
+                          : fast_.divide(numerator, denominator);
+  }
+  template <class V>
+  FUSEDOPT_HD V root_of(const V& square) {
+    return must_be_exact_ ? exact_.root_of(square) : fast_.root_of(square);
+  }
+  FUSEDOPT_HD bool is_exact() const { return must_be_exact_ || fast_.is_exact(); }
+  FUSEDOPT_HD void be_exact() { must_be_exact_ = true; }
+
+ private:
+  BranchFree<> fast_;
+  Exact exact_;
+  bool must_be_exact_ = false;
 };
 
 }  // namespace fusedopt

@@ -11,11 +11,12 @@
 //
 // A code is the number of thresholds that a magnitude is above. Threshold number c lies between the
 // values of codes c and c + 1: halfway, as codes count, for rounding to nearest; or anywhere, by a
-// draw, so that the mean of the two values is right. A second moment is drawn: with a beta2 of
-// 0.999 a step changes it by less than half a code as a rule, and to nearest it would stay where it
-// is in relation to its group. So a code follows from one element, one scale and one draw, by
-// comparisons of floats: approximate roots, which differ from device to device, only say where to
-// look.
+// draw, so that the mean of the two values is right. Moments are drawn as a rule: to nearest, one
+// would stay where it is in relation to its group if a step changes it by less than half a code. A
+// step with a beta2 of 0.999 does so with most second moments, and one with a beta1 of 0.9 with
+// first moments below 10 codes, if their own grads are zeros. So a code follows from one element,
+// one scale and one draw, by comparisons of floats: approximate roots, which differ from device to
+// device, only say where to look.
 #pragma once
 
 #include <cstdint>
@@ -40,6 +41,13 @@ FUSEDOPT_HD float scale_of(uint32_t largest) {
   if (largest >= 0x7f800000u) return __builtin_nanf("");
   return as_float(largest) < kSmallest ? kSmallest : as_float(largest);
 }
+
+// Roots and a reciprocal as encoded() asks for them, where it need not be fast.
+struct ExactRoots {
+  float about_root(float x) const { return square_root(x); }
+  float about_fourth_root(float x) const { return square_root(square_root(x)); }
+  float about_reciprocal(float x) const { return 1 / x; }
+};
 
 struct SignedCode {
   static constexpr int kMost = 127;

@@ -18,6 +18,8 @@ namespace fusedopt {
 // Square roots and divisions as the compiler does them, correctly rounded as IEEE 754 demands. GPUs
 // use BranchFree (core/branch_free.h) in its place, which gives the same results.
 struct Ieee {
+  static constexpr bool kIsForCodes = false;
+
   template <class V>
   FUSEDOPT_HD V divide_by_root(V numerator, V square, V eps) const {
     return numerator / (square_root(square) + eps);
@@ -31,6 +33,11 @@ struct Ieee {
     return square_root(square);
   }
   FUSEDOPT_HD static constexpr bool is_exact() { return true; }
+};
+
+// The same in kernels for states that are codes.
+struct IeeeForCodes : Ieee {
+  static constexpr bool kIsForCodes = true;
 };
 
 // How the operands of an update are stored.

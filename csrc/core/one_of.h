@@ -7,14 +7,26 @@
 #include "core/macros.h"
 #include "core/rule_list.h"
 #include "core/rules/shared_scalars.h"
+#include "core/state_kind.h"
 
 namespace fusedopt {
+
+// Whether 8 bits do for states of a rule.
+template <class Rule>
+constexpr bool has_codes() {
+  bool found = false;
+  for (int s = 0; s < Rule::kNumStates; ++s) found = found || Rule::kind_of(s) != StateKind::kExact;
+  return found;
+}
+template <class Rule>
+inline constexpr bool kHasCodes = has_codes<Rule>();
 
 // HyperParams::member says which of the rules a group is for: its number in the list. All of them
 // have SharedScalars, and no `Scalars` of their own.
 template <class... Rule>
 struct OneOf {
   using Members = RuleList<Rule...>;
+
   static constexpr int kNumStates = Members::kMaxStates;
   static constexpr int kNumVariants = (Rule::kNumVariants + ...);
   template <class T>
@@ -72,7 +84,8 @@ struct OneOf {
   static FUSEDOPT_HD void update(Variant variant, const Scalars<T>& scalars, Math& math, V& param,
                                  const V& grad, V (&state)[kNumStates]) {
     variant.with_rule([&](auto rule, auto own) __attribute__((always_inline)) {
-      decltype(rule)::update(own, scalars, math, param, grad, state);
+      if constexpr (!Math::kIsForCodes || kHasCodes<decltype(rule)>)
+        decltype(rule)::update(own, scalars, math, param, grad, state);
     });
   }
 };

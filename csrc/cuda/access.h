@@ -73,18 +73,21 @@ FUSEDOPT_HD void store_item(T* to, T value) {
   *to = value;
 }
 
-// The largest of what so many neighbouring lanes of a warp say, 4, 8, 16 or 32 of them, whose
-// number begins at a multiple of that. All of these must call it.
-FUSEDOPT_HD uint32_t largest_of_lanes(uint32_t value, uint32_t lanes) {
+// The largest of what so many neighbouring lanes of a warp say, 4, 8, 16 or 32 of them, which begin
+// at a multiple of that; this is thread number `thread`. All of these must call it, and what they
+// have read before, none of them has yet written.
+FUSEDOPT_HD uint32_t largest_of_lanes(uint32_t value, uint32_t lanes, uint32_t thread) {
 #if defined(__CUDA_ARCH__)
-  const uint32_t first = (threadIdx.x & 31) & ~(lanes - 1);
+  const uint32_t first = (thread & 31) & ~(lanes - 1);
   const uint32_t mask = lanes == 32 ? 0xffffffffu : ((1u << lanes) - 1) << first;
+  __syncwarp(mask);
 #pragma unroll
   for (uint32_t width = 1; width < 32; width *= 2)
     if (width < lanes) value = max(value, __shfl_xor_sync(mask, value, width));
   return value;
 #else
   LaneTalk& talk = *lane_talk;
+  static_cast<void>(thread);
   const int who = lanes == 32 ? 0 : 1;
   if (talk.is_rehearsal) {
     talk.said[talk.thread].values[who].push_back(value);

@@ -47,7 +47,8 @@ void update_all(const UpdateArguments<Rule, T>& arguments, int64_t num_chunks) {
     for (talk.is_rehearsal = talks;; talk.is_rehearsal = false) {
       const SharedPlace place = shared.renew();
       for (talk.thread = 0; talk.thread < kBlockThreads; ++talk.thread)
-        update_thread(arguments, place, block, talk.thread);
+        talks ? update_thread<Rule, T, true>(arguments, place, block, talk.thread)
+              : update_thread<Rule, T, false>(arguments, place, block, talk.thread);
       if (!talk.is_rehearsal) break;
     }
     lane_talk = nullptr;

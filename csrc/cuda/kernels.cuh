@@ -18,7 +18,28 @@ template <class Rule, class T>
 __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
     update_kernel(const __grid_constant__ UpdateArguments<Rule, T> arguments) {
   extern __shared__ __align__(16) char shared[];
-  update_thread<Rule, T>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);
+  update_thread<Rule, T, false>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);
+}
+
+// As kMinBlocks, for states that are codes: 168 registers for a thread, and 255 for the kernel of
+// many rules.
+template <class Rule>
+constexpr int kMinCodesBlocks = std::is_same_v<Rule, OtherRules> ? 2 : 3;
+
+template <class Rule, class T>
+__global__ void __launch_bounds__(kBlockThreads, kMinCodesBlocks<Rule>)
+    codes_kernel(const __grid_constant__ UpdateArguments<Rule, T> arguments) {
+  extern __shared__ __align__(16) char shared[];
+  update_thread<Rule, T, true>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);
+}
+
+template <class T>
+const void* codes_kernel_of(RuleId id) {
+  const void* kernel = nullptr;
+  with_rule(id, [&](auto rule) {
+    kernel = reinterpret_cast<const void*>(&codes_kernel<decltype(rule), T>);
+  });
+  return kernel;
 }
 
 template <class T>

@@ -17,7 +17,7 @@ namespace fusedopt::cuda {
 
 // `Memory` of core/element.h for kCount elements that may lie anywhere. One that is placed twice is
 // computed and written twice, with the same bytes. Where there are codes, a warp's elements are one
-// group.
+// group; those that other lanes write as well are muted here.
 template <class T, int kCount, bool kMayHaveCodes = false>
 class Singles {
   using Bits = Pack<uint32_t, kCount>;
@@ -37,6 +37,10 @@ class Singles {
   // and so take no registers meanwhile; they come from the cache.
   FUSEDOPT_HD Singles(const ParamUpdate* update, const Layout* layouts)
       : update_(update), layouts_(layouts) {}
+
+  // Elements of thread number `thread`, for codes.
+  FUSEDOPT_HD void set_thread(uint32_t thread) { thread_ = thread; }
+  FUSEDOPT_HD void mute(int j) { is_muted_[j] = true; }
 
   // Makes the element that the layout visits as number `element` the j-th of kCount: finds its
   // index along each dim, innermost first, and from that its offset in every operand.
@@ -75,7 +79,7 @@ class Singles {
     for (int j = 0; j < kCount; ++j) {
       Storage stored;
       fusedopt::store(stored, from[j]);
-      store_item(address<Storage>(operand, j), stored);
+      if (writes(j)) store_item(address<Storage>(operand, j), stored);
     }
   }
 
@@ -94,7 +98,7 @@ class Singles {
   FUSEDOPT_HD void store_words(int operand, const Bits& from) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
-      store_item(address<uint16_t>(operand, j), static_cast<uint16_t>(from[j]));
+      if (writes(j)) store_item(address<uint16_t>(operand, j), static_cast<uint16_t>(from[j]));
   }
 
   FUSEDOPT_HD void load_bytes(int operand, Bits& to) const {
@@ -105,7 +109,7 @@ class Singles {
   FUSEDOPT_HD void store_bytes(int operand, const Bits& from) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
-      store_item(address<uint8_t>(operand, j), static_cast<uint8_t>(from[j]));
+      if (writes(j)) store_item(address<uint8_t>(operand, j), static_cast<uint8_t>(from[j]));
   }
 
   template <class Code>
@@ -120,11 +124,11 @@ class Singles {
                                const Bits& draws) const {
     uint32_t largest = 0;
     for (int j = 0; j < kCount; ++j) largest = larger(largest, as_bits(from[j]) & 0x7fffffffu);
-    const float scale = scale_of(largest_of_lanes(largest, kWarp));
+    const float scale = scale_of(largest_of_lanes(largest, kWarp, thread_));
     DeviceRoots math;
     store_bytes(operand, encoded<Code>(from, scale, is_drawn,
                                        threshold_shares<Pack<float, kCount>>(draws), math));
-    if (at_[0][operand] % kGroup == 0) store_item(scale_place(operand), scale);
+    if (writes(0) && at_[0][operand] % kGroup == 0) store_item(scale_place(operand), scale);
   }
 
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& draws) const {
@@ -135,6 +139,8 @@ class Singles {
   }
 
  private:
+  FUSEDOPT_HD bool writes(int j) const { return !kHasCodes || !is_muted_[j]; }
+
   template <class Storage>
   FUSEDOPT_HD Storage* address(int operand, int j) const {
     return static_cast<Storage*>(load_item(update_->data + operand)) + at_[j][operand];
@@ -147,6 +153,8 @@ class Singles {
 
   const ParamUpdate* const update_;
   const Layout* const layouts_;
+  uint32_t thread_ = 0;
+  bool is_muted_[kCount] = {};
   int64_t at_[kCount][kIndex + 1];  // each element's offset in each operand, and its number
 };
 

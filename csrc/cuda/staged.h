@@ -125,11 +125,12 @@ class Staged {
   template <class Code>
   FUSEDOPT_HD void load_codes(int operand, Pack<float, kCount>& to) const {
     const Bytes bytes = bytes_of(operand);
+    const uint32_t scales[] = {bytes[2], stages_.has_two() ? bytes[3] : bytes[2]};
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
       Half<uint32_t> codes;
       for (int j = 0; j < kCount / 2; ++j) codes[j] = bytes[half] >> 8 * j;
-      const auto values = Code::template value<Half<float>>(
-          codes, as_float(bytes[stages_.has_two() ? 2 + half : 2]));
+      const auto values = Code::template value<Half<float>>(codes, as_float(scales[half]));
       for (int j = 0; j < kCount / 2; ++j) to[half * kCount / 2 + j] = values[j];
     }
   }
@@ -138,16 +139,19 @@ class Staged {
   FUSEDOPT_HD void store_codes(int operand, const Pack<float, kCount>& from, bool is_drawn,
                                const Bits& draws) const {
     uint32_t largest[2] = {0, 0};
+#pragma unroll
     for (int j = 0; j < kCount; ++j) {
       uint32_t& most = largest[j / (kCount / 2)];
       most = larger(most, as_bits(from[j]) & 0x7fffffffu);
     }
     const bool has_two = stages_.has_two();
     const uint32_t lanes = stages_.lanes_of_group();
-    largest[0] = largest_of_lanes(has_two ? largest[0] : larger(largest[0], largest[1]), lanes);
-    largest[1] = has_two ? largest_of_lanes(largest[1], lanes) : largest[0];
+    largest[0] = largest_of_lanes(has_two ? largest[0] : larger(largest[0], largest[1]), lanes,
+                                  stages_.thread());
+    largest[1] = has_two ? largest_of_lanes(largest[1], lanes, stages_.thread()) : largest[0];
     Words<kCount / 4> words;
     DeviceRoots math;
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float scale = scale_of(largest[half]);
       Half<float> values;

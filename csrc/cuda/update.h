@@ -128,12 +128,14 @@ class ChunkUpdate {
     for (int64_t group = begin + chunk_.slice.rank / kWarp * kGroup; group < end;
          group += int64_t{warps} * kGroup) {
       Singles<T, kOfThread, true> singles(chunk_.update, arguments_.layouts);
+      singles.set_thread(lane);
 #pragma unroll
       for (int j = 0; j < kOfThread; ++j) {
         const int64_t own = group + j * kWarp + lane;
         singles.place(j, own < end ? own : end - 1);
+        if (own >= end) singles.mute(j);
       }
-      Ieee ieee;
+      IeeeForCodes ieee;
       update_elements(singles, ieee);
     }
   }
@@ -155,18 +157,17 @@ class ChunkUpdate {
     return true;
   }
 
-  // The same for elements whose scales other threads need: all of them get to their ends. Where the
-  // branch-free mathematics is not exact, the compiler's own does it again.
+  // The same for elements whose scales other threads need: all of them get to their ends.
   template <class Memory>
   FUSEDOPT_HD void update_exactly(const Memory& memory) const {
     Elements<Rule, T, typename Memory::Values, Memory> elements(memory);
-    Math math;
-    elements.load();
-    elements.apply(Rule::Variant::of(opaque(variant_)), scalars_.rule, math);
-    if (!math.is_exact()) {
-      Ieee ieee;
+    BranchFreeOrExact<Ieee> math;
+#pragma unroll 1
+    for (;;) {
       elements.load();
-      elements.apply(Rule::Variant::of(opaque(variant_)), scalars_.rule, ieee);
+      elements.apply(Rule::Variant::of(opaque(variant_)), scalars_.rule, math);
+      if (math.is_exact()) break;
+      math.be_exact();
     }
     elements.finish(scalars_.common);
   }
@@ -188,7 +189,8 @@ class ChunkUpdate {
 // All that thread number `thread` of block number `block` does. same_for_warp() tells the compiler
 // which numbers are equal in all threads of a warp: they are then kept in uniform registers, once
 // for the warp, and what branches on them does not diverge.
-template <class Rule, class T>
+// States that are codes have a kernel of their own, since the others would pay for it in registers.
+template <class Rule, class T, bool kHasCodes>
 FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, SharedPlace shared,
                                uint32_t block, uint32_t thread) {
   if (arguments.skip != nullptr && *arguments.skip > 0) return;
@@ -210,19 +212,22 @@ FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, Shared
                                                  : arguments.few[update.scalars]);
   const ChunkUpdate<Rule, T> chunk_update(arguments, chunk, scalars,
                                           same_for_warp(uint32_t{update.variant}));
+  const bool is_dense = update.layout == kDense;
   // Pieces of doubles are too small for bytes.
-  const bool has_pieces = sizeof(T) == sizeof(float) || !update.formats.has_split8_master();
-  if (arguments.plan.has_codes != 0) {
-    if constexpr (sizeof(T) == sizeof(float))
-      if (update.layout == kDense)
-        return chunk_update.run_dense(
-            Stages<Rule, T, true>(arguments.plan, update, chunk, thread, shared));
-    return chunk_update.run_groups(chunk.begin, chunk.end);
+  if constexpr (kHasCodes && sizeof(T) == sizeof(double)) {
+    chunk_update.run_groups(chunk.begin, chunk.end);
+  } else if constexpr (kHasCodes) {
+    if (is_dense)
+      chunk_update.run_dense(Stages<Rule, T, true>(arguments.plan, update, chunk, thread, shared));
+    else
+      chunk_update.run_groups(chunk.begin, chunk.end);
+  } else {
+    const bool has_pieces = sizeof(T) == sizeof(float) || !update.formats.has_split8_master();
+    if (is_dense && has_pieces)
+      chunk_update.run_dense(Stages<Rule, T, false>(arguments.plan, update, chunk, thread, shared));
+    else
+      chunk_update.run_strided();
   }
-  if (update.layout == kDense && has_pieces)
-    chunk_update.run_dense(Stages<Rule, T, false>(arguments.plan, update, chunk, thread, shared));
-  else
-    chunk_update.run_strided();
 }
 
 }  // namespace fusedopt::cuda

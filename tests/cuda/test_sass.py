@@ -20,6 +20,10 @@ pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 # Four blocks of four warps for an SM; three of those that compute in double.
 MOST_REGISTERS = 128
 MOST_REGISTERS_IN_DOUBLE = 168
+# Of kernels for states in 8 bits: three blocks, two for that of many rules.
+MOST_REGISTERS_OF_CODES = {"OneOf": 255}
+
+UPDATES = ("update", "codes")  # kinds of kernels
 
 # For an element, on the ordinary way of Adam. At full bandwidth, an H100 has room for 276 in fp32
 # and 138 in bf16, an H200 for 220 and 110, a B200 for 142 and 71; formats between lie between.
@@ -83,7 +87,8 @@ def test_every_kernel_is_there_for_every_arch(cuobjdump: str) -> None:
     kernels = all_kernels(cuobjdump)
     built = _C.build_info()["cuda_archs"].replace("+PTX", "").split(";")
     assert {kernel.arch for kernel in kernels} == {f"sm_{arch}" for arch in built}
-    for_a_rule = ("update {} float32", "update {} float64", "step_scalars {}")
+    of_updates = [f"{kind} {{}} {of}" for kind in UPDATES for of in ("float32", "float64")]
+    for_a_rule = (*of_updates, "step_scalars {}")
     expected = [name.format(rule) for rule in RULES for name in for_a_rule]
     expected += ["sum_squares float32", "sum_squares float64", "finalize"]
     for arch in built:
@@ -143,12 +148,12 @@ def test_no_local_memory(cuobjdump: str) -> None:
 def test_no_double_in_kernels_that_compute_in_float(cuobjdump: str) -> None:
     kernels = all_kernels(cuobjdump)
     assert not offenders([kernel for kernel in kernels if not kernel.is_double], "double")
-    in_double = [k for k in kernels if k.kind == "update" and k.is_double]
+    in_double = [k for k in kernels if k.kind in UPDATES and k.is_double]
     assert len(offenders(in_double, "double")) == len(in_double)  # else nothing was recognised
 
 
 def test_updates_know_the_address_space(cuobjdump: str) -> None:
-    kernels = [k for k in all_kernels(cuobjdump) if k.kind in ("update", "sum_squares")]
+    kernels = [k for k in all_kernels(cuobjdump) if k.kind in (*UPDATES, "sum_squares")]
     assert not offenders(kernels, "generic")
 
 
@@ -156,4 +161,6 @@ def test_registers(cuobjdump: str) -> None:
     for kernel in all_kernels(cuobjdump):
         in_double = kernel.kind == "update" and kernel.is_double
         most = MOST_REGISTERS_IN_DOUBLE if in_double else MOST_REGISTERS
+        if kernel.kind == "codes":
+            most = MOST_REGISTERS_OF_CODES.get(kernel.rule, 168)
         assert kernel.registers <= most, kernel.name

@@ -1,7 +1,7 @@
 // Adadelta (Zeiler, arXiv 1212.5701), with torch's learning rate.
 #pragma once
 
-#include "core/dtypes.h"
+#include "core/state_kind.h"
 #include "core/rules/shared_scalars.h"
 
 namespace fusedopt {
@@ -9,7 +9,7 @@ namespace fusedopt {
 struct Adadelta {
   enum State { kAccDelta, kSquareAvg, kNumStates };
   static constexpr bool is_second_moment(int) { return true; }
-  static constexpr DType codes_of(int) { return DType::kPositiveCodes; }
+  static constexpr StateKind kind_of(int) { return StateKind::kPositive; }
 
   static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo,
                                                    const GradInfo& grads) {

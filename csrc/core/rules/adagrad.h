@@ -2,7 +2,7 @@
 // Stochastic Optimization", 2011), in torch's form.
 #pragma once
 
-#include "core/dtypes.h"
+#include "core/state_kind.h"
 #include "core/rules/shared_scalars.h"
 
 namespace fusedopt {
@@ -10,7 +10,7 @@ namespace fusedopt {
 struct Adagrad {
   enum State { kUnused, kSum, kNumStates };  // second moments have the cheapest draws there
   static constexpr bool is_second_moment(int state) { return state == kSum; }
-  static constexpr DType codes_of(int) { return DType::kAbsent; }
+  static constexpr StateKind kind_of(int) { return StateKind::kExact; }
 
   static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo info,
                                                    const GradInfo& grads) {

@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "core/dtypes.h"
+#include "core/state_kind.h"
 #include "core/two_float.h"
 #include "core/hyper.h"
 #include "core/lanes.h"
@@ -19,8 +19,8 @@ namespace fusedopt {
 struct Adam {
   enum State { kExpAvg, kExpAvgSq, kMaxExpAvgSq, kNumStates };
   static constexpr bool is_second_moment(int state) { return state == kExpAvgSq; }
-  static constexpr DType codes_of(int state) {
-    return state == kExpAvg ? DType::kSignedCodes : DType::kPositiveCodes;
+  static constexpr StateKind kind_of(int state) {
+    return state == kExpAvg ? StateKind::kSigned : StateKind::kPositive;
   }
 
   // The bias corrections c1 = 1 - beta1^t and c2 = 1 - beta2^t are part of step_size and eps. That

@@ -1,7 +1,7 @@
 // Adamax (Kingma and Ba, arXiv 1412.6980, algorithm 2), with torch's place for eps.
 #pragma once
 
-#include "core/dtypes.h"
+#include "core/state_kind.h"
 #include "core/power.h"
 #include "core/rules/shared_scalars.h"
 
@@ -11,8 +11,8 @@ struct Adamax {
   enum State { kExpAvg, kExpInf, kNumStates };
   // A decay rounded to nearest would leave it as it is.
   static constexpr bool is_second_moment(int state) { return state == kExpInf; }
-  static constexpr DType codes_of(int state) {
-    return state == kExpAvg ? DType::kSignedCodes : DType::kPositiveCodes;
+  static constexpr StateKind kind_of(int state) {
+    return state == kExpAvg ? StateKind::kSigned : StateKind::kPositive;
   }
 
   static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo info,

@@ -2,7 +2,7 @@
 // 1992), in torch's form.
 #pragma once
 
-#include "core/dtypes.h"
+#include "core/state_kind.h"
 #include "core/power.h"
 #include "core/rules/shared_scalars.h"
 
@@ -11,7 +11,7 @@ namespace fusedopt {
 struct Asgd {
   enum State { kAx, kNumStates };
   static constexpr bool is_second_moment(int) { return false; }
-  static constexpr DType codes_of(int) { return DType::kAbsent; }
+  static constexpr StateKind kind_of(int) { return StateKind::kExact; }
   // How far the average moves towards the param, and what lambd leaves of the param, a TwoFloat.
   enum Own { kMu, kKept, kKeptRest };
 

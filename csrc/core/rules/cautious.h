@@ -2,6 +2,7 @@
 // kernels of Adam and SGD do nothing for it.
 #pragma once
 
+#include "core/state_kind.h"
 #include "core/rules/adam.h"
 #include "core/rules/caution.h"
 #include "core/rules/sgd.h"
@@ -12,6 +13,7 @@ namespace fusedopt {
 struct CautiousAdam {
   static constexpr int kNumStates = Adam::kNumStates;
   static constexpr bool is_second_moment(int state) { return Adam::is_second_moment(state); }
+  static constexpr StateKind kind_of(int state) { return Adam::kind_of(state); }
 
   static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo info,
                                                    const GradInfo& grads) {
@@ -48,6 +50,7 @@ struct CautiousAdam {
 struct CautiousSgd {
   static constexpr int kNumStates = Sgd::kNumStates;
   static constexpr bool is_second_moment(int) { return false; }
+  static constexpr StateKind kind_of(int state) { return Sgd::kind_of(state); }
   enum Own { kMomentum, kGradWeight };
 
   static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo info,

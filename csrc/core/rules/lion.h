@@ -1,7 +1,7 @@
 // Lion (Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675).
 #pragma once
 
-#include "core/dtypes.h"
+#include "core/state_kind.h"
 #include "core/rules/shared_scalars.h"
 
 namespace fusedopt {
@@ -9,7 +9,7 @@ namespace fusedopt {
 struct Lion {
   enum State { kExpAvg, kNumStates };
   static constexpr bool is_second_moment(int) { return false; }
-  static constexpr DType codes_of(int) { return DType::kSignedCodes; }
+  static constexpr StateKind kind_of(int) { return StateKind::kSigned; }
   enum Own { kUpdateWeight, kUpdateFromGrad };  // a GradAverage with beta1
 
   static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo,

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "core/dtypes.h"
+#include "core/state_kind.h"
 #include "core/power.h"
 #include "core/rules/shared_scalars.h"
 
@@ -12,8 +12,8 @@ namespace fusedopt {
 struct Nadam {
   enum State { kExpAvg, kExpAvgSq, kNumStates };
   static constexpr bool is_second_moment(int state) { return state == kExpAvgSq; }
-  static constexpr DType codes_of(int state) {
-    return state == kExpAvg ? DType::kSignedCodes : DType::kPositiveCodes;
+  static constexpr StateKind kind_of(int state) {
+    return state == kExpAvg ? StateKind::kSigned : StateKind::kPositive;
   }
   enum Own { kExpAvgWeight = kSquareAverageScalars };  // the grad's weight is the step_size
 

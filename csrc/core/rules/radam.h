@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "core/dtypes.h"
+#include "core/state_kind.h"
 #include "core/power.h"
 #include "core/rules/shared_scalars.h"
 
@@ -13,8 +13,8 @@ namespace fusedopt {
 struct Radam {
   enum State { kExpAvg, kExpAvgSq, kNumStates };
   static constexpr bool is_second_moment(int state) { return state == kExpAvgSq; }
-  static constexpr DType codes_of(int state) {
-    return state == kExpAvg ? DType::kSignedCodes : DType::kPositiveCodes;
+  static constexpr StateKind kind_of(int state) {
+    return state == kExpAvg ? StateKind::kSigned : StateKind::kPositive;
   }
   // Not 0: the second moment is known well enough to divide by it.
   enum Own { kIsRectified = kSquareAverageScalars };

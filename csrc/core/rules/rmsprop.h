@@ -2,7 +2,7 @@
 // "Generating Sequences With Recurrent Neural Networks" (arXiv 1308.0850), in torch's form.
 #pragma once
 
-#include "core/dtypes.h"
+#include "core/state_kind.h"
 #include "core/rules/shared_scalars.h"
 
 namespace fusedopt {
@@ -10,8 +10,8 @@ namespace fusedopt {
 struct Rmsprop {
   enum State { kMomentumBuffer, kSquareAvg, kGradAvg, kNumStates };
   static constexpr bool is_second_moment(int state) { return state == kSquareAvg; }
-  static constexpr DType codes_of(int state) {
-    return state == kSquareAvg ? DType::kPositiveCodes : DType::kSignedCodes;
+  static constexpr StateKind kind_of(int state) {
+    return state == kSquareAvg ? StateKind::kPositive : StateKind::kSigned;
   }
   enum Own { kMomentum = kSquareAverageScalars };
 

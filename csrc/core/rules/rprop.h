@@ -2,7 +2,7 @@
 // RPROP algorithm", 1993), in torch's form.
 #pragma once
 
-#include "core/dtypes.h"
+#include "core/state_kind.h"
 #include "core/rules/shared_scalars.h"
 
 namespace fusedopt {
@@ -10,7 +10,7 @@ namespace fusedopt {
 struct Rprop {
   enum State { kPrev, kStepSize, kNumStates };
   static constexpr bool is_second_moment(int) { return false; }
-  static constexpr DType codes_of(int) { return DType::kAbsent; }
+  static constexpr StateKind kind_of(int) { return StateKind::kExact; }
   enum Own { kEtaMinus, kEtaPlus, kSmallest, kLargest };
 
   static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo,

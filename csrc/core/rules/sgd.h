@@ -4,7 +4,7 @@
 // Weight decay as an L2 penalty, or decoupled (SGDW: Loshchilov and Hutter, arXiv 1711.05101).
 #pragma once
 
-#include "core/dtypes.h"
+#include "core/state_kind.h"
 #include "core/two_float.h"
 #include "core/hyper.h"
 #include "core/lanes.h"
@@ -15,7 +15,7 @@ namespace fusedopt {
 struct Sgd {
   enum State { kMomentumBuffer, kNumStates };
   static constexpr bool is_second_moment(int) { return false; }
-  static constexpr DType codes_of(int) { return DType::kSignedCodes; }
+  static constexpr StateKind kind_of(int) { return StateKind::kSigned; }
 
   template <class T>
   struct Scalars {

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "core/dtypes.h"
+#include "core/state_kind.h"
 #include "core/power.h"
 #include "core/rules/shared_scalars.h"
 
@@ -13,7 +13,7 @@ namespace fusedopt {
 struct SparseAdam {
   enum State { kExpAvg, kExpAvgSq, kNumStates };
   static constexpr bool is_second_moment(int state) { return state == kExpAvgSq; }
-  static constexpr DType codes_of(int) { return DType::kAbsent; }
+  static constexpr StateKind kind_of(int) { return StateKind::kExact; }
 
   static FUSEDOPT_HD SharedScalars<double> scalars(const HyperParams& hyper, StepInfo info,
                                                    const GradInfo& grads) {

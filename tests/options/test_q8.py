@@ -601,8 +601,8 @@ def test_memory() -> None:
 
 def errors(spread: float, fall: str, **options: Any) -> tuple[float, float, float]:
     """RMS of the error of AdamW's updates against float64, over that of the updates; sqrt(v) over
-    its true value; and the largest update over the true largest. Of the last 100 steps of 1000, or of
-    1000 more after a fall of grads by 10, in groups of elements whose grads have standard
+    its true value; and the largest update over the true largest. Of the last 100 steps of 1000, or
+    of 1000 more after a fall of grads by 10, in groups of elements whose grads have standard
     deviations that are log-normal with this spread.
     """
     generator = torch.Generator().manual_seed(3)

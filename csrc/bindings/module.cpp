@@ -119,8 +119,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       "names_of_scales",
       [](const std::string& optimizer) {
         py::list names;
-        for (const fusedopt::Key& name : fusedopt::find_optimizer(optimizer).scale_names)
-          names.append(name.str());
+        const fusedopt::OptimizerRow& row = fusedopt::find_optimizer(optimizer);
+        for (size_t s = 0; s < row.scale_names.size(); ++s)
+          if (row.can_be_codes(static_cast<int>(s))) names.append(row.scale_names[s].str());
         return names;
       },
       py::arg("optimizer"));

@@ -125,6 +125,7 @@ WORKLOADS = {
         # One element each: next to no memory, so the time is what a tensor costs on the host.
         _one_group("host-1000x1", [(1,)] * 1000),
         _one_group("one-256Mi", [(256 * 2**20,)], large=True),
+        _one_group("matrix-256Mi", [(65536, 4096)], large=True),  # has states in 8 bits
         _llama_8b_eighth(),
         # An embedding of which a batch hits a hundredth.
         Workload("embedding-1Mx64", (((1_000_000, 64),),), hits=10_000),

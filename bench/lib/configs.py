@@ -22,6 +22,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHORT = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 LOSS_SCALE = 256.0
 CLIP, DECAY = 1.0, 0.999
+Q8_BYTES = 1 + 4 / 64  # of a matrix' state in 8 bits, with its part of a scale
 
 Results = Callable[[], list[Tensor]]  # the params and, if there are some, their averages
 Make = Callable[[list[nn.Parameter]], tuple[Step, Results]]
@@ -32,7 +33,7 @@ class Config:
     name: str
     what: str  # as a user writes it, in short
     make: Make
-    bytes_per_element: int  # that a step must read and write, in as many passes as it takes
+    bytes_per_element: float  # that a step must read and write, in as many passes as it takes
     dtype: torch.dtype = FP32  # of params and grads
     state_dtype: torch.dtype = FP32
     loss_scale: float = 1.0  # that the grads carry
@@ -57,9 +58,11 @@ def ours(
 ) -> Config:  # fmt: skip
     """One pass; clipping and the scaler's look for inf each read the grads before it."""
     size, state_dtype = dtype.itemsize, options.get("state_dtype", dtype)
+    state_size = Q8_BYTES if state_dtype == "q8" else state_dtype.itemsize
+    state_dtype = FP32 if state_dtype == "q8" else state_dtype  # of small tensors
     grad_size = (grad_dtype or dtype).itemsize
     # The param is read and written, the grad read, two states both.
-    moved = 2 * size + grad_size + 4 * state_dtype.itemsize
+    moved = 2 * size + grad_size + 4 * state_size
     masters = {None: 0, "split": 2 * 2, "split8": 2, "float32": 2 * 4 - size}
     moved += masters[options.get("master_weights")]
     moved += grad_size * (("max_grad_norm" in options) or scaled) + 8 * ("ema_decay" in options)
@@ -270,6 +273,7 @@ MASTERS: dict[str, Any] = {"master_weights": "float32", **FP32_STATES}
 SPLIT: dict[str, Any] = {"master_weights": "split", **BF16_STATES}
 SPLIT_FP32: dict[str, Any] = {"master_weights": "split", **FP32_STATES}
 SPLIT_BF16: dict[str, Any] = SPLIT | NEAREST
+SPLIT8_Q8: dict[str, Any] = {"master_weights": "split8", "state_dtype": "q8"}
 EMA: dict[str, Any] = {"ema_decay": DECAY}
 SETTINGS = {
     "of-bf16": _setting("bf16", 0.97, **NEAREST),
@@ -288,6 +292,22 @@ SETTINGS = {
     "of-split-ema": _setting("bf16, split, bf16 states + EMA", 0.95, **EMA, **SPLIT_BF16),
     "of-bf16-clip": _setting("bf16 + clip", 0.94, max_grad_norm=CLIP, **NEAREST),
     "of-split-clip": _setting("bf16, split + clip", 0.94, max_grad_norm=CLIP, **SPLIT_BF16),
+    "of-q8": Comparison(
+        "AdamW, bf16, split8, q8 states",
+        "matrix-256Mi",
+        (ours("setting", BF16, **SPLIT8_Q8), theirs(BF16)),
+        (Pair("setting", "copy", cuda=0.85, by_bytes=True), Pair("setting", cuda=1 / 0.9)),
+        devices=("cuda",),
+        is_alike=False,
+    ),
+    "of-q8-llama": Comparison(
+        "AdamW, bf16, split8, q8 states, Llama-3-8B / 8",
+        "llama-8b-eighth",
+        (ours("setting", BF16, **SPLIT8_Q8), theirs(BF16)),
+        (Pair("setting", "copy", cuda=0.85, by_bytes=True), Pair("setting", cuda=1 / 0.9)),
+        devices=("cuda",),
+        is_alike=False,
+    ),
     "of-fp32-misaligned": _setting("fp32, grads one off", 0.85, FP32, offset=1, on_cpu=False),
     "of-bf16-misaligned": _setting("bf16, grads one off", 0.85, offset=1, on_cpu=False, **NEAREST),
     "rounded-bf16": _rounded("bf16"),

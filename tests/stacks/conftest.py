@@ -21,3 +21,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.parent == Path(__file__).parent:
             for warning in FOREIGN:
                 item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+@pytest.fixture
+def codes_of_small_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States in 8 bits, where they are asked for, of the small models of these tests, too."""
+    monkeypatch.setattr("fusedopt._codes.MIN_ELEMENTS", 1)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusedopt
+from support.codes import have_codes
 from support.equality import assert_equal
 from support.processes import on_ranks
 from support.tensors import by_id
@@ -113,11 +114,13 @@ SETTINGS: dict[str, Any] = {
         BFLOAT16,
         {"master_weights": "split", "ema_decay": 0.9, "state_dtype": BFLOAT16, "max_grad_norm": 1},
     ),
+    "8 bits": (BFLOAT16, {"master_weights": "split8", "state_dtype": "q8"}),
     "stochastic rounding": (BFLOAT16, {"stochastic_rounding": True}),
 }
 
 
 @pytest.mark.parametrize("setting", **by_id(SETTINGS))
+@pytest.mark.usefixtures("codes_of_small_tensors")
 def test_resumes(setting: Any, tmp_path: Path) -> None:
     """With the bits of a run that was not stopped."""
     dtype, options = setting
@@ -125,6 +128,7 @@ def test_resumes(setting: Any, tmp_path: Path) -> None:
     straight.train(stop=4)
     straight.accelerator.save_state(str(tmp_path))
     expected = straight.train(start=4), straight.optimizer.state_dict()["state"]
+    assert have_codes(expected[1]) == (options.get("state_dtype") == "q8")
     resumed = Run(fusedopt.AdamW, dtype, options)
     resumed.accelerator.load_state(str(tmp_path))
     assert_equal((resumed.train(start=4), resumed.optimizer.state_dict()["state"]), expected)

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusedopt
+from support.codes import have_codes
 from support.equality import assert_equal
 from support.tensors import by_id
 from support.twins import LR, assert_near, batch, clipping, mixed_twins, tiny, twins, whole
@@ -159,6 +160,7 @@ SETTINGS: dict[str, Any] = {
         {"master_weights": "split", "ema_decay": 0.9, "state_dtype": BFLOAT16, "max_grad_norm": 1},
     ),
     "masters": (BFLOAT16, {}, {"master_weights": "float32"}),
+    "8 bits": (BFLOAT16, {}, {"master_weights": "split8", "state_dtype": "q8"}),
     "stochastic rounding": (BFLOAT16, {}, {"stochastic_rounding": True}),
 }
 
@@ -171,6 +173,7 @@ def each_epoch(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("setting", **by_id(SETTINGS))
+@pytest.mark.usefixtures("codes_of_small_tensors")
 def test_resumes(setting: Any, tmp_path: Path) -> None:
     """With the bits of a run that was not stopped."""
     dtype, arguments, options = setting
@@ -181,6 +184,7 @@ def test_resumes(setting: Any, tmp_path: Path) -> None:
     assert_equal(params(resumed), params(straight))
     states = [trainer.optimizers[0].state_dict()["state"] for trainer in (resumed, straight)]
     assert states[0]
+    assert have_codes(states[0]) == (options.get("state_dtype") == "q8")
     assert_equal(*states)
 
 

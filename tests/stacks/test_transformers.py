@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fusedopt
+from support.codes import have_codes
 from support.equality import assert_equal
 from support.tensors import by_id
 from support.twins import LR, assert_near, clipping, mixed_twins, twins, whole
@@ -170,11 +171,13 @@ SETTINGS: dict[str, Any] = {
         {"master_weights": "split", "ema_decay": 0.9, "state_dtype": BFLOAT16, "max_grad_norm": 1},
     ),
     "masters": (BFLOAT16, {}, {"master_weights": "float32"}),
+    "8 bits": (BFLOAT16, {}, {"master_weights": "split8", "state_dtype": "q8"}),
     "stochastic rounding": (BFLOAT16, {}, {"stochastic_rounding": True}),
 }
 
 
 @pytest.mark.parametrize("setting", **by_id(SETTINGS))
+@pytest.mark.usefixtures("codes_of_small_tensors")
 def test_trainer_resumes(setting: Any, tmp_path: Path) -> None:
     """With the bits of a run that was not stopped."""
     dtype, arguments, options = setting
@@ -188,6 +191,7 @@ def test_trainer_resumes(setting: Any, tmp_path: Path) -> None:
     assert_equal(whole(resumed.model.parameters()), whole(straight.model.parameters()))
     states = [trainer.optimizer.state_dict()["state"] for trainer in (resumed, straight)]
     assert states[0]
+    assert have_codes(states[0]) == (options.get("state_dtype") == "q8")
     assert_equal(*states)
 
 

@@ -44,6 +44,10 @@ def coded_names(entries: Any) -> list[str]:
     return [name.removesuffix("_q8") for name in entries if name.endswith("_q8")]
 
 
+def have_codes(states: dict[Any, Any]) -> bool:
+    return any(coded_names(entries) for entries in states.values())
+
+
 def levels(codes: Tensor) -> Any:
     """What the codes stand for, over their scale."""
     number = codes.cpu().numpy().astype(np.float64)

@@ -118,7 +118,8 @@ def take_codes(entries: State, param: Tensor, spec: _C.StateSpec, place: str) ->
     found = {}
     for name, (code_name, dtype, scale_name) in spec.codes.items():
         plain = entries.get(name)
-        if dtype == torch.uint8 and isinstance(plain, Tensor) and plain.dtype == torch.float16:
+        is_half = isinstance(plain, Tensor) and plain.dtype == torch.float16
+        if spec.wants_codes and dtype == torch.uint8 and is_half:
             warnings.warn(
                 f"{name} of {place} was saved in float16, in which squares of small grads are 0, "
                 "and updates by them far too large",

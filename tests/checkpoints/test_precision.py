@@ -393,6 +393,6 @@ def test_a_checkpoint_with_a_dtype_in_its_groups() -> None:
 
 @pytest.mark.parametrize("wrong", ["float16", torch.float16, "fp32", 16], ids=str)
 def test_what_a_state_dtype_may_be_is_told(wrong: Any) -> None:
-    allowed = "torch.float32, 'float32', torch.bfloat16, 'bfloat16', or None"
+    allowed = "torch.float32, 'float32', torch.bfloat16, 'bfloat16', 'q8', or None"
     with pytest.raises(ValueError, match=rf"state_dtype must be {allowed}, got .*{wrong}"):
         fusedopt.AdamW([values(4)], state_dtype=wrong)

@@ -447,10 +447,8 @@ def test_saved_in_float16_warns() -> None:
     params = draw([(64, 64)], dtype=FLOAT16)
     saved = CASE.suited_to(FLOAT16).ours(params)
     one_step(saved, grads_for(params, 1))
-    for state_dtype in ("q8", "float32"):
-        other = CASE.ours(params, state_dtype=state_dtype)
-        with pytest.warns(UserWarning, match="exp_avg_sq of .* was saved in float16"):
-            other.load_state_dict(saved.state_dict())
+    with pytest.warns(UserWarning, match="exp_avg_sq of .* was saved in float16"):
+        of_q8(CASE, params).load_state_dict(saved.state_dict())
 
 
 @pytest.mark.parametrize("start", ["q8", "float32"])

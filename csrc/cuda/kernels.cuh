@@ -21,13 +21,11 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
   update_thread<Rule, T, false>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);
 }
 
-// As kMinBlocks, for states that are codes: 168 registers for a thread, and 255 for the kernel of
-// many rules.
-template <class Rule>
-constexpr int kMinCodesBlocks = std::is_same_v<Rule, OtherRules> ? 2 : 3;
+// As kMinBlocks, for states that are codes: up to 255 registers for a thread.
+inline constexpr int kMinCodesBlocks = 2;
 
 template <class Rule, class T>
-__global__ void __launch_bounds__(kBlockThreads, kMinCodesBlocks<Rule>)
+__global__ void __launch_bounds__(kBlockThreads, kMinCodesBlocks)
     codes_kernel(const __grid_constant__ UpdateArguments<Rule, T> arguments) {
   extern __shared__ __align__(16) char shared[];
   update_thread<Rule, T, true>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);

@@ -20,8 +20,7 @@ pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 # Four blocks of four warps for an SM; three of those that compute in double.
 MOST_REGISTERS = 128
 MOST_REGISTERS_IN_DOUBLE = 168
-# Of kernels for states in 8 bits: three blocks, two for that of many rules.
-MOST_REGISTERS_OF_CODES = {"OneOf": 255}
+MOST_REGISTERS_OF_CODES = 255  # for states in 8 bits: two blocks
 
 UPDATES = ("update", "codes")  # kinds of kernels
 
@@ -162,5 +161,5 @@ def test_registers(cuobjdump: str) -> None:
         in_double = kernel.kind == "update" and kernel.is_double
         most = MOST_REGISTERS_IN_DOUBLE if in_double else MOST_REGISTERS
         if kernel.kind == "codes":
-            most = MOST_REGISTERS_OF_CODES.get(kernel.rule, 168)
+            most = MOST_REGISTERS_OF_CODES
         assert kernel.registers <= most, kernel.name

@@ -17,8 +17,7 @@ namespace fusedopt {
 // All that a driver needs to know of one parameter's update. A complex tensor counts as twice as
 // many real elements. Kernels load it in accesses of 16 bytes, hence its size.
 struct alignas(32) ParamUpdate {
-  void* data[kMaxOperands];   // by operand (core/layout.h); nullptr for those that are absent
-  float* scales[kMaxStates];  // of states that are codes, one for each group (core/codes.h)
+  void* data[kMaxOperands];  // by operand (core/layout.h); nullptr for those that are absent
   int64_t numel;
   int64_t first_element;  // its number in the tensor that this is a part of; 0: this is all of it
   int32_t scalars;        // index into Step::scalars
@@ -29,6 +28,7 @@ struct alignas(32) ParamUpdate {
   uint8_t device;      // kIdle, kCpu or the number of a GPU above kFirstGpu
   uint8_t norm_class;  // grads of one class are summed together (fusedopt/_norms.py)
   uint8_t unused[4];
+  float* scales[kMaxStates];  // of states that are codes, one for each group (core/codes.h)
 };
 inline constexpr int32_t kDense = -1;
 inline constexpr uint8_t kIdle = 0;  // there is no grad in this step, so nothing is done

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from ._tensors import is_dtensor, local
+from ._tensors import is_dtensor, local, on_cpu
 from ._types import State
 
 # Smaller tensors, and vectors, have float32 states: they take no memory that matters, and norms and
@@ -58,7 +58,8 @@ def new_codes(param: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Code
     codes = torch.zeros_like(
         param, dtype=dtype, memory_format=torch.contiguous_format, requires_grad=False
     )
-    return codes, like_scales(codes, torch.zeros(_local_shape(codes, shape), device=_device(codes)))
+    own = torch.zeros(_local_shape(codes, shape), dtype=torch.float32, device=local(codes).device)
+    return codes, like_scales(codes, own)
 
 
 def like_scales(codes: Any, scales: Tensor) -> Tensor:
@@ -74,10 +75,6 @@ def like_scales(codes: Any, scales: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def _device(tensor: Tensor) -> torch.device:
-    return local(tensor).device
-
-
 def _local_shape(codes: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     own = local(codes)
     if own is codes:
@@ -88,9 +85,8 @@ def _local_shape(codes: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
 def encode(values: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Codes:
     """The nearest codes of a state, computed on the CPU by the text that steps compute with."""
     codes, scales = new_codes(values, dtype, shape)
-    own = local(values.detach()).to("cpu", torch.float32).contiguous()
     parts = [torch.empty_like(local(each), device="cpu") for each in (codes, scales)]
-    _C.encode(own, parts[0], parts[1])
+    _C.encode(on_cpu(values).float(), parts[0], parts[1])
     for to, part in zip((codes, scales), parts, strict=True):
         local(to).copy_(part)
     return codes, scales
@@ -99,8 +95,8 @@ def encode(values: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Codes:
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 numbers that codes stand for."""
     values = torch.empty_like(codes, dtype=torch.float32)
-    own = torch.empty(local(codes).shape, dtype=torch.float32)
-    _C.decode(local(codes).cpu().contiguous(), local(scales).cpu().contiguous(), own)
+    own = torch.empty(local(codes).shape, dtype=torch.float32, device="cpu")
+    _C.decode(on_cpu(codes), on_cpu(scales), own)
     local(values).copy_(own)
     return values
 

@@ -42,6 +42,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return shard
 
 
+def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's values, contiguous and in memory of the CPU: a copy if need be."""
+    return local(tensor.detach()).cpu().resolve_neg().contiguous()
+
+
 def bytes_of(tensor: torch.Tensor) -> int:
     """Of a tensor's elements; of a DTensor's shard; of a sparse tensor's indices and values."""
     own = local(tensor)

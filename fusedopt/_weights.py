@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _C
 from ._codes import put_states, take_codes
-from ._tensors import local
+from ._tensors import local, on_cpu
 from ._types import State
 
 
@@ -20,7 +20,7 @@ def join(param: Tensor, remainder: Tensor) -> Tensor:
     """
     weight = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
     joined = torch.empty(local(weight).shape, dtype=torch.float32, device="cpu")
-    _C.join_weights(_on_cpu(param), _on_cpu(remainder), joined)
+    _C.join_weights(on_cpu(param), on_cpu(remainder), joined)
     local(weight).copy_(joined)
     return weight
 
@@ -34,14 +34,10 @@ def split(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     parts = [torch.empty_like(weight, dtype=dtype, requires_grad=False) for dtype in dtypes]
     shape = local(weight).shape
     param, remainder = (torch.empty(shape, dtype=dtype, device="cpu") for dtype in dtypes)
-    _C.split_weights(_on_cpu(weight), param, remainder)
+    _C.split_weights(on_cpu(weight), param, remainder)
     local(parts[0]).copy_(param)
     local(parts[1]).copy_(remainder)
     return parts[0], parts[1]
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return local(tensor.detach()).cpu().resolve_neg().contiguous()
 
 
 # The 16 bits of a remainder are no number. Steps read them as integers. State dicts have them as

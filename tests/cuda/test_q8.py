@@ -13,6 +13,7 @@ from support.sides import Results, Side, on_both_drivers
 from support.snapshots import record
 from support.tensors import (
     BFLOAT16,
+    EDGES,
     FLOAT16,
     FLOAT32,
     FLOAT64,
@@ -24,7 +25,6 @@ from support.tensors import (
     some_dtypes,
 )
 
-EDGES = (0.0, -0.0, 1e-45, -3e-39, 6e-8, 6.1e-5, 1e-20, 65504.0, 3e38, -torch.inf, torch.nan)
 # Beside SHAPES: groups that end with a chunk, with a block of threads and with a warp; one element
 # more and one less than that.
 MORE_SHAPES = [(16, 1024), (3, 2048), (2, 2111), (2, 2049), (65, 64), (129, 33), (9, 1024)]

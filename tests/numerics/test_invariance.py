@@ -14,7 +14,7 @@ from support.optimizers import Case, each_case, most_cases, some_cases, step_wit
 from support.pairs import in_pairs, together
 from support.plans import MANY, best_isa, each_isa, require, use_plan
 from support.snapshots import results
-from support.tensors import DTYPES, each_dtype, some_dtypes, values
+from support.tensors import DTYPES, EDGES, each_dtype, some_dtypes, values
 
 # The last tensor is empty: see PEERS' pack loops.
 SIZES = [1, 0, 64, 1000, 5000, 16385, 7, 40001, 3, 0]
@@ -123,9 +123,6 @@ def test_strided_or_dense(case: Case, dtype: torch.dtype, layout: Layout) -> Non
     for optimizer in optimizers:
         step_with(optimizer, grads)
     assert same_bits(results(optimizers[0], strided), results(optimizers[1], dense))
-
-
-EDGES = (0.0, -0.0, 1e-45, -3e-39, 6e-8, 6.1e-5, 1e-20, 65504.0, 3e38, -torch.inf, torch.nan)
 
 
 def run_isa(case: Case, dtype: torch.dtype, stride: int) -> dict[str, Tensor]:

@@ -477,6 +477,22 @@ def rms_difference(found: Tensor, expected: Tensor) -> float:
     return float((found.cpu() - expected.cpu()).norm() / expected.cpu().norm())
 
 
+def test_defaults_of_torch_change_no_state() -> None:
+    # Scales are float32 beside the parameter, whatever new tensors are by default.
+    (param,) = draw([(64, 64)])
+    optimizer = of_q8(CASE, [param])
+    torch.set_default_dtype(FLOAT64)
+    try:
+        with torch.device("meta"):
+            step_with(optimizer, [values(64, 64, seed=1)])
+            optimizer.load_state_dict(optimizer.state_dict())
+            found = float32_states(optimizer.state_dict())["state"][0]
+    finally:
+        torch.set_default_dtype(FLOAT32)
+    assert optimizer.state[param]["exp_avg_scale"].dtype == FLOAT32
+    assert found["exp_avg"].device == param.device
+
+
 def test_both_forms_in_a_state() -> None:
     param = values(64, 64)
     optimizer = of_q8(CASE, [param])

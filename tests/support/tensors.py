@@ -13,6 +13,8 @@ from support.device import DEVICE
 FLOAT32, FLOAT64 = torch.float32, torch.float64
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
 DTYPES = [FLOAT32, FLOAT64, BFLOAT16, FLOAT16, torch.complex64, torch.complex128]
+# Numbers of every kind: zeros, subnormal ones, the largest, what is no number.
+EDGES = (0.0, -0.0, 1e-45, -3e-39, 6e-8, 6.1e-5, 1e-20, 65504.0, 3e38, -torch.inf, torch.nan)
 SHAPES = [(3,), (4, 5), (), (0,), (2, 3, 4), (17,), (3, 3)]
 
 

@@ -89,6 +89,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     processes.close()
 
 
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lib` is that of bench/."""
+    from support.files import ROOT
+
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+
+
 @pytest.fixture(autouse=True)
 def _restore_modes() -> Iterator[None]:
     """Tests may set the number of threads, and what becomes of subnormal numbers."""

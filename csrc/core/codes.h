@@ -5,9 +5,9 @@
 //   positive:  value = scale (code / 255)^4            codes 0 to 255, for what is never negative
 //
 // The scale is the largest magnitude of the group. It is a float32, because a narrower one could
-// not follow a decay of 0.1 % a step. The powers make small codes fine: a second moment of 2e-10 of
-// its group's largest has a code of its own, and one above 0 never becomes 0, which would make its
-// update explode.
+// not follow a decay of 0.1 % a step. The powers make small codes fine. A second moment above 0 has
+// code 4 at least, which stands for 6e-8 of its group's largest: 0 would make its update explode,
+// and between codes 1 to 4 a root would be up to four times too small.
 //
 // A code is the number of thresholds that a magnitude is above. Threshold number c lies between the
 // values of codes c and c + 1: halfway, as codes count, for rounding to nearest; or anywhere, by a
@@ -44,24 +44,29 @@ FUSEDOPT_HD float scale_of(uint32_t largest) {
 
 // Roots and a reciprocal as encoded() asks for them, where it need not be fast.
 struct ExactRoots {
-  float about_root(float x) const { return square_root(x); }
+  float about_root(float x, float less) const { return square_root(x) - less; }
   float about_fourth_root(float x) const { return square_root(square_root(x)); }
   float about_reciprocal(float x) const { return 1 / x; }
 };
 
 struct SignedCode {
-  static constexpr int kMost = 127;
-  static constexpr float kUnit = 1.0f / (127.0f * 127.0f);  // what code 1 stands for
-  static constexpr float kRoot = kMost / 2.0f;              // over the root of 4
-  static constexpr float kFirstDrawn = 0;  // from this code on thresholds are drawn
+  static constexpr int kLeast = 0, kMost = 127;
+  static constexpr float kUnits = 127.0f * 127.0f;  // of what code 1 stands for, in the scale
+  static constexpr float kUnit = 1 / kUnits;
 
   template <class Float>
   static FUSEDOPT_HD Float power(Float code) {
     return code * code;
   }
+  // The threshold above a code, in units.
+  template <class Float>
+  static FUSEDOPT_HD Float drawn_threshold(Float code, Float shares) {
+    const Float gap = fma(Float(2.0f), code, Float(1.0f));
+    return fma(shares, gap, power(code));
+  }
   template <class Float, class Math>
-  static FUSEDOPT_HD Float root(Math& math, Float x) {
-    return math.about_root(x);
+  static FUSEDOPT_HD Float root(Math& math, Float units, Float less) {
+    return math.about_root(units, less);
   }
 
   // The code, a word's lowest byte, as a number.
@@ -75,28 +80,38 @@ struct SignedCode {
     const Float number = SignedCode::number<Float>(code);
     return number * as_float(as_bits(number) & 0x7fffffffu) * Float(scale * kUnit);
   }
+
+  template <class Float>
+  static FUSEDOPT_HD Float magnitudes(Float values) {
+    return as_float(as_bits(values) & 0x7fffffffu);
+  }
   template <class Float, class Bits>
-  static FUSEDOPT_HD Bits finished(Float value, Bits code) {
-    const Bits sign = Bits(0u) - (as_bits(value) >> 31);  // all bits of it
-    return (code ^ sign) - sign;
+  static FUSEDOPT_HD Bits finished(Float values, Bits code) {
+    const Bits sign = Bits(0u) - (as_bits(values) >> 31);  // all bits of it
+    return ((code & 0xffu) ^ sign) - sign;
   }
 };
 
 struct PositiveCode {
-  static constexpr int kMost = 255;
-  static constexpr float kUnit = 1.0f / (255.0f * 255.0f * 255.0f * 255.0f);
-  static constexpr float kRoot = kMost / 1.41421356f;
-  // Between codes below that, a draw could make a root twice or four times too small.
-  static constexpr float kFirstDrawn = 4;
+  static constexpr int kLeast = 4, kMost = 255;  // but for 0
+  static constexpr float kUnits = 255.0f * 255.0f * 255.0f * 255.0f;
+  static constexpr float kUnit = 1 / kUnits;
 
   template <class Float>
   static FUSEDOPT_HD Float power(Float code) {
     const Float square = code * code;
     return square * square;
   }
+  template <class Float>
+  static FUSEDOPT_HD Float drawn_threshold(Float code, Float shares) {
+    Float gap = fma(Float(4.0f), code, Float(6.0f));
+    gap = fma(gap, code, Float(4.0f));
+    gap = fma(gap, code, Float(1.0f));
+    return fma(shares, gap, power(code));
+  }
   template <class Float, class Math>
-  static FUSEDOPT_HD Float root(Math& math, Float x) {
-    return math.about_fourth_root(x);
+  static FUSEDOPT_HD Float root(Math& math, Float units, Float less) {
+    return math.about_fourth_root(units) - less;
   }
 
   template <class Float, class Bits>
@@ -107,19 +122,23 @@ struct PositiveCode {
   static FUSEDOPT_HD Float value(Bits code, float scale) {
     return power(number<Float>(code)) * Float(scale * kUnit);
   }
+
+  template <class Float>
+  static FUSEDOPT_HD Float magnitudes(Float values) {
+    return values;
+  }
   // What is above 0 stays so.
   template <class Float, class Bits>
-  static FUSEDOPT_HD Bits finished(Float value, Bits code) {
-    const Float magnitude = as_float(as_bits(value) & 0x7fffffffu);
-    return select(magnitude > Float(0), larger(code, Bits(1u)), Bits(0u));
+  static FUSEDOPT_HD Bits finished(Float values, Bits code) {
+    return select(values > Float(0.0f), code, Bits(0u));
   }
 };
 
 // Shares in (0, 1) for drawn thresholds, of the lower 16 bits of each word.
 template <class Float, class Bits>
 FUSEDOPT_HD Float threshold_shares(Bits draws) {
-  const Float whole = as_float((draws & 0xffffu) | Bits(0x4b000000u)) - Float(0x1p23f);
-  return (whole + Float(0.5f)) * Float(0x1p-16f);
+  const Float from_2_to_23 = as_float((draws & 0xffffu) | Bits(0x4b000000u));
+  return fma(from_2_to_23, Float(0x1p-16f), Float(0x1p-17f - 128));  // nothing is rounded
 }
 
 // The codes of values, in the lowest byte of each word. `shares` are those of threshold_shares(),
@@ -129,33 +148,29 @@ template <class Code, class Float, class Math>
 FUSEDOPT_HD auto encoded(const Float& values, float scale, bool is_drawn, const Float& shares,
                          Math& math) {
   using Bits = typename Lanes<Float>::Bits;
-  constexpr float kMagic = 0x1.8p23f;  // added and taken off again, it rounds to whole numbers
-  const Float magnitudes = as_float(as_bits(values) & 0x7fffffffu);
-  const float over_scale = scale > 0 ? math.about_reciprocal(0.25f * scale) : 0.0f;
+  constexpr float kMagic = 0x1.8p23f;  // added, it rounds to whole numbers
+  const Float magnitudes = Code::magnitudes(values);
+  const float units =
+      scale > 0 ? math.about_reciprocal(0.25f * scale) * (0.25f * Code::kUnits) : 0.0f;
   // The code, or one less. That holds if roots are off by up to 1 / 1400, which is less than 0.2 of
   // a code: as codes count, a threshold is up to 0.1 further than its share, as its power is
   // convex.
-  constexpr float kMargin = 0.3f;
-  const Float about = Code::root(math, magnitudes * Float(over_scale)) * Float(Code::kRoot);
-  Float below(kMargin);
-  if (is_drawn && Code::kFirstDrawn == 0)
-    below = shares + Float(kMargin - 0.5f);
-  else if (is_drawn)
-    below = select(about < Float(Code::kFirstDrawn), below, shares + Float(kMargin - 0.5f));
-  Float code = (about - below + Float(kMagic)) - Float(kMagic);
-  code = smaller(code, Float(Code::kMost - 1));
-  if (Code::kFirstDrawn == 0) code = larger(code, Float(0));
+  Float below(0.5f);
+  if (is_drawn) below = shares;
+  Float guess = Code::root(math, magnitudes * Float(units), below);
+  guess = smaller(guess + Float(kMagic), Float(kMagic + Code::kMost - 1));
+  guess = larger(guess, Float(kMagic + Code::kLeast));
   // The threshold above it.
-  Float threshold = Code::power(code + Float(0.5f));
-  if (is_drawn) {
-    const Float low = Code::power(code);
-    const Float drawn = fma(shares, Code::power(code + Float(1.0f)) - low, low);
-    threshold = select(code < Float(Code::kFirstDrawn), threshold, drawn);
-  }
+  const Float code = guess - Float(kMagic);
+  Float threshold;
+  if (is_drawn)
+    threshold = Code::drawn_threshold(code, shares);
+  else
+    threshold = Code::power(code + Float(0.5f));
   const auto is_above = magnitudes > threshold * Float(scale * Code::kUnit);
-  const Bits word = as_bits(code + Float(kMagic)) + select(is_above, Bits(1u), Bits(0u));
-  const Bits finished = Code::finished(values, word & 0xffu) & 0xffu;
-  return either(scale == scale, finished, Bits(0u));
+  const Bits word = as_bits(guess);
+  const Bits finished = Code::finished(values, select(is_above, word + Bits(1u), word));
+  return finished & Bits(scale == scale ? 0xffu : 0u);
 }
 
 }  // namespace fusedopt

@@ -123,32 +123,36 @@ class Elements {
   // nothing has been written, so a driver may still give up (BranchFree::is_exact()).
   FUSEDOPT_HD void finish(const CommonScalars<T>& common) {
     formats_ = memory_.formats();
-    Bits draws, cheapest;
-    if constexpr (Memory::kHasCodes) draws = cheapest = Bits(0u);
+    Bits draws, code_draws;
+    if constexpr (Memory::kHasCodes) code_draws = Bits(0u);
     if (formats_.stochastic != 0) {
-      memory_.find_draws(common.rounding_key, draws);
+      const bool has_codes = Memory::kHasCodes && formats_.has_codes();
+      memory_.find_draws(common.draws_key(has_codes), draws);
+      if constexpr (Memory::kHasCodes) {
+        code_draws = draws + Bits(common.code_shift);
+        if (has_codes) draws = draws + Bits(common.rounding_key);
+      }
       // The new weight is part of the draw. NaNs of CPUs and GPUs differ in their bits, so infinity
       // stands in for a NaN.
       const Float weight = to_float(weight_), infinity = __builtin_inff();
       draws = element_draw(draws, as_bits(select(weight < infinity, weight, infinity)));
-      if constexpr (Memory::kHasCodes) cheapest = draws;
-      if constexpr (kFirstState + kNumStates > kCheapest)
-        round(kCheapest, states_[kCheapest - kFirstState], draws);
-      if ((formats_.stochastic & ~(1 << kCheapest)) != 0) {
-        draws = mixed(draws);
-        round(kParam, weight_, draws);
-        unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
-          if (kFirstState + s != kCheapest) round(kFirstState + s, states_[s], draws);
-        });
-        if (formats_.is_stochastic(kMaster))
-          weight_ =
-              from_float<V>(round_to_24_bits(to_float(weight_), draw_for(kMaster, draws) & 0xffu));
+      if (has_codes) {
+        round_weight(draws, kCheapest, kCheapest);
+      } else {
+        if constexpr (kFirstState + kNumStates > kCheapest)
+          round(kCheapest, states_[kCheapest - kFirstState], draws);
+        if ((formats_.stochastic & ~(1 << kCheapest)) != 0) {
+          draws = mixed(draws);
+          unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
+            if (kFirstState + s != kCheapest) round(kFirstState + s, states_[s], draws);
+          });
+          round_weight(draws, kParam, kMaster);
+        }
       }
     }
     if constexpr (Memory::kHasCodes)
       unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
-        constexpr int kOperand = kFirstState + decltype(s)::value;
-        store_codes(kOperand, states_[s], kOperand == kCheapest ? cheapest : draws);
+        store_codes(kFirstState + s, states_[s], code_draws);
       });
     if (formats_.has(kEma))
       with_format([&](auto format)
@@ -283,8 +287,9 @@ class Elements {
     }
     if constexpr (!kIsOneFormat<Storage>) {
       if (formats_.has_split8_master()) {
-        // It may have been drawn to 24 bits, which changes nothing here.
-        const auto parts = split_weight(nearest_of_24_bits(to_float(weight_)));
+        Float whole = to_float(weight_);
+        if (!formats_.is_stochastic(kMaster)) whole = nearest_of_24_bits(whole);
+        const auto parts = split_weight(whole);
         memory_.store_bytes(kMaster, parts.remainder >> 8);
         return memory_.template store_bfloat16<false>(kParam, parts.param);
       }
@@ -293,8 +298,16 @@ class Elements {
   }
 
   FUSEDOPT_HD void round(int operand, V& values, const Bits& draws) const {
-    if (formats_.is_stochastic(operand) && !is_coded<Mixed>(operand))
+    if (formats_.is_stochastic(operand))
       values = from_float<V>(round_stochastically(to_float(values), draws, operand));
+  }
+
+  // A param without a master, or a master of 24 bits, each with the draws for that operand.
+  FUSEDOPT_HD void round_weight(const Bits& draws, int param, int master) {
+    if (formats_.is_stochastic(kParam))
+      weight_ = from_float<V>(round_stochastically(to_float(weight_), draws, param));
+    if (formats_.is_stochastic(kMaster))
+      weight_ = from_float<V>(round_to_24_bits(to_float(weight_), draw_for(master, draws) & 0xffu));
   }
 
   // Rounds weights to what reading them back from `dtype` would give.

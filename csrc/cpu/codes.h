@@ -18,8 +18,11 @@ struct CodeGroup {
 // What core/codes.h asks for: reciprocals, and roots of numbers that are not negative, about.
 struct Approximate {
   template <int kLanes>
-  FUSEDOPT_HD Vec<float, kLanes> about_root(Vec<float, kLanes> x) const {
-    return kHasReciprocalRoot<kLanes> ? x * reciprocal_root(x) : square_root(x);
+  FUSEDOPT_HD Vec<float, kLanes> about_root(Vec<float, kLanes> x, Vec<float, kLanes> less) const {
+    if constexpr (!kHasReciprocalRoot<kLanes>) return square_root(x) - less;
+    // Something is added so that it is never 0 times infinity.
+    return fma(x, reciprocal_root(x + Vec<float, kLanes>(0x1p-126f)),
+               Vec<float, kLanes>(0.0f) - less);
   }
   template <int kLanes>
   FUSEDOPT_HD Vec<float, kLanes> about_fourth_root(Vec<float, kLanes> x) const {
@@ -40,10 +43,8 @@ struct Approximate {
   static constexpr bool kHasReciprocalRoot = false;
 #endif
 
-  // Something is added so that it is never infinite.
   template <int kLanes>
   static FUSEDOPT_HD Vec<float, kLanes> reciprocal_root(Vec<float, kLanes> x) {
-    x = x + Vec<float, kLanes>(0x1p-126f);
 #if defined(__AVX512F__)
     if constexpr (kHasReciprocalRoot<kLanes>)
       x = typename RawVec<float, kLanes>::Type(_mm512_maskz_rsqrt14_ps(0xffff, __m512(x.raw)));
@@ -56,11 +57,25 @@ struct Approximate {
 };
 
 template <class Code>
+FUSEDOPT_HD void encode_group(const float* values, const uint32_t* draws, bool is_drawn,
+                              float scale, uint8_t* codes) {
+  constexpr int kLanes = kRegisterBytes / 4;
+  using Float = Vec<float, kLanes>;
+  using Bits = Vec<uint32_t, kLanes>;
+  Approximate math;
+  for (int i = 0; i < kGroup; i += kLanes) {
+    Float shares(0.0f);
+    if (is_drawn) shares = threshold_shares<Float>(Bits(read<typename Bits::Raw>(draws + i)));
+    const Float own = read<typename Float::Raw>(values + i);
+    write_bytes(codes + i, encoded<Code>(own, scale, is_drawn, shares, math));
+  }
+}
+
+template <class Code>
 __attribute__((noinline)) void encode_group(const float* values, const uint32_t* draws,
                                             bool is_drawn, float* scale_at, uint8_t* codes,
                                             int64_t count) {
   constexpr int kLanes = kRegisterBytes / 4;
-  using Float = Vec<float, kLanes>;
   using Bits = Vec<uint32_t, kLanes>;
   Bits largest(0u);
   for (int i = 0; i < kGroup; i += kLanes)
@@ -69,15 +84,15 @@ __attribute__((noinline)) void encode_group(const float* values, const uint32_t*
   for (int i = 0; i < kLanes; ++i) most = larger(most, uint32_t{largest.raw[i]});
   const float scale = scale_of(most);
   *scale_at = scale;
-  Approximate math;
-  alignas(64) uint8_t found[kGroup];
-  for (int i = 0; i < kGroup; i += kLanes) {
-    Float shares(0.0f);
-    if (is_drawn) shares = threshold_shares<Float>(Bits(read<typename Bits::Raw>(draws + i)));
-    const Float own = read<typename Float::Raw>(values + i);
-    write_bytes(found + i, encoded<Code>(own, scale, is_drawn, shares, math));
-  }
-  __builtin_memcpy(codes, found, static_cast<size_t>(count));
+  alignas(64) uint8_t found[kGroup] = {};
+  uint8_t* const to = count < kGroup ? found : codes;
+  if (!(scale > 0))  // all are 0, or one is not finite
+    __builtin_memset(to, 0, kGroup);
+  else if (is_drawn)
+    encode_group<Code>(values, draws, true, scale, to);
+  else
+    encode_group<Code>(values, draws, false, scale, to);
+  if (count < kGroup) __builtin_memcpy(codes, found, static_cast<size_t>(count));
 }
 
 // Writes the codes and the scales of the group that begins with element `begin`. Of fewer elements

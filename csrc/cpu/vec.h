@@ -208,7 +208,10 @@ FUSEDOPT_HD Vec<uint32_t, kLanes> read_bytes(const void* from) {
 }
 template <int kLanes>
 FUSEDOPT_HD void write_bytes(void* to, Vec<uint32_t, kLanes> words) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16)
+    return write(to, _mm512_maskz_cvtepi32_epi8(0xffff, __m512i(words.raw)));
+#elif defined(__AVX2__)
   if constexpr (kLanes == 8) {
     // The lowest byte of each word to the front of its half, and the halves' fronts together.
     const __m256i lowest = _mm256_set1_epi32(0x0c080400);

@@ -274,16 +274,16 @@ FUSEDOPT_HD uint32_t pack(float low, float high) {
 
 // The roots and reciprocals, right but for their last bits, that core/codes.h asks for.
 struct DeviceRoots {
-  FUSEDOPT_HD float about_root(float x) const { return Approximations::root(x); }
   template <int kCount>
-  FUSEDOPT_HD Pack<float, kCount> about_root(Pack<float, kCount> x) const {
-    for (int j = 0; j < kCount; ++j) x[j] = about_root(x[j]);
+  FUSEDOPT_HD Pack<float, kCount> about_root(Pack<float, kCount> x,
+                                             const Pack<float, kCount>& less) const {
+    for (int j = 0; j < kCount; ++j) x[j] = Approximations::root(x[j]) - less[j];
     return x;
   }
-  FUSEDOPT_HD float about_fourth_root(float x) const { return about_root(about_root(x)); }
   template <int kCount>
-  FUSEDOPT_HD Pack<float, kCount> about_fourth_root(const Pack<float, kCount>& x) const {
-    return about_root(about_root(x));
+  FUSEDOPT_HD Pack<float, kCount> about_fourth_root(Pack<float, kCount> x) const {
+    for (int j = 0; j < kCount; ++j) x[j] = Approximations::root(Approximations::root(x[j]));
+    return x;
   }
   FUSEDOPT_HD float about_reciprocal(float x) const { return Approximations::reciprocal(x); }
 };

@@ -74,6 +74,7 @@ each_mix = pytest.mark.parametrize("dtypes", **by_id(MIXES))
 each_rounding = pytest.mark.parametrize("rounding", [None, False, True])
 
 
+@pytest.mark.unsanitized  # test_sanitizer_codes has the same accesses
 @in_pairs(
     each_coded_case,
     each_mix,

@@ -11,14 +11,9 @@ import torch
 from support.files import ROOT
 from support.processes import run_fork
 
-pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
+pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized, pytest.mark.usefixtures("bench")]
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
 
 
 def test_fresh_grads_are_new_objects_in_the_same_memory() -> None:

@@ -35,11 +35,6 @@ def assert_said(*texts: str) -> None:
         assert text in page, text
 
 
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-
-
 @pytest.mark.cpu_only
 @pytest.mark.parametrize(
     "name",

@@ -123,15 +123,21 @@ class Elements {
   // nothing has been written, so a driver may still give up (BranchFree::is_exact()).
   FUSEDOPT_HD void finish(const CommonScalars<T>& common) {
     formats_ = memory_.formats();
-    Bits draws, code_draws;
-    if constexpr (Memory::kHasCodes) code_draws = Bits(0u);
-    if (formats_.stochastic != 0) {
-      const bool has_codes = Memory::kHasCodes && formats_.has_codes();
-      memory_.find_draws(common.draws_key(has_codes), draws);
-      if constexpr (Memory::kHasCodes) {
-        code_draws = draws + Bits(common.code_shift);
-        if (has_codes) draws = draws + Bits(common.rounding_key);
+    const bool has_codes = Memory::kHasCodes && formats_.has_codes();
+    Bits draws;
+    if constexpr (Memory::kHasCodes) draws = Bits(0u);
+    if (formats_.stochastic != 0) memory_.find_draws(common.draws_key(has_codes), draws);
+    if constexpr (Memory::kHasCodes) {
+      if (has_codes) {
+        // Before what waits for the new weight.
+        const Bits code_draws = draws + Bits(common.code_shift);
+        unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
+          store_codes(kFirstState + s, states_[s], code_draws);
+        });
+        draws = draws + Bits(common.rounding_key);
       }
+    }
+    if (formats_.stochastic != 0) {
       // The new weight is part of the draw. NaNs of CPUs and GPUs differ in their bits, so infinity
       // stands in for a NaN.
       const Float weight = to_float(weight_), infinity = __builtin_inff();
@@ -150,10 +156,6 @@ class Elements {
         }
       }
     }
-    if constexpr (Memory::kHasCodes)
-      unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
-        store_codes(kFirstState + s, states_[s], code_draws);
-      });
     if (formats_.has(kEma))
       with_format([&](auto format)
                       __attribute__((always_inline)) { update_ema<decltype(format)>(common); });

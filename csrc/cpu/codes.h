@@ -9,10 +9,10 @@
 namespace fusedopt::cpu {
 namespace {
 
-// The new values of a group's states, and for those that are drawn 16 random bits of each.
+// The new values of a state in a group, and if they are drawn 16 random bits of each.
 struct CodeGroup {
-  alignas(64) float values[kMaxStates][kGroup];
-  alignas(64) uint32_t draws[kMaxStates][kGroup];
+  alignas(64) float values[kGroup];
+  alignas(64) uint32_t draws[kGroup];
 };
 
 // What core/codes.h asks for: reciprocals, and roots of numbers that are not negative, about.
@@ -57,62 +57,43 @@ struct Approximate {
 };
 
 template <class Code>
-FUSEDOPT_HD void encode_group(const float* values, const uint32_t* draws, bool is_drawn,
-                              float scale, uint8_t* codes) {
+FUSEDOPT_HD void encode(const CodeGroup& group, bool is_drawn, float scale, uint8_t* codes) {
   constexpr int kLanes = kRegisterBytes / 4;
   using Float = Vec<float, kLanes>;
   using Bits = Vec<uint32_t, kLanes>;
   Approximate math;
   for (int i = 0; i < kGroup; i += kLanes) {
     Float shares(0.0f);
-    if (is_drawn) shares = threshold_shares<Float>(Bits(read<typename Bits::Raw>(draws + i)));
-    const Float own = read<typename Float::Raw>(values + i);
+    if (is_drawn) shares = threshold_shares<Float>(Bits(read<typename Bits::Raw>(group.draws + i)));
+    const Float own = read<typename Float::Raw>(group.values + i);
     write_bytes(codes + i, encoded<Code>(own, scale, is_drawn, shares, math));
   }
 }
 
+// Finds the scale and the codes of a group, which may have fewer elements than a whole one: the
+// values behind the last do not count. Not inlined, so that there is one copy for all rules.
 template <class Code>
-__attribute__((noinline)) void encode_group(const float* values, const uint32_t* draws,
-                                            bool is_drawn, float* scale_at, uint8_t* codes,
-                                            int64_t count) {
+__attribute__((noinline)) void encode_group(CodeGroup& group, bool is_drawn, float* scale_at,
+                                            uint8_t* codes, int64_t count) {
   constexpr int kLanes = kRegisterBytes / 4;
   using Bits = Vec<uint32_t, kLanes>;
+  for (int64_t i = count; i < kGroup; ++i) group.values[i] = 0;
   Bits largest(0u);
   for (int i = 0; i < kGroup; i += kLanes)
-    largest = larger(largest, Bits(read<typename Bits::Raw>(values + i)) & 0x7fffffffu);
+    largest = larger(largest, Bits(read<typename Bits::Raw>(group.values + i)) & 0x7fffffffu);
   uint32_t most = 0;
   for (int i = 0; i < kLanes; ++i) most = larger(most, uint32_t{largest.raw[i]});
   const float scale = scale_of(most);
   *scale_at = scale;
-  alignas(64) uint8_t found[kGroup] = {};
+  alignas(64) uint8_t found[kGroup];
   uint8_t* const to = count < kGroup ? found : codes;
   if (!(scale > 0))  // all are 0, or one is not finite
     __builtin_memset(to, 0, kGroup);
   else if (is_drawn)
-    encode_group<Code>(values, draws, true, scale, to);
+    encode<Code>(group, true, scale, to);
   else
-    encode_group<Code>(values, draws, false, scale, to);
+    encode<Code>(group, false, scale, to);
   if (count < kGroup) __builtin_memcpy(codes, found, static_cast<size_t>(count));
-}
-
-// Writes the codes and the scales of the group that begins with element `begin`. Of fewer elements
-// than a whole group, `count`, the values behind the last do not count.
-__attribute__((noinline)) void store_group(const Formats& formats, CodeGroup& group,
-                                           void* const* data, float* const* scales, int64_t begin,
-                                           int64_t count) {
-  for (int s = 0; s < kMaxStates; ++s) {
-    const int operand = kFirstState + s;
-    if (!is_code(formats.dtypes[operand])) continue;
-    const int64_t own = count < kGroup ? count : kGroup;
-    for (int64_t i = own; i < kGroup; ++i) group.values[s][i] = 0;
-    auto* const codes = static_cast<uint8_t*>(data[operand]) + begin;
-    float* const scale = scales[s] + begin / kGroup;
-    const bool is_drawn = formats.is_stochastic(operand);
-    if (is(formats.dtypes[operand], DType::kSignedCodes))
-      encode_group<SignedCode>(group.values[s], group.draws[s], is_drawn, scale, codes, own);
-    else
-      encode_group<PositiveCode>(group.values[s], group.draws[s], is_drawn, scale, codes, own);
-  }
 }
 
 }  // namespace

@@ -39,7 +39,7 @@ __attribute__((noinline)) void add_run(const Storage* grads, int64_t n, int& bin
   using V = Register<T>;
   using Words = decltype(as_bits(V()));
   constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
-  constexpr int64_t kBytes = kBlock<T> * sizeof(Storage);
+  constexpr int64_t kBytes = kBlock<T> * sizeof(Storage), kPairBytes = 2 * kLanes * sizeof(Storage);
   constexpr bool kExact = kHasExactSquares<Storage> && kHasFma;
   for (;;) {
     const V scale = norm_scale<T>(bin);
@@ -50,7 +50,9 @@ __attribute__((noinline)) void add_run(const Storage* grads, int64_t n, int& bin
       for (int64_t byte = 0; byte < kBytes; byte += kCacheLine)
         __builtin_prefetch(from + byte + kNormPrefetchBytes);
       V values[kCount];
-      load_in_any_order<Storage>(from, values);
+      for_each_pair(values, [&](auto p, auto& two) __attribute__((always_inline)) {
+        load_in_any_order<Storage>(from + p * kPairBytes, two);
+      });
       for (int j = 0; j < kCount; ++j) add_square<T, kExact>(values[j] * scale, slices, seen);
     }
     Word<T> lanes[kLanes];

@@ -11,8 +11,9 @@
 namespace fusedopt::cpu {
 namespace {
 
-// Registers in a block, whose elements are computed at once.
-constexpr int kCount = 2;
+// Registers in a block, whose elements are computed at once: enough that the processor has other
+// work while it waits for roots and divisions, and no more than it has registers for.
+constexpr int kCount = kRegisterBytes == 64 ? 4 : 2;
 // How far ahead memory is asked for, in elements. The processor's own prefetching starts anew on
 // every page, and a step walks through four or five pages at once.
 constexpr int64_t kPrefetchAhead = 256;
@@ -29,7 +30,7 @@ constexpr int64_t kBlock = kCount * kRegisterBytes / static_cast<int64_t>(sizeof
 // Loads two registers of consecutive numbers: of bfloat16 ones those at even and those at odd
 // places, which takes a shift and a mask of the words.
 template <class Storage, class V>
-FUSEDOPT_HD void load_in_any_order(const char* from, V (&to)[kCount]) {
+FUSEDOPT_HD void load_in_any_order(const char* from, V (&to)[2]) {
   if constexpr (std::is_same_v<Storage, BFloat16>) {
     using Words = typename Lanes<V>::Bits;
     const Words pairs = read<typename Words::Raw>(from);
@@ -40,10 +41,18 @@ FUSEDOPT_HD void load_in_any_order(const char* from, V (&to)[kCount]) {
   }
 }
 
+// Calls f(p, registers) for each two registers, number 2 p and the next one.
+template <class V, class F>
+FUSEDOPT_HD void for_each_pair(V (&registers)[kCount], const F& f) {
+  unroll<kCount / 2>([&](auto p) __attribute__((always_inline)) {
+    f(p, *reinterpret_cast<V(*)[2]>(registers + 2 * p));
+  });
+}
+
 // `Memory` of core/element.h for a block of elements, which are consecutive in each operand. They
-// fill one register after the other. But where all operands are 16 bits wide, the first register
-// has the elements at even places and the second those at odd places: then a load is a shift and a
-// mask of the words, which takes the fewest instructions.
+// fill one register after the other. But where all operands are 16 bits wide, the first of each two
+// registers has the elements at even places and the second those at odd places: then a load is a
+// shift and a mask of the words, which takes the fewest instructions.
 template <class T>
 struct Block {
   using Values = Pack<Register<T>, kCount>;
@@ -54,14 +63,16 @@ struct Block {
   static constexpr bool kHasCodes = true;
   static constexpr uint32_t kUpperHalf = 0xffff0000u;
   static constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
+  static constexpr int64_t kPair = 2 * kLanes;  // elements in two registers
 
   Formats stored_as;
   DType format;           // as Formats::one_format()
   const uint32_t* draws;  // of the elements; nullptr if they follow from `at` and `first_element`
-  CodeGroup* group = nullptr;      // where new values go until a group of codes is complete
+  CodeGroup* groups = nullptr;     // where new states go until a group of codes is complete
   void* const* data = nullptr;     // of each operand
   float* const* scales = nullptr;  // of each state that is codes
   int64_t at = 0;                  // elements from there to the block
+  int64_t end = 0;                 // elements from there to the end, which may be in a group
   int64_t first_element = 0;       // as ParamUpdate's
   int64_t ahead = 0;               // how far ahead to ask for memory, in elements
 
@@ -74,20 +85,27 @@ struct Block {
     constexpr int64_t kSize = sizeof(Storage);
     for (int64_t byte = 0; byte < kBlock<T> * kSize; byte += kCacheLine)
       __builtin_prefetch(from + ahead * kSize + byte);
-    if constexpr (kIsOneFormat)
-      load_in_any_order<Storage>(from, to.values);
-    else
-      Stored<Register<T>, Storage>::load(from, to.values);
+    for_each_pair(to.values, [&](auto p, auto& two) __attribute__((always_inline)) {
+      if constexpr (kIsOneFormat)
+        load_in_any_order<Storage>(from + p * kPair * kSize, two);
+      else
+        Stored<Register<T>, Storage>::load(from + p * kPair * kSize, two);
+    });
   }
 
   template <class Storage, bool kIsOneFormat>
   FUSEDOPT_HD void store(int operand, const Values& from) const {
-    if constexpr (!kIsOneFormat || !std::is_same_v<Storage, BFloat16>)
-      Stored<Register<T>, Storage>::store(place<Storage>(operand), from.values);
-    else if (stored_as.has(kMaster))  // a NaN may then have any bits (bfloat16_nearest)
-      store_upper_halves<kIsOneFormat>(operand, rounded_to_bfloat16(to_float(from)));
-    else
-      write(place<Storage>(operand), bfloat16_nearest(as_bits(from[0]), as_bits(from[1])).raw);
+    constexpr bool kIsBFloat16 = kIsOneFormat && std::is_same_v<Storage, BFloat16>;
+    if (kIsBFloat16 && stored_as.has(kMaster))  // a NaN may then have any bits (bfloat16_nearest)
+      return store_upper_halves<kIsOneFormat>(operand, rounded_to_bfloat16(to_float(from)));
+    char* const to = place<Storage>(operand);
+    for_each_pair(from.values, [&](auto p, auto& two) __attribute__((always_inline)) {
+      char* const place = to + p * kPair * static_cast<int64_t>(sizeof(Storage));
+      if constexpr (kIsBFloat16)
+        write(place, bfloat16_nearest(as_bits(two[0]), as_bits(two[1])).raw);
+      else
+        Stored<Register<T>, Storage>::store(place, two);
+    });
   }
 
   template <bool kIsOneFormat>
@@ -98,22 +116,26 @@ struct Block {
   template <bool kIsOneFormat>
   FUSEDOPT_HD void load_words(int operand, Bits& to) const {
     const char* const from = place<uint16_t>(operand);
-    if constexpr (kIsOneFormat) {
-      const Word pairs = read<typename Word::Raw>(from);
-      to[0] = pairs & ~kUpperHalf;
-      to[1] = pairs >> 16;
-    } else {
-      Halves::load(from, to.values);
-    }
+    for_each_pair(to.values, [&](auto p, auto& two) __attribute__((always_inline)) {
+      if constexpr (kIsOneFormat) {
+        const Word both = read<typename Word::Raw>(from + p * 2 * kPair);
+        two[0] = both & ~kUpperHalf;
+        two[1] = both >> 16;
+      } else {
+        Halves::load(from + p * 2 * kPair, two);
+      }
+    });
   }
 
   template <bool kIsOneFormat>
   FUSEDOPT_HD void store_words(int operand, const Bits& from) const {
     char* const to = place<uint16_t>(operand);
-    if constexpr (kIsOneFormat)
-      write(to, ((from[0] & ~kUpperHalf) | (from[1] << 16)).raw);
-    else
-      Halves::store(to, from.values);
+    for_each_pair(from.values, [&](auto p, auto& two) __attribute__((always_inline)) {
+      if constexpr (kIsOneFormat)
+        write(to + p * 2 * kPair, ((two[0] & ~kUpperHalf) | (two[1] << 16)).raw);
+      else
+        Halves::store(to + p * 2 * kPair, two);
+    });
   }
 
   FUSEDOPT_HD void load_bytes(int operand, Bits& to) const {
@@ -141,20 +163,16 @@ struct Block {
   template <class Code, class Float>
   FUSEDOPT_HD void store_codes(int operand, const Float& from, bool is_drawn,
                                const Bits& own_draws) const {
-    const int64_t place = at % kGroup;
-    CodeGroup& to = *group;
+    const int64_t in_group = at % kGroup, begin = at - in_group;
+    CodeGroup& to = groups[operand - kFirstState];
     unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-      write(to.values[operand - kFirstState] + place + j * kLanes, from[j].raw);
-      if (is_drawn) write(to.draws[operand - kFirstState] + place + j * kLanes, own_draws[j].raw);
+      write(to.values + in_group + j * kLanes, from[j].raw);
+      if (is_drawn) write(to.draws + in_group + j * kLanes, own_draws[j].raw);
     });
-  }
-
-  // Encodes the group that the block is in, if it is the group's last one. `end` is that of all
-  // elements; there may be fewer than a whole group.
-  FUSEDOPT_HD void finish_group(int64_t end) const {
-    const int64_t begin = at / kGroup * kGroup;
-    if (at + kBlock<T> < begin + kGroup) return;
-    store_group(stored_as, *group, data, scales, begin, end - begin);
+    if (in_group + kBlock<T> < kGroup) return;
+    float* const scale = scales[operand - kFirstState] + begin / kGroup;
+    encode_group<Code>(to, is_drawn, scale, static_cast<uint8_t*>(data[operand]) + begin,
+                       end - begin < kGroup ? end - begin : kGroup);
   }
 
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& to) const {
@@ -170,10 +188,12 @@ struct Block {
     const uint32_t key = draw_key(rounding_key, first);
     Raw lane;
     for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<uint32_t>(i);
-    const Word pairs = pair_draw(key, static_cast<uint32_t>(first) + Word(lane));
-    to[0] = pairs;
-    to[1] = second_of_pair(pairs);
-    if (!is(format, DType::kBFloat16)) interleave(to.values);
+    for_each_pair(to.values, [&](auto p, auto& two) __attribute__((always_inline)) {
+      const uint32_t number = static_cast<uint32_t>(first) + p * kLanes;
+      two[0] = pair_draw(key, number + Word(lane));
+      two[1] = second_of_pair(two[0]);
+      if (!is(format, DType::kBFloat16)) interleave(two);
+    });
   }
 
  private:
@@ -185,10 +205,12 @@ struct Block {
   template <bool kIsOneFormat>
   FUSEDOPT_HD void store_upper_halves(int operand, const Bits& from) const {
     char* const to = place<uint16_t>(operand);
-    if constexpr (kIsOneFormat)
-      write(to, ((from[0] >> 16) | (from[1] & kUpperHalf)).raw);
-    else
-      cpu::store_upper_halves(to, from[0], from[1]);
+    for_each_pair(from.values, [&](auto p, auto& two) __attribute__((always_inline)) {
+      if constexpr (kIsOneFormat)
+        write(to + p * 2 * kPair, ((two[0] >> 16) | (two[1] & kUpperHalf)).raw);
+      else
+        cpu::store_upper_halves(to + p * 2 * kPair, two[0], two[1]);
+    });
   }
 };
 
@@ -249,7 +271,8 @@ __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
     block.data = piece.data;
     block.scales = piece.scales;
     block.first_element = piece.first_element;
-    const int64_t whole = block.group != nullptr ? (piece.end + kGroup - 1) & -kGroup : piece.end;
+    block.end = piece.end;
+    const int64_t whole = block.groups != nullptr ? (piece.end + kGroup - 1) & -kGroup : piece.end;
     for (block.at = piece.begin; block.at < whole; block.at += kBlock<T>) {
       // No prefetch beyond the end: those cache lines may be another thread's.
       block.ahead = block.at + kPrefetchAhead + kBlock<T> <= piece.end ? kPrefetchAhead : 0;
@@ -258,7 +281,6 @@ __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
       elements.load();
       elements.apply(variant, scalars.rule, math);
       elements.finish(scalars.common);
-      if (block.group != nullptr) block.finish_group(piece.end);
     }
   }
 }
@@ -333,9 +355,9 @@ class Tile {
     });
   }
 
-  Block<T> block(CodeGroup* group) const {
+  Block<T> block(CodeGroup* groups) const {
     // kAbsent: the elements are in order in the registers, as the draws are.
-    return {formats_, formats_.stochastic == 0 ? one_format_ : DType::kAbsent, draws_, group};
+    return {formats_, formats_.stochastic == 0 ? one_format_ : DType::kAbsent, draws_, groups};
   }
   Piece piece(int64_t n) const { return {data_, scales_, 0, n}; }
 
@@ -458,13 +480,13 @@ __attribute__((noinline)) Parts update_alike(const Step& step, Parts parts) {
   const StepScalars<Rule, T> scalars =
       step.scalars[first.scalars].template of<Rule>().template as<T>();
   const DType one_format = first.formats.one_format(Block<T>::kSplitIsOneFormat);
-  CodeGroup group_values;
-  CodeGroup* const group = first.formats.has_codes() ? &group_values : nullptr;
-  const Block<T> block = {first.formats, one_format, nullptr, group};
+  CodeGroup group_of_state[kMaxStates];
+  CodeGroup* const groups = first.formats.has_codes() ? group_of_state : nullptr;
+  const Block<T> block = {first.formats, one_format, nullptr, groups};
   Tile<T> tile(first.formats, one_format, scalars.common.draws_key(first.formats.has_codes()));
   const auto update_tile = [&](int64_t n) {
     const Piece piece = tile.piece(n);
-    update_blocks<Rule, T>(variant, scalars, tile.block(group), &piece, 1);
+    update_blocks<Rule, T>(variant, scalars, tile.block(groups), &piece, 1);
   };
   Pieces whole, rests;  // of blocks, and what is left
   const auto update_pieces = [&] {
@@ -487,12 +509,12 @@ __attribute__((noinline)) Parts update_alike(const Step& step, Parts parts) {
     if (update.layout == kDense) {
       static_assert(kChunkAlignment % kBlock<T> == 0, "`begin` is a multiple of a block");
       static_assert(kChunkAlignment % kGroup == 0, "and of a group");
-      const int64_t rest = end & -(group != nullptr ? kGroup : kBlock<T>);
+      const int64_t rest = end & -(groups != nullptr ? kGroup : kBlock<T>);
       if (begin < rest) whole.add({update.data, update.scales, begin, rest, update.first_element});
       if (rest < end) rests.add({update.data, update.scales, rest, end, update.first_element});
       const bool is_full = whole.count == kMaxPieces || rests.count == kMaxPieces ||
                            rests.elements > kTileElements - kBlock<T> ||
-                           (group != nullptr && rests.count > 0);
+                           (groups != nullptr && rests.count > 0);
       if (is_full || step.in_order) update_pieces();
       continue;
     }

@@ -123,39 +123,12 @@ class Elements {
   // nothing has been written, so a driver may still give up (BranchFree::is_exact()).
   FUSEDOPT_HD void finish(const CommonScalars<T>& common) {
     formats_ = memory_.formats();
-    const bool has_codes = Memory::kHasCodes && formats_.has_codes();
-    Bits draws;
-    if constexpr (Memory::kHasCodes) draws = Bits(0u);
-    if (formats_.stochastic != 0) memory_.find_draws(common.draws_key(has_codes), draws);
-    if constexpr (Memory::kHasCodes) {
-      if (has_codes) {
-        // Before what waits for the new weight.
-        const Bits code_draws = draws + Bits(common.code_shift);
-        unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
-          store_codes(kFirstState + s, states_[s], code_draws);
-        });
-        draws = draws + Bits(common.rounding_key);
-      }
-    }
-    if (formats_.stochastic != 0) {
-      // The new weight is part of the draw. NaNs of CPUs and GPUs differ in their bits, so infinity
-      // stands in for a NaN.
-      const Float weight = to_float(weight_), infinity = __builtin_inff();
-      draws = element_draw(draws, as_bits(select(weight < infinity, weight, infinity)));
-      if (has_codes) {
-        round_weight(draws, kCheapest, kCheapest);
-      } else {
-        if constexpr (kFirstState + kNumStates > kCheapest)
-          round(kCheapest, states_[kCheapest - kFirstState], draws);
-        if ((formats_.stochastic & ~(1 << kCheapest)) != 0) {
-          draws = mixed(draws);
-          unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
-            if (kFirstState + s != kCheapest) round(kFirstState + s, states_[s], draws);
-          });
-          round_weight(draws, kParam, kMaster);
-        }
-      }
-    }
+    bool has_codes = false;
+    if constexpr (Memory::kHasCodes) has_codes = formats_.has_codes();
+    if (has_codes)
+      finish_codes(common);
+    else if (formats_.stochastic != 0)
+      round_all(common);
     if (formats_.has(kEma))
       with_format([&](auto format)
                       __attribute__((always_inline)) { update_ema<decltype(format)>(common); });
@@ -205,6 +178,21 @@ class Elements {
         memory_.template load_codes<PositiveCode>(operand, found);
       values = from_float<V>(found);
     }
+  }
+
+  // Codes come before the weight is rounded, as they need not wait for it. Beside them it alone is
+  // drawn for.
+  FUSEDOPT_HD void finish_codes(const CommonScalars<T>& common) {
+    Bits draws(0u);
+    if (formats_.stochastic != 0) memory_.find_draws(common.draws_key(/*has_codes=*/true), draws);
+    const Bits code_draws = draws + Bits(common.code_shift);
+    unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
+      store_codes(kFirstState + s, states_[s], code_draws);
+    });
+    if (!formats_.is_stochastic(kParam) && !formats_.is_stochastic(kMaster)) return;
+    mix_in_weight(draws + Bits(common.rounding_key), draws);
+    round(kParam, weight_, draws, kCheapest);
+    round_master(draws, kCheapest);
   }
 
   FUSEDOPT_HD void store_codes(int operand, const V& values, const Bits& draws) const {
@@ -299,17 +287,37 @@ class Elements {
     store<Storage>(kParam, weight_);
   }
 
-  FUSEDOPT_HD void round(int operand, V& values, const Bits& draws) const {
-    if (formats_.is_stochastic(operand))
-      values = from_float<V>(round_stochastically(to_float(values), draws, operand));
+  FUSEDOPT_HD void round_all(const CommonScalars<T>& common) {
+    Bits draws;
+    memory_.find_draws(common.rounding_key, draws);
+    mix_in_weight(draws, draws);
+    if constexpr (kFirstState + kNumStates > kCheapest)
+      round(kCheapest, states_[kCheapest - kFirstState], draws, kCheapest);
+    if ((formats_.stochastic & ~(1 << kCheapest)) == 0) return;
+    draws = mixed(draws);
+    round(kParam, weight_, draws, kParam);
+    unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
+      if (kFirstState + s != kCheapest) round(kFirstState + s, states_[s], draws, kFirstState + s);
+    });
+    round_master(draws, kMaster);
   }
 
-  // A param without a master, or a master of 24 bits, each with the draws for that operand.
-  FUSEDOPT_HD void round_weight(const Bits& draws, int param, int master) {
-    if (formats_.is_stochastic(kParam))
-      weight_ = from_float<V>(round_stochastically(to_float(weight_), draws, param));
+  // The new weight is part of the draw. NaNs of CPUs and GPUs differ in their bits, so infinity
+  // stands in for a NaN.
+  FUSEDOPT_HD void mix_in_weight(const Bits& own, Bits& draws) const {
+    const Float weight = to_float(weight_), infinity = __builtin_inff();
+    draws = element_draw(own, as_bits(select(weight < infinity, weight, infinity)));
+  }
+
+  // With the draws for operand `drawn_as`.
+  FUSEDOPT_HD void round(int operand, V& values, const Bits& draws, int drawn_as) const {
+    if (formats_.is_stochastic(operand))
+      values = from_float<V>(round_stochastically(to_float(values), draws, drawn_as));
+  }
+  FUSEDOPT_HD void round_master(const Bits& draws, int drawn_as) {
     if (formats_.is_stochastic(kMaster))
-      weight_ = from_float<V>(round_to_24_bits(to_float(weight_), draw_for(master, draws) & 0xffu));
+      weight_ =
+          from_float<V>(round_to_24_bits(to_float(weight_), draw_for(drawn_as, draws) & 0xffu));
   }
 
   // Rounds weights to what reading them back from `dtype` would give.

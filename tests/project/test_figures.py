@@ -40,7 +40,7 @@ def assert_said(*texts: str) -> None:
     "name",
     [
         *("step-cpu", "step-cpu-others", "step-cuda"),
-        *("training-step-cpu", "training-step-cuda", "precision-cpu"),
+        *("training-step-cpu", "training-step-cuda", "precision-cpu", "accuracy-cpu"),
     ],
 )
 def test_tables(name: str) -> None:
@@ -48,7 +48,7 @@ def test_tables(name: str) -> None:
     names = [name, "step-cuda-sgd-adam"] if name == "step-cuda" else [name]
     for lines in figure_tables.tables_of([results(each) for each in names]):
         assert len(lines) > 5
-        page = PAGES["settings" if name == "precision-cpu" else "benchmarks"]
+        page = PAGES["settings" if name in ("precision-cpu", "accuracy-cpu") else "benchmarks"]
         for line in lines:
             assert line in page.splitlines()
         assert "\n".join(lines) in page

@@ -15,7 +15,7 @@ import fusedopt  # noqa: E402
 from support.equality import assert_equal  # noqa: E402
 from support.fsdp import FSDP2, UNEVEN, each_width, mesh_of, shard  # noqa: E402
 from support.processes import on_ranks  # noqa: E402
-from support.tensors import by_id  # noqa: E402
+from support.tensors import by_id, values  # noqa: E402
 from support.twins import (  # noqa: E402
     LR,
     Block,
@@ -372,3 +372,44 @@ def test_fsdp1_scaled(adamw: Any, clips: bool) -> Any:
     assert everywhere == [scales] * dist.get_world_size()
     assert min(scales) < 2.0**20
     return [*unwrapped(model), *scales]
+
+
+@on_ranks(2)
+@pytest.mark.parametrize(
+    ("shape", "dim", "is_coded"),
+    [
+        ((40, 128), 0, True),
+        ((64, 256), 1, True),  # each half of a row is two groups
+        ((64, 192), 1, False),  # and one and a half here
+        ((8, 16, 64), 1, False),
+    ],
+)
+def test_codes_where_shards_have_whole_groups(
+    shape: tuple[int, ...], dim: int, is_coded: bool
+) -> None:
+    """The shards have the codes and scales of the whole tensor, as has what is saved of them."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    found = []
+    for placements in (None, [Shard(dim)]):
+
+        def placed(tensor: torch.Tensor, placements: Any = placements) -> torch.Tensor:
+            return tensor if placements is None else distribute_tensor(tensor, mesh, placements)
+
+        param = torch.nn.Parameter(placed(values(*shape)))
+        # Draws follow the places of elements in the whole tensor only where rows are sharded.
+        drawn = None if dim == 0 else False
+        optimizer = fusedopt.AdamW([param], lr=0.01, state_dtype="q8", stochastic_rounding=drawn)
+        for seed in range(3):
+            param.grad = placed(values(*shape, seed=10 + seed))
+            optimizer.step()
+        entries = {"param": param.detach(), **optimizer.state_dict()["state"][0]}
+        found.append({name: whole([entry])[0] for name, entry in entries.items()})
+    plain, sharded = found
+    assert ("exp_avg_q8" in sharded) == is_coded
+    if is_coded:
+        assert plain.keys() == sharded.keys()
+        for name, entry in plain.items():
+            assert torch.equal(entry, sharded[name]), name

@@ -184,12 +184,28 @@ def precision_table(content: Figures) -> list[str]:
     return markdown(heads, rows)
 
 
+def accuracy_table(content: Figures) -> list[str]:
+    """Errors are means over the seeds; the largest update is that of the worst seed."""
+    falls = {"none": "", "all": ", after all have fallen", "half": ", after every second one has"}
+    rows = []
+    for row in content["accuracy"]:
+        cases = row["cases"]
+        errors = [sum(case["errors"]) / len(case["errors"]) for case in cases]
+        largest = max(cases[-1]["largest"])
+        rows.append([row["name"], *(f"{error:.2g}" for error in errors), f"{largest:.2g}"])
+    heads = [f"sigma {case['spread']}{falls[case['fall']]}" for case in cases]
+    last = f"sigma {cases[-1]['spread']}: largest update over the true largest"
+    return markdown(["states", *heads, last], rows)
+
+
 def tables_of(contents: list[Figures]) -> list[list[str]]:
     """Of one file, or of several of one kind and device."""
     first = contents[0]
     on_cpu = first["machine"]["device"] == "cpu"
     if "settings" in first:
         return [precision_table(first)]
+    if "accuracy" in first:
+        return [accuracy_table(first)]
     if "rows" in first:
         both = [training_table(first), settings_table(first)]
         return both if on_cpu else [gpu_training_table(first)]

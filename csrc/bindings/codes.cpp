@@ -44,8 +44,8 @@ void encode(const CodeParts& parts) {
     const float scale = scale_of(largest);
     parts.scales[begin / kGroup] = scale;
     for (int64_t i = begin; i < end; ++i)
-      parts.codes[i] = static_cast<uint8_t>(
-          encoded<Code>(parts.values[i], scale, /*is_drawn=*/false, 0.0f, math));
+      parts.codes[i] =
+          scale > 0 ? static_cast<uint8_t>(encoded<Code>(parts.values[i], scale, 0.5f, math)) : 0;
   }
 }
 

@@ -44,6 +44,17 @@ struct Approximations {
   }
 };
 
+// The larger one, or NaN if one is NaN, where the built-in functions would return the other one.
+FUSEDOPT_HD float larger_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("max.NaN.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+
 // Each result is an approximation and one correction by its residual, which an fma computes
 // exactly. Subnormal floats are flushed. A residual that is flushed must be too small to matter,
 // below 2^-26 of the operand, so operands are scaled up first.
@@ -79,7 +90,7 @@ class BranchFree {
   FUSEDOPT_HD float divide_by_root(float numerator, float square, float eps) {
     const float denominator = root(fma(square, 0x1p60f, zero_square(eps))) + eps * 0x1p30f;
     const float exact = quotient(opaque(numerator * 0x1p58f), denominator) * 0x1p-28f;
-    largest_ = larger(largest_, std::fabs(exact));
+    largest_ = larger_or_nan(largest_, std::fabs(exact));
     return exact;
   }
 
@@ -96,7 +107,7 @@ class BranchFree {
   // or is NaN, or the denominator is so large that its reciprocal is flushed.
   FUSEDOPT_HD float divide(float numerator, float denominator) {
     const float exact = quotient(opaque(numerator * 0x1p58f), denominator) * 0x1p-58f;
-    largest_ = larger(largest_, larger(std::fabs(exact), denominator));
+    largest_ = larger_or_nan(largest_, larger_or_nan(std::fabs(exact), denominator));
     return exact;
   }
 
@@ -104,7 +115,7 @@ class BranchFree {
   // for negative numbers: all of these are computed again.
   FUSEDOPT_HD float root_of(float square) {
     const float exact = root(square * 0x1p60f) * 0x1p-30f;
-    largest_ = larger(largest_, exact);
+    largest_ = larger_or_nan(largest_, exact);
     return exact;
   }
 
@@ -142,17 +153,6 @@ class BranchFree {
   static FUSEDOPT_HD float zero_square(float eps) {
     if (!(eps >= 0 && eps < 0x1p90f)) return __builtin_nanf("");
     return eps < 0x1p-67f ? 0.0f : 0x1p-126f;
-  }
-
-  // The larger one, or NaN if one is NaN, where the built-in functions would return the other one.
-  static FUSEDOPT_HD float larger(float a, float b) {
-#if defined(__CUDA_ARCH__)
-    float y;
-    asm("max.NaN.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-    return y;
-#else
-    return a > b || a != a ? a : b;
-#endif
   }
 
   float largest_ = 0;  // magnitude of all quotients so far; takes one instruction for each

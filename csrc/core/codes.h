@@ -10,13 +10,13 @@
 // and between codes 1 to 4 a root would be up to four times too small.
 //
 // A code is the number of thresholds that a magnitude is above. Threshold number c lies between the
-// values of codes c and c + 1: halfway, as codes count, for rounding to nearest; or anywhere, by a
-// draw, so that the mean of the two values is right. Moments are drawn as a rule: to nearest, one
-// would stay where it is in relation to its group if a step changes it by less than half a code. A
-// step with a beta2 of 0.999 does so with most second moments, and one with a beta1 of 0.9 with
-// first moments below 10 codes, if their own grads are zeros. So a code follows from one element,
-// one scale and one draw, by comparisons of floats: approximate roots, which differ from device to
-// device, only say where to look.
+// values of codes c and c + 1: in the middle, for rounding to the nearest value; or at a share of
+// the way that is drawn, so that the mean of the two values is right. Moments are drawn as a rule:
+// to nearest, one would stay where it is in relation to its group if a step changes it by less than
+// half the way. A step with a beta2 of 0.999 does so with most second moments, and one with a beta1
+// of 0.9 with first moments below 10 codes, if their own grads are zeros. So a code follows from
+// one element, one scale and one share, by comparisons of floats: approximate roots, which differ
+// from device to device, only say where to look.
 #pragma once
 
 #include <cstdint>
@@ -60,7 +60,7 @@ struct SignedCode {
   }
   // The threshold above a code, in units.
   template <class Float>
-  static FUSEDOPT_HD Float drawn_threshold(Float code, Float shares) {
+  static FUSEDOPT_HD Float threshold(Float code, Float shares) {
     const Float gap = fma(Float(2.0f), code, Float(1.0f));
     return fma(shares, gap, power(code));
   }
@@ -88,7 +88,7 @@ struct SignedCode {
   template <class Float, class Bits>
   static FUSEDOPT_HD Bits finished(Float values, Bits code) {
     const Bits sign = Bits(0u) - (as_bits(values) >> 31);  // all bits of it
-    return ((code & 0xffu) ^ sign) - sign;
+    return (code ^ sign) - sign;
   }
 };
 
@@ -103,7 +103,7 @@ struct PositiveCode {
     return square * square;
   }
   template <class Float>
-  static FUSEDOPT_HD Float drawn_threshold(Float code, Float shares) {
+  static FUSEDOPT_HD Float threshold(Float code, Float shares) {
     Float gap = fma(Float(4.0f), code, Float(6.0f));
     gap = fma(gap, code, Float(4.0f));
     gap = fma(gap, code, Float(1.0f));
@@ -134,43 +134,34 @@ struct PositiveCode {
   }
 };
 
-// Shares in (0, 1) for drawn thresholds, of the lower 16 bits of each word.
+// Where thresholds lie between values: in the middle, or at shares in (0, 1) that are drawn by the
+// lower 16 bits of each word.
 template <class Float, class Bits>
-FUSEDOPT_HD Float threshold_shares(Bits draws) {
+FUSEDOPT_HD Float threshold_shares(Bits draws, bool are_drawn) {
   const Float from_2_to_23 = as_float((draws & 0xffffu) | Bits(0x4b000000u));
-  return fma(from_2_to_23, Float(0x1p-16f), Float(0x1p-17f - 128));  // nothing is rounded
+  return fma(from_2_to_23, Float(are_drawn ? 0x1p-16f : 0.0f),  // nothing is rounded
+             Float(are_drawn ? 0x1p-17f - 128 : 0.5f));
 }
 
-// The codes of values, in the lowest byte of each word. `shares` are those of threshold_shares(),
-// or not used without `is_drawn`. `scale` is that of the group, and not below any of its
-// magnitudes.
+// The codes of values, each in the lowest byte of a word; the other bytes have any bits. The scale
+// of the group is positive and finite, and not below any of its magnitudes. Where a scale is 0 or
+// NaN, all codes are 0, which is left to the caller.
 template <class Code, class Float, class Math>
-FUSEDOPT_HD auto encoded(const Float& values, float scale, bool is_drawn, const Float& shares,
-                         Math& math) {
+FUSEDOPT_HD auto encoded(const Float& values, float scale, const Float& shares, Math& math) {
   using Bits = typename Lanes<Float>::Bits;
   constexpr float kMagic = 0x1.8p23f;  // added, it rounds to whole numbers
   const Float magnitudes = Code::magnitudes(values);
-  const float units =
-      scale > 0 ? math.about_reciprocal(0.25f * scale) * (0.25f * Code::kUnits) : 0.0f;
+  const float units = math.about_reciprocal(0.25f * scale) * (0.25f * Code::kUnits);
   // The code, or one less. That holds if roots are off by up to 1 / 1400, which is less than 0.2 of
-  // a code: as codes count, a threshold is up to 0.1 further than its share, as its power is
+  // a code: as codes count, a threshold is up to 0.25 further than its share, as its power is
   // convex.
-  Float below(0.5f);
-  if (is_drawn) below = shares;
-  Float guess = Code::root(math, magnitudes * Float(units), below);
+  Float guess = Code::root(math, magnitudes * Float(units), shares);
   guess = smaller(guess + Float(kMagic), Float(kMagic + Code::kMost - 1));
   guess = larger(guess, Float(kMagic + Code::kLeast));
-  // The threshold above it.
-  const Float code = guess - Float(kMagic);
-  Float threshold;
-  if (is_drawn)
-    threshold = Code::drawn_threshold(code, shares);
-  else
-    threshold = Code::power(code + Float(0.5f));
+  const Float threshold = Code::threshold(guess - Float(kMagic), shares);
   const auto is_above = magnitudes > threshold * Float(scale * Code::kUnit);
   const Bits word = as_bits(guess);
-  const Bits finished = Code::finished(values, select(is_above, word + Bits(1u), word));
-  return finished & Bits(scale == scale ? 0xffu : 0u);
+  return Code::finished(values, select(is_above, word + Bits(1u), word));
 }
 
 }  // namespace fusedopt

@@ -87,8 +87,8 @@ struct Mixed {};
 //   load_bytes(operand, Bits& to), store_bytes(operand, const Bits& from): the same for 8 bits;
 //   kHasCodes: states can be codes (core/codes.h). Only then there must be
 //     load_codes<Code>(operand, Float& to), and
-//     store_codes<Code>(operand, const Float& from, bool is_drawn, const Bits& draws), which gets
-//     all values of a group before it finds their scale; 16 random bits for each are in `draws`;
+//     store_codes<Code>(operand, const Float& from, const Float& shares), which gets all values of
+//     a group before it finds their scale, and the shares of threshold_shares();
 //   find_draws(rounding_key, Bits& draws): random bits for the elements (core/stochastic.h);
 //   kRoundsForNothing: store() is as fast as store_bfloat16() where either would do;
 //   formats(): how the elements are stored;
@@ -198,12 +198,12 @@ class Elements {
   FUSEDOPT_HD void store_codes(int operand, const V& values, const Bits& draws) const {
     if constexpr (Memory::kHasCodes) {
       if (!is_coded<Mixed>(operand)) return;
-      const bool is_drawn = formats_.is_stochastic(operand);
-      const Bits own = draw_for(operand, draws);
+      const Float shares =
+          threshold_shares<Float>(draw_for(operand, draws), formats_.is_stochastic(operand));
       if (is(formats_.dtypes[operand], DType::kSignedCodes))
-        memory_.template store_codes<SignedCode>(operand, to_float(values), is_drawn, own);
+        memory_.template store_codes<SignedCode>(operand, to_float(values), shares);
       else
-        memory_.template store_codes<PositiveCode>(operand, to_float(values), is_drawn, own);
+        memory_.template store_codes<PositiveCode>(operand, to_float(values), shares);
     }
   }
 

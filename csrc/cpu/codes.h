@@ -9,10 +9,10 @@
 namespace fusedopt::cpu {
 namespace {
 
-// The new values of a state in a group, and if they are drawn 16 random bits of each.
+// The new values of a state in a group, and for each where its threshold lies (core/codes.h).
 struct CodeGroup {
   alignas(64) float values[kGroup];
-  alignas(64) uint32_t draws[kGroup];
+  alignas(64) float shares[kGroup];
 };
 
 // What core/codes.h asks for: reciprocals, and roots of numbers that are not negative, about.
@@ -56,26 +56,13 @@ struct Approximate {
   }
 };
 
-template <class Code>
-FUSEDOPT_HD void encode(const CodeGroup& group, bool is_drawn, float scale, uint8_t* codes) {
-  constexpr int kLanes = kRegisterBytes / 4;
-  using Float = Vec<float, kLanes>;
-  using Bits = Vec<uint32_t, kLanes>;
-  Approximate math;
-  for (int i = 0; i < kGroup; i += kLanes) {
-    Float shares(0.0f);
-    if (is_drawn) shares = threshold_shares<Float>(Bits(read<typename Bits::Raw>(group.draws + i)));
-    const Float own = read<typename Float::Raw>(group.values + i);
-    write_bytes(codes + i, encoded<Code>(own, scale, is_drawn, shares, math));
-  }
-}
-
 // Finds the scale and the codes of a group, which may have fewer elements than a whole one: the
 // values behind the last do not count. Not inlined, so that there is one copy for all rules.
 template <class Code>
-__attribute__((noinline)) void encode_group(CodeGroup& group, bool is_drawn, float* scale_at,
-                                            uint8_t* codes, int64_t count) {
+__attribute__((noinline)) void encode_group(CodeGroup& group, float* scale_at, uint8_t* codes,
+                                            int64_t count) {
   constexpr int kLanes = kRegisterBytes / 4;
+  using Float = Vec<float, kLanes>;
   using Bits = Vec<uint32_t, kLanes>;
   for (int64_t i = count; i < kGroup; ++i) group.values[i] = 0;
   Bits largest(0u);
@@ -85,14 +72,18 @@ __attribute__((noinline)) void encode_group(CodeGroup& group, bool is_drawn, flo
   for (int i = 0; i < kLanes; ++i) most = larger(most, uint32_t{largest.raw[i]});
   const float scale = scale_of(most);
   *scale_at = scale;
+  if (!(scale > 0)) {  // all are 0, or one is not finite
+    __builtin_memset(codes, 0, static_cast<size_t>(count));
+    return;
+  }
+  Approximate math;
   alignas(64) uint8_t found[kGroup];
   uint8_t* const to = count < kGroup ? found : codes;
-  if (!(scale > 0))  // all are 0, or one is not finite
-    __builtin_memset(to, 0, kGroup);
-  else if (is_drawn)
-    encode<Code>(group, true, scale, to);
-  else
-    encode<Code>(group, false, scale, to);
+  for (int i = 0; i < kGroup; i += kLanes) {
+    const Float values = read<typename Float::Raw>(group.values + i);
+    const Float shares = read<typename Float::Raw>(group.shares + i);
+    write_bytes(to + i, encoded<Code>(values, scale, shares, math));
+  }
   if (count < kGroup) __builtin_memcpy(codes, found, static_cast<size_t>(count));
 }
 

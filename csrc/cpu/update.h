@@ -161,17 +161,16 @@ struct Block {
   }
 
   template <class Code, class Float>
-  FUSEDOPT_HD void store_codes(int operand, const Float& from, bool is_drawn,
-                               const Bits& own_draws) const {
+  FUSEDOPT_HD void store_codes(int operand, const Float& from, const Float& shares) const {
     const int64_t in_group = at % kGroup, begin = at - in_group;
     CodeGroup& to = groups[operand - kFirstState];
     unroll<kCount>([&](auto j) __attribute__((always_inline)) {
       write(to.values + in_group + j * kLanes, from[j].raw);
-      if (is_drawn) write(to.draws + in_group + j * kLanes, own_draws[j].raw);
+      write(to.shares + in_group + j * kLanes, shares[j].raw);
     });
     if (in_group + kBlock<T> < kGroup) return;
     float* const scale = scales[operand - kFirstState] + begin / kGroup;
-    encode_group<Code>(to, is_drawn, scale, static_cast<uint8_t*>(data[operand]) + begin,
+    encode_group<Code>(to, scale, static_cast<uint8_t*>(data[operand]) + begin,
                        end - begin < kGroup ? end - begin : kGroup);
   }
 

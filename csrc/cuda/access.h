@@ -73,7 +73,7 @@ FUSEDOPT_HD void store_item(T* to, T value) {
   *to = value;
 }
 
-// The largest of what so many neighbouring lanes of a warp say, 4, 8, 16 or 32 of them, which begin
+// The largest of what so many neighbouring lanes of a warp say, 8, 16 or 32 of them, which begin
 // at a multiple of that; this is thread number `thread`. All of these must call it, and what they
 // have read before, none of them has yet written.
 FUSEDOPT_HD uint32_t largest_of_lanes(uint32_t value, uint32_t lanes, uint32_t thread) {
@@ -83,7 +83,7 @@ FUSEDOPT_HD uint32_t largest_of_lanes(uint32_t value, uint32_t lanes, uint32_t t
   __syncwarp(mask);
 #pragma unroll
   for (uint32_t width = 1; width < 32; width *= 2)
-    if (width < lanes) value = max(value, __shfl_xor_sync(mask, value, width));
+    if (width < 8 || width < lanes) value = max(value, __shfl_xor_sync(mask, value, width));
   return value;
 #else
   LaneTalk& talk = *lane_talk;
@@ -270,6 +270,13 @@ FUSEDOPT_HD uint32_t pack(float low, float high) {
   store(halves[1], high);
   return word_of(halves[0].bits, halves[1].bits);
 #endif
+}
+
+template <int kCount>
+FUSEDOPT_HD float largest_magnitude(const Pack<float, kCount>& values) {
+  float largest = fabsf(values[0]);
+  for (int j = 1; j < kCount; ++j) largest = larger_or_nan(largest, fabsf(values[j]));
+  return largest;
 }
 
 // The roots and reciprocals, right but for their last bits, that core/codes.h asks for.

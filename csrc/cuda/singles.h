@@ -120,14 +120,13 @@ class Singles {
   }
 
   template <class Code>
-  FUSEDOPT_HD void store_codes(int operand, const Pack<float, kCount>& from, bool is_drawn,
-                               const Bits& draws) const {
-    uint32_t largest = 0;
-    for (int j = 0; j < kCount; ++j) largest = larger(largest, as_bits(from[j]) & 0x7fffffffu);
+  FUSEDOPT_HD void store_codes(int operand, const Pack<float, kCount>& from,
+                               const Pack<float, kCount>& shares) const {
+    const uint32_t largest = as_bits(largest_magnitude(from));
     const float scale = scale_of(largest_of_lanes(largest, kWarp, thread_));
     DeviceRoots math;
-    store_bytes(operand, encoded<Code>(from, scale, is_drawn,
-                                       threshold_shares<Pack<float, kCount>>(draws), math));
+    const uint32_t all = scale > 0 ? 0xffu : 0;
+    store_bytes(operand, encoded<Code>(from, scale, shares, math) & Bits(all));
     if (writes(0) && at_[0][operand] % kGroup == 0) store_item(scale_place(operand), scale);
   }
 

@@ -136,33 +136,26 @@ class Staged {
   }
 
   template <class Code>
-  FUSEDOPT_HD void store_codes(int operand, const Pack<float, kCount>& from, bool is_drawn,
-                               const Bits& draws) const {
-    uint32_t largest[2] = {0, 0};
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      uint32_t& most = largest[j / (kCount / 2)];
-      most = larger(most, as_bits(from[j]) & 0x7fffffffu);
-    }
+  FUSEDOPT_HD void store_codes(int operand, const Pack<float, kCount>& from,
+                               const Pack<float, kCount>& shares) const {
+    const Half<float> values[] = {half_of(from, 0), half_of(from, 1)};
+    float largest[] = {largest_magnitude(values[0]), largest_magnitude(values[1])};
     const bool has_two = stages_.has_two();
     const uint32_t lanes = stages_.lanes_of_group();
-    largest[0] = largest_of_lanes(has_two ? largest[0] : larger(largest[0], largest[1]), lanes,
-                                  stages_.thread());
-    largest[1] = has_two ? largest_of_lanes(largest[1], lanes, stages_.thread()) : largest[0];
+    if (!has_two) largest[0] = larger_or_nan(largest[0], largest[1]);
+    float scales[2];
+    scales[0] = scale_of(largest_of_lanes(as_bits(largest[0]), lanes, stages_.thread()));
+    scales[1] = scales[0];
+    if (has_two)
+      scales[1] = scale_of(largest_of_lanes(as_bits(largest[1]), lanes, stages_.thread()));
     Words<kCount / 4> words;
     DeviceRoots math;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float scale = scale_of(largest[half]);
-      Half<float> values;
-      Half<uint32_t> own_draws;
-      for (int j = 0; j < kCount / 2; ++j) {
-        values[j] = from[half * kCount / 2 + j];
-        own_draws[j] = draws[half * kCount / 2 + j];
-      }
-      const auto shares = threshold_shares<Half<float>>(own_draws);
-      const auto codes = encoded<Code>(values, scale, is_drawn, shares, math);
-      words.words[half] = word_of_bytes(codes[0], codes[1], codes[2], codes[3]);
+      const float scale = scales[half];
+      const auto codes = encoded<Code>(values[half], scale, half_of(shares, half), math);
+      const uint32_t word = word_of_bytes(codes[0], codes[1], codes[2], codes[3]);
+      words.words[half] = scale > 0 ? word : 0;
       if (stages_.is_first_of_group()) store_item(stages_.scale_of(operand, tile_.at[half]), scale);
     }
     write<false>(operand, words);
@@ -188,6 +181,13 @@ class Staged {
  private:
   template <class V>
   using Half = Pack<V, kCount / 2>;
+
+  template <class V>
+  static FUSEDOPT_HD Half<V> half_of(const Pack<V, kCount>& pack, int half) {
+    Half<V> found;
+    for (int j = 0; j < kCount / 2; ++j) found[j] = pack[half * kCount / 2 + j];
+    return found;
+  }
 
   // A thread's bytes of an operand. Of one with 16 bytes or fewer, these are twice the same 16.
   using Bytes = Pack<uint32_t, 8>;

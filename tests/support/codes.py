@@ -90,7 +90,11 @@ def assert_codes_of(entries: Any, name: str, values: Any, units: float) -> None:
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.nan_to_num(np.abs(values) / spread(scales, codes))
     is_signed = codes.dtype == torch.int8
-    ideal = 127 * share**0.5 if is_signed else 255 * share**0.25
+    # Between two codes it counts how near to their values one is.
+    most, power = (127, 2) if is_signed else (255, 4)
+    below = np.floor(most * share ** (1 / power))
+    low, high = (below / most) ** power, ((below + 1) / most) ** power
+    ideal = below + (share - low) / (high - low)
     number = codes.cpu().numpy().astype(np.float64)
     assert (np.abs(np.abs(number) - ideal) <= units + 1e-3).all() or (
         not is_signed and _but_for_small_ones(np.abs(number), ideal, units)

@@ -12,6 +12,7 @@ from support.sass import (
     Kernel,
     archs_of,
     find_cuobjdump,
+    kernel_of,
     kernels_of,
 )
 
@@ -34,6 +35,7 @@ MOST_INSTRUCTIONS = {
     "split8, bf16 states, stochastic": 82,
     "fp32 masters": 68,
     "fp32, bf16 states": 67,
+    "split8, q8 states, stochastic": 170,
 }
 MOST_BRANCHES = {
     "fp32": 4,
@@ -43,6 +45,7 @@ MOST_BRANCHES = {
     "split8, bf16 states, stochastic": 7,
     "fp32 masters": 7,
     "fp32, bf16 states": 6,
+    "split8, q8 states, stochastic": 8,
 }
 
 # For an element, to find the norm of the grads, which are the only memory that this reads.
@@ -117,15 +120,15 @@ def test_the_norm_takes_few_instructions(cuobjdump: str) -> None:
             assert found[name] <= most, (kernel.arch, name, found[name])
 
 
-def adam(cuobjdump: str) -> list[Kernel]:
-    found = [k for k in all_kernels(cuobjdump) if k.name == "update Adam float32"]
+def adam(cuobjdump: str, setting: str) -> list[Kernel]:
+    found = [k for k in all_kernels(cuobjdump) if k.name == kernel_of(setting)]
     assert found
     return found
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_ordinary_way_is_short(cuobjdump: str, setting: str) -> None:
-    for kernel in adam(cuobjdump):
+    for kernel in adam(cuobjdump, setting):
         instructions, branches = kernel.ordinary_way(setting)
         assert instructions <= MOST_INSTRUCTIONS[setting] * ELEMENTS, kernel.arch
         assert branches <= MOST_BRANCHES[setting] * ELEMENTS, kernel.arch
@@ -133,7 +136,7 @@ def test_the_ordinary_way_is_short(cuobjdump: str, setting: str) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_enough_bytes_are_under_way(cuobjdump: str, setting: str) -> None:
-    for kernel in adam(cuobjdump):
+    for kernel in adam(cuobjdump, setting):
         least = LEAST_KIB_UNDER_WAY.get(kernel.arch, 24)
         assert kernel.under_way(setting) >= least * 1024, kernel.arch
 

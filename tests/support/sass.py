@@ -43,8 +43,11 @@ PACK = r"\bF2FP\.BF16\b"
 UPPER_HALF = r"\b0xffff0000\b"  # one of two numbers in bfloat16, or one that is rounded
 FMA = r"\bFFMA\b"
 DRAW = r"\b0x846ca68b\b|-0x7b935975\b"  # a factor of the hash
+ABOUT_ROOT = r"\bMUFU\.SQRT\b"  # that says where to look for a code
+SHUFFLE = r"\bSHFL\b"
 # Halves, views at odd places, elements that are done again: nothing of the settings below.
-RARE = r"\bLDG\b|\bF2FP\.F16\b|\bHADD2\b|\bSTG\.E\.U(?:8|16)\b|\bSTG\.E desc|\bSTG\.E \["
+RARE_IN_CODES = r"\bLDG\b|\bF2FP\.F16\b|\bHADD2\b|\bSTG\.E\.U(?:8|16)\b"
+RARE = RARE_IN_CODES + r"|\bSTG\.E desc|\bSTG\.E \["
 ADAMW = {FMA: 14 * ELEMENTS}
 WHOLE = ADAMW | {HALF_COPY: 0, HALF_STORE: 0}
 SETTINGS = {
@@ -58,7 +61,17 @@ SETTINGS = {
     | {COPY: 6, HALF_COPY: 2, WIDE_STORE: 6, HALF_STORE: 2, PACK: 4, UPPER_HALF: 4, DRAW: 0},
     "fp32, bf16 states": ADAMW
     | {COPY: 4, HALF_COPY: 4, WIDE_STORE: 2, HALF_STORE: 4, PACK: 8, UPPER_HALF: 8, DRAW: 0},
-}
+    # A root for a first moment and two for a second; eight lanes find the largest of a group.
+    "split8, q8 states, stochastic": ADAMW
+    | {COPY: 2, HALF_COPY: 3, WIDE_STORE: 1, HALF_STORE: 3, DRAW: 4, ABOUT_ROOT: 3 * ELEMENTS,
+       SHUFFLE: 6},
+}  # fmt: skip
+
+
+def kernel_of(setting: str) -> str:
+    return f"{'codes' if 'q8' in setting else 'update'} Adam float32"
+
+
 # What the norm's loops do at a time.
 WIDE_LOAD = r"\bLDG\.\S*\b128\b"
 NORM_LOADS = 4
@@ -72,6 +85,7 @@ STAGED_BYTES = {
     "split8, bf16 states, stochastic": 5 * 16,
     "fp32 masters": 16 + 3 * 32,
     "fp32, bf16 states": 2 * 32 + 2 * 16,
+    "split8, q8 states, stochastic": 5 * 16,
 }
 
 STAGES = 3
@@ -122,7 +136,8 @@ class Kernel:
 
     def ordinary_way(self, setting: str) -> tuple[int, int]:
         """Instructions and branches for ELEMENTS elements, copies for a later stage included."""
-        found = shortest_way(*main_loop(self.code), SETTINGS[setting], RARE)
+        rare = RARE_IN_CODES if self.kind == "codes" else RARE
+        found = shortest_way(*main_loop(self.code), SETTINGS[setting], rare)
         if found is None:
             raise AssertionError(
                 f"{self.arch} {self.name}: no way round the main loop is {setting}"
@@ -178,8 +193,11 @@ def shortest_way(
 
 
 def blocks_of(code: list[tuple[int, str]]) -> dict[int, Block]:
-    """The blocks of a kernel, by their addresses. Where the threads of a warp have parted (BRA.DIV),
-    they do elsewhere one after the other what they would have done together: no ordinary way."""
+    """The blocks of a kernel, by their addresses.
+
+    Where the threads of a warp have parted (BRA.DIV), they do elsewhere one after the other what
+    they would have done together, which is no ordinary way.
+    """
     jump = r"(?:@!?U?P\w+ )?BRA(?!\.DIV)\S* .*?\b0x([0-9a-f]+)"
     addresses = [address for address, _ in code]
     starts = {0}
@@ -287,8 +305,8 @@ def main(library: str) -> None:
     print("\nThe ordinary way, for an element, and bytes under way for an SM")
     print(f"{'':34}{'instructions':>14}{'branches':>12}{'KiB':>8}")
     for kernel in kernels:
-        if kernel.name == "update Adam float32":
-            for setting in SETTINGS:
+        for setting in SETTINGS:
+            if kernel.name == kernel_of(setting):
                 instructions, branches = (n / ELEMENTS for n in kernel.ordinary_way(setting))
                 under_way = kernel.under_way(setting) / 1024
                 title = f"{kernel.arch:7}Adam {setting:32}"

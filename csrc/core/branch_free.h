@@ -45,10 +45,11 @@ struct Approximations {
 };
 
 // The larger one, or NaN if one is NaN, where the built-in functions would return the other one.
+// Subnormal numbers stay what they are: kernels that compute in double keep them.
 FUSEDOPT_HD float larger_or_nan(float a, float b) {
 #if defined(__CUDA_ARCH__)
   float y;
-  asm("max.NaN.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 #else
   return a > b || a != a ? a : b;

@@ -184,13 +184,12 @@ class Elements {
   // drawn for.
   FUSEDOPT_HD void finish_codes(const CommonScalars<T>& common) {
     Bits draws(0u);
-    if (formats_.stochastic != 0) memory_.find_draws(common.draws_key(/*has_codes=*/true), draws);
-    const Bits code_draws = draws + Bits(common.code_shift);
+    if (formats_.stochastic != 0) memory_.find_draws(common.rounding_key, draws);
     unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
-      store_codes(kFirstState + s, states_[s], code_draws);
+      store_codes(kFirstState + s, states_[s], draws);
     });
     if (!formats_.is_stochastic(kParam) && !formats_.is_stochastic(kMaster)) return;
-    mix_in_weight(draws + Bits(common.rounding_key), draws);
+    mix_in_weight(draws);
     round(kParam, weight_, draws, kCheapest);
     round_master(draws, kCheapest);
   }
@@ -198,12 +197,14 @@ class Elements {
   FUSEDOPT_HD void store_codes(int operand, const V& values, const Bits& draws) const {
     if constexpr (Memory::kHasCodes) {
       if (!is_coded<Mixed>(operand)) return;
-      const Float shares =
-          threshold_shares<Float>(draw_for(operand, draws), formats_.is_stochastic(operand));
+      // A state's own bits keep tensors of one shape from all being rounded in the same way.
+      const Float found = to_float(values);
+      const Float shares = threshold_shares<Float>(draw_for(operand, draws) ^ as_bits(found),
+                                                   formats_.is_stochastic(operand));
       if (is(formats_.dtypes[operand], DType::kSignedCodes))
-        memory_.template store_codes<SignedCode>(operand, to_float(values), shares);
+        memory_.template store_codes<SignedCode>(operand, found, shares);
       else
-        memory_.template store_codes<PositiveCode>(operand, to_float(values), shares);
+        memory_.template store_codes<PositiveCode>(operand, found, shares);
     }
   }
 
@@ -290,7 +291,7 @@ class Elements {
   FUSEDOPT_HD void round_all(const CommonScalars<T>& common) {
     Bits draws;
     memory_.find_draws(common.rounding_key, draws);
-    mix_in_weight(draws, draws);
+    mix_in_weight(draws);
     if constexpr (kFirstState + kNumStates > kCheapest)
       round(kCheapest, states_[kCheapest - kFirstState], draws, kCheapest);
     if ((formats_.stochastic & ~(1 << kCheapest)) == 0) return;
@@ -304,9 +305,9 @@ class Elements {
 
   // The new weight is part of the draw. NaNs of CPUs and GPUs differ in their bits, so infinity
   // stands in for a NaN.
-  FUSEDOPT_HD void mix_in_weight(const Bits& own, Bits& draws) const {
+  FUSEDOPT_HD void mix_in_weight(Bits& draws) const {
     const Float weight = to_float(weight_), infinity = __builtin_inff();
-    draws = element_draw(own, as_bits(select(weight < infinity, weight, infinity)));
+    draws = element_draw(draws, as_bits(select(weight < infinity, weight, infinity)));
   }
 
   // With the draws for operand `drawn_as`.

@@ -16,18 +16,12 @@ namespace fusedopt {
 template <class T>
 struct CommonScalars {
   Ema<T> ema;
-  // What all draws of this step start from (core/stochastic.h), and those for codes.
-  uint32_t rounding_key, code_key, code_shift;
+  uint32_t rounding_key;  // what all draws of this step start from (core/stochastic.h)
   uint32_t unused;
-
-  // What the draws for an update start from.
-  FUSEDOPT_HD uint32_t draws_key(bool has_codes) const {
-    return has_codes ? code_key : rounding_key;
-  }
 
   template <class U>
   FUSEDOPT_HD CommonScalars<U> as() const {
-    return {ema.template as<U>(), rounding_key, code_key, code_shift, 0};
+    return {ema.template as<U>(), rounding_key, 0};
   }
 };
 
@@ -46,14 +40,10 @@ struct StepScalars {
 template <class Rule>
 FUSEDOPT_HD StepScalars<Rule, double> step_scalars(const HyperParams& hyper, StepInfo info,
                                                    const GradInfo& grads) {
-  CommonScalars<double> common = {};
-  common.ema = ema_at(hyper.ema_decay >= 0 ? ema_rate(hyper, info) : 0.0);
-  if (hyper.stochastic_rounding != StochasticRounding::kNone) {
-    common.rounding_key = rounding_key(hyper.rounding_seed, info.step);
-    common.code_key = code_key(hyper.rounding_seed, info.step);
-    common.code_shift = code_shift(info.step);
-  }
-  return {Rule::scalars(hyper, info, grads), common};
+  const bool draws = hyper.stochastic_rounding != StochasticRounding::kNone;
+  return {Rule::scalars(hyper, info, grads),
+          {ema_at(hyper.ema_decay >= 0 ? ema_rate(hyper, info) : 0.0),
+           draws ? rounding_key(hyper.rounding_seed, info.step) : 0u, 0u}};
 }
 
 // Scalars in double, of a rule that is known only at run time.

@@ -31,23 +31,6 @@ FUSEDOPT_HD uint32_t rounding_key(uint32_t seed, uint64_t step) {
   return hash(seed ^ hash(static_cast<uint32_t>(step) ^ high));
 }
 
-// Codes of 8 bits (core/codes.h) are drawn with shares that an element's draw and the step give
-// together: for kCodeSteps steps the draw stays, and the shares of a state go on by the golden
-// ratio from step to step, so that they are spread evenly. A moment that would move up in one step
-// of twenty then does so about once in twenty steps, where draws of their own would let it wander
-// off for longer. Each step's mean is right, as the draw by itself is. No pattern in the grads
-// lasts against them, since the draw is another one after so many steps.
-inline constexpr uint64_t kCodeSteps = 32;
-
-FUSEDOPT_HD uint32_t code_key(uint32_t seed, uint64_t step) {
-  return rounding_key(~seed, step / kCodeSteps);
-}
-
-// To add to the draws, in both halves of each word: the step's multiple of the golden ratio.
-FUSEDOPT_HD uint32_t code_shift(uint64_t step) {
-  return (static_cast<uint32_t>(step) * 40503u & 0xffffu) * 0x10001u;
-}
-
 // The key of pair number `pair`. It is the same for all pairs whose numbers have the same upper 32
 // bits, so it is found once for many.
 FUSEDOPT_HD uint32_t draw_key(uint32_t rounding_key, uint64_t pair) {

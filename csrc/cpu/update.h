@@ -289,8 +289,8 @@ __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
 template <class T>
 class Tile {
  public:
-  Tile(const Formats& formats, DType one_format, uint32_t draws_key)
-      : formats_(formats), one_format_(one_format), draws_key_(draws_key) {
+  Tile(const Formats& formats, DType one_format, uint32_t rounding_key)
+      : formats_(formats), one_format_(one_format), rounding_key_(rounding_key) {
     for (int k = 0; k < kMaxOperands; ++k) data_[k] = bytes_[k];
     for (int s = 0; s < kMaxStates; ++s) scales_[s] = group_scales_[s];
   }
@@ -412,12 +412,12 @@ class Tile {
   void draw(int64_t offset, int64_t n, int64_t number, int64_t stride) {
     if (formats_.stochastic == 0) return;
     for (int64_t i = 0; i < n; ++i)
-      draws_[offset + i] = own_draw(draws_key_, static_cast<uint64_t>(number + i * stride));
+      draws_[offset + i] = own_draw(rounding_key_, static_cast<uint64_t>(number + i * stride));
   }
 
   const Formats formats_;
   const DType one_format_;
-  const uint32_t draws_key_;
+  const uint32_t rounding_key_;
   void* data_[kMaxOperands];
   float* scales_[kMaxStates];
   float group_scales_[kMaxStates][kTileElements / kGroup];
@@ -482,7 +482,7 @@ __attribute__((noinline)) Parts update_alike(const Step& step, Parts parts) {
   CodeGroup group_of_state[kMaxStates];
   CodeGroup* const groups = first.formats.has_codes() ? group_of_state : nullptr;
   const Block<T> block = {first.formats, one_format, nullptr, groups};
-  Tile<T> tile(first.formats, one_format, scalars.common.draws_key(first.formats.has_codes()));
+  Tile<T> tile(first.formats, one_format, scalars.common.rounding_key);
   const auto update_tile = [&](int64_t n) {
     const Piece piece = tile.piece(n);
     update_blocks<Rule, T>(variant, scalars, tile.block(groups), &piece, 1);

@@ -72,25 +72,26 @@ MIXES = {
 }
 each_mix = pytest.mark.parametrize("dtypes", **by_id(MIXES))
 each_rounding = pytest.mark.parametrize("rounding", [None, False, True])
+each_masters = pytest.mark.parametrize("masters", [None, "float32", "split", "split8"])
+each_ema = pytest.mark.parametrize("ema", [None, 0.9])
 
 
-@pytest.mark.unsanitized  # test_sanitizer_codes has the same accesses
-@in_pairs(
-    each_coded_case,
-    each_mix,
-    each_rounding,
-    pytest.mark.parametrize("masters", [None, "float32", "split", "split8"]),
-    pytest.mark.parametrize("ema", [None, 0.9]),
-)
-@on_both_drivers
-def test_formats(
-    side: Side, case: Case, dtypes: Any, rounding: Any, masters: Any, ema: Any
-) -> Results:
+def options_of(dtypes: Any, rounding: Any, masters: Any, ema: Any) -> dict[str, Any]:
+    """As near to these as the dtype of the params allows."""
     if dtypes[0] == FLOAT16:
         rounding = None
     if dtypes[0] != BFLOAT16 and masters is not None:
         masters = "float32"
-    options = {"stochastic_rounding": rounding, "master_weights": masters, "ema_decay": ema}
+    return {"stochastic_rounding": rounding, "master_weights": masters, "ema_decay": ema}
+
+
+@pytest.mark.unsanitized  # test_sanitizer_codes has each kind of access
+@in_pairs(each_coded_case, each_mix, each_rounding, each_masters, each_ema)
+@on_both_drivers
+def test_formats(
+    side: Side, case: Case, dtypes: Any, rounding: Any, masters: Any, ema: Any
+) -> Results:
+    options = options_of(dtypes, rounding, masters, ema)
     return train(side, case, dtypes, [*SHAPES, *MORE_SHAPES], "nobody", **options)
 
 
@@ -102,6 +103,24 @@ def test_formats(
 @on_both_drivers
 def test_misaligned(side: Side, case: Case, dtypes: Any, who: str) -> Results:
     return train(side, case, dtypes, [*SHAPES, *MORE_SHAPES], who)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-39])
+@each_mix
+@few_coded_cases
+@on_both_drivers
+def test_groups_of_subnormal_numbers(side: Side, case: Case, dtypes: Any, size: float) -> Results:
+    """Squares or numbers that are subnormal in float32; computing in double, they stay."""
+    params = draw([(64, 64), (41, 101)], side.device, dtypes[0])
+    optimizer = of_q8(case.suited_to(dtypes[0]), params)
+    for step in range(2):
+        set_grads(params, step)
+        for param in params:
+            grad = param.grad.to(dtypes[1]) * size
+            param.grad_dtype = None
+            param.grad = grad
+        optimizer.step()
+    return record(optimizer)
 
 
 STRIDES = {(8, 16, 5, 8): (640, 1, 128, 16), (96, 64): (1, 96), (61, 71): (142, 2)}
@@ -131,11 +150,12 @@ def test_strided(side: Side, case: Case, dtype: torch.dtype) -> Results:
 TINY = [(64, 64), (5, 1024), (41, 101)]
 
 
-@few_coded_cases
-@each_mix
+@in_pairs(few_coded_cases, each_mix, each_masters, each_ema)
 @on_both_drivers
-def test_sanitizer_codes(side: Side, case: Case, dtypes: Any) -> Results:
-    return train(side, case, dtypes, TINY, "all" if dtypes[0] == BFLOAT16 else "nobody")
+def test_sanitizer_codes(side: Side, case: Case, dtypes: Any, masters: Any, ema: Any) -> Results:
+    options = options_of(dtypes, None, masters, ema)
+    who = "all" if dtypes[0] == BFLOAT16 else "nobody"
+    return train(side, case, dtypes, TINY, who, **options)
 
 
 @few_coded_cases

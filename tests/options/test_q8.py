@@ -631,9 +631,9 @@ def root_over_true(found: Any) -> float:
 
 # Spread of grads in a group, what falls; the largest error and how far sqrt(v) may be off.
 ACCURACY = [
-    (0.5, "none", None, 0.06, 0.02),
-    (0.5, "all", None, 0.06, 0.02),
-    (0.5, "half", None, 0.07, 0.03),
+    (0.5, "none", None, 0.07, 0.02),
+    (0.5, "all", None, 0.07, 0.02),
+    (0.5, "half", None, 0.08, 0.03),
     (1.0, "none", None, 0.12, 0.03),
     (0.5, "none", False, 0.06, 0.02),
     (0.5, "all", False, 0.06, 0.02),
@@ -662,7 +662,33 @@ def test_accuracy(
 def test_no_update_is_far_too_large(rounding: bool | None, seed: int) -> None:
     # Of other formats it is thousands of times the largest: where second moments become 0.
     found = found_by_simulation(1.5, "none", seed, state_dtype="q8", stochastic_rounding=rounding)
+    assert found.error < (0.17 if rounding is False else 0.23)
     assert found.largest < 3
+
+
+@pytest.mark.unsanitized
+@pytest.mark.unemulated
+@pytest.mark.parametrize("beta", [0.9, 0.99])
+@pytest.mark.parametrize(
+    "pattern", [[1.0, -0.7], [1.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]], ids=["back", "2nd", "5th"]
+)
+def test_patterns_of_grads_do_not_move_the_mean(pattern: list[float], beta: float) -> None:
+    # They would if the draws of an element in successive steps depended on each other.
+    means = {"q8": 0.0, "float32": 0.0}
+    options = {"lr": 0.0, "momentum": beta, "dampening": beta}
+    runs = {
+        dtype: fusedopt.SGD([torch.zeros(64, 128, device=DEVICE)], **options, state_dtype=dtype)
+        for dtype in means
+    }
+    for step in range(600):
+        grad = torch.full((64, 128), 0.05 * pattern[step % len(pattern)], device=DEVICE)
+        grad[:, ::64] = 1.0  # the scale
+        for dtype, optimizer in runs.items():
+            one_step(optimizer, [grad])
+            (state,) = optimizer.state.values()
+            entry = numbers_of(state)["momentum_buffer"]
+            means[dtype] += float(entry.double()[:, 1:64].mean()) if step >= 300 else 0.0
+    assert means["q8"] == pytest.approx(means["float32"], rel=0.02)
 
 
 @pytest.mark.unsanitized

@@ -83,12 +83,13 @@ def main() -> int:
     machine = report.start(args)
     heads = [f"{spread:g} {fall}" for spread, fall in CASES]
     print(f"{'spread, what falls':28}" + "".join(f"{head:>10}" for head in [*heads, "largest"]))
-    rows = []
+    rows, left_out = [], {}
     for name in ROWS:
         try:
-            found = measure(name, args.seeds, args.device)
             version = importlib.metadata.version(name.partition(",")[0].lower())
-        except (ImportError, NotImplementedError) as error:
+            found = measure(name, args.seeds, args.device)
+        except (ImportError, NotImplementedError, RuntimeError) as error:
+            left_out[name] = str(error)
             print(f"{name:28}left out: {error}")
             continue
         cells = [statistics.mean(case["errors"]) for case in found] + [max(found[-1]["largest"])]
@@ -96,7 +97,8 @@ def main() -> int:
         rows.append({"name": name, "version": version, "cases": found})
     if args.json:
         config = {"shape": SHAPE, "steps": STEPS, "falls": FALLS, "seeds": args.seeds}
-        report.write_json(args.json, {"machine": machine, "config": config, "accuracy": rows})
+        content = {"machine": machine, "config": config, "accuracy": rows, "left_out": left_out}
+        report.write_json(args.json, content)
     return 0
 
 

@@ -44,7 +44,7 @@ FUSEDOPT_HD float scale_of(uint32_t largest) {
 
 // Roots and a reciprocal as encoded() asks for them, where it need not be fast.
 struct ExactRoots {
-  float about_root(float x, float less) const { return square_root(x) - less; }
+  float about_root(float x) const { return square_root(x); }
   float about_fourth_root(float x) const { return square_root(square_root(x)); }
   float about_reciprocal(float x) const { return 1 / x; }
 };
@@ -65,8 +65,8 @@ struct SignedCode {
     return fma(shares, gap, power(code));
   }
   template <class Float, class Math>
-  static FUSEDOPT_HD Float root(Math& math, Float units, Float less) {
-    return math.about_root(units, less);
+  static FUSEDOPT_HD Float root(Math& math, Float units) {
+    return math.about_root(units);
   }
 
   // The code, a word's lowest byte, as a number.
@@ -110,8 +110,8 @@ struct PositiveCode {
     return fma(shares, gap, power(code));
   }
   template <class Float, class Math>
-  static FUSEDOPT_HD Float root(Math& math, Float units, Float less) {
-    return math.about_fourth_root(units) - less;
+  static FUSEDOPT_HD Float root(Math& math, Float units) {
+    return math.about_fourth_root(units);
   }
 
   template <class Float, class Bits>
@@ -155,7 +155,9 @@ FUSEDOPT_HD auto encoded(const Float& values, float scale, const Float& shares, 
   // The code, or one less. That holds if roots are off by up to 1 / 1400, which is less than 0.2 of
   // a code: as codes count, a threshold is up to 0.25 further than its share, as its power is
   // convex.
-  Float guess = Code::root(math, magnitudes * Float(units), shares);
+  // (The largest of a group may get the code below its own, by the rounding of thresholds, where a
+  // share is within 2^-16 of 1.)
+  Float guess = Code::root(math, magnitudes * Float(units)) - shares;
   guess = smaller(guess + Float(kMagic), Float(kMagic + Code::kMost - 1));
   guess = larger(guess, Float(kMagic + Code::kLeast));
   const Float threshold = Code::threshold(guess - Float(kMagic), shares);

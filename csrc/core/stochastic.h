@@ -66,7 +66,8 @@ FUSEDOPT_HD uint32_t own_draw(uint32_t rounding_key, uint64_t element) {
   return (element & 1) != 0 ? second_of_pair(draw) : draw;
 }
 
-// Mixes in the element's new weight. The draws of all its operands are made of this.
+// Mixes in the element's new weight. The draws of all its operands are made of this, but for those
+// of codes: these are made of the draw before, and of their own new state.
 template <class Bits>
 FUSEDOPT_HD Bits element_draw(Bits draw, Bits weight) {
   return draw + weight * Bits(0x85ebca6bu);

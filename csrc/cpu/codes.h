@@ -18,11 +18,9 @@ struct CodeGroup {
 // What core/codes.h asks for: reciprocals, and roots of numbers that are not negative, about.
 struct Approximate {
   template <int kLanes>
-  FUSEDOPT_HD Vec<float, kLanes> about_root(Vec<float, kLanes> x, Vec<float, kLanes> less) const {
-    if constexpr (!kHasReciprocalRoot<kLanes>) return square_root(x) - less;
-    // Something is added so that it is never 0 times infinity.
-    return fma(x, reciprocal_root(x + Vec<float, kLanes>(0x1p-126f)),
-               Vec<float, kLanes>(0.0f) - less);
+  FUSEDOPT_HD Vec<float, kLanes> about_root(Vec<float, kLanes> x) const {
+    if constexpr (!kHasReciprocalRoot<kLanes>) return square_root(x);
+    return x * reciprocal_root(x + Vec<float, kLanes>(0x1p-126f));  // never 0 times infinity
   }
   template <int kLanes>
   FUSEDOPT_HD Vec<float, kLanes> about_fourth_root(Vec<float, kLanes> x) const {

@@ -282,15 +282,13 @@ FUSEDOPT_HD float largest_magnitude(const Pack<float, kCount>& values) {
 // The roots and reciprocals, right but for their last bits, that core/codes.h asks for.
 struct DeviceRoots {
   template <int kCount>
-  FUSEDOPT_HD Pack<float, kCount> about_root(Pack<float, kCount> x,
-                                             const Pack<float, kCount>& less) const {
-    for (int j = 0; j < kCount; ++j) x[j] = Approximations::root(x[j]) - less[j];
+  FUSEDOPT_HD Pack<float, kCount> about_root(Pack<float, kCount> x) const {
+    for (int j = 0; j < kCount; ++j) x[j] = Approximations::root(x[j]);
     return x;
   }
   template <int kCount>
   FUSEDOPT_HD Pack<float, kCount> about_fourth_root(Pack<float, kCount> x) const {
-    for (int j = 0; j < kCount; ++j) x[j] = Approximations::root(Approximations::root(x[j]));
-    return x;
+    return about_root(about_root(x));
   }
   FUSEDOPT_HD float about_reciprocal(float x) const { return Approximations::reciprocal(x); }
 };

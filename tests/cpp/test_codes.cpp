@@ -21,7 +21,7 @@ namespace {
 // Approximations that are off.
 struct Rough {
   float error;
-  float about_root(float x, float less) const { return std::sqrt(x) * (1 + error) - less; }
+  float about_root(float x) const { return std::sqrt(x) * (1 + error); }
   float about_fourth_root(float x) const { return std::sqrt(std::sqrt(x)) * (1 + error); }
   float about_reciprocal(float x) const { return 1 / x * (1 + error); }
 };

@@ -45,7 +45,7 @@ MOST_BRANCHES = {
     "split8, bf16 states, stochastic": 7,
     "fp32 masters": 7,
     "fp32, bf16 states": 6,
-    "split8, q8 states, stochastic": 8,
+    "split8, q8 states, stochastic": 9,
 }
 
 # For an element, to find the norm of the grads, which are the only memory that this reads.

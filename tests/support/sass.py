@@ -10,7 +10,6 @@ elements have. The shortest way round the loop that does at least that is taken 
 way. Whatever is added for each element lies on it, branches too.
 """
 
-import heapq
 import importlib.util
 import os
 import re
@@ -166,30 +165,28 @@ def shortest_way(
     blocks: dict[int, Block], first: int, required: dict[str, int], rare: str | None = None
 ) -> tuple[int, int] | None:
     """Instructions and branches once round a loop that does at least this (0: nothing of it)."""
-    least = tuple(required.values())
-    done_in = {}  # what the blocks do that may be on the way
-    for at, block in blocks.items():
-        text = "\n".join(block.instructions)
-        counts = [len(re.findall(what, text)) for what in required]
-        is_ordinary = rare is None or not re.search(rare, text)
-        if is_ordinary and all(n > 0 or c == 0 for c, n in zip(counts, least, strict=True)):
-            done_in[at] = counts
-    known = set()
-    heap = [(0, 0, first, (0,) * len(least))]  # ways to a block, and what was done before it
-    while heap:
-        length, branches, at, done = heapq.heappop(heap)
-        if (at, done) in known or at not in done_in:
+    ends = []
+    ways = {first: {(0,) * len(required): (0, 0)}}  # to each block, by what was done before it
+    for at in sorted(blocks):
+        text = "\n".join(blocks[at].instructions)
+        if rare is not None and re.search(rare, text):
             continue
-        known.add((at, done))
-        now = tuple(min(d + c, n) for d, c, n in zip(done, done_in[at], least, strict=True))
-        length += len(blocks[at].instructions)
-        branches += "BRA" in blocks[at].instructions[-1]
-        for after in blocks[at].successors:
-            if after != first:
-                heapq.heappush(heap, (length, branches, after, now))
-            elif now == least:
-                return length, branches
-    return None
+        counts = [len(re.findall(what, text)) for what in required]
+        for done, (length, branches) in ways.get(at, {}).items():
+            least = required.values()
+            if any(n == 0 and c > 0 for c, n in zip(counts, least, strict=True)):
+                continue
+            now = tuple(min(d + c, n) for d, c, n in zip(done, counts, least, strict=True))
+            jumps = sum("BRA" in each for each in blocks[at].instructions)
+            way = (length + len(blocks[at].instructions), branches + jumps)
+            for after in blocks[at].successors:
+                if after == first and now == tuple(required.values()):
+                    ends.append(way)
+                if after > at:
+                    known = ways.setdefault(after, {}).get(now)
+                    if known is None or way < known:
+                        ways[after][now] = way
+    return min(ends, default=None)
 
 
 def blocks_of(code: list[tuple[int, str]]) -> dict[int, Block]:

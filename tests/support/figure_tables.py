@@ -192,10 +192,15 @@ def accuracy_table(content: Figures) -> list[str]:
         cases = row["cases"]
         errors = [sum(case["errors"]) / len(case["errors"]) for case in cases]
         largest = max(cases[-1]["largest"])
-        rows.append([row["name"], *(f"{error:.2g}" for error in errors), f"{largest:.2g}"])
+        rows.append([row["name"], *map(_two_digits, [*errors, largest])])
     heads = [f"sigma {case['spread']}{falls[case['fall']]}" for case in cases]
     last = f"sigma {cases[-1]['spread']}: largest update over the true largest"
     return markdown(["states", *heads, last], rows)
+
+
+def _two_digits(value: float) -> str:
+    found = f"{value:.2g}"
+    return f"{float(found):,.0f}".replace(",", " ") if "e" in found else found
 
 
 def tables_of(contents: list[Figures]) -> list[list[str]]:

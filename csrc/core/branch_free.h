@@ -45,11 +45,16 @@ struct Approximations {
 };
 
 // The larger one, or NaN if one is NaN, where the built-in functions would return the other one.
-// Subnormal numbers stay what they are: kernels that compute in double keep them.
+// Where all subnormal numbers are flushed, so are these: else to take a magnitude would cost an
+// instruction more. Kernels that compute in double keep them.
+template <bool kFlushes = true>
 FUSEDOPT_HD float larger_or_nan(float a, float b) {
 #if defined(__CUDA_ARCH__)
   float y;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  if constexpr (kFlushes)
+    asm("max.NaN.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  else
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 #else
   return a > b || a != a ? a : b;

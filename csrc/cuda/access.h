@@ -272,10 +272,10 @@ FUSEDOPT_HD uint32_t pack(float low, float high) {
 #endif
 }
 
-template <int kCount>
+template <bool kFlushes, int kCount>
 FUSEDOPT_HD float largest_magnitude(const Pack<float, kCount>& values) {
   float largest = fabsf(values[0]);
-  for (int j = 1; j < kCount; ++j) largest = larger_or_nan(largest, fabsf(values[j]));
+  for (int j = 1; j < kCount; ++j) largest = larger_or_nan<kFlushes>(largest, fabsf(values[j]));
   return largest;
 }
 

@@ -122,7 +122,7 @@ class Singles {
   template <class Code>
   FUSEDOPT_HD void store_codes(int operand, const Pack<float, kCount>& from,
                                const Pack<float, kCount>& shares) const {
-    const uint32_t largest = as_bits(largest_magnitude(from));
+    const uint32_t largest = as_bits(largest_magnitude<sizeof(T) == sizeof(float)>(from));
     const float scale = scale_of(largest_of_lanes(largest, kWarp, thread_));
     DeviceRoots math;
     const uint32_t all = scale > 0 ? 0xffu : 0;

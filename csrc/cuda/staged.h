@@ -139,7 +139,7 @@ class Staged {
   FUSEDOPT_HD void store_codes(int operand, const Pack<float, kCount>& from,
                                const Pack<float, kCount>& shares) const {
     const Half<float> values[] = {half_of(from, 0), half_of(from, 1)};
-    float largest[] = {largest_magnitude(values[0]), largest_magnitude(values[1])};
+    float largest[] = {largest_magnitude<true>(values[0]), largest_magnitude<true>(values[1])};
     const bool has_two = stages_.has_two();
     const uint32_t lanes = stages_.lanes_of_group();
     if (!has_two) largest[0] = larger_or_nan(largest[0], largest[1]);

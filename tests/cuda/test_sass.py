@@ -64,6 +64,9 @@ LEAST_KIB_UNDER_WAY = {
 }
 
 
+LEAST_KIB_OF_CODES = 60  # of two blocks for an SM, less than the above on sm_100
+
+
 @pytest.fixture(scope="module")
 def cuobjdump() -> str:
     if _C.build_info()["cuda_archs"] in ("", "emulated"):
@@ -138,6 +141,8 @@ def test_the_ordinary_way_is_short(cuobjdump: str, setting: str) -> None:
 def test_enough_bytes_are_under_way(cuobjdump: str, setting: str) -> None:
     for kernel in adam(cuobjdump, setting):
         least = LEAST_KIB_UNDER_WAY.get(kernel.arch, 24)
+        if kernel.kind == "codes":
+            least = LEAST_KIB_OF_CODES
         assert kernel.under_way(setting) >= least * 1024, kernel.arch
 
 

@@ -10,10 +10,9 @@ from support.sass import (
     RULES,
     SETTINGS,
     Kernel,
-    archs_of,
+    all_kernels_of,
     find_cuobjdump,
     kernel_of,
-    kernels_of,
 )
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
@@ -79,9 +78,7 @@ def cuobjdump() -> str:
 
 @functools.cache
 def all_kernels(cuobjdump: str) -> list[Kernel]:
-    library = _C.__file__
-    archs = archs_of(cuobjdump, library)
-    return [kernel for arch in archs for kernel in kernels_of(cuobjdump, library, arch)]
+    return all_kernels_of(cuobjdump, _C.__file__)
 
 
 def offenders(kernels: list[Kernel], what: str) -> list[str]:

@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -282,6 +283,13 @@ def kernels_of(cuobjdump: str, library: str, arch: str) -> Iterator[Kernel]:
         )
 
 
+def all_kernels_of(cuobjdump: str, library: str) -> list[Kernel]:
+    archs = archs_of(cuobjdump, library)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of the time is cuobjdump's
+        found = pool.map(lambda arch: list(kernels_of(cuobjdump, library, arch)), archs)
+        return [kernel for kernels in found for kernel in kernels]
+
+
 def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -292,9 +300,7 @@ def main(library: str) -> None:
         raise SystemExit("there is no cuobjdump here; pip install triton brings one")
     columns = ["registers", "stack", *INSTRUCTIONS]
     print(f"{'':34}" + "".join(f"{column:>12}" for column in columns))
-    kernels = [
-        k for arch in archs_of(cuobjdump, library) for k in kernels_of(cuobjdump, library, arch)
-    ]
+    kernels = all_kernels_of(cuobjdump, library)
     kernels.sort(key=lambda kernel: (kernel.number, kernel.name))
     for kernel in kernels:
         numbers = [kernel.registers, kernel.stack, *kernel.counts.values()]

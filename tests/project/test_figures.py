@@ -40,7 +40,8 @@ def assert_said(*texts: str) -> None:
     "name",
     [
         *("step-cpu", "step-cpu-others", "step-cuda"),
-        *("training-step-cpu", "training-step-cuda", "precision-cpu", "accuracy-cpu"),
+        *("training-step-cpu", "training-step-cuda"),
+        *("precision-cpu", "precision-1000-cpu", "accuracy-cpu"),
     ],
 )
 def test_tables(name: str) -> None:
@@ -48,7 +49,7 @@ def test_tables(name: str) -> None:
     names = [name, "step-cuda-sgd-adam"] if name == "step-cuda" else [name]
     for lines in figure_tables.tables_of([results(each) for each in names]):
         assert len(lines) > 5
-        page = PAGES["settings" if name in ("precision-cpu", "accuracy-cpu") else "benchmarks"]
+        page = PAGES["settings" if name.startswith(("precision", "accuracy")) else "benchmarks"]
         for line in lines:
             assert line in page.splitlines()
         assert "\n".join(lines) in page

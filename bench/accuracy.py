@@ -10,6 +10,7 @@ Examples:
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import statistics
 import sys
@@ -32,38 +33,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def ours(name: str) -> Any:
-    library: Any = report.load_fusedopt()
-    return lambda params: library.AdamW(params, lr=1.0, weight_decay=0, **OPTIONS[name])
-
-
-def torchao(_: str) -> Any:
-    from torchao.optim import AdamW8bit
-
-    return lambda params: AdamW8bit(params, lr=1.0, weight_decay=0)
-
-
-def bitsandbytes(_: str) -> Any:
-    from bitsandbytes.optim import AdamW8bit
-
-    return lambda params: AdamW8bit(params, lr=1.0, weight_decay=0)
-
-
-def flashoptim(_: str) -> Any:
-    from flashoptim import FlashAdamW
-
-    return lambda params: FlashAdamW(params, lr=1.0, weight_decay=0)
-
-
-ROWS = dict.fromkeys(OPTIONS, ours) | {
-    "torchao, AdamW8bit": torchao,
-    "bitsandbytes, AdamW8bit": bitsandbytes,
-    "FlashOptim, FlashAdamW": flashoptim,
+# Those of other packages, where they are and what they are called.
+OTHERS = {
+    "torchao, AdamW8bit": "torchao.optim",
+    "bitsandbytes, AdamW8bit": "bitsandbytes.optim",
+    "FlashOptim, FlashAdamW": "flashoptim",
 }
 
 
+def maker(name: str) -> Any:
+    library: Any
+    if name in OTHERS:
+        library, kind = importlib.import_module(OTHERS[name]), name.split(", ")[1]
+    else:
+        library, kind = report.load_fusedopt(), "AdamW"
+    options = OPTIONS.get(name, {})
+    return lambda params: getattr(library, kind)(params, lr=1.0, weight_decay=0, **options)
+
+
 def measure(name: str, seeds: list[int], device: torch.device) -> list[dict[str, Any]]:
-    make = ROWS[name](name)
+    make = maker(name)
     found = []
     for spread, fall in CASES:
         runs = [simulate(make, spread, fall, seed, device) for seed in seeds]
@@ -84,7 +73,7 @@ def main() -> int:
     heads = [f"{spread:g} {fall}" for spread, fall in CASES]
     print(f"{'spread, what falls':28}" + "".join(f"{head:>10}" for head in [*heads, "largest"]))
     rows, left_out = [], {}
-    for name in ROWS:
+    for name in [*OPTIONS, *OTHERS]:
         try:
             version = importlib.metadata.version(name.partition(",")[0].lower())
             found = measure(name, args.seeds, args.device)

@@ -168,8 +168,8 @@ class AdamW(Adam):
             in torch.
         rounding_seed (int, default 0): 0 to 2**32 - 1. The draws follow from it, from the step, the
             element's place in its tensor (in the whole of a DTensor that is sharded by rows, by its
-            first dim) and its new weight: the same in every run, on every device and for any number
-            of processes.
+            first dim) and its new weight, or the new state for 8 bits: the same in every run, on
+            every device and for any number of processes.
         max_grad_norm (float | Tensor | None, default None): above 0; grads are multiplied by
             ``min(1, max_grad_norm / (norm + 1e-6))``, as ``torch.nn.utils.clip_grad_norm_`` does,
             but ``.grad`` is not written to. The norm is the L2 norm of all grads of all groups

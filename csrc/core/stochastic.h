@@ -3,8 +3,9 @@
 //
 // The draws come from a counter-based generator, so that a resumed run repeats them: a hash of the
 // seed, the step, the number of the element in its tensor, and the element's new weight before it
-// is rounded. The weight keeps tensors of one shape from all being rounded in the same way. Two
-// neighbouring elements share one hash of their numbers, which halves its cost.
+// is rounded, or for a code of 8 bits the new state. The weight keeps tensors of one shape from all
+// being rounded in the same way. Two neighbouring elements share one hash of their numbers, which
+// halves its cost.
 #pragma once
 
 #include <cstdint>

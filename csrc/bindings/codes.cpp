@@ -4,6 +4,7 @@
 
 #include "bindings/weights.h"
 #include "core/codes.h"
+#include "core/element.h"
 
 namespace py = pybind11;
 
@@ -35,7 +36,7 @@ struct CodeParts {
 
 template <class Code>
 void encode(const CodeParts& parts) {
-  ExactRoots math;
+  Ieee math;
   for (int64_t begin = 0; begin < parts.count; begin += kGroup) {
     const int64_t end = std::min(begin + kGroup, parts.count);
     uint32_t largest = 0;
@@ -43,17 +44,20 @@ void encode(const CodeParts& parts) {
       largest = larger(largest, as_bits(parts.values[i]) & 0x7fffffffu);
     const float scale = scale_of(largest);
     parts.scales[begin / kGroup] = scale;
-    for (int64_t i = begin; i < end; ++i)
+    const float units = units_in<Code>(scale, math);
+    for (int64_t i = begin; i < end; ++i) {
+      // What is never negative in a step may be so in what a user loads.
+      const float value = Code::kHasSign ? parts.values[i] : larger(parts.values[i], 0.0f);
       parts.codes[i] =
-          scale > 0 ? static_cast<uint8_t>(encoded<Code>(parts.values[i], scale, 0.5f, math)) : 0;
+          scale > 0 ? static_cast<uint8_t>(encoded<Code>(value, units, kHalf) >> 24) : 0;
+    }
   }
 }
 
 template <class Code>
 void decode(const CodeParts& parts) {
   for (int64_t i = 0; i < parts.count; ++i)
-    parts.values[i] =
-        Code::template value<float>(uint32_t{parts.codes[i]}, parts.scales[i / kGroup]);
+    parts.values[i] = decoded<Code, float>(uint32_t{parts.codes[i]}, parts.scales[i / kGroup]);
 }
 
 }  // namespace

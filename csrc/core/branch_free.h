@@ -24,15 +24,6 @@ struct Approximations {
     return 1 / x;
 #endif
   }
-  static FUSEDOPT_HD float root(float x) {
-#if defined(__CUDA_ARCH__)
-    float y;
-    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#else
-    return square_root(x);
-#endif
-  }
   static FUSEDOPT_HD float reciprocal_root(float x) {
 #if defined(__CUDA_ARCH__)
     float y;
@@ -164,34 +155,9 @@ class BranchFree {
   float largest_ = 0;  // magnitude of all quotients so far; takes one instruction for each
 };
 
-// Branch-free at first, and exact where that was not. For kernels that cannot leave single elements
-// to others: their elements share scales (core/codes.h).
-template <class Exact>
-class BranchFreeOrExact {
- public:
+// The same in kernels for states that are codes.
+struct BranchFreeForCodes : BranchFree<> {
   static constexpr bool kIsForCodes = true;
-
-  template <class V>
-  FUSEDOPT_HD V divide_by_root(const V& numerator, const V& square, const V& eps) {
-    if (must_be_exact_) return exact_.divide_by_root(numerator, square, eps);
-    return fast_.divide_by_root(numerator, square, eps);
-  }
-  template <class V>
-  FUSEDOPT_HD V divide(const V& numerator, const V& denominator) {
-    return must_be_exact_ ? exact_.divide(numerator, denominator)
-                          : fast_.divide(numerator, denominator);
-  }
-  template <class V>
-  FUSEDOPT_HD V root_of(const V& square) {
-    return must_be_exact_ ? exact_.root_of(square) : fast_.root_of(square);
-  }
-  FUSEDOPT_HD bool is_exact() const { return must_be_exact_ || fast_.is_exact(); }
-  FUSEDOPT_HD void be_exact() { must_be_exact_ = true; }
-
- private:
-  BranchFree<> fast_;
-  Exact exact_;
-  bool must_be_exact_ = false;
 };
 
 }  // namespace fusedopt

@@ -1,22 +1,30 @@
 // States in 8 bits (`state_dtype="q8"`): a code for each element, and a float32 scale for each
 // group of kGroup consecutive ones.
 //
-//   signed:    value = sign scale (code / 127)^2       codes -127 to 127
-//   positive:  value = scale (code / 255)^4            codes 0 to 255, for what is never negative
+// Codes number places from 2^33 up. Within a binade, from one power of two to the next, they lie
+// evenly, and the more densely the higher it is:
 //
-// The scale is the largest magnitude of the group. It is a float32, because a narrower one could
-// not follow a decay of 0.1 % a step. The powers make small codes fine. A second moment above 0 has
-// code 4 at least, which stands for 6e-8 of its group's largest: 0 would make its update explode,
-// and between codes 1 to 4 a root would be up to four times too small.
+//   codes  0 to  32:   8 in each of the first 4 binades
+//   codes 32 to  64:  16 in each of the next 2
+//   codes 64 to 255:  32 in each of those above
 //
-// A code is the number of thresholds that a magnitude is above. Threshold number c lies between the
-// values of codes c and c + 1: in the middle, for rounding to the nearest value; or at a share of
-// the way that is drawn, so that the mean of the two values is right. Moments are drawn as a rule:
-// to nearest, one would stay where it is in relation to its group if a step changes it by less than
-// half the way. A step with a beta2 of 0.999 does so with most second moments, and one with a beta1
-// of 0.9 with first moments below 10 codes, if their own grads are zeros. So a code follows from
-// one element, one scale and one share, by comparisons of floats: approximate roots, which differ
-// from device to device, only say where to look.
+// The value is the distance from the first place, in units of which the scale, the group's largest
+// magnitude, is as many as the last place is away. So 0 is exact, and values near it are evenly
+// spaced, as subnormal numbers are. What is never negative, as second moments, has codes to 255;
+// what has a sign has it in the upper bit and codes to 127 in the others. The scale is a float32,
+// because a narrower one could not follow a decay of 0.1 % a step. A second moment above 0 has
+// code 1 at least, which stands for 3.1e-5 of its group's largest: 0 would make its update explode.
+//
+// The bits of a float, as a number, grow evenly within a binade. So they and codes follow from each
+// other by one line for each density, of which the largest code or the smallest place is right, as
+// lines are steeper further up. This takes neither roots nor tables nor branches, and is the same
+// on all devices.
+//
+// A code is rounded by adding a fraction of one and cutting off: a half, for the nearest value, or
+// one that is drawn, so that the mean of the two values is right. Moments are drawn as a rule: to
+// nearest, one would stay where it is in relation to its group if a step changes it by less than
+// half the way. A step with a beta2 of 0.999 does so with all second moments, and one with a beta1
+// of 0.9 with first moments below 5 codes, if their own grads are zeros.
 #pragma once
 
 #include <cstdint>
@@ -34,136 +42,105 @@ FUSEDOPT_HD constexpr int64_t num_groups(int64_t elements) {
 }
 
 // The scale of a group whose largest magnitude has these bits: 0 if all are 0, NaN if one is not
-// finite, and so large that what code 1 stands for is no subnormal number.
+// finite, and so large that no number below is subnormal or overflows.
 FUSEDOPT_HD float scale_of(uint32_t largest) {
-  constexpr float kSmallest = 0x1p-88f;
+  constexpr float kSmallest = 0x1p-80f;
   if (largest == 0) return 0;
   if (largest >= 0x7f800000u) return __builtin_nanf("");
   return as_float(largest) < kSmallest ? kSmallest : as_float(largest);
 }
 
-// Roots and a reciprocal as encoded() asks for them, where it need not be fast.
-struct ExactRoots {
-  float about_root(float x) const { return square_root(x); }
-  float about_fourth_root(float x) const { return square_root(square_root(x)); }
-  float about_reciprocal(float x) const { return 1 / x; }
-};
+inline constexpr float kFirstPlace = 0x1p33f;
 
+// What codes with a sign and codes without differ in. kRange is how far the last place is from the
+// first, and kUnit what a distance of 1 is of the scale, both rounded down: so whatever rounding
+// makes of a group's largest magnitude, its code is the last one, and its value not above it.
 struct SignedCode {
-  static constexpr int kLeast = 0, kMost = 127;
-  static constexpr float kUnits = 127.0f * 127.0f;  // of what code 1 stands for, in the scale
-  static constexpr float kUnit = 1 / kUnits;
+  static constexpr bool kHasSign = true;
+  static constexpr float kRange = 0x1p32f * (502 - 0x1p-15f);
+  static constexpr float kUnit = 1 / (0x1p32f * (502 + 0x1p-14f));
+  static constexpr uint32_t kMagnitudes = 0x7f;
 
   template <class Float>
-  static FUSEDOPT_HD Float power(Float code) {
-    return code * code;
-  }
-  // The threshold above a code, in units.
-  template <class Float>
-  static FUSEDOPT_HD Float threshold(Float code, Float shares) {
-    const Float gap = fma(Float(2.0f), code, Float(1.0f));
-    return fma(shares, gap, power(code));
-  }
-  template <class Float, class Math>
-  static FUSEDOPT_HD Float root(Math& math, Float units) {
-    return math.about_root(units);
-  }
-
-  // The code, a word's lowest byte, as a number.
-  template <class Float, class Bits>
-  static FUSEDOPT_HD Float number(Bits code) {
-    constexpr float kZero = 0x1p23f + 128;
-    return as_float(((code & 0xffu) ^ 0x80u) | Bits(0x4b000000u)) - Float(kZero);
+  static FUSEDOPT_HD Float places(Float values, float units) {
+    return magnitude(values * Float(units)) + Float(kFirstPlace);
   }
   template <class Float, class Bits>
-  static FUSEDOPT_HD Float value(Bits code, float scale) {
-    const Float number = SignedCode::number<Float>(code);
-    return number * as_float(as_bits(number) & 0x7fffffffu) * Float(scale * kUnit);
-  }
-
-  template <class Float>
-  static FUSEDOPT_HD Float magnitudes(Float values) {
-    return as_float(as_bits(values) & 0x7fffffffu);
+  static FUSEDOPT_HD Float with_sign(Float values, Bits signs) {
+    return as_float(as_bits(values) ^ (signs & 0x80000000u));
   }
   template <class Float, class Bits>
-  static FUSEDOPT_HD Bits finished(Float values, Bits code) {
-    const Bits sign = Bits(0u) - (as_bits(values) >> 31);  // all bits of it
-    return (code ^ sign) - sign;
+  static FUSEDOPT_HD Bits finished(Float values, Bits word) {
+    return word | (as_bits(values) & 0x80000000u);
   }
 };
 
 struct PositiveCode {
-  static constexpr int kLeast = 4, kMost = 255;  // but for 0
-  static constexpr float kUnits = 255.0f * 255.0f * 255.0f * 255.0f;
-  static constexpr float kUnit = 1 / kUnits;
+  static constexpr bool kHasSign = false;
+  static constexpr float kRange = 0x1p32f * (8062 - 0x1p-11f);
+  static constexpr float kUnit = 1 / (0x1p32f * (8062 + 0x1p-10f));
+  static constexpr uint32_t kMagnitudes = 0xff;
 
   template <class Float>
-  static FUSEDOPT_HD Float power(Float code) {
-    const Float square = code * code;
-    return square * square;
-  }
-  template <class Float>
-  static FUSEDOPT_HD Float threshold(Float code, Float shares) {
-    Float gap = fma(Float(4.0f), code, Float(6.0f));
-    gap = fma(gap, code, Float(4.0f));
-    gap = fma(gap, code, Float(1.0f));
-    return fma(shares, gap, power(code));
-  }
-  template <class Float, class Math>
-  static FUSEDOPT_HD Float root(Math& math, Float units) {
-    return math.about_fourth_root(units);
-  }
-
-  template <class Float, class Bits>
-  static FUSEDOPT_HD Float number(Bits code) {
-    return as_float((code & 0xffu) | Bits(0x4b000000u)) - Float(0x1p23f);
+  static FUSEDOPT_HD Float places(Float values, float units) {
+    return fma(values, Float(units), Float(kFirstPlace));
   }
   template <class Float, class Bits>
-  static FUSEDOPT_HD Float value(Bits code, float scale) {
-    return power(number<Float>(code)) * Float(scale * kUnit);
-  }
-
-  template <class Float>
-  static FUSEDOPT_HD Float magnitudes(Float values) {
+  static FUSEDOPT_HD Float with_sign(Float values, Bits) {
     return values;
   }
-  // What is above 0 stays so.
+  // What is above 0 has bits that are, too, and stays so: at least code 1, in the upper byte. None
+  // is below 0, nor -0.
   template <class Float, class Bits>
-  static FUSEDOPT_HD Bits finished(Float values, Bits code) {
-    return select(values > Float(0.0f), code, Bits(0u));
+  static FUSEDOPT_HD Bits finished(Float values, Bits word) {
+    return larger(word, smaller(as_bits(values) + 0x00ffffffu, Bits(0x01000000u)));
   }
 };
 
-// Where thresholds lie between values: in the middle, or at shares in (0, 1) that are drawn by the
-// lower 16 bits of each word.
-template <class Float, class Bits>
-FUSEDOPT_HD Float threshold_shares(Bits draws, bool are_drawn) {
-  const Float from_2_to_23 = as_float((draws & 0xffffu) | Bits(0x4b000000u));
-  return fma(from_2_to_23, Float(are_drawn ? 0x1p-16f : 0.0f),  // nothing is rounded
-             Float(are_drawn ? 0x1p-17f - 128 : 0.5f));
+// The upper halves of the bits of the places of codes, without their signs. The lower halves are 0:
+// all places are bfloat16 numbers, too. They fit words of 16 bits.
+template <class Bits>
+FUSEDOPT_HD Bits upper_halves_of_places(Bits codes) {
+  return smaller((codes << 4) + Bits(0x5000),
+                 smaller((codes << 3) + Bits(0x5100), (codes << 2) + Bits(0x5200)));
 }
 
-// The codes of values, each in the lowest byte of a word; the other bytes have any bits. The scale
-// of the group is positive and finite, and not below any of its magnitudes. Where a scale is 0 or
-// NaN, all codes are 0, which is left to the caller.
-template <class Code, class Float, class Math>
-FUSEDOPT_HD auto encoded(const Float& values, float scale, const Float& shares, Math& math) {
-  using Bits = typename Lanes<Float>::Bits;
-  constexpr float kMagic = 0x1.8p23f;  // added, it rounds to whole numbers
-  const Float magnitudes = Code::magnitudes(values);
-  const float units = math.about_reciprocal(0.25f * scale) * (0.25f * Code::kUnits);
-  // The code, or one less. That holds if roots are off by up to 1 / 1400, which is less than 0.2 of
-  // a code: as codes count, a threshold is up to 0.25 further than its share, as its power is
-  // convex.
-  // (The largest of a group may get the code below its own, by the rounding of thresholds, where a
-  // share is within 2^-16 of 1.)
-  Float guess = Code::root(math, magnitudes * Float(units)) - shares;
-  guess = smaller(guess + Float(kMagic), Float(kMagic + Code::kMost - 1));
-  guess = larger(guess, Float(kMagic + Code::kLeast));
-  const Float threshold = Code::threshold(guess - Float(kMagic), shares);
-  const auto is_above = magnitudes > threshold * Float(scale * Code::kUnit);
-  const Bits word = as_bits(guess);
-  return Code::finished(values, select(is_above, word + Bits(1u), word));
+// The values at places. Of `signs` the upper bits count, if codes have signs.
+template <class Code, class Float, class Bits>
+FUSEDOPT_HD Float values_at(const Float& places, const Bits& signs, float scale) {
+  const float unit = scale * Code::kUnit;
+  return Code::with_sign(fma(places, Float(unit), Float(-kFirstPlace * unit)), signs);
+}
+
+// The values of codes, each the lowest byte of a word with zeros above.
+template <class Code, class Float, class Bits>
+FUSEDOPT_HD Float decoded(const Bits& codes, float scale) {
+  const Bits places = upper_halves_of_places(codes & Code::kMagnitudes) << 16;
+  return values_at<Code>(as_float(places), codes << 24, scale);
+}
+
+// The units of a scale that is positive and finite, for encoded(). Both numbers are divided by 16,
+// so that the reciprocal of no scale is subnormal. `math` divides as IEEE 754 demands.
+template <class Code, class Math>
+FUSEDOPT_HD float units_in(float scale, Math& math) {
+  return math.quotient(Code::kRange * 0x1p-4f, scale * 0x1p-4f);
+}
+
+// What is added to a code before it is cut is one half, or drawn from all numbers of 24 bits: so
+// many of these are one code.
+inline constexpr uint32_t kHalf = 1u << 23;
+
+// The codes of values, each in the upper byte of a word; what the other bytes have does not count.
+// No magnitude is above the scale that has these units. Where a scale is 0 or NaN, all codes are 0,
+// which is left to the caller.
+template <class Code, class Float, class Bits>
+FUSEDOPT_HD Bits encoded(const Float& values, float units, const Bits& fractions) {
+  const Bits places = as_bits(Code::places(values, units));
+  // 2^23 of these are one code. All lines are 2^31 higher than they should be, so that none is
+  // below 0; doubled, that is gone. The first is so by itself: the first place times 8 is 2^31.
+  const Bits of_8 = places << 3, of_16 = of_8 + of_8, of_32 = of_16 + of_16;
+  const Bits lines = larger(of_8, larger(of_16 + 0x70000000u, of_32 + 0x40000000u));
+  return Code::finished(values, lines + lines + fractions);
 }
 
 }  // namespace fusedopt

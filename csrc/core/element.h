@@ -32,6 +32,9 @@ struct Ieee {
   FUSEDOPT_HD V root_of(V square) const {
     return square_root(square);
   }
+  static FUSEDOPT_HD float quotient(float numerator, float denominator) {
+    return numerator / denominator;
+  }
   FUSEDOPT_HD static constexpr bool is_exact() { return true; }
 };
 
@@ -84,11 +87,14 @@ struct Mixed {};
 //     already, without rounding them;
 //   load_words<kIsOneFormat>(operand, Bits& to): reads 16 bits into the lower half of each word;
 //   store_words<kIsOneFormat>(operand, const Bits& from): the reverse;
-//   load_bytes(operand, Bits& to), store_bytes(operand, const Bits& from): the same for 8 bits;
+//   load_signed_bytes(operand, Bits& to): signed numbers of 8 bits, times 256;
+//   store_bytes<kByte>(operand, const Bits& from): stores that byte of each word;
+//   kLooksAtWeights: are_ordinary(const Float& weights) says whether none is NaN or above
+//     kLargestOrdinary (core/weight.h), and is asked where there are codes;
 //   kHasCodes: states can be codes (core/codes.h). Only then there must be
 //     load_codes<Code>(operand, Float& to), and
-//     store_codes<Code>(operand, const Float& from, const Float& shares), which gets all values of
-//     a group before it finds their scale, and the shares of threshold_shares();
+//     store_codes<Code>(operand, const Float& from, const Bits& fractions), which gets all values
+//     of a group before it finds their scale, and what is added to their codes before they are cut;
 //   find_draws(rounding_key, Bits& draws): random bits for the elements (core/stochastic.h);
 //   kRoundsForNothing: store() is as fast as store_bfloat16() where either would do;
 //   formats(): how the elements are stored;
@@ -125,10 +131,20 @@ class Elements {
     formats_ = memory_.formats();
     bool has_codes = false;
     if constexpr (Memory::kHasCodes) has_codes = formats_.has_codes();
-    if (has_codes)
-      finish_codes(common);
-    else if (formats_.stochastic != 0)
+    if (has_codes) {
+      const Bits draws = finish_codes(common);
+      if constexpr (Memory::kLooksAtWeights) {
+        if (!formats_.has(kEma) && formats_.has_split8_master() &&
+            memory_.are_ordinary(to_float(weight_))) {
+          round_weight<true>(draws);
+          store_weight<Mixed, true>();
+          return store_states<Mixed>();
+        }
+      }
+      round_weight<false>(draws);
+    } else if (formats_.stochastic != 0) {
       round_all(common);
+    }
     if (formats_.has(kEma))
       with_format([&](auto format)
                       __attribute__((always_inline)) { update_ema<decltype(format)>(common); });
@@ -182,16 +198,21 @@ class Elements {
 
   // Codes come before the weight is rounded, as they need not wait for it. Beside them it alone is
   // drawn for.
-  FUSEDOPT_HD void finish_codes(const CommonScalars<T>& common) {
+  FUSEDOPT_HD Bits finish_codes(const CommonScalars<T>& common) const {
     Bits draws(0u);
     if (formats_.stochastic != 0) memory_.find_draws(common.rounding_key, draws);
     unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
       store_codes(kFirstState + s, states_[s], draws);
     });
+    return draws;
+  }
+
+  template <bool kAreOrdinary>
+  FUSEDOPT_HD void round_weight(Bits draws) {
     if (!formats_.is_stochastic(kParam) && !formats_.is_stochastic(kMaster)) return;
-    mix_in_weight(draws);
-    round(kParam, weight_, draws, kCheapest);
-    round_master(draws, kCheapest);
+    draws = draw_beside_codes(draws, bits_of_weight<kAreOrdinary>());
+    round(kParam, weight_, draws, kParam);
+    round_master<kAreOrdinary>(draw_for_weight_beside_codes(draws));
   }
 
   FUSEDOPT_HD void store_codes(int operand, const V& values, const Bits& draws) const {
@@ -199,12 +220,12 @@ class Elements {
       if (!is_coded<Mixed>(operand)) return;
       // A state's own bits keep tensors of one shape from all being rounded in the same way.
       const Float found = to_float(values);
-      const Float shares = threshold_shares<Float>(draw_for(operand, draws) ^ as_bits(found),
-                                                   formats_.is_stochastic(operand));
+      const Bits fractions = either(formats_.is_stochastic(operand),
+                                    draw_for_code(operand, draws, as_bits(found)), Bits(kHalf));
       if (is(formats_.dtypes[operand], DType::kSignedCodes))
-        memory_.template store_codes<SignedCode>(operand, found, shares);
+        memory_.template store_codes<SignedCode>(operand, found, fractions);
       else
-        memory_.template store_codes<PositiveCode>(operand, found, shares);
+        memory_.template store_codes<PositiveCode>(operand, found, fractions);
     }
   }
 
@@ -223,6 +244,11 @@ class Elements {
   template <class Storage>
   FUSEDOPT_HD void store() const {
     store_weight<Storage>();
+    store_states<Storage>();
+  }
+
+  template <class Storage>
+  FUSEDOPT_HD void store_states() const {
     unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
       if (formats_.has(kFirstState + s) && !is_coded<Storage>(kFirstState + s))
         store<Storage>(kFirstState + s, states_[s]);
@@ -262,12 +288,12 @@ class Elements {
       memory_.template load_words<kIsOneFormat<Storage>>(kMaster, remainder);
       weight_ = from_float<V>(join_weight(to_float(weight_), remainder));
     } else if (!kIsOneFormat<Storage> && formats_.has_split8_master()) {
-      memory_.load_bytes(kMaster, remainder);
-      weight_ = from_float<V>(join_weight(to_float(weight_), remainder << 8));
+      memory_.load_signed_bytes(kMaster, remainder);
+      weight_ = from_float<V>(join_weight8(to_float(weight_), remainder));
     }
   }
 
-  template <class Storage>
+  template <class Storage, bool kAreOrdinary = false>
   FUSEDOPT_HD void store_weight() const {
     if (!kIsOneFormat<Storage> && formats_.has_float32_master())
       memory_.template store<float, false>(kMaster, weight_);
@@ -280,8 +306,8 @@ class Elements {
       if (formats_.has_split8_master()) {
         Float whole = to_float(weight_);
         if (!formats_.is_stochastic(kMaster)) whole = nearest_of_24_bits(whole);
-        const auto parts = split_weight(whole);
-        memory_.store_bytes(kMaster, parts.remainder >> 8);
+        const auto parts = split_weight<kAreOrdinary>(whole);
+        memory_.template store_bytes<1>(kMaster, parts.remainder);
         return memory_.template store_bfloat16<false>(kParam, parts.param);
       }
     }
@@ -291,7 +317,7 @@ class Elements {
   FUSEDOPT_HD void round_all(const CommonScalars<T>& common) {
     Bits draws;
     memory_.find_draws(common.rounding_key, draws);
-    mix_in_weight(draws);
+    draws = element_draw(draws, bits_of_weight());
     if constexpr (kFirstState + kNumStates > kCheapest)
       round(kCheapest, states_[kCheapest - kFirstState], draws, kCheapest);
     if ((formats_.stochastic & ~(1 << kCheapest)) == 0) return;
@@ -300,14 +326,17 @@ class Elements {
     unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
       if (kFirstState + s != kCheapest) round(kFirstState + s, states_[s], draws, kFirstState + s);
     });
-    round_master(draws, kMaster);
+    round_master(draw_for_weight(draws));
   }
 
   // The new weight is part of the draw. NaNs of CPUs and GPUs differ in their bits, so infinity
   // stands in for a NaN.
-  FUSEDOPT_HD void mix_in_weight(Bits& draws) const {
-    const Float weight = to_float(weight_), infinity = __builtin_inff();
-    draws = element_draw(draws, as_bits(select(weight < infinity, weight, infinity)));
+  template <bool kAreOrdinary = false>
+  FUSEDOPT_HD Bits bits_of_weight() const {
+    Float weight = to_float(weight_);
+    const Float infinity = __builtin_inff();
+    if constexpr (!kAreOrdinary) weight = select(weight < infinity, weight, infinity);
+    return as_bits(weight);
   }
 
   // With the draws for operand `drawn_as`.
@@ -315,10 +344,10 @@ class Elements {
     if (formats_.is_stochastic(operand))
       values = from_float<V>(round_stochastically(to_float(values), draws, drawn_as));
   }
-  FUSEDOPT_HD void round_master(const Bits& draws, int drawn_as) {
+  template <bool kAreOrdinary = false>
+  FUSEDOPT_HD void round_master(const Bits& drawn) {
     if (formats_.is_stochastic(kMaster))
-      weight_ =
-          from_float<V>(round_to_24_bits(to_float(weight_), draw_for(drawn_as, draws) & 0xffu));
+      weight_ = from_float<V>(round_to_24_bits<kAreOrdinary>(to_float(weight_), drawn));
   }
 
   // Rounds weights to what reading them back from `dtype` would give.

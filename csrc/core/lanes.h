@@ -39,8 +39,9 @@ FUSEDOPT_HD uint32_t as_bits(float value) { return bit_cast<uint32_t>(value); }
 FUSEDOPT_HD uint64_t as_bits(double value) { return bit_cast<uint64_t>(value); }
 FUSEDOPT_HD uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 FUSEDOPT_HD uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
+FUSEDOPT_HD uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 FUSEDOPT_HD float larger(float a, float b) { return a > b ? a : b; }
-FUSEDOPT_HD float smaller(float a, float b) { return a < b ? a : b; }
+FUSEDOPT_HD float magnitude(float x) { return std::fabs(x); }
 FUSEDOPT_HD float as_float(uint32_t bits) { return bit_cast<float>(bits); }
 
 // Conversions between the type that computes and float.
@@ -139,6 +140,10 @@ struct Pack {
   }
   FUSEDOPT_HD friend Pack square_root(Pack x) {
     for (int j = 0; j < kCount; ++j) x[j] = square_root(x[j]);
+    return x;
+  }
+  FUSEDOPT_HD friend Pack magnitude(Pack x) {
+    for (int j = 0; j < kCount; ++j) x[j] = magnitude(x[j]);
     return x;
   }
   FUSEDOPT_HD friend Pack select(const Mask& mask, Pack then, const Pack& otherwise) {

@@ -74,6 +74,12 @@ FUSEDOPT_HD Bits element_draw(Bits draw, Bits weight) {
   return draw + weight * Bits(0x85ebca6bu);
 }
 
+// The same, for less, where there are codes.
+template <class Bits>
+FUSEDOPT_HD Bits draw_beside_codes(Bits draw, Bits own) {
+  return draw + (own << 16);
+}
+
 // The operand that takes its draw from element_draw() directly: Adam's second moment, the one that
 // is rounded stochastically by default.
 inline constexpr int kCheapest = kFirstState + 1;
@@ -93,6 +99,27 @@ FUSEDOPT_HD Bits draw_for(int operand, Bits draw) {
   if (operand == kCheapest) return draw >> 16;
   if (operand == kFirstState) return draw & 0xffffu;
   return (draw * Bits(0x297a2d39u + 0x61c88646u * static_cast<uint32_t>(operand))) >> 16;
+}
+
+// The same of a state that is codes: 24 bits, into whose upper half its new number's lower half is
+// mixed. Of the hash, the upper half is that of no other state.
+template <class Bits>
+FUSEDOPT_HD Bits draw_for_code(int operand, Bits draw, Bits state) {
+  if (operand == kCheapest) draw = second_of_pair(draw);
+  if (operand > kCheapest)
+    draw = draw * Bits(0x297a2d39u + 0x61c88646u * static_cast<uint32_t>(operand));
+  return draw_beside_codes(draw, state) >> 8;
+}
+
+// 8 random bits for a weight that is rounded to 24; and where there are codes, from the bits that
+// count least for these.
+template <class Bits>
+FUSEDOPT_HD Bits draw_for_weight(Bits draw) {
+  return draw_for(kMaster, draw) >> 8;
+}
+template <class Bits>
+FUSEDOPT_HD Bits draw_for_weight_beside_codes(Bits draw) {
+  return (draw >> 16) & 0xffu;
 }
 
 // Adds 16 random bits below the last bit that stays, and cuts off what is below. The result is a

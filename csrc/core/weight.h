@@ -44,19 +44,24 @@ FUSEDOPT_HD bool is_split(Master master) {
 template <class Float>
 struct SplitWeight {
   using Bits = typename Lanes<Float>::Bits;
-  Float param;     // a bfloat16
-  Bits remainder;  // in the lower half of each word
+  Float param;     // a bfloat16, in the upper half
+  Bits remainder;  // in the lower half of each word; the upper one may have any bits
 };
 
-template <class Float>
+// `kAreOrdinary` says that no weight is NaN, or so large that rounding could make it infinite. Then
+// nothing is cleared that is not part of a result: the lower half of the param.
+template <bool kAreOrdinary = false, class Float>
 FUSEDOPT_HD SplitWeight<Float> split_weight(Float weight) {
   using Bits = typename Lanes<Float>::Bits;
   const Bits bits = as_bits(weight);
+  if constexpr (kAreOrdinary) return {as_float(bits + 0x8000u), bits};
   const Bits nearest = (bits + 0x8000u) & 0xffff0000u;
   const Bits nan = (bits & 0xffff0000u) | 0x400000u;  // quiet, whatever the lower half
   const auto is_nan = weight != weight;
   return {as_float(select(is_nan, nan, nearest)), select(is_nan, Bits(0u), bits - nearest)};
 }
+
+inline constexpr uint32_t kLargestOrdinary = 0x7f7fff00u;  // the largest finite one of 24 bits
 
 // The weight again. The upper halves of the words of `remainder` are ignored.
 template <class Float, class Bits>
@@ -65,15 +70,24 @@ FUSEDOPT_HD Float join_weight(Float param, Bits remainder) {
   return as_float(as_bits(param) + from_least - 0x8000u);
 }
 
+// The same with the upper byte of a remainder whose lower one is 0: a signed number, times 256.
+template <class Float, class Bits>
+FUSEDOPT_HD Float join_weight8(Float param, Bits signed_byte) {
+  return as_float(as_bits(param) + signed_byte);
+}
+
 // A weight of 24 bits, the upper ones of a float, is a weight whose remainder has a lower byte of
 // 0: the upper one is kept. The 8 bits that are lost are rounded to nearest, with ties to even, or
 // with 8 random bits up or down (core/stochastic.h); either way a finite number never becomes
-// infinite. `weight` must be a result of arithmetic, as for round_stochastically().
-template <class Float, class Bits>
+// infinite. `weight` must be a result of arithmetic, as for round_stochastically(). With
+// `kAreOrdinary`, the lower byte is not cleared: it has no part in what split_weight() makes of the
+// other three.
+template <bool kAreOrdinary = false, class Float, class Bits>
 FUSEDOPT_HD Float round_to_24_bits(Float weight, Bits addend) {
-  const Bits bits = as_bits(weight);
-  const auto stays = (bits & 0x7fffffffu) > Bits(0x7f7fff00u);  // the largest finite one
-  return as_float(select(stays, bits, bits + addend) & 0xffffff00u);
+  const Bits bits = as_bits(weight), moved = bits + addend;
+  if constexpr (kAreOrdinary) return as_float(moved);
+  const auto stays = (bits & 0x7fffffffu) > Bits(kLargestOrdinary);
+  return as_float(select(stays, bits, moved) & 0xffffff00u);
 }
 
 template <class Float>

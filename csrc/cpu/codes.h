@@ -9,50 +9,27 @@
 namespace fusedopt::cpu {
 namespace {
 
-// The new values of a state in a group, and for each where its threshold lies (core/codes.h).
+// The new values of a state in a group, and what is added to the code of each before it is cut.
 struct CodeGroup {
   alignas(64) float values[kGroup];
-  alignas(64) float shares[kGroup];
+  alignas(64) uint32_t fractions[kGroup];
 };
 
-// What core/codes.h asks for: reciprocals, and roots of numbers that are not negative, about.
-struct Approximate {
-  template <int kLanes>
-  FUSEDOPT_HD Vec<float, kLanes> about_root(Vec<float, kLanes> x) const {
-    if constexpr (!kHasReciprocalRoot<kLanes>) return square_root(x);
-    return x * reciprocal_root(x + Vec<float, kLanes>(0x1p-126f));  // never 0 times infinity
-  }
-  template <int kLanes>
-  FUSEDOPT_HD Vec<float, kLanes> about_fourth_root(Vec<float, kLanes> x) const {
-    return kHasReciprocalRoot<kLanes> ? reciprocal_root(reciprocal_root(x))
-                                      : square_root(square_root(x));
-  }
-  FUSEDOPT_HD float about_reciprocal(float x) const { return 1 / x; }
-
- private:
-#if defined(__AVX512F__)
-  template <int kLanes>
-  static constexpr bool kHasReciprocalRoot = kLanes == 16;
-#elif defined(__AVX2__)
-  template <int kLanes>
-  static constexpr bool kHasReciprocalRoot = kLanes == 8;
-#else
-  template <int kLanes>
-  static constexpr bool kHasReciprocalRoot = false;
-#endif
-
-  template <int kLanes>
-  static FUSEDOPT_HD Vec<float, kLanes> reciprocal_root(Vec<float, kLanes> x) {
-#if defined(__AVX512F__)
-    if constexpr (kHasReciprocalRoot<kLanes>)
-      x = typename RawVec<float, kLanes>::Type(_mm512_maskz_rsqrt14_ps(0xffff, __m512(x.raw)));
-#elif defined(__AVX2__)
-    if constexpr (kHasReciprocalRoot<kLanes>)
-      x = typename RawVec<float, kLanes>::Type(_mm256_rsqrt_ps(__m256(x.raw)));
-#endif
-    return x;
-  }
-};
+// Two registers of values from their codes. Places fit 16 bits, so twice as many as there are
+// floats in a register are found at a time.
+template <class Code, int kLanes>
+FUSEDOPT_HD void read_codes(const void* from, float scale, Vec<float, kLanes> (&to)[2]) {
+  using Halves = Vec<uint16_t, 2 * kLanes>;
+  const Halves codes = read_bytes_as_halves<2 * kLanes>(from);
+  Halves places =
+      upper_halves_of_places(Code::kHasSign ? codes & Halves(Code::kMagnitudes) : codes);
+  if constexpr (Code::kHasSign) places = places | ((codes << 8) & Halves(0x8000));
+  Vec<uint32_t, kLanes> words[2];
+  as_upper_halves(places, words);
+  for (int j = 0; j < 2; ++j)
+    to[j] = values_at<Code>(Code::kHasSign ? magnitude(as_float(words[j])) : as_float(words[j]),
+                            words[j], scale);
+}
 
 // Finds the scale and the codes of a group, which may have fewer elements than a whole one: the
 // values behind the last do not count. Not inlined, so that there is one copy for all rules.
@@ -74,13 +51,14 @@ __attribute__((noinline)) void encode_group(CodeGroup& group, float* scale_at, u
     __builtin_memset(codes, 0, static_cast<size_t>(count));
     return;
   }
-  Approximate math;
+  Ieee math;
+  const float units = units_in<Code>(scale, math);
   alignas(64) uint8_t found[kGroup];
   uint8_t* const to = count < kGroup ? found : codes;
   for (int i = 0; i < kGroup; i += kLanes) {
     const Float values = read<typename Float::Raw>(group.values + i);
-    const Float shares = read<typename Float::Raw>(group.shares + i);
-    write_bytes(to + i, encoded<Code>(values, scale, shares, math));
+    const Bits fractions = read<typename Bits::Raw>(group.fractions + i);
+    write_bytes(to + i, encoded<Code>(values, units, fractions) >> 24);
   }
   if (count < kGroup) __builtin_memcpy(codes, found, static_cast<size_t>(count));
 }

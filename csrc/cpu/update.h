@@ -61,6 +61,7 @@ struct Block {
   static constexpr bool kRoundsForNothing = false;
   static constexpr bool kSplitIsOneFormat = true;
   static constexpr bool kHasCodes = true;
+  static constexpr bool kLooksAtWeights = true;
   static constexpr uint32_t kUpperHalf = 0xffff0000u;
   static constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
   static constexpr int64_t kPair = 2 * kLanes;  // elements in two registers
@@ -138,35 +139,47 @@ struct Block {
     });
   }
 
-  FUSEDOPT_HD void load_bytes(int operand, Bits& to) const {
+  FUSEDOPT_HD void load_signed_bytes(int operand, Bits& to) const {
     const char* const from = place<uint8_t>(operand);
     __builtin_prefetch(from + ahead);
     unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-      to[j] = read_bytes<kLanes>(from + j * kLanes);
+      to[j] = read_signed_bytes<kLanes>(from + j * kLanes) << 8;
     });
   }
 
+  template <int kByte>
   FUSEDOPT_HD void store_bytes(int operand, const Bits& from) const {
     char* const to = place<uint8_t>(operand);
-    unroll<kCount>([&](auto j)
-                       __attribute__((always_inline)) { write_bytes(to + j * kLanes, from[j]); });
+    unroll<kCount>([&](auto j) __attribute__((always_inline)) {
+      write_bytes(to + j * kLanes, from[j] >> 8 * kByte);
+    });
+  }
+
+  template <class Float>
+  FUSEDOPT_HD bool are_ordinary(const Float& weights) const {
+    const Bits magnitudes = as_bits(weights) & 0x7fffffffu;
+    Word largest = magnitudes[0];
+    for (int j = 1; j < kCount; ++j) largest = larger(largest, magnitudes[j]);
+    return !any(largest > Word(kLargestOrdinary));
   }
 
   // A block is part of one group.
   template <class Code, class Float>
   FUSEDOPT_HD void load_codes(int operand, Float& to) const {
-    Bits codes;
-    load_bytes(operand, codes);
-    to = Code::template value<Float>(codes, scales[operand - kFirstState][at / kGroup]);
+    const char* const from = place<uint8_t>(operand);
+    __builtin_prefetch(from + ahead);
+    for_each_pair(to.values, [&](auto p, auto& two) __attribute__((always_inline)) {
+      read_codes<Code>(from + p * kPair, scales[operand - kFirstState][at / kGroup], two);
+    });
   }
 
   template <class Code, class Float>
-  FUSEDOPT_HD void store_codes(int operand, const Float& from, const Float& shares) const {
+  FUSEDOPT_HD void store_codes(int operand, const Float& from, const Bits& fractions) const {
     const int64_t in_group = at % kGroup, begin = at - in_group;
     CodeGroup& to = groups[operand - kFirstState];
     unroll<kCount>([&](auto j) __attribute__((always_inline)) {
       write(to.values + in_group + j * kLanes, from[j].raw);
-      write(to.shares + in_group + j * kLanes, shares[j].raw);
+      write(to.fractions + in_group + j * kLanes, fractions[j].raw);
     });
     if (in_group + kBlock<T> < kGroup) return;
     float* const scale = scales[operand - kFirstState] + begin / kGroup;

@@ -102,16 +102,7 @@ struct Vec {
 #endif
     return a.raw > b.raw ? a.raw : b.raw;
   }
-  FUSEDOPT_HD friend Vec smaller(Vec a, Vec b) {
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<T, float> && kLanes == 16)
-      return Raw(_mm512_maskz_min_ps(0xffff, __m512(a.raw), __m512(b.raw)));
-#elif defined(__AVX2__)
-    if constexpr (std::is_same_v<T, float> && kLanes == 8)
-      return Raw(_mm256_min_ps(__m256(a.raw), __m256(b.raw)));
-#endif
-    return a.raw < b.raw ? a.raw : b.raw;
-  }
+  FUSEDOPT_HD friend Vec smaller(Vec a, Vec b) { return a.raw < b.raw ? a.raw : b.raw; }
 
   FUSEDOPT_HD friend Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
@@ -157,6 +148,11 @@ FUSEDOPT_HD Vec<float, kLanes> as_float(Vec<uint32_t, kLanes> bits) {
   return typename Vec<float, kLanes>::Raw(bits.raw);
 }
 
+template <int kLanes>
+FUSEDOPT_HD Vec<float, kLanes> magnitude(Vec<float, kLanes> x) {
+  return as_float(as_bits(x) & 0x7fffffffu);
+}
+
 template <class T, int kLanes>
 FUSEDOPT_HD Vec<float, kLanes> to_float(Vec<T, kLanes> value) {
   return __builtin_convertvector(value.raw, typename Vec<float, kLanes>::Raw);
@@ -164,6 +160,20 @@ FUSEDOPT_HD Vec<float, kLanes> to_float(Vec<T, kLanes> value) {
 template <class V, int kLanes>
 FUSEDOPT_HD V from_float(Vec<float, kLanes> value) {
   return __builtin_convertvector(value.raw, typename V::Raw);
+}
+
+// Whether a comparison is true in any lane.
+template <class Mask>
+FUSEDOPT_HD bool any(Mask mask) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Mask) == 64)
+    return _mm512_test_epi32_mask(__m512i(mask), __m512i(mask)) != 0;
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Mask) == 32) return _mm256_movemask_epi8(__m256i(mask)) != 0;
+#endif
+  bool found = false;
+  for (unsigned i = 0; i < sizeof(Mask) / sizeof(mask[0]); ++i) found = found || mask[i] != 0;
+  return found;
 }
 
 // Unaligned loads and stores of a register.
@@ -194,18 +204,32 @@ FUSEDOPT_HD void write_halves(void* to, Vec<uint32_t, kLanes> words) {
   write(to, __builtin_convertvector(words.raw, typename RawVec<uint16_t, kLanes>::Type));
 }
 
-// The same for bytes.
+// Bytes as words of 16 bits; and as signed numbers in 32 bits.
 template <int kLanes>
-FUSEDOPT_HD Vec<uint32_t, kLanes> read_bytes(const void* from) {
-  using Raw = typename RawVec<uint32_t, kLanes>::Type;
+FUSEDOPT_HD Vec<uint16_t, kLanes> read_bytes_as_halves(const void* from) {
+  using Raw = typename RawVec<uint16_t, kLanes>::Type;
 #if defined(__AVX512F__)
-  if constexpr (kLanes == 16) return Raw(_mm512_cvtepu8_epi32(read<__m128i>(from)));
+  if constexpr (kLanes == 32)
+    return Raw(_mm512_maskz_cvtepu8_epi16(0xffffffff, read<__m256i>(from)));
 #elif defined(__AVX2__)
-  if constexpr (kLanes == 8)
-    return Raw(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(read<long long>(from))));
+  if constexpr (kLanes == 16) return Raw(_mm256_cvtepu8_epi16(read<__m128i>(from)));
 #endif
   return __builtin_convertvector(read<typename RawVec<uint8_t, kLanes>::Type>(from), Raw);
 }
+template <int kLanes>
+FUSEDOPT_HD Vec<uint32_t, kLanes> read_signed_bytes(const void* from) {
+  using Raw = typename RawVec<uint32_t, kLanes>::Type;
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) return Raw(_mm512_maskz_cvtepi8_epi32(0xffff, read<__m128i>(from)));
+#elif defined(__AVX2__)
+  if constexpr (kLanes == 8)
+    return Raw(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(read<long long>(from))));
+#endif
+  const Vec<uint32_t, kLanes> bytes =
+      __builtin_convertvector(read<typename RawVec<uint8_t, kLanes>::Type>(from), Raw);
+  return (bytes ^ 0x80u) - 0x80u;
+}
+
 template <int kLanes>
 FUSEDOPT_HD void write_bytes(void* to, Vec<uint32_t, kLanes> words) {
 #if defined(__AVX512F__)
@@ -280,6 +304,25 @@ FUSEDOPT_HD void interleave(Vec<uint32_t, kLanes> (&words)[2]) {
     words[j] = __builtin_shuffle(even, odd, from);
 #endif
   });
+}
+
+// Two registers of words whose upper halves are those of one register, and the lower ones 0.
+template <int kLanes>
+FUSEDOPT_HD void as_upper_halves(Vec<uint16_t, 2 * kLanes> halves, Vec<uint32_t, kLanes> (&to)[2]) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16) {
+    RawVec<uint16_t, 32>::Type from;
+    for (int i = 0; i < 32; ++i) from[i] = static_cast<uint16_t>(i / 2);
+    unroll<2>([&](auto j) __attribute__((always_inline)) {
+      to[j] = typename Vec<uint32_t, kLanes>::Raw(_mm512_maskz_permutexvar_epi16(
+          0xaaaaaaaa, __m512i(from + uint16_t{16} * j), __m512i(halves.raw)));
+    });
+    return;
+  }
+#endif
+  alignas(64) uint16_t kept[2 * kLanes];
+  write(kept, halves.raw);
+  for (int j = 0; j < 2; ++j) to[j] = read_halves<kLanes>(kept + j * kLanes) << 16;
 }
 
 // Loads and stores the lower halves of words.

@@ -10,6 +10,7 @@
 
 #include "core/bits.h"
 #include "core/branch_free.h"
+#include "core/codes.h"
 #include "core/dtypes.h"
 #include "core/macros.h"
 #include "core/step.h"
@@ -74,16 +75,14 @@ FUSEDOPT_HD void store_item(T* to, T value) {
 }
 
 // The largest of what so many neighbouring lanes of a warp say, 8, 16 or 32 of them, which begin
-// at a multiple of that; this is thread number `thread`. All of these must call it, and what they
-// have read before, none of them has yet written.
+// at a multiple of that; this is thread number `thread`. All of the warp must call it, and what
+// those lanes have read before, none of them has yet written.
 FUSEDOPT_HD uint32_t largest_of_lanes(uint32_t value, uint32_t lanes, uint32_t thread) {
 #if defined(__CUDA_ARCH__)
-  const uint32_t first = (thread & 31) & ~(lanes - 1);
-  const uint32_t mask = lanes == 32 ? 0xffffffffu : ((1u << lanes) - 1) << first;
-  __syncwarp(mask);
+  __syncwarp();
 #pragma unroll
   for (uint32_t width = 1; width < 32; width *= 2)
-    if (width < 8 || width < lanes) value = max(value, __shfl_xor_sync(mask, value, width));
+    if (width < 8 || width < lanes) value = max(value, __shfl_xor_sync(0xffffffffu, value, width));
   return value;
 #else
   LaneTalk& talk = *lane_talk;
@@ -245,12 +244,47 @@ FUSEDOPT_HD uint32_t word_across(uint32_t first, uint32_t second, uint32_t at) {
 // A word of two halves. The upper halves of the arguments are ignored.
 FUSEDOPT_HD uint32_t word_of(uint32_t low, uint32_t high) { return (low & 0xffffu) | high << 16; }
 
-// A word of four bytes. The upper bytes of the arguments are ignored.
+// The places (core/codes.h) of two codes, the first or the second two of four bytes: two bfloat16
+// numbers in a word, so one instruction does for both.
+FUSEDOPT_HD uint32_t places_of_two(uint32_t codes, int which) {
+#if defined(__CUDA_ARCH__)
+  const auto smaller_two = [](uint32_t a, uint32_t b) {
+    uint32_t y;
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    return y;
+  };
+  const uint32_t two = __byte_perm(codes, 0, which == 0 ? 0x4140u : 0x4342u);
+  return smaller_two(two * 16 + 0x50005000u,
+                     smaller_two(two * 8 + 0x51005100u, two * 4 + 0x52005200u));
+#else
+  codes >>= 16 * which;
+  return upper_halves_of_places(codes & 0xffu) | upper_halves_of_places(codes >> 8 & 0xffu) << 16;
+#endif
+}
+
+// Byte j of a word as a signed number, times 256.
+FUSEDOPT_HD uint32_t signed_byte_of(uint32_t word, int j) {
+#if defined(__CUDA_ARCH__)
+  // __byte_perm() has no copies of a byte's upper bit (8 and more).
+  uint32_t found;
+  asm("prmt.b32 %0, %1, 0, %2;"
+      : "=r"(found)
+      : "r"(word), "r"(0x8804u + 0x1110u * static_cast<uint32_t>(j)));
+  return found;
+#else
+  return (((word >> 8 * j) & 0xffu) ^ 0x80u) * 256u - 0x8000u;
+#endif
+}
+
+// A word of four bytes: byte number kByte of each argument.
+template <int kByte>
 FUSEDOPT_HD uint32_t word_of_bytes(uint32_t b0, uint32_t b1, uint32_t b2, uint32_t b3) {
 #if defined(__CUDA_ARCH__)
-  return __byte_perm(__byte_perm(b0, b1, 0x0040), __byte_perm(b2, b3, 0x0040), 0x5410);
+  constexpr uint32_t kTwo = 0x40 + 0x11 * kByte;
+  return __byte_perm(__byte_perm(b0, b1, kTwo), __byte_perm(b2, b3, kTwo), 0x5410);
 #else
-  return (b0 & 0xffu) | (b1 & 0xffu) << 8 | (b2 & 0xffu) << 16 | b3 << 24;
+  const auto byte = [](uint32_t word) { return word >> 8 * kByte & 0xffu; };
+  return byte(b0) | byte(b1) << 8 | byte(b2) << 16 | byte(b3) << 24;
 #endif
 }
 
@@ -278,20 +312,6 @@ FUSEDOPT_HD float largest_magnitude(const Pack<float, kCount>& values) {
   for (int j = 1; j < kCount; ++j) largest = larger_or_nan<kFlushes>(largest, fabsf(values[j]));
   return largest;
 }
-
-// The roots and reciprocals, right but for their last bits, that core/codes.h asks for.
-struct DeviceRoots {
-  template <int kCount>
-  FUSEDOPT_HD Pack<float, kCount> about_root(Pack<float, kCount> x) const {
-    for (int j = 0; j < kCount; ++j) x[j] = Approximations::root(x[j]);
-    return x;
-  }
-  template <int kCount>
-  FUSEDOPT_HD Pack<float, kCount> about_fourth_root(Pack<float, kCount> x) const {
-    return about_root(about_root(x));
-  }
-  FUSEDOPT_HD float about_reciprocal(float x) const { return Approximations::reciprocal(x); }
-};
 
 // Loads an update in eight accesses of 16 bytes that do not depend on each other, so that their
 // latencies overlap.

@@ -35,20 +35,18 @@ class SharedMemory {
 };
 
 // The update kernel. Float computation flushes subnormal numbers, as float.cu is compiled to.
-template <class Rule, class T>
+template <class Rule, class T, class Step>
 void update_all(const UpdateArguments<Rule, T>& arguments, int64_t num_chunks) {
   const FlushMode flush(sizeof(T) == sizeof(float));
   SharedMemory shared(int64_t{kStages} * arguments.plan.stage_bytes);
   for (uint32_t block = 0; block < num_chunks; ++block) {
     LaneTalk talk = {};
     talk.said.resize(kBlockThreads);
-    const bool talks = arguments.plan.has_codes != 0;
-    if (talks) lane_talk = &talk;
-    for (talk.is_rehearsal = talks;; talk.is_rehearsal = false) {
+    if (Step::kHasCodes) lane_talk = &talk;
+    for (talk.is_rehearsal = Step::kHasCodes;; talk.is_rehearsal = false) {
       const SharedPlace place = shared.renew();
       for (talk.thread = 0; talk.thread < kBlockThreads; ++talk.thread)
-        talks ? update_thread<Rule, T, true>(arguments, place, block, talk.thread)
-              : update_thread<Rule, T, false>(arguments, place, block, talk.thread);
+        update_thread<Rule, T, Step>(arguments, place, block, talk.thread);
       if (!talk.is_rehearsal) break;
     }
     lane_talk = nullptr;
@@ -60,8 +58,15 @@ template <class T>
 std::function<void()> emulated_update(const UpdateCall& call) {
   std::function<void()> work;
   with_rule(call.key.rule, [&](auto rule) {
-    const auto arguments = arguments_for<decltype(rule), T>(call);
-    work = [arguments, num_chunks = call.num_chunks] { update_all(arguments, num_chunks); };
+    using Rule = decltype(rule);
+    const auto arguments = arguments_for<Rule, T>(call);
+    const int64_t num_chunks = call.num_chunks;
+    if (call.key.kind == KernelKind::kPlain)
+      work = [=] { update_all<Rule, T, PlainStep>(arguments, num_chunks); };
+    else if (call.key.kind == KernelKind::kCodes)
+      work = [=] { update_all<Rule, T, CodesStep>(arguments, num_chunks); };
+    else if constexpr (UsualCodes<Rule>::kExists && sizeof(T) == sizeof(float))
+      work = [=] { update_all<Rule, T, UsualCodesStep>(arguments, num_chunks); };
   });
   return work;
 }

@@ -18,7 +18,7 @@ template <class Rule, class T>
 __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
     update_kernel(const __grid_constant__ UpdateArguments<Rule, T> arguments) {
   extern __shared__ __align__(16) char shared[];
-  update_thread<Rule, T, false>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);
+  update_thread<Rule, T, PlainStep>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);
 }
 
 // As kMinBlocks, for states that are codes: up to 255 registers for a thread.
@@ -28,7 +28,25 @@ template <class Rule, class T>
 __global__ void __launch_bounds__(kBlockThreads, kMinCodesBlocks)
     codes_kernel(const __grid_constant__ UpdateArguments<Rule, T> arguments) {
   extern __shared__ __align__(16) char shared[];
-  update_thread<Rule, T, true>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);
+  update_thread<Rule, T, CodesStep>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);
+}
+
+template <class Rule, class T>
+__global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
+    usual_codes_kernel(const __grid_constant__ UpdateArguments<Rule, T> arguments) {
+  extern __shared__ __align__(16) char shared[];
+  update_thread<Rule, T, UsualCodesStep>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);
+}
+
+// nullptr if the rule has none. It computes in T = float.
+template <class T>
+const void* usual_codes_kernel_of(RuleId id) {
+  const void* kernel = nullptr;
+  with_rule(id, [&](auto rule) {
+    if constexpr (UsualCodes<decltype(rule)>::kExists)
+      kernel = reinterpret_cast<const void*>(&usual_codes_kernel<decltype(rule), T>);
+  });
+  return kernel;
 }
 
 template <class T>

@@ -8,21 +8,25 @@
 
 namespace fusedopt::cuda {
 
-// What updates must have in common to be done by one launch: the kernel (rule, and the type that
-// computes, which follows from the formats) and all that StagePlan is made of.
+// What updates must have in common to be done by one launch: the kernel (rule, kind, and the type
+// that computes, which follows from the formats) and all that StagePlan is made of.
 struct LaunchKey {
   RuleId rule;
+  KernelKind kind;
   Formats formats;
   uint32_t shifted;  // the misaligned operands, as in StagePlan
 
   friend bool operator==(const LaunchKey& a, const LaunchKey& b) {
-    return a.rule == b.rule && a.shifted == b.shifted &&
+    return a.rule == b.rule && a.kind == b.kind && a.shifted == b.shifted &&
            bit_cast<uint64_t>(a.formats) == bit_cast<uint64_t>(b.formats);
   }
 };
 
 inline LaunchKey launch_key_of(const ParamUpdate& update) {
-  return {update.rule, update.formats, shifted_operands(update)};
+  LaunchKey key = {update.rule, KernelKind::kPlain, update.formats, shifted_operands(update)};
+  with_rule(update.rule,
+            [&](auto rule) { key.kind = kernel_kind<decltype(rule)>(update, key.shifted); });
+  return key;
 }
 
 // Calls f(Rule{}, T{}): from a rule and a type known at run time to the types of a kernel.

@@ -13,11 +13,13 @@
 
 namespace fusedopt::cuda {
 
-// Compiled in float.cu, double.cu and grad_norm.cu, of which two have other flags.
+// Compiled in float.cu, double.cu, float_codes.cu, double_codes.cu and grad_norm.cu, whose flags
+// differ.
 extern template const void* update_kernel_of<float>(RuleId id);
 extern template const void* update_kernel_of<double>(RuleId id);
 extern template const void* codes_kernel_of<float>(RuleId id);
 extern template const void* codes_kernel_of<double>(RuleId id);
+extern template const void* usual_codes_kernel_of<float>(RuleId id);
 extern template const void* sum_squares_kernel_of<float>();
 extern template const void* sum_squares_kernel_of<double>();
 
@@ -43,8 +45,10 @@ void check(cudaError_t error, const char* call) {
   throw std::runtime_error(message);
 }
 
-const void* kernel_of(RuleId rule, bool in_double, bool has_codes) {
-  if (has_codes) return in_double ? codes_kernel_of<double>(rule) : codes_kernel_of<float>(rule);
+const void* kernel_of(RuleId rule, bool in_double, KernelKind kind) {
+  if (kind == KernelKind::kUsualCodes) return usual_codes_kernel_of<float>(rule);
+  if (kind == KernelKind::kCodes)
+    return in_double ? codes_kernel_of<double>(rule) : codes_kernel_of<float>(rule);
   return in_double ? update_kernel_of<double>(rule) : update_kernel_of<float>(rule);
 }
 
@@ -187,10 +191,13 @@ void check_kernels(int gpu) {
     const auto id = static_cast<RuleId>(rule);
     kernels.push_back(step_scalars_kernel_of(id));
     for (const bool in_double : {false, true})
-      for (const bool has_codes : {false, true})
-        for (const auto& [attribute, value] : kSharedMemory)
-          if (error == cudaSuccess)
-            error = cudaFuncSetAttribute(kernel_of(id, in_double, has_codes), attribute, value);
+      for (const KernelKind kind :
+           {KernelKind::kPlain, KernelKind::kCodes, KernelKind::kUsualCodes})
+        for (const auto& [attribute, value] : kSharedMemory) {
+          const void* const kernel = kernel_of(id, in_double, kind);
+          if (error == cudaSuccess && kernel != nullptr)
+            error = cudaFuncSetAttribute(kernel, attribute, value);
+        }
   }
   cudaFuncAttributes attributes;
   for (const void* kernel : kernels)
@@ -271,9 +278,9 @@ void Event::wait() const {
 void update(const UpdateCall& call) {
   with_types(call.key, [&](auto rule, auto number) {
     const auto arguments = arguments_for<decltype(rule), decltype(number)>(call);
-    const Formats& formats = call.key.formats;
-    launch(kernel_of(call.key.rule, formats.in_double(), formats.has_codes()), call.num_chunks,
-           kBlockThreads, int64_t{kStages} * arguments.plan.stage_bytes, call.stream, arguments);
+    const bool in_double = call.key.formats.in_double();
+    launch(kernel_of(call.key.rule, in_double, call.key.kind), call.num_chunks, kBlockThreads,
+           int64_t{kStages} * arguments.plan.stage_bytes, call.stream, arguments);
   });
 }
 

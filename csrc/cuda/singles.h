@@ -27,6 +27,7 @@ class Singles {
   static constexpr bool kRoundsForNothing = true;
   static constexpr bool kSplitIsOneFormat = false;
   static constexpr bool kHasCodes = kMayHaveCodes;
+  static constexpr bool kLooksAtWeights = false;
 
   FUSEDOPT_HD DType one_format() const { return DType::kAbsent; }
   FUSEDOPT_HD Formats formats() const {
@@ -101,32 +102,36 @@ class Singles {
       if (writes(j)) store_item(address<uint16_t>(operand, j), static_cast<uint16_t>(from[j]));
   }
 
-  FUSEDOPT_HD void load_bytes(int operand, Bits& to) const {
+  FUSEDOPT_HD void load_signed_bytes(int operand, Bits& to) const {
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) to[j] = load_item(address<uint8_t>(operand, j));
+    for (int j = 0; j < kCount; ++j)
+      to[j] = signed_byte_of(load_item(address<uint8_t>(operand, j)), 0);
   }
 
+  template <int kByte>
   FUSEDOPT_HD void store_bytes(int operand, const Bits& from) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
-      if (writes(j)) store_item(address<uint8_t>(operand, j), static_cast<uint8_t>(from[j]));
+      if (writes(j))
+        store_item(address<uint8_t>(operand, j), static_cast<uint8_t>(from[j] >> 8 * kByte));
   }
 
   template <class Code>
   FUSEDOPT_HD void load_codes(int operand, Pack<float, kCount>& to) const {
     Bits codes;
-    load_bytes(operand, codes);
-    to = Code::template value<Pack<float, kCount>>(codes, load_item(scale_place(operand)));
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) codes[j] = load_item(address<uint8_t>(operand, j));
+    to = decoded<Code, Pack<float, kCount>>(codes, load_item(scale_place(operand)));
   }
 
   template <class Code>
   FUSEDOPT_HD void store_codes(int operand, const Pack<float, kCount>& from,
-                               const Pack<float, kCount>& shares) const {
+                               const Bits& fractions) const {
     const uint32_t largest = as_bits(largest_magnitude<sizeof(T) == sizeof(float)>(from));
     const float scale = scale_of(largest_of_lanes(largest, kWarp, thread_));
-    DeviceRoots math;
-    const uint32_t all = scale > 0 ? 0xffu : 0;
-    store_bytes(operand, encoded<Code>(from, scale, shares, math) & Bits(all));
+    BranchFree<> math;
+    const Bits codes = encoded<Code>(from, units_in<Code>(scale, math), fractions);
+    store_bytes<3>(operand, codes & Bits(scale > 0 ? 0xffffffffu : 0));
     if (writes(0) && at_[0][operand] % kGroup == 0) store_item(scale_place(operand), scale);
   }
 

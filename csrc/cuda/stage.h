@@ -62,8 +62,7 @@ struct StagePlan {
   uint32_t shifted;              // misaligned: not at a multiple of the size of a piece
   uint32_t whole;                // aligned, and a thread's elements are one piece
   uint32_t has_two;              // 1 if a thread has two pieces at a time, else 0
-  uint32_t unit_shift;           // pieces are staged in units of 1 << unit_shift of them: groups
-  uint32_t has_codes;            // 1 if there are states that are codes, else 0
+  uint32_t group_shift;          // a group of codes has 1 << group_shift pieces; 0: no codes
   uint32_t sizes[kMaxOperands];  // of an element, in bytes
   // Offsets in a stage: where the first and where the last 16 bytes of a thread begin. They are the
   // same for an operand of which a thread has no more than 16.
@@ -97,7 +96,7 @@ inline uint32_t shifted_operands(const ParamUpdate& update) {
 
 // Assigns each operand its kind of copy and its place in a stage, one operand after the other.
 template <class T>
-StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
+FUSEDOPT_HD StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
   StagePlan plan = {};
   plan.formats = bit_cast<Words<2>>(formats);
   plan.shifted = shifted;
@@ -105,8 +104,7 @@ StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
       static_cast<uint32_t>(shifted == 0 ? formats.one_format(false) : DType::kAbsent);
   const uint32_t elements = piece_elements<T>(formats);
   plan.has_two = elements != kThreadElements<T>;
-  plan.has_codes = formats.has_codes();
-  while (plan.has_codes != 0 && elements << plan.unit_shift < kGroup) ++plan.unit_shift;
+  if (formats.has_codes()) plan.group_shift = elements == 8 ? 3 : elements == 4 ? 4 : 5;
   for (int k = 0; k < kMaxOperands; ++k) {
     plan.sizes[k] = static_cast<uint32_t>(item_size(formats.dtypes[k]));
     if (!formats.has(k)) continue;
@@ -120,12 +118,12 @@ StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
                    : plan.of4) |= only(k);
     if (is_shifted || bytes != 16) plan.not_of16 |= only(k);
     const uint32_t more = plan.sizes[k] * kThreadElements<T> == 32 ? kNextPiece : 0;
+    plan.places[0][k] = plan.stage_bytes;
+    plan.places[1][k] = plan.stage_bytes + more;
     // A float32 master is also found as the param: that place is among the usual ones, which are
     // read first.
-    for (const int found_as : {k, k == kMaster && formats.has_float32_master() ? kParam : k}) {
-      plan.places[0][found_as] = plan.stage_bytes;
-      plan.places[1][found_as] = plan.stage_bytes + more;
-    }
+    if (k == kMaster && formats.has_float32_master())
+      for (uint32_t (&places)[kMaxOperands] : plan.places) places[kParam] = places[kMaster];
     plan.stage_bytes += kNextPiece + more;
     // A misaligned piece of words begins within a word and ends within another, so it takes one
     // word more than its size: 4 bytes for each of a thread's two pieces. Only elements of 1 or 2
@@ -149,11 +147,27 @@ struct Tile {
   uint32_t at[2];
 };
 
+// What is known of a step when its kernel is compiled: that no state is codes, that some are, or
+// that it is the usual one of these (cuda/usual.h).
+struct PlainStep {
+  static constexpr bool kHasCodes = false, kIsUsual = false;
+};
+struct CodesStep {
+  static constexpr bool kHasCodes = true, kIsUsual = false;
+};
+struct UsualCodesStep {
+  static constexpr bool kHasCodes = true, kIsUsual = true;
+};
+
 // The copies of one thread, for its part of a chunk of a dense update. A thread has 8 bytes of an
 // operand that is codes; in its place in a stage, the scales of its two pieces come behind them.
-template <class Rule, class T, bool kHasCodes>
+template <class Rule, class T, class Step>
 class Stages {
   static constexpr uint32_t kCount = kThreadElements<T>;
+  static constexpr bool kHasCodes = Step::kHasCodes;
+  // Where there are codes, all lanes of a warp have pieces in a turn, or none has: they find the
+  // scales of groups together.
+  static constexpr uint32_t kUnit = kHasCodes ? kWarp : 1;
 
  public:
   FUSEDOPT_HD Stages(const StagePlan& plan, const ParamUpdate& update, const Chunk& chunk,
@@ -174,12 +188,19 @@ class Stages {
     const bool is_shifted = plan.shifted != 0;
     const uint32_t margin = is_shifted && chunk.end == update.numel ? 1 : 0;
     const auto n = static_cast<uint32_t>(chunk.end - chunk.begin);
-    const uint32_t unit = kHasCodes ? plan.unit_shift : 0;
-    end_ = n > margin ? (n - margin) / piece_elements() >> unit << unit : 0;
-    first_ = is_shifted && chunk.begin == 0 && end_ > 0 ? 1u << unit : 0;
+    end_ = n > margin ? (n - margin) / piece_elements() / kUnit * kUnit : 0;
+    first_ = is_shifted && chunk.begin == 0 && end_ > 0 ? kUnit : 0;
     start_ = first_ + chunk.slice.rank;
     threads_ = chunk.slice.size;
     stride_ = opaque(has_two() ? 2 * threads_ : threads_);
+  }
+
+  // A part of the plan, or what is known of the step. If it was not known before, the compiler
+  // cannot tell what it is: it would derive all tests from it at once, and hold the results in
+  // registers over a loop.
+  template <class V>
+  static FUSEDOPT_HD V asked_anew(V part) {
+    return Step::kIsUsual ? part : opaque(part);
   }
 
   FUSEDOPT_HD const StagePlan& plan() const { return plan_; }
@@ -188,10 +209,10 @@ class Stages {
 
   // The scale of the group that a piece is in, and how many lanes have a group together.
   FUSEDOPT_HD float* scale_of(int operand, uint32_t piece) const {
-    return scales_[operand - kFirstState] + (piece >> plan_.unit_shift);
+    return scales_[operand - kFirstState] + (piece >> plan_.group_shift);
   }
   FUSEDOPT_HD uint32_t thread() const { return thread_; }
-  FUSEDOPT_HD uint32_t lanes_of_group() const { return 1u << plan_.unit_shift; }
+  FUSEDOPT_HD uint32_t lanes_of_group() const { return 1u << plan_.group_shift; }
   FUSEDOPT_HD bool is_first_of_group() const { return (thread_ & (lanes_of_group() - 1)) == 0; }
 
   FUSEDOPT_HD bool has_two() const { return plan_.has_two != 0; }
@@ -255,11 +276,10 @@ class Stages {
 
  private:
   // Copies a piece of each of these operands. The copies are predicated and issued in one run,
-  // because a GPU has to wait before the first copy after a branch. opaque() makes the compiler
-  // test the set here, and not hold the results over the loop.
+  // because a GPU has to wait before the first copy after a branch.
   template <int kBytes>
   FUSEDOPT_HD void copy(uint32_t operands, uint32_t at, SharedPlace stage) const {
-    const uint32_t wanted = opaque(operands), offset = at * kBytes;
+    const uint32_t wanted = asked_anew(operands), offset = at * kBytes;
     const auto start = [&](auto k) __attribute__((always_inline)) {
       start_copy_if<kBytes>(wanted & only(k), stage + plan_.places[0][k], data_[k] + offset);
     };

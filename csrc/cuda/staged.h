@@ -14,7 +14,7 @@ namespace fusedopt::cuda {
 
 // `Memory` of core/element.h for the elements that a thread computes at a time. Results go from
 // registers to global memory and not through shared memory: nothing waits for a store.
-template <class Rule, class T, bool kMayHaveCodes>
+template <class Rule, class T, class Step>
 class Staged {
   static constexpr int kCount = kThreadElements<T>;
   using Bits = Pack<uint32_t, kCount>;
@@ -23,9 +23,10 @@ class Staged {
   using Values = Pack<T, kCount>;
   static constexpr bool kRoundsForNothing = true;
   static constexpr bool kSplitIsOneFormat = false;
-  static constexpr bool kHasCodes = kMayHaveCodes;
+  static constexpr bool kHasCodes = Step::kHasCodes;
+  static constexpr bool kLooksAtWeights = Step::kIsUsual;
 
-  FUSEDOPT_HD Staged(const Stages<Rule, T, kHasCodes>& stages, const Tile& tile, SharedPlace stage)
+  FUSEDOPT_HD Staged(const Stages<Rule, T, Step>& stages, const Tile& tile, SharedPlace stage)
       : stages_(stages), tile_(tile), stage_(stage) {
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
       // Read without asking whether the operand is there: this takes no branch, and the bytes of
@@ -34,16 +35,15 @@ class Staged {
     });
   }
 
-  // Read from the kernel's arguments anew whenever it is asked for. opaque() keeps the compiler
-  // from deriving all its tests at once and holding them in registers over the loop.
+  // Read from the kernel's arguments anew whenever it is asked for.
   FUSEDOPT_HD Formats formats() const {
     Words<2> words = stages_.plan().formats;
-    for (uint32_t& word : words.words) word = opaque(word);
+    for (uint32_t& word : words.words) word = stages_.asked_anew(word);
     return bit_cast<Formats>(words);
   }
   FUSEDOPT_HD DType one_format() const {
     if constexpr (kHasCodes) return DType::kAbsent;
-    return static_cast<DType>(opaque(stages_.plan().one_format));
+    return static_cast<DType>(stages_.asked_anew(stages_.plan().one_format));
   }
 
   template <class Storage, bool>
@@ -104,19 +104,19 @@ class Staged {
     write<kIsOneFormat>(operand, words);
   }
 
-  // 8 bits of each element; the upper bits of each word may be others.
-  FUSEDOPT_HD void load_bytes(int operand, Bits& to) const {
+  FUSEDOPT_HD void load_signed_bytes(int operand, Bits& to) const {
     const Bytes bytes = bytes_of(operand);
-    for (int j = 0; j < kCount; ++j) to[j] = bytes[j / 4] >> 8 * (j % 4);
+    for (int j = 0; j < kCount; ++j) to[j] = signed_byte_of(bytes[j / 4], j % 4);
   }
 
   // Not for double, whose pieces would be less than a word of bytes.
+  template <int kByte>
   FUSEDOPT_HD void store_bytes(int operand, const Bits& from) const {
     if constexpr (sizeof(T) == sizeof(float)) {
       Words<kCount / 4> words;
       for (int i = 0; i < kCount / 4; ++i)
         words.words[i] =
-            word_of_bytes(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]);
+            word_of_bytes<kByte>(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]);
       write<false>(operand, words);
     }
   }
@@ -125,40 +125,48 @@ class Staged {
   template <class Code>
   FUSEDOPT_HD void load_codes(int operand, Pack<float, kCount>& to) const {
     const Bytes bytes = bytes_of(operand);
-    const uint32_t scales[] = {bytes[2], stages_.has_two() ? bytes[3] : bytes[2]};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      Half<uint32_t> codes;
-      for (int j = 0; j < kCount / 2; ++j) codes[j] = bytes[half] >> 8 * j;
-      const auto values = Code::template value<Half<float>>(codes, as_float(scales[half]));
+      const uint32_t scale = half != 0 && stages_.has_two() ? bytes[3] : bytes[2];
+      const uint32_t magnitudes = bytes[half] & (0x01010101u * Code::kMagnitudes);
+      Half<float> places;
+      Half<uint32_t> signs;
+      for (int j = 0; j < kCount / 2; ++j) {
+        places[j] = float_from_pair(places_of_two(magnitudes, j / 2), j % 2 != 0);
+        signs[j] = bytes[half] << (24 - 8 * j);
+      }
+      const auto values = values_at<Code>(places, signs, as_float(scale));
       for (int j = 0; j < kCount / 2; ++j) to[half * kCount / 2 + j] = values[j];
     }
   }
 
   template <class Code>
   FUSEDOPT_HD void store_codes(int operand, const Pack<float, kCount>& from,
-                               const Pack<float, kCount>& shares) const {
+                               const Bits& fractions) const {
     const Half<float> values[] = {half_of(from, 0), half_of(from, 1)};
     float largest[] = {largest_magnitude<true>(values[0]), largest_magnitude<true>(values[1])};
-    const bool has_two = stages_.has_two();
-    const uint32_t lanes = stages_.lanes_of_group();
-    if (!has_two) largest[0] = larger_or_nan(largest[0], largest[1]);
-    float scales[2];
-    scales[0] = scale_of(largest_of_lanes(as_bits(largest[0]), lanes, stages_.thread()));
-    scales[1] = scales[0];
-    if (has_two)
-      scales[1] = scale_of(largest_of_lanes(as_bits(largest[1]), lanes, stages_.thread()));
+    if (!stages_.has_two()) largest[0] = larger_or_nan(largest[0], largest[1]);
+    float scale = 0, units = 0;
     Words<kCount / 4> words;
-    DeviceRoots math;
+    BranchFree<> math;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float scale = scales[half];
-      const auto codes = encoded<Code>(values[half], scale, half_of(shares, half), math);
-      const uint32_t word = word_of_bytes(codes[0], codes[1], codes[2], codes[3]);
+      if (half == 0 || stages_.has_two()) {
+        scale = scale_of(
+            largest_of_lanes(as_bits(largest[half]), stages_.lanes_of_group(), stages_.thread()));
+        units = units_in<Code>(scale, math);
+        if (stages_.is_first_of_group())
+          store_item(stages_.scale_of(operand, tile_.at[half]), scale);
+      }
+      const auto codes = encoded<Code>(values[half], units, half_of(fractions, half));
+      const uint32_t word = word_of_bytes<3>(codes[0], codes[1], codes[2], codes[3]);
       words.words[half] = scale > 0 ? word : 0;
-      if (stages_.is_first_of_group()) store_item(stages_.scale_of(operand, tile_.at[half]), scale);
     }
     write<false>(operand, words);
+  }
+
+  FUSEDOPT_HD bool are_ordinary(const Pack<float, kCount>& weights) const {
+    return largest_magnitude<true>(weights) <= as_float(kLargestOrdinary);
   }
 
   // Chunks and pieces start at even elements, so a piece has both elements of each pair that shares
@@ -218,9 +226,9 @@ class Staged {
     constexpr uint32_t kHalf = kWords / 2, kHalfBytes = 4 * kHalf;
     char* const data = stages_.data(operand);
     if constexpr (kWords <= 4)
-      if (kIsPlain || (opaque(stages_.plan().whole) & only(operand)) != 0)
+      if (kIsPlain || (stages_.asked_anew(stages_.plan().whole) & only(operand)) != 0)
         return fusedopt::cuda::store_words(data + tile_.at[0] * (4 * kWords), words);
-    if (kIsPlain || (opaque(stages_.plan().shifted) & only(operand)) == 0) {
+    if (kIsPlain || (stages_.asked_anew(stages_.plan().shifted) & only(operand)) == 0) {
       fusedopt::cuda::store_words(data + tile_.at[0] * kHalfBytes, half_of(words, 0));
       fusedopt::cuda::store_words(data + tile_.at[1] * kHalfBytes, half_of(words, kHalf));
       return;
@@ -258,7 +266,7 @@ class Staged {
     }
   }
 
-  const Stages<Rule, T, kHasCodes>& stages_;
+  const Stages<Rule, T, Step>& stages_;
   const Tile& tile_;
   const SharedPlace stage_;
   Bytes bytes_[kMaxOperands];

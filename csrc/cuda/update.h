@@ -16,6 +16,7 @@
 #include "cuda/stage.h"
 #include "cuda/staged.h"
 #include "cuda/tuning.h"
+#include "cuda/usual.h"
 
 namespace fusedopt::cuda {
 
@@ -49,8 +50,8 @@ class ChunkUpdate {
   // A software pipeline over kStages stages of shared memory. kStages - 1 tiles are copied in
   // advance; each turn then starts one more copy, waits for the oldest, and computes. The copy of a
   // turn goes to the stage that the turn before has read.
-  template <bool kHasCodes>
-  FUSEDOPT_HD void run_dense(const Stages<Rule, T, kHasCodes>& stages) const {
+  template <class Step>
+  FUSEDOPT_HD void run_dense(const Stages<Rule, T, Step>& stages) const {
     const uint32_t stride = stages.stride(), end = stages.end(), piece = stages.piece_elements();
     uint32_t next = stages.start();  // to be copied
     const auto copy_next = [&](SharedPlace stage) __attribute__((always_inline)) {
@@ -71,9 +72,9 @@ class ChunkUpdate {
       stage = stages.after(stage);
       stages.align(stage);
       const Tile tile = stages.tile(at);
-      const Staged<Rule, T, kHasCodes> staged(stages, tile, stage);
-      if constexpr (kHasCodes) {
-        update_exactly(staged);
+      const Staged<Rule, T, Step> staged(stages, tile, stage);
+      if constexpr (Step::kHasCodes) {
+        update_exactly(staged, variant<Step>());
       } else {
         Math math;
         if (update_elements(staged, math)) continue;
@@ -89,7 +90,7 @@ class ChunkUpdate {
     // What fills no piece, about one piece at either end of the chunk.
     const uint32_t head = stages.first() * piece, staged_elements = end * piece - head;
     const uint32_t left = static_cast<uint32_t>(chunk_.end - chunk_.begin) - staged_elements;
-    if constexpr (kHasCodes) {
+    if constexpr (Step::kHasCodes) {
       run_groups(chunk_.begin, chunk_.begin + head);
       run_groups(chunk_.begin + head + staged_elements, chunk_.end);
     } else {
@@ -145,13 +146,23 @@ class ChunkUpdate {
   // the compiler's own: steps in float64 are rare enough for these to be slow.
   using Math = std::conditional_t<sizeof(T) == sizeof(float), BranchFree<>, Ieee>;
 
+  // opaque() keeps the tests of the variant from being held over the loop.
+  template <class Step>
+  FUSEDOPT_HD typename Rule::Variant variant() const {
+    const auto found = Rule::Variant::of(opaque(variant_));
+    if constexpr (Step::kIsUsual)
+      return UsualCodes<Rule>::known(found);
+    else
+      return found;
+  }
+
   // Computes all elements of `memory`. Returns false, and has stored nothing, if `math` was not
-  // exact for one of them. opaque() keeps the tests of the variant from being held over the loop.
+  // exact for one of them.
   template <class Memory, class AnyMath>
   FUSEDOPT_HD bool update_elements(const Memory& memory, AnyMath& math) const {
     Elements<Rule, T, typename Memory::Values, Memory> elements(memory);
     elements.load();
-    elements.apply(Rule::Variant::of(opaque(variant_)), scalars_.rule, math);
+    elements.apply(variant<PlainStep>(), scalars_.rule, math);
     if (!math.is_exact()) return false;
     elements.finish(scalars_.common);
     return true;
@@ -159,15 +170,15 @@ class ChunkUpdate {
 
   // The same for elements whose scales other threads need: all of them get to their ends.
   template <class Memory>
-  FUSEDOPT_HD void update_exactly(const Memory& memory) const {
+  FUSEDOPT_HD void update_exactly(const Memory& memory, typename Rule::Variant variant) const {
     Elements<Rule, T, typename Memory::Values, Memory> elements(memory);
-    BranchFreeOrExact<Ieee> math;
-#pragma unroll 1
-    for (;;) {
+    BranchFreeForCodes math;
+    elements.load();
+    elements.apply(variant, scalars_.rule, math);
+    if (!math.is_exact()) {  // rare
+      IeeeForCodes ieee;
       elements.load();
-      elements.apply(Rule::Variant::of(opaque(variant_)), scalars_.rule, math);
-      if (math.is_exact()) break;
-      math.be_exact();
+      elements.apply(variant, scalars_.rule, ieee);
     }
     elements.finish(scalars_.common);
   }
@@ -189,8 +200,8 @@ class ChunkUpdate {
 // All that thread number `thread` of block number `block` does. same_for_warp() tells the compiler
 // which numbers are equal in all threads of a warp: they are then kept in uniform registers, once
 // for the warp, and what branches on them does not diverge.
-// States that are codes have a kernel of their own, since the others would pay for it in registers.
-template <class Rule, class T, bool kHasCodes>
+// States that are codes have kernels of their own, since the others would pay for it in registers.
+template <class Rule, class T, class Step>
 FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, SharedPlace shared,
                                uint32_t block, uint32_t thread) {
   if (arguments.skip != nullptr && *arguments.skip > 0) return;
@@ -210,21 +221,24 @@ FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, Shared
   const StepScalars<Rule, T> scalars =
       same_for_warp(arguments.scalars != nullptr ? arguments.scalars[update.scalars]
                                                  : arguments.few[update.scalars]);
-  const ChunkUpdate<Rule, T> chunk_update(arguments, chunk, scalars,
-                                          same_for_warp(uint32_t{update.variant}));
+  const uint32_t variant = same_for_warp(uint32_t{update.variant});
+  const ChunkUpdate<Rule, T> chunk_update(arguments, chunk, scalars, variant);
   const bool is_dense = update.layout == kDense;
   // Pieces of doubles are too small for bytes.
-  if constexpr (kHasCodes && sizeof(T) == sizeof(double)) {
+  if constexpr (Step::kIsUsual) {
+    const StagePlan plan = plan_stages<T>(UsualCodes<Rule>::formats(), 0);
+    chunk_update.run_dense(Stages<Rule, T, Step>(plan, update, chunk, thread, shared));
+  } else if constexpr (Step::kHasCodes) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (is_dense)
+        return chunk_update.run_dense(
+            Stages<Rule, T, Step>(arguments.plan, update, chunk, thread, shared));
+    }
     chunk_update.run_groups(chunk.begin, chunk.end);
-  } else if constexpr (kHasCodes) {
-    if (is_dense)
-      chunk_update.run_dense(Stages<Rule, T, true>(arguments.plan, update, chunk, thread, shared));
-    else
-      chunk_update.run_groups(chunk.begin, chunk.end);
   } else {
     const bool has_pieces = sizeof(T) == sizeof(float) || !update.formats.has_split8_master();
     if (is_dense && has_pieces)
-      chunk_update.run_dense(Stages<Rule, T, false>(arguments.plan, update, chunk, thread, shared));
+      chunk_update.run_dense(Stages<Rule, T, Step>(arguments.plan, update, chunk, thread, shared));
     else
       chunk_update.run_strided();
   }

@@ -111,7 +111,7 @@ __attribute__((noinline)) void update_elements(const Problem& problem,
     if (master_of(problem.dtypes[kMaster]) == Master::kSplit8) {
       const auto whole = static_cast<float>(weight);
       const bool is_drawn = (problem.stochastic >> kMaster & 1) != 0;
-      const uint32_t draw = draw_for(kMaster, mixed(own)) & 0xffu;
+      const uint32_t draw = draw_for_weight(mixed(own));
       weight = static_cast<T>(is_drawn ? round_to_24_bits(whole, draw) : nearest_of_24_bits(whole));
     }
     element.set_weight(weight);

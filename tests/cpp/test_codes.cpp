@@ -1,5 +1,4 @@
-// Codes of 8 bits: each is what its definition says, for every magnitude and draw, however rough
-// the roots that say where to look.
+// Codes of 8 bits: each is what its definition says, for every magnitude and draw.
 
 #include <algorithm>
 #include <cmath>
@@ -18,105 +17,133 @@ using namespace fusedopt;
 
 namespace {
 
-// Approximations that are off.
-struct Rough {
-  float error;
-  float about_root(float x) const { return std::sqrt(x) * (1 + error); }
-  float about_fourth_root(float x) const { return std::sqrt(std::sqrt(x)) * (1 + error); }
-  float about_reciprocal(float x) const { return 1 / x * (1 + error); }
+template <class Code>
+constexpr bool kIsSigned = std::is_same_v<Code, SignedCode>;
+
+// In the binade that begins at 2^33 2^binade, so many codes, after so many of those below.
+struct Binade {
+  int codes, below;
 };
+Binade binade_of(int binade) {
+  if (binade < 4) return {8, 8 * binade};
+  if (binade < 6) return {16, 32 + 16 * (binade - 4)};
+  return {32, 64 + 32 * (binade - 6)};
+}
 
-// By counting thresholds.
+// The value of a code, over its scale.
 template <class Code>
-uint32_t code_by_definition(float value, float scale, float share) {
-  constexpr bool kIsSigned = std::is_same_v<Code, SignedCode>;
-  const float magnitude = std::fabs(value), unit = scale * Code::kUnit;
-  if (!kIsSigned && magnitude == 0) return 0;
-  int code = kIsSigned ? 0 : 4;
-  for (; code < Code::kMost; ++code) {
-    const auto c = static_cast<float>(code);
-    const double exact = kIsSigned ? 2.0 * c + 1 : ((4.0 * c + 6) * c + 4) * c + 1;
-    const float gap = static_cast<float>(exact);
-    const float threshold = std::fma(share, gap, Code::power(c));
-    if (!(magnitude > threshold * unit)) break;
-  }
-  return kIsSigned && value < 0 ? static_cast<uint8_t>(-code) : static_cast<uint32_t>(code);
+double level(uint32_t code) {
+  const int number = static_cast<int>(kIsSigned<Code> ? code & 0x7f : code);
+  int binade = 0;
+  while (binade_of(binade + 1).below <= number) ++binade;
+  const auto [codes, below] = binade_of(binade);
+  const double place = std::ldexp(1 + static_cast<double>(number - below) / codes, 33 + binade);
+  const double magnitude = (place - 0x1p33) / static_cast<double>(Code::kRange);
+  return kIsSigned<Code> && (code & 0x80) != 0 ? -magnitude : magnitude;
 }
 
 template <class Code>
-uint32_t code_of(float value, float scale, float share, float error = 0) {
-  Rough math = {error};
-  return encoded<Code>(value, scale, share, math) & 0xffu;
+uint32_t code_by_definition(float value, float scale, uint32_t fraction) {
+  const float units = Code::kRange / scale, magnitude = std::fabs(value);
+  const float place =
+      kIsSigned<Code> ? magnitude * units + 0x1p33f : std::fma(magnitude, units, 0x1p33f);
+  int exponent;
+  const double part = std::frexp(static_cast<double>(place), &exponent);
+  const auto [codes, below] = binade_of(exponent - 34);
+  const double position = below + codes * (2 * part - 1);
+  auto code = static_cast<uint32_t>(position + std::ldexp(fraction, -24));
+  CHECK(code <= (kIsSigned<Code> ? 127 : 255));
+  if (!kIsSigned<Code> && value > 0) code = std::max(code, 1u);
+  return kIsSigned<Code> && std::signbit(value) ? code | 0x80u : code;
 }
 
 template <class Code>
-void check_value(float value, float scale, uint32_t draw) {
-  for (const bool is_drawn : {false, true}) {
-    const float share = threshold_shares<float>(draw, is_drawn);
-    CHECK(is_drawn ? share == (static_cast<float>(draw & 0xffffu) + 0.5f) / 65536 : share == 0.5f);
-    const uint32_t expected = code_by_definition<Code>(value, scale, share);
-    for (const float error : {0.0f, 1e-6f, 6e-4f, -6e-4f})
-      CHECK(code_of<Code>(value, scale, share, error) == expected);
-  }
+uint32_t code_of(float value, float scale, uint32_t fraction = kHalf) {
+  Ieee math;
+  return encoded<Code>(value, units_in<Code>(scale, math), fraction) >> 24;
 }
+
+template <class Code>
+float value_of(uint32_t code, float scale) {
+  return decoded<Code, float>(code, scale);
+}
+
+template <class Code>
+void check_value(float value, float scale, uint32_t fraction) {
+  for (const uint32_t each : {fraction, kHalf})
+    CHECK(code_of<Code>(value, scale, each) == code_by_definition<Code>(value, scale, each));
+}
+
+constexpr uint32_t kLastFraction = 0xffffff;
 
 template <class Code>
 void test_definition() {
   std::mt19937 random(1);
   std::uniform_real_distribution<float> exponent(-40, 0);
-  for (const float scale : {1.0f, 0.3f, 7e-5f, 0x1p-88f, 3e38f, 0x1p-30f})
+  for (const float scale : {1.0f, 0.3f, 7e-5f, 0x1p-80f, 3e38f, 0x1p-30f})
     for (int i = 0; i < 20000; ++i) {
       const float value = scale * (i % 2 == 0 ? std::exp2(exponent(random))
                                               : static_cast<float>(random()) * 0x1p-32f);
-      check_value<Code>(std::is_same_v<Code, SignedCode> && i % 3 == 0 ? -value : value, scale,
-                        static_cast<uint32_t>(random()));
+      check_value<Code>(kIsSigned<Code> && i % 3 == 0 ? -value : value, scale,
+                        static_cast<uint32_t>(random()) & kLastFraction);
     }
   // At and beside what a code stands for, and at both ends of the draws.
-  for (const float scale : {1.0f, 0.3f, 5e-19f})
-    for (uint32_t code = 0; code <= static_cast<uint32_t>(Code::kMost); ++code) {
-      const float value = Code::template value<float>(code, scale);
+  for (const float scale : {1.0f, 0.3f, 5e-19f, 3e38f})
+    for (uint32_t code = 0; code <= (kIsSigned<Code> ? 127 : 255); ++code) {
+      const float value = value_of<Code>(code, scale);
+      CHECK(std::fabs(value - scale * level<Code>(code)) <= 3e-7 * value);
       for (const float near : {value, std::nextafter(value, 0.0f), std::nextafter(value, scale)})
         if (near <= scale)
-          for (const uint32_t draw : {0u, 1u, 0x8000u, 0xfffeu, 0xffffu})
-            check_value<Code>(near, scale, draw);
+          for (const uint32_t fraction : {0u, 1u, kHalf, kLastFraction - 1, kLastFraction})
+            check_value<Code>(near, scale, fraction);
     }
+  // The largest of a group has the last code, with all scales.
+  for (int i = 0; i < 200000; ++i) {
+    const float scale = as_float(0x17800000u + random() % 0x68000000u);
+    CHECK(code_of<Code>(scale, scale) == (kIsSigned<Code> ? 127 : 255));
+    CHECK(code_of<Code>(scale, scale, kLastFraction) == (kIsSigned<Code> ? 127 : 255));
+  }
 }
 
-// To nearest, a code that may be found stays what it is; 0 is exact, and nothing above 0 becomes 0.
+// To nearest, a code stays what it is; 0 is exact, and nothing above 0 becomes 0.
 template <class Code>
 void test_values() {
-  for (const float scale : {1.0f, 0.3f, 5e-19f, 0x1p-88f})
+  for (const float scale : {1.0f, 0.3f, 5e-19f, 0x1p-80f})
     for (uint32_t code = 0; code < 256; ++code) {
-      if (std::is_same_v<Code, SignedCode> && code == 128) continue;  // is no code
-      const float value = Code::template value<float>(code, scale);
-      CHECK((value == 0) == (code == 0));
+      const float value = value_of<Code>(code, scale);
+      CHECK((value == 0) == (code == 0 || (kIsSigned<Code> && code == 0x80)));
       CHECK(value == 0 || std::isnormal(value));
-      const auto least = static_cast<uint32_t>(Code::kLeast);
-      const uint32_t expected = code == 0 ? 0 : std::max(code, least);
-      CHECK(code_of<Code>(value, scale, 0.5f) == expected);
+      CHECK(code_of<Code>(value, scale) == code);
     }
-  CHECK((Code::template value<float>(0u, __builtin_nanf(""))) !=
-        (Code::template value<float>(0u, __builtin_nanf(""))));
+  for (const float tiny : {0x1p-149f, 0x1p-126f, 1e-30f})
+    for (const uint32_t fraction : {0u, kHalf}) {
+      CHECK(code_of<Code>(tiny, 1.0f, fraction) == (kIsSigned<Code> ? 0 : 1));
+      CHECK(code_of<Code>(0.0f, 1.0f, kLastFraction) == 0);
+    }
+  if (kIsSigned<Code>) CHECK(code_of<Code>(-0.0f, 1.0f, kLastFraction) == 0x80);
+  for (const float scale : {as_float(0x7f7fffffu), as_float(0x7f7ffffcu), 1.0f, 0x1.fffffep-80f})
+    CHECK(value_of<Code>(kIsSigned<Code> ? 127 : 255, scale) <= scale);
+  CHECK(std::isnan(value_of<Code>(0, __builtin_nanf(""))));
+  CHECK(value_of<Code>(0, 0) == 0);
 }
 
 // The mean over all draws is the value.
 template <class Code>
 void test_mean() {
+  constexpr uint32_t kApart = 1u << 8;
   for (float value = 0.99f; value > 0x1p-20f; value *= 0.93f) {
-    if (std::is_same_v<Code, PositiveCode> && value < Code::template value<float>(5u, 1.0f)) break;
+    if (!kIsSigned<Code> && value < value_of<Code>(1, 1.0f)) break;
     double sum = 0;
     uint32_t lowest = 255, highest = 0;
-    for (uint32_t draw = 0; draw < 65536; ++draw) {
-      const float share = threshold_shares<float>(draw, true);
-      const uint32_t code = code_of<Code>(value, 1.0f, share);
+    for (uint32_t fraction = kApart / 2; fraction <= kLastFraction; fraction += kApart) {
+      const uint32_t code = code_of<Code>(value, 1.0f, fraction);
       lowest = std::min(lowest, code);
       highest = std::max(highest, code);
-      sum += Code::template value<float>(code, 1.0f);
+      sum += value_of<Code>(code, 1.0f);
     }
     CHECK(highest - lowest <= 1);
-    const float gap =
-        Code::template value<float>(lowest + 1, 1.0f) - Code::template value<float>(lowest, 1.0f);
-    CHECK(std::fabs(sum / 65536 - value) <= gap / 65536 + value * 1e-6);  // there are no more draws
+    const float gap = value_of<Code>(lowest + 1, 1.0f) - value_of<Code>(lowest, 1.0f);
+    CHECK(std::fabs(sum / 65536 - value) <= gap / 65536 + value * 1e-6);
   }
 }
 
@@ -179,7 +206,7 @@ class Simulation {
           largest[s] = larger(largest[s], as_bits(std::fabs(moments_[s][i])));
         const uint32_t own = own_draw(key, static_cast<uint64_t>(i));
         for (int s = 0; s < 2; ++s)
-          draws[s][i - group] = draw_for(kFirstState + s, own) ^ as_bits(moments_[s][i]);
+          draws[s][i - group] = draw_for_code(kFirstState + s, own, as_bits(moments_[s][i]));
       }
       encode<SignedCode>(group, scale_of(largest[0]), moments_[0], draws_ ? draws[0] : nullptr);
       encode<PositiveCode>(group, scale_of(largest[1]), moments_[1], draws_ ? draws[1] : nullptr);
@@ -200,10 +227,9 @@ class Simulation {
   template <class Code>
   static void encode(int group, float scale, float* moments, const uint32_t* draws) {
     for (int i = 0; i < kGroup; ++i) {
-      const float share = draws != nullptr ? threshold_shares<float>(draws[i], true) : 0.5f;
       float& moment = moments[group + i];
-      const uint32_t code = code_of<Code>(moment, scale, share);
-      moment = Code::template value<float>(code, scale);
+      moment =
+          value_of<Code>(code_of<Code>(moment, scale, draws != nullptr ? draws[i] : kHalf), scale);
     }
   }
 
@@ -224,7 +250,7 @@ void test_accuracy() {
   const Simulation::Found steady = usual.run(), fallen = usual.run(0.1);
   print("steady", steady);
   print("after a fall", fallen);
-  CHECK(steady.error < 0.07 && fallen.error < 0.07);
+  CHECK(steady.error < 0.06 && fallen.error < 0.06);
   CHECK(std::fabs(fallen.root - 1) < 0.01);
   // The grads of every second element fall. To nearest their second moments would stand still.
   for (const bool draws : {true, false}) {
@@ -238,13 +264,13 @@ void test_accuracy() {
   const Simulation::Found wide = Simulation(1.0, true).run(), wider = Simulation(1.5, true).run();
   print("spread 1.0", wide);
   print("spread 1.5", wider);
-  CHECK(wide.error < 0.12 && wider.error < 0.22 && wider.largest < 3);
+  CHECK(wide.error < 0.12 && wider.error < 0.3 && wider.largest < 3);
 }
 
 void test_scales() {
   CHECK(scale_of(0) == 0);
   CHECK(scale_of(as_bits(0.7f)) == 0.7f);
-  CHECK(scale_of(as_bits(1e-30f)) == 0x1p-88f);
+  CHECK(scale_of(as_bits(1e-30f)) == 0x1p-80f);
   for (const uint32_t bits : {0x7f800000u, 0x7f800001u, 0x7fffffffu})
     CHECK(scale_of(bits) != scale_of(bits));
   CHECK(num_groups(0) == 0 && num_groups(1) == 1 && num_groups(64) == 1 && num_groups(65) == 2);

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fusedopt
 from support.codes import SHAPES, coded_names, each_coded_case, few_coded_cases, of_q8
 from support.optimizers import Case
 from support.pairs import in_pairs
@@ -103,6 +104,48 @@ def test_formats(
 @on_both_drivers
 def test_misaligned(side: Side, case: Case, dtypes: Any, who: str) -> Results:
     return train(side, case, dtypes, [*SHAPES, *MORE_SHAPES], who)
+
+
+USUAL = {
+    "decay": {"weight_decay": 0.1},
+    "no-decay": {"weight_decay": 0.0},
+    "l2": {"optimizer": "Adam", "weight_decay": 0.1},
+    "amsgrad": {"amsgrad": True},
+    "no-beta1": {"betas": (0.0, 0.99)},
+    "nearest": {"stochastic_rounding": False},
+    "maximize-clip": {"maximize": True, "max_grad_norm": 0.5},
+    "ema": {"ema_decay": 0.9},
+}
+
+
+@pytest.mark.parametrize("who", ["nobody", "param", "grad", "codes"])
+@pytest.mark.parametrize("options", **by_id(USUAL))
+@on_both_drivers
+def test_five_bytes_for_a_weight(side: Side, options: Any, who: str) -> Results:
+    """What has a kernel of its own, and what is near to it and has not."""
+    options = {"lr": 0.1, **options}
+    case = Case(options.pop("optimizer", "AdamW"), options)
+    shapes = [*SHAPES, *MORE_SHAPES]
+    return train(side, case, (BFLOAT16, BFLOAT16), shapes, who, master_weights="split8")
+
+
+@on_both_drivers
+def test_weights_about_to_become_infinite(side: Side) -> Results:
+    """Rounding to 24 bits and to bfloat16 must not make a finite one infinite."""
+    params = draw([(64, 128), (8, 1024)], side.device, BFLOAT16)
+    largest = torch.finfo(BFLOAT16).max
+    for param in params:
+        param.data.copy_(torch.where(param > 0, largest, -largest))
+        param.data[::3] = 1.0
+        param.data[1, :5] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0])
+    optimizer = fusedopt.AdamW(
+        params, lr=2.0**119, weight_decay=0, state_dtype="q8", master_weights="split8"
+    )
+    for step in range(4):
+        set_grads(params, step)
+        optimizer.step()
+    assert params[0].isfinite().any()
+    return record(optimizer)
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e-39])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fusedopt
-from fusedopt import _C
+from fusedopt import _C, _codes
 from fusedopt.compat import float32_states
 from support.codes import (
     CODED_SHAPES,
@@ -198,13 +198,32 @@ def test_zeros_are_exact_and_small_squares_stay() -> None:
     entries = optimizer.state[param]
     codes = entries["exp_avg_sq_q8"].cpu()
     assert codes[1, 0] == 255
-    assert codes[1, 1] == 4  # 1e-30 of the largest
+    assert codes[1, 1] == 1  # 1e-30 of the largest
     assert (codes[1, 2:] == 0).all()
     assert (codes[[0, 2]] == 0).all()
     assert entries["exp_avg_sq_scale"][0] == 0
     assert (entries["exp_avg_q8"][0] == 0).all()
     assert entries["exp_avg_scale"][0] == 0
     assert (param[0] == 0).all()
+
+
+def test_conversions_to_and_fro_stay() -> None:
+    """The nearest codes of what codes stand for are these, and the largest of a group stays. What
+    is never negative in a step may be so in what is loaded: it counts as 0."""
+    scales = torch.ones(40, 2)
+    for dtype in (torch.int8, torch.uint8):
+        codes = torch.arange(128).repeat(40, 1).to(dtype)
+        codes[1::2, :64] += 64
+        codes[:, [0, 64]] = torch.tensor(127, dtype=dtype) if dtype == torch.int8 else 255
+        for _ in range(10):
+            found, scales_found = _codes.encode(_codes.decode(codes, scales), dtype, (40, 2))
+            assert torch.equal(found, codes)
+            torch.testing.assert_close(scales_found, scales, rtol=2e-7, atol=0)
+    below = torch.full((64, 64), -0.0)
+    below[0, 0], below[0, 1] = 1.0, -0.5
+    codes, _ = _codes.encode(below, torch.uint8, (64, 1))
+    assert codes[0, 0] == 255
+    assert int(codes.count_nonzero()) == 1
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
@@ -631,9 +650,9 @@ def root_over_true(found: Any) -> float:
 
 # Spread of grads in a group, what falls; the largest error and how far sqrt(v) may be off.
 ACCURACY = [
-    (0.5, "none", None, 0.07, 0.02),
-    (0.5, "all", None, 0.07, 0.02),
-    (0.5, "half", None, 0.08, 0.03),
+    (0.5, "none", None, 0.06, 0.02),
+    (0.5, "all", None, 0.06, 0.02),
+    (0.5, "half", None, 0.07, 0.03),
     (1.0, "none", None, 0.12, 0.03),
     (0.5, "none", False, 0.06, 0.02),
     (0.5, "all", False, 0.06, 0.02),
@@ -662,7 +681,7 @@ def test_accuracy(
 def test_no_update_is_far_too_large(rounding: bool | None, seed: int) -> None:
     # Of other formats it is thousands of times the largest: where second moments become 0.
     found = found_by_simulation(1.5, "none", seed, state_dtype="q8", stochastic_rounding=rounding)
-    assert found.error < (0.17 if rounding is False else 0.23)
+    assert found.error < 0.3
     assert found.largest < 3
 
 

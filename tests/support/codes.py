@@ -48,12 +48,27 @@ def have_codes(states: dict[Any, Any]) -> bool:
     return any(coded_names(entries) for entries in states.values())
 
 
+def _magnitudes() -> Any:
+    """How far the places of codes are from the first one, which is 2: 8 codes in each of the first
+    four binades, 16 in the next two, 32 in all others."""
+    places = [2.0]
+    for binade, codes in enumerate([8] * 4 + [16] * 2 + [32] * 6):
+        places += [2.0 ** (binade + 1) * (1 + j / codes) for j in range(1, codes + 1)]
+    return np.array(places[:256]) - 2
+
+
+MAGNITUDES = _magnitudes()
+# Of the last places, less 2^-22 of that.
+RANGE = {torch.int8: 502 - 2.0**-13, torch.uint8: 8062 - 2.0**-9}
+
+
 def levels(codes: Tensor) -> Any:
-    """What the codes stand for, over their scale."""
-    number = codes.cpu().numpy().astype(np.float64)
-    if codes.dtype == torch.int8:
-        return np.sign(number) * (number / 127) ** 2
-    return (number / 255) ** 4
+    """What the codes stand for, over their scale. Those with a sign have it in the upper bit."""
+    byte = codes.cpu().numpy().astype(np.int64) & 0xFF
+    is_signed = codes.dtype == torch.int8
+    number = byte & 0x7F if is_signed else byte
+    sign = np.where(is_signed & (byte >= 0x80), -1.0, 1.0)
+    return sign * MAGNITUDES[number] / RANGE[codes.dtype]
 
 
 def spread(scales: Tensor, like: Tensor) -> Any:
@@ -91,20 +106,14 @@ def assert_codes_of(entries: Any, name: str, values: Any, units: float) -> None:
         share = np.nan_to_num(np.abs(values) / spread(scales, codes))
     is_signed = codes.dtype == torch.int8
     # Between two codes it counts how near to their values one is.
-    most, power = (127, 2) if is_signed else (255, 4)
-    below = np.floor(most * share ** (1 / power))
-    low, high = (below / most) ** power, ((below + 1) / most) ** power
-    ideal = below + (share - low) / (high - low)
-    number = codes.cpu().numpy().astype(np.float64)
-    assert (np.abs(np.abs(number) - ideal) <= units + 1e-3).all() or (
-        not is_signed and _but_for_small_ones(np.abs(number), ideal, units)
-    ), name
+    table = MAGNITUDES[: 128 if is_signed else 256] / RANGE[codes.dtype]
+    ideal = np.interp(share, table, np.arange(len(table)))
+    byte = codes.cpu().numpy().astype(np.int64) & 0xFF
+    number = byte & 0x7F if is_signed else byte
+    is_near = np.abs(number - ideal) <= units + 1e-3
     if is_signed:
-        assert (np.sign(number) * np.sign(values) >= 0).all()
-    else:
+        assert is_near.all(), name
+        assert ((byte >= 0x80) == (values < 0))[number > 0].all()
+    else:  # what is above 0 has code 1 at least
+        assert (is_near | ((number == 1) & (ideal < 1))).all(), name
         assert ((number > 0) == (values > 0)).all()
-
-
-def _but_for_small_ones(number: Any, ideal: Any, units: float) -> bool:
-    """What is above 0 has code 4 at least."""
-    return bool(((np.abs(number - ideal) <= units + 1e-3) | ((number == 4) & (ideal < 4))).all())

@@ -43,33 +43,38 @@ PACK = r"\bF2FP\.BF16\b"
 UPPER_HALF = r"\b0xffff0000\b"  # one of two numbers in bfloat16, or one that is rounded
 FMA = r"\bFFMA\b"
 DRAW = r"\b0x846ca68b\b|-0x7b935975\b"  # a factor of the hash
-ABOUT_ROOT = r"\bMUFU\.SQRT\b"  # that says where to look for a code
+ENCODED = r"\b0x70000000\b"  # in a line from places to codes
+DECODED = r"\b0x52005200\b"  # and in one from codes to places
 SHUFFLE = r"\bSHFL\b"
+SIGNED_BYTE = r"\bPRMT\b.*\b0x(?:9914|aa24|bb34)\b"  # with copies of its upper bit
 # Halves, views at odd places, elements that are done again: nothing of the settings below.
 RARE_IN_CODES = r"\bLDG\b|\bF2FP\.F16\b|\bHADD2\b|\bSTG\.E\.U(?:8|16)\b"
 RARE = RARE_IN_CODES + r"|\bSTG\.E desc|\bSTG\.E \["
 ADAMW = {FMA: 14 * ELEMENTS}
 WHOLE = ADAMW | {HALF_COPY: 0, HALF_STORE: 0}
+Q8 = {COPY: 2, HALF_COPY: 3, WIDE_STORE: 1, HALF_STORE: 3, SHUFFLE: 6,
+      ENCODED: 2 * ELEMENTS, DECODED: ELEMENTS, SIGNED_BYTE: 6}  # fmt: skip
 SETTINGS = {
     "fp32": WHOLE | {COPY: 8, WIDE_STORE: 6, PACK: 0, UPPER_HALF: 0, DRAW: 0},
     "bf16": WHOLE | {COPY: 4, WIDE_STORE: 3, PACK: 12, UPPER_HALF: 16, DRAW: 0},
     "bf16, stochastic": WHOLE | {COPY: 4, WIDE_STORE: 3, PACK: 12, UPPER_HALF: 24, DRAW: 4},
     "split, bf16 states": WHOLE | {COPY: 5, WIDE_STORE: 4, PACK: 8, UPPER_HALF: 24, DRAW: 0},
     "split8, bf16 states, stochastic": ADAMW
-    | {COPY: 4, HALF_COPY: 1, WIDE_STORE: 3, HALF_STORE: 1, PACK: 4, UPPER_HALF: 24, DRAW: 4},
+    | {COPY: 4, HALF_COPY: 1, WIDE_STORE: 3, HALF_STORE: 1, PACK: 4, UPPER_HALF: 24, DRAW: 4,
+       SIGNED_BYTE: 6},
     "fp32 masters": ADAMW
     | {COPY: 6, HALF_COPY: 2, WIDE_STORE: 6, HALF_STORE: 2, PACK: 4, UPPER_HALF: 4, DRAW: 0},
     "fp32, bf16 states": ADAMW
     | {COPY: 4, HALF_COPY: 4, WIDE_STORE: 2, HALF_STORE: 4, PACK: 8, UPPER_HALF: 8, DRAW: 0},
-    # A root for a first moment and two for a second; eight lanes find the largest of a group.
-    "split8, q8 states, stochastic": ADAMW
-    | {COPY: 2, HALF_COPY: 3, WIDE_STORE: 1, HALF_STORE: 3, DRAW: 4, ABOUT_ROOT: 3 * ELEMENTS,
-       SHUFFLE: 6},
+    # Eight lanes find the largest of a group. Places are found for two elements at a time.
+    "split8, q8 states": ADAMW | Q8 | {DRAW: 0},
+    "split8, q8 states, stochastic": ADAMW | Q8 | {DRAW: 4},
 }  # fmt: skip
 
 
 def kernel_of(setting: str) -> str:
-    return f"{'codes' if 'q8' in setting else 'update'} Adam float32"
+    kind = "codes" if "q8" in setting else "update"
+    return f"{'usual_codes' if kind == 'codes' and 'stochastic' in setting else kind} Adam float32"
 
 
 # What the norm's loops do at a time.
@@ -85,6 +90,7 @@ STAGED_BYTES = {
     "split8, bf16 states, stochastic": 5 * 16,
     "fp32 masters": 16 + 3 * 32,
     "fp32, bf16 states": 2 * 32 + 2 * 16,
+    "split8, q8 states": 5 * 16,
     "split8, q8 states, stochastic": 5 * 16,
 }
 
@@ -136,7 +142,7 @@ class Kernel:
 
     def ordinary_way(self, setting: str) -> tuple[int, int]:
         """Instructions and branches for ELEMENTS elements, copies for a later stage included."""
-        rare = RARE_IN_CODES if self.kind == "codes" else RARE
+        rare = RARE_IN_CODES if "codes" in self.kind else RARE
         found = shortest_way(*main_loop(self.code), SETTINGS[setting], rare)
         if found is None:
             raise AssertionError(

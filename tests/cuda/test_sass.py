@@ -34,7 +34,7 @@ MOST_INSTRUCTIONS = {
     "split8, bf16 states, stochastic": 89,
     "fp32 masters": 68,
     "fp32, bf16 states": 67,
-    "split8, q8 states": 122,
+    "split8, q8 states": 126,
     "split8, q8 states, stochastic": 100,
 }
 MOST_BRANCHES = {

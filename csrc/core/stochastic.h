@@ -92,13 +92,19 @@ FUSEDOPT_HD Bits mixed(Bits element_draw) {
   return x ^ (x >> 16);
 }
 
+// The upper half depends on all bits of the draw, for each operand in another way.
+template <class Bits>
+FUSEDOPT_HD Bits multiplied(int operand, Bits draw) {
+  return draw * Bits(0x297a2d39u + 0x61c88646u * static_cast<uint32_t>(operand));
+}
+
 // 16 random bits for an operand. Those of any two operands of an element are independent of each
 // other.
 template <class Bits>
 FUSEDOPT_HD Bits draw_for(int operand, Bits draw) {
   if (operand == kCheapest) return draw >> 16;
   if (operand == kFirstState) return draw & 0xffffu;
-  return (draw * Bits(0x297a2d39u + 0x61c88646u * static_cast<uint32_t>(operand))) >> 16;
+  return multiplied(operand, draw) >> 16;
 }
 
 // The same of a state that is codes: 24 bits, into whose upper half its new number's lower half is
@@ -106,8 +112,7 @@ FUSEDOPT_HD Bits draw_for(int operand, Bits draw) {
 template <class Bits>
 FUSEDOPT_HD Bits draw_for_code(int operand, Bits draw, Bits state) {
   if (operand == kCheapest) draw = second_of_pair(draw);
-  if (operand > kCheapest)
-    draw = draw * Bits(0x297a2d39u + 0x61c88646u * static_cast<uint32_t>(operand));
+  if (operand > kCheapest) draw = multiplied(operand, draw);
   return draw_beside_codes(draw, state) >> 8;
 }
 

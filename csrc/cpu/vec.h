@@ -92,16 +92,7 @@ struct Vec {
     return mask ? then.raw : otherwise.raw;
   }
 
-  FUSEDOPT_HD friend Vec larger(Vec a, Vec b) {
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<T, float> && kLanes == 16)
-      return Raw(_mm512_maskz_max_ps(0xffff, __m512(a.raw), __m512(b.raw)));
-#elif defined(__AVX2__)
-    if constexpr (std::is_same_v<T, float> && kLanes == 8)
-      return Raw(_mm256_max_ps(__m256(a.raw), __m256(b.raw)));
-#endif
-    return a.raw > b.raw ? a.raw : b.raw;
-  }
+  FUSEDOPT_HD friend Vec larger(Vec a, Vec b) { return a.raw > b.raw ? a.raw : b.raw; }
   FUSEDOPT_HD friend Vec smaller(Vec a, Vec b) { return a.raw < b.raw ? a.raw : b.raw; }
 
   FUSEDOPT_HD friend Vec fma(Vec a, Vec b, Vec c) {

@@ -75,9 +75,9 @@ FUSEDOPT_HD void store_item(T* to, T value) {
 }
 
 // The largest of what so many neighbouring lanes of a warp say, 8, 16 or 32 of them, which begin
-// at a multiple of that; this is thread number `thread`. All of the warp must call it, and what
-// those lanes have read before, none of them has yet written.
-FUSEDOPT_HD uint32_t largest_of_lanes(uint32_t value, uint32_t lanes, uint32_t thread) {
+// at a multiple of that. All of the warp must call it, and what those lanes have read before, none
+// of them has yet written.
+FUSEDOPT_HD uint32_t largest_of_lanes(uint32_t value, uint32_t lanes) {
 #if defined(__CUDA_ARCH__)
   __syncwarp();
 #pragma unroll
@@ -86,7 +86,6 @@ FUSEDOPT_HD uint32_t largest_of_lanes(uint32_t value, uint32_t lanes, uint32_t t
   return value;
 #else
   LaneTalk& talk = *lane_talk;
-  static_cast<void>(thread);
   const int who = lanes == 32 ? 0 : 1;
   if (talk.is_rehearsal) {
     talk.said[talk.thread].values[who].push_back(value);

@@ -39,8 +39,6 @@ class Singles {
   FUSEDOPT_HD Singles(const ParamUpdate* update, const Layout* layouts)
       : update_(update), layouts_(layouts) {}
 
-  // Elements of thread number `thread`, for codes.
-  FUSEDOPT_HD void set_thread(uint32_t thread) { thread_ = thread; }
   FUSEDOPT_HD void mute(int j) { is_muted_[j] = true; }
 
   // Makes the element that the layout visits as number `element` the j-th of kCount: finds its
@@ -128,7 +126,7 @@ class Singles {
   FUSEDOPT_HD void store_codes(int operand, const Pack<float, kCount>& from,
                                const Bits& fractions) const {
     const uint32_t largest = as_bits(largest_magnitude<sizeof(T) == sizeof(float)>(from));
-    const float scale = scale_of(largest_of_lanes(largest, kWarp, thread_));
+    const float scale = scale_of(largest_of_lanes(largest, kWarp));
     BranchFree<> math;
     const Bits codes = encoded<Code>(from, units_in<Code>(scale, math), fractions);
     store_bytes<3>(operand, codes & Bits(scale > 0 ? 0xffffffffu : 0));
@@ -157,7 +155,6 @@ class Singles {
 
   const ParamUpdate* const update_;
   const Layout* const layouts_;
-  uint32_t thread_ = 0;
   bool is_muted_[kCount] = {};
   int64_t at_[kCount][kIndex + 1];  // each element's offset in each operand, and its number
 };

@@ -211,7 +211,6 @@ class Stages {
   FUSEDOPT_HD float* scale_of(int operand, uint32_t piece) const {
     return scales_[operand - kFirstState] + (piece >> plan_.group_shift);
   }
-  FUSEDOPT_HD uint32_t thread() const { return thread_; }
   FUSEDOPT_HD uint32_t lanes_of_group() const { return 1u << plan_.group_shift; }
   FUSEDOPT_HD bool is_first_of_group() const { return (thread_ & (lanes_of_group() - 1)) == 0; }
 

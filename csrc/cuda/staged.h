@@ -152,8 +152,7 @@ class Staged {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (half == 0 || stages_.has_two()) {
-        scale = scale_of(
-            largest_of_lanes(as_bits(largest[half]), stages_.lanes_of_group(), stages_.thread()));
+        scale = scale_of(largest_of_lanes(as_bits(largest[half]), stages_.lanes_of_group()));
         units = units_in<Code>(scale, math);
         if (stages_.is_first_of_group())
           store_item(stages_.scale_of(operand, tile_.at[half]), scale);

@@ -129,7 +129,6 @@ class ChunkUpdate {
     for (int64_t group = begin + chunk_.slice.rank / kWarp * kGroup; group < end;
          group += int64_t{warps} * kGroup) {
       Singles<T, kOfThread, true> singles(chunk_.update, arguments_.layouts);
-      singles.set_thread(lane);
 #pragma unroll
       for (int j = 0; j < kOfThread; ++j) {
         const int64_t own = group + j * kWarp + lane;
@@ -224,12 +223,11 @@ FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, Shared
   const uint32_t variant = same_for_warp(uint32_t{update.variant});
   const ChunkUpdate<Rule, T> chunk_update(arguments, chunk, scalars, variant);
   const bool is_dense = update.layout == kDense;
-  // Pieces of doubles are too small for bytes.
   if constexpr (Step::kIsUsual) {
     const StagePlan plan = plan_stages<T>(UsualCodes<Rule>::formats(), 0);
     chunk_update.run_dense(Stages<Rule, T, Step>(plan, update, chunk, thread, shared));
   } else if constexpr (Step::kHasCodes) {
-    if constexpr (sizeof(T) == sizeof(float)) {
+    if constexpr (sizeof(T) == sizeof(float)) {  // pieces of doubles are too small for bytes
       if (is_dense)
         return chunk_update.run_dense(
             Stages<Rule, T, Step>(arguments.plan, update, chunk, thread, shared));

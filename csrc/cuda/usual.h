@@ -1,6 +1,7 @@
-// Steps with codes whose formats and variant are compiled in, because people take 8-bit states for
-// them: a kernel that finds out all formats while it runs takes nearly twice the instructions for
-// an element, and these codes are bound by instructions where other formats are bound by memory.
+// Steps with codes whose formats are compiled in, because people take 8-bit states for them. A
+// kernel that finds out all formats while it runs takes a quarter more instructions for an element
+// (tests/cuda/test_sass.py), and the fewer bytes an element has, the fewer instructions a GPU has
+// time for.
 #pragma once
 
 #include <cstdint>
@@ -43,12 +44,11 @@ struct UsualCodes<Adam> {
   }
 };
 
-// Which kernel an update takes.
+// Which kernel an update takes; and which it is where there are codes.
 enum class KernelKind : uint8_t { kPlain, kCodes, kUsualCodes };
 
 template <class Rule>
 KernelKind kernel_kind(const ParamUpdate& update, uint32_t shifted) {
-  if (!update.formats.has_codes()) return KernelKind::kPlain;
   if constexpr (UsualCodes<Rule>::kExists)
     if (update.layout == kDense && shifted == 0 &&
         UsualCodes<Rule>::is_usual(Rule::Variant::of(update.variant)) &&

@@ -219,6 +219,8 @@ def test_conversions_to_and_fro_stay() -> None:
             found, scales_found = _codes.encode(_codes.decode(codes, scales), dtype, (40, 2))
             assert torch.equal(found, codes)
             torch.testing.assert_close(scales_found, scales, rtol=2e-7, atol=0)
+            assert (scales_found <= scales).all()
+            scales = scales_found
     below = torch.full((64, 64), -0.0)
     below[0, 0], below[0, 1] = 1.0, -0.5
     codes, _ = _codes.encode(below, torch.uint8, (64, 1))

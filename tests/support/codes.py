@@ -58,8 +58,7 @@ def _magnitudes() -> Any:
 
 
 MAGNITUDES = _magnitudes()
-# Of the last places, less 2^-22 of that.
-RANGE = {torch.int8: 502 - 2.0**-13, torch.uint8: 8062 - 2.0**-9}
+RANGE = {torch.int8: 502.0, torch.uint8: 8062.0}  # of the last places
 
 
 def levels(codes: Tensor) -> Any:

@@ -56,15 +56,17 @@ def measure_row(row: Comparison, work: Workload, args: argparse.Namespace) -> di
         timed.append(Candidate(config.name, step, moved, len(params), note, before))
     with background_load() if row.busy else contextlib.nullcontext():
         more = BUSY_ROUNDS if row.busy else 1
+        waits = any(config.scaled for config in row.configs)
         named, figures = measure(
-            timed, args.device, STORED * work.elements, args, wall_only=True, more=more
+            timed, args.device, STORED * work.elements, args, wall_only=waits, more=more
         )
     for config in row.configs:
         figures["contenders"][config.name] |= {
             "what": config.what, "dtype": SHORT[config.dtype],
             "bytes_per_element": config.bytes_per_element,
         }  # fmt: skip
-    return figures | {"comparisons": [pair.compare(named, args.device) for pair in row.pairs]}
+    kind = row.kind(args.device)
+    return figures | {"comparisons": [pair.compare(named, args.device, kind) for pair in row.pairs]}
 
 
 def run_row(name: str, row: Comparison, args: argparse.Namespace) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Config:
     grad_dtype: torch.dtype | None = None  # if it is not that of the params
     offset: int = 0  # of the grads in memory of their own, in elements: views into buckets
     grad_value: float | None = None  # of all grads, if they are not ordinary numbers
+    scaled: bool = False  # by a GradScaler, which may wait for the GPU
 
     def set_grad(self, param: nn.Parameter, grad: Tensor) -> None:
         dtype = self.grad_dtype or self.dtype
@@ -84,7 +85,7 @@ def ours(
     what += f", grads {offset} off" if offset else ""
     what += f", grads {grad_value}" if grad_value is not None else ""
     return Config(name, what, make, moved, dtype, state_dtype, LOSS_SCALE if scaled else 1.0,
-                  grad_dtype, offset, grad_value)  # fmt: skip
+                  grad_dtype, offset, grad_value, scaled)  # fmt: skip
 
 
 def theirs(
@@ -117,7 +118,8 @@ def theirs(
 
     what = ("clip_grad_norm_, " if clip else "") + "AdamW(fused=True)"
     what += (", AveragedModel" if ema else "") + (", GradScaler" if scaled else "")
-    return Config("torch", what, make, moved, dtype, dtype, LOSS_SCALE if scaled else 1.0)
+    return Config("torch", what, make, moved, dtype, dtype, LOSS_SCALE if scaled else 1.0,
+                  scaled=scaled)  # fmt: skip
 
 
 def _scaled(kind: Any, optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> Step:
@@ -198,17 +200,21 @@ class Pair:
     avx2: float | None = None  # instead of cpu where AVX-512 is not used
     by_bytes: bool = False
 
-    def compare(self, named: dict[str, Candidate], device: torch.device) -> dict[str, Any]:
+    def compare(
+        self, named: dict[str, Candidate], device: torch.device, kind: str = "wall"
+    ) -> dict[str, Any]:
+        """``kind``: which of timing.py's times."""
         mine, other = named[self.of], named[self.against]
         if self.by_bytes:
-            by, text, value = "bytes/s", f"{self.of} / {self.against}", mine.bandwidth_ratio(other)
+            by, text = "bytes/s", f"{self.of} / {self.against}"
+            value = mine.bandwidth_ratio(other, kind)
         else:
-            by, text, value = "time", f"{self.against} / {self.of}", other.time_ratio(mine)
+            by, text, value = "time", f"{self.against} / {self.of}", other.time_ratio(mine, kind)
         target = self.cuda if device.type == "cuda" else self.cpu
         if device.type == "cpu" and load_fusedopt()._config.cpu_isa() != "avx512":
             target = self.avx2 or target
         return {
-            "of": self.of, "against": self.against, "by": by, "text": f"{by}, {text}",
+            "of": self.of, "against": self.against, "by": by, "text": f"{by}, {text}", "kind": kind,
             "value": value, "target": target,
             "good": None if target is None else value["median"] >= target,
         }  # fmt: skip
@@ -224,6 +230,10 @@ class Comparison:
     devices: tuple[str, ...] = ("cpu", "cuda")  # where it runs unless asked for by name
     is_alike: bool = True  # all configs do the same to the params
     on_gpu: str | None = None  # the workload there, if it is another one
+    gpu_alone: bool = False  # there the host's time is left out, as steps of training hide it
+
+    def kind(self, device: torch.device) -> str:
+        return "gpu" if self.gpu_alone and device.type == "cuda" else "wall"
 
 
 def _beside_torch(
@@ -242,7 +252,7 @@ def _setting(
     configs = (ours("setting", dtype, **options), ours("fusedopt-fp32"))
     alike = not options.keys() & {"ema_decay", "max_grad_norm"}
     return Comparison(f"AdamW, {title}", "one-64Mi", configs, pairs if on_cpu else pairs[1:],
-                      is_alike=alike, on_gpu="one-256Mi")  # fmt: skip
+                      is_alike=alike, on_gpu="one-256Mi", gpu_alone=True)  # fmt: skip
 
 
 def _rounded(title: str, dtype: torch.dtype = BF16, **options: Any) -> Comparison:
@@ -252,7 +262,8 @@ def _rounded(title: str, dtype: torch.dtype = BF16, **options: Any) -> Compariso
     pairs = (Pair("stochastic", "nearest", cpu=1 / 1.5),
              Pair("stochastic", "copy", cuda=0.93, by_bytes=True))  # fmt: skip
     title = f"AdamW, stochastic rounding, {title}"
-    return Comparison(title, "one-64Mi", (stochastic, nearest), pairs, on_gpu="one-256Mi")
+    return Comparison(title, "one-64Mi", (stochastic, nearest), pairs, on_gpu="one-256Mi",
+                      gpu_alone=True)  # fmt: skip
 
 
 def _unusual(dtype: torch.dtype) -> Comparison:
@@ -299,6 +310,7 @@ SETTINGS = {
         (Pair("setting", "copy", cuda=0.85, by_bytes=True), Pair("setting", cuda=1 / 0.9)),
         devices=("cuda",),
         is_alike=False,
+        gpu_alone=True,
     ),
     "of-q8-llama": Comparison(
         "AdamW, bf16, split8, q8 states, Llama-3-8B / 8",
@@ -307,6 +319,7 @@ SETTINGS = {
         (Pair("setting", "copy", cuda=0.85, by_bytes=True), Pair("setting", cuda=1 / 0.9)),
         devices=("cuda",),
         is_alike=False,
+        gpu_alone=True,
     ),
     "of-fp32-misaligned": _setting("fp32, grads one off", 0.85, FP32, offset=1, on_cpu=False),
     "of-bf16-misaligned": _setting("bf16, grads one off", 0.85, offset=1, on_cpu=False, **NEAREST),

@@ -176,31 +176,29 @@ FUSEDOPT_HD void wait_for_copies() {
 
 // Accesses to shared memory are volatile assembly, which the compiler keeps in order with the
 // copies: it does not know what these write, and might move an ordinary load before the wait.
-template <int kWords>
-FUSEDOPT_HD Words<kWords> load_shared(SharedPlace from) {
-  static_assert(kWords == 1 || kWords == 4, "no such access");
+FUSEDOPT_HD Words<4> load_shared(SharedPlace from) {
 #if defined(__CUDA_ARCH__)
-  Words<kWords> to;
+  Words<4> to;
   uint32_t* const w = to.words;
-  if constexpr (kWords == 4)
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-                 : "r"(from));
-  else
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w[0]) : "r"(from));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+               : "r"(from));
   return to;
 #else
-  Words<kWords> to;
+  Words<4> to;
   memcpy(&to, from, sizeof(to));
   return to;
 #endif
 }
 
-FUSEDOPT_HD void store_shared(SharedPlace to, uint32_t word) {
+FUSEDOPT_HD void store_shared(SharedPlace to, const Words<4>& from) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
+  const uint32_t* const w = from.words;
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(w[0]), "r"(w[1]),
+               "r"(w[2]), "r"(w[3])
+               : "memory");
 #else
-  memcpy(to, &word, sizeof(word));
+  memcpy(to, &from, sizeof(from));
 #endif
 }
 

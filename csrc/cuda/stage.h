@@ -54,10 +54,10 @@ static_assert(kStages * kMaxOperands * 2 * kNextPiece <= kMaxSharedBytes,
 struct StagePlan {
   Words<2> formats;     // Formats
   uint32_t one_format;  // the DType of all operands if they have one and none is shifted
-  // Sets of operands, by how a piece is copied: in one access of 16, 8 or 4 bytes, or word by word.
-  // With a float32 master the param is in none of them: the master is the weight, and the param is
-  // only written.
-  uint32_t of16, of8, of4, in_words;
+  // Sets of operands, by how a piece is copied: in one access of 16, 8 or 4 bytes, or, if it is
+  // misaligned, in several. With a float32 master the param is in none of them: the master is the
+  // weight, and the param is only written.
+  uint32_t of16, of8, of4, in_parts;
   uint32_t not_of16;             // the last three together
   uint32_t shifted;              // misaligned: not at a multiple of the size of a piece
   uint32_t whole;                // aligned, and a thread's elements are one piece
@@ -112,7 +112,7 @@ FUSEDOPT_HD StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
     if (plan.has_two == 0 && !is_shifted) plan.whole |= only(k);
     if (k == kParam && formats.has_float32_master()) continue;
     const uint32_t bytes = plan.sizes[k] * elements;
-    (is_shifted    ? plan.in_words
+    (is_shifted    ? plan.in_parts
      : bytes == 16 ? plan.of16
      : bytes == 8  ? plan.of8
                    : plan.of4) |= only(k);
@@ -125,10 +125,8 @@ FUSEDOPT_HD StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
     if (k == kMaster && formats.has_float32_master())
       for (uint32_t (&places)[kMaxOperands] : plan.places) places[kParam] = places[kMaster];
     plan.stage_bytes += kNextPiece + more;
-    // A misaligned piece of words begins within a word and ends within another, so it takes one
-    // word more than its size: 4 bytes for each of a thread's two pieces. Only elements of 1 or 2
-    // bytes can lie within a word.
-    if (is_shifted && plan.sizes[k] <= 2) plan.stage_bytes += kBlockThreads * 8;
+    // Behind a misaligned piece's first half (copy_parts).
+    if (is_shifted && plan.sizes[k] <= 2) plan.stage_bytes += kNextPiece;
   }
   return plan;
 }
@@ -182,11 +180,11 @@ class Stages {
     if constexpr (kHasCodes)
       for (int s = 0; s < Rule::kNumStates; ++s)
         scales_[s] = same_for_warp(update.scales[s] + chunk.begin / kGroup);
-    // Misaligned pieces are copied in whole words, which reach up to 3 bytes beyond the piece at
-    // either end. At the ends of the tensor these could be outside of its memory, so the first
-    // piece, and the last if no element follows it, are left to Singles.
+    // What is copied of a misaligned piece reaches beyond it at both ends, by less than its size.
+    // At the ends of the tensor that could be outside of its memory, so the first piece, and the
+    // last if no whole piece follows it, are left to Singles.
     const bool is_shifted = plan.shifted != 0;
-    const uint32_t margin = is_shifted && chunk.end == update.numel ? 1 : 0;
+    const uint32_t margin = is_shifted && update.numel - chunk.end < piece_elements() ? 1 : 0;
     const auto n = static_cast<uint32_t>(chunk.end - chunk.begin);
     end_ = n > margin ? (n - margin) / piece_elements() / kUnit * kUnit : 0;
     first_ = is_shifted && chunk.begin == 0 && end_ > 0 ? kUnit : 0;
@@ -252,7 +250,7 @@ class Stages {
       copy<4>(plan_.of4, tile.at[1], stage + 4);
     }
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
-      if ((plan_.in_words & only(k)) != 0) copy_words(k, tile, stage);
+      if ((plan_.in_parts & only(k)) != 0) copy_parts(k, tile, stage);
     });
     if constexpr (kHasCodes)
       unroll<Rule::kNumStates>([&](auto s) __attribute__((always_inline)) {
@@ -264,12 +262,12 @@ class Stages {
       });
   }
 
-  // Shifts the words of misaligned operands into place once they have arrived. It is done in shared
+  // Puts the parts of misaligned pieces together once they have arrived. It is done in shared
   // memory, so that all that reads a stage finds aligned pieces.
   FUSEDOPT_HD void align(SharedPlace stage) const {
-    if (plan_.in_words == 0) return;
+    if (plan_.in_parts == 0) return;
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
-      if ((plan_.in_words & only(k)) != 0 && shift(k) != 0) align_words(k, stage);
+      if ((plan_.in_parts & only(k)) != 0 && plan_.sizes[k] <= 2) join_parts(k, stage);
     });
   }
 
@@ -291,52 +289,68 @@ class Stages {
     });
   }
 
-  // Bytes from the word in which an operand's data begins to the data itself. It is the same for
-  // every piece, as pieces take whole words.
-  FUSEDOPT_HD uint32_t shift(int operand) const {
-    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(data_[operand])) & 3;
-  }
-  // Where a thread's piece lies in a stage.
-  FUSEDOPT_HD SharedPlace place(int operand, SharedPlace stage, uint32_t piece) const {
+  // Copies an operand's misaligned pieces. Elements of 4 and 8 bytes lie at whole words, which are
+  // copied one by one. A piece of smaller ones is a part of two aligned pieces side by side: both
+  // are copied, the second kNextPiece behind the first.
+  FUSEDOPT_HD void copy_parts(int operand, const Tile& tile, SharedPlace stage) const {
     const uint32_t bytes = piece_bytes(operand);
-    return stage + plan_.places[0][operand] + piece * (bytes == 16 ? kNextPiece : bytes);
-  }
-  // Where the additional word of a misaligned piece lies: behind the pieces of all threads, 4 bytes
-  // for each thread. `stage` already counts 16 bytes a thread, of which 12 are taken off.
-  FUSEDOPT_HD SharedPlace rest(int operand, SharedPlace stage, uint32_t piece) const {
-    return stage + plan_.places[0][operand] + kNextPiece + 4 * kBlockThreads * piece - 12 * thread_;
-  }
-
-  // Copies a misaligned operand's pieces as aligned words. This is the rare way, so its loops are
-  // kept short.
-  FUSEDOPT_HD void copy_words(int operand, const Tile& tile, SharedPlace stage) const {
-    const uint32_t bytes = piece_bytes(operand), shift = this->shift(operand);
+    const SharedPlace to = stage + plan_.places[0][operand];
 #pragma unroll 1
     for (uint32_t p = 0; p <= plan_.has_two; ++p) {
-      const SharedPlace to = place(operand, stage, p);
-      const char* const from = data_[operand] + (p == 0 ? tile.at[0] : tile.at[1]) * bytes - shift;
+      const char* const from = data_[operand] + (p == 0 ? tile.at[0] : tile.at[1]) * bytes;
+      const SharedPlace own = to + p * (bytes == 16 ? kNextPiece : bytes);
+      if (plan_.sizes[operand] > 2) {
 #pragma unroll 1
-      for (uint32_t i = 0; i < bytes; i += 4) start_copy_if<4>(1, to + i, from + i);
-      if (shift != 0) start_copy_if<4>(1, rest(operand, stage, p), from + bytes);
-    }
-  }
-
-  // Each word of the piece is made of two neighbouring words that were copied; the last one takes
-  // the additional word.
-  FUSEDOPT_HD void align_words(int operand, SharedPlace stage) const {
-    const uint32_t bytes = piece_bytes(operand);
-#pragma unroll 1
-    for (uint32_t p = 0; p <= plan_.has_two; ++p) {
-      const SharedPlace to = place(operand, stage, p);
-      uint32_t word = load_shared<1>(to).words[0];
-#pragma unroll 1
-      for (uint32_t i = 0; i < bytes; i += 4) {
-        const SharedPlace after = i + 4 < bytes ? to + (i + 4) : rest(operand, stage, p);
-        const uint32_t next = load_shared<1>(after).words[0];
-        store_shared(to + i, word_across(word, next, shift(operand)));
-        word = next;
+        for (uint32_t i = 0; i < bytes; i += 4) start_copy_if<4>(1, own + i, from + i);
+        continue;
+      }
+      const char* const aligned = from - shift(operand);
+      for (uint32_t second = 0; second < 2; ++second) {
+        const SharedPlace part = own + second * kNextPiece;
+        start_copy_if<16>(bytes == 16, part, aligned + second * 16);
+        start_copy_if<8>(bytes == 8, part, aligned + second * 8);
+        start_copy_if<4>(bytes == 4, part, aligned + second * 4);
       }
     }
+  }
+
+  // Bytes from the aligned piece in which an operand's data begins to the data itself.
+  FUSEDOPT_HD uint32_t shift(int operand) const {
+    const auto address = reinterpret_cast<uintptr_t>(data_[operand]);
+    return static_cast<uint32_t>(address) & (piece_bytes(operand) - 1);
+  }
+
+  FUSEDOPT_HD void join_parts(int operand, SharedPlace stage) const {
+    const SharedPlace at = stage + plan_.places[0][operand];
+    const uint32_t bytes = piece_bytes(operand), shift = this->shift(operand);
+    Words<4> words = load_shared(at);
+    const Words<4> seconds = load_shared(at + kNextPiece);
+    if (bytes == 16) {
+      join<4>(words, seconds, 0, shift);
+    } else if (bytes == 8) {
+      join<2>(words, seconds, 0, shift);
+      if (has_two()) join<2>(words, seconds, 2, shift);  // else scales of codes can lie here
+    } else {
+      join<1>(words, seconds, 0, shift);
+      join<1>(words, seconds, 1, shift);
+    }
+    store_shared(at, words);
+  }
+
+  // The piece that begins `shift` bytes within the words from `first` on, and ends in `seconds`.
+  template <int kWords>
+  static FUSEDOPT_HD void join(Words<4>& words, const Words<4>& seconds, int first,
+                               uint32_t shift) {
+    uint32_t both[2 * kWords];
+    for (int i = 0; i < kWords; ++i) {
+      both[i] = words.words[first + i];
+      both[kWords + i] = seconds.words[first + i];
+    }
+    for (int step = kWords / 2; step > 0; step /= 2)
+      for (int i = 0; i + step < 2 * kWords; ++i)
+        both[i] = (shift & 4u * static_cast<uint32_t>(step)) != 0 ? both[i + step] : both[i];
+    for (int i = 0; i < kWords; ++i)
+      words.words[first + i] = word_across(both[i], both[i + 1], shift & 3);
   }
 
   const StagePlan& plan_;

@@ -202,7 +202,7 @@ class Staged {
   FUSEDOPT_HD Bytes read(int operand) const {
     Bytes bytes;
     for (int half = 0; half < 2; ++half) {
-      const Words<4> part = load_shared<4>(stage_ + stages_.plan().places[half][operand]);
+      const Words<4> part = load_shared(stage_ + stages_.plan().places[half][operand]);
       for (int i = 0; i < 4; ++i) bytes[half * 4 + i] = part.words[i];
     }
     return bytes;

@@ -58,8 +58,8 @@ CUDA_STRICT = [
 ]
 CUDA_NO_DOUBLE = ["-Xptxas=--warn-on-double-precision-use"]
 # Computation in float flushes subnormal numbers. Sums of squares begin in it and end in double.
-CUDA_FLUSHING = ("float.cu", "float_codes.cu", "grad_norm.cu")
-CUDA_WITHOUT_DOUBLE = ("float.cu", "float_codes.cu")
+CUDA_WITHOUT_DOUBLE = ("float.cu", "float_codes.cu", "usual.cu", "usual_codes.cu")
+CUDA_FLUSHING = (*CUDA_WITHOUT_DOUBLE, "grad_norm.cu")
 ALL_ARCHS = ["80", "86", "89", "90", "100", "120"]
 # Where a compiler comes from if FUSEDOPT_CUDA=1 asks for one that the machine does not have.
 CUDA_WHEELS = ["nvidia-cuda-nvcc==13.0.*", "nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*",

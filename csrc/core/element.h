@@ -48,15 +48,17 @@ struct alignas(8) Formats {
   DType dtypes[kMaxOperands];
   uint8_t stochastic;  // a bit for each operand that is rounded stochastically
 
-  FUSEDOPT_HD bool has(int operand) const { return dtypes[operand] != DType::kAbsent; }
-  FUSEDOPT_HD bool has_codes() const {
+  FUSEDOPT_HD constexpr bool has(int operand) const { return dtypes[operand] != DType::kAbsent; }
+  FUSEDOPT_HD constexpr bool has_codes() const {
     bool found = false;
     for (int s = 0; s < kMaxStates; ++s) found = found || is_code(dtypes[kFirstState + s]);
     return found;
   }
   FUSEDOPT_HD bool has_float32_master() const { return is(dtypes[kMaster], DType::kFloat32); }
   FUSEDOPT_HD bool has_split_master() const { return is(dtypes[kMaster], DType::kRemainder); }
-  FUSEDOPT_HD bool has_split8_master() const { return is(dtypes[kMaster], DType::kRemainder8); }
+  FUSEDOPT_HD constexpr bool has_split8_master() const {
+    return is(dtypes[kMaster], DType::kRemainder8);
+  }
   FUSEDOPT_HD bool is_stochastic(int operand) const { return (stochastic >> operand & 1) != 0; }
   // Whether to compute in double, which one float64 operand demands, or in float.
   FUSEDOPT_HD bool in_double() const {
@@ -83,14 +85,15 @@ struct Mixed {};
 
 // The step of as many elements as V has, computed in T. `Memory` is a driver's class and has:
 //   load<Storage, kIsOneFormat>(operand, V& to), store<...>(operand, const V& from);
-//   store_bfloat16<kIsOneFormat>(operand, const Float& from): stores numbers that are bfloat16
-//     already, without rounding them;
+//   store_bfloat16<kIsOneFormat>(operand, const Float& from): stores the upper halves of numbers,
+//     which are bfloat16, without rounding them;
 //   load_words<kIsOneFormat>(operand, Bits& to): reads 16 bits into the lower half of each word;
 //   store_words<kIsOneFormat>(operand, const Bits& from): the reverse;
 //   load_signed_bytes(operand, Bits& to): signed numbers of 8 bits, times 256;
 //   store_bytes<kByte>(operand, const Bits& from): stores that byte of each word;
-//   kLooksAtWeights: are_ordinary(const Float& weights) says whether none is NaN or above
-//     kLargestOrdinary (core/weight.h), and is asked where there are codes;
+//   kLooksAtNumbers: are_ordinary(const Float& numbers) says whether none is NaN or above
+//     kLargestOrdinary (core/stochastic.h), so that drawing for them takes less, with the same
+//     results;
 //   kHasCodes: states can be codes (core/codes.h). Only then there must be
 //     load_codes<Code>(operand, Float& to), and
 //     store_codes<Code>(operand, const Float& from, const Bits& fractions), which gets all values
@@ -133,7 +136,7 @@ class Elements {
     if constexpr (Memory::kHasCodes) has_codes = formats_.has_codes();
     if (has_codes) {
       const Bits draws = finish_codes(common);
-      if constexpr (Memory::kLooksAtWeights) {
+      if constexpr (Memory::kLooksAtNumbers) {
         if (!formats_.has(kEma) && formats_.has_split8_master() &&
             memory_.are_ordinary(to_float(weight_))) {
           round_weight<true>(draws);
@@ -143,7 +146,16 @@ class Elements {
       }
       round_weight<false>(draws);
     } else if (formats_.stochastic != 0) {
-      round_all(common);
+      if constexpr (Memory::kLooksAtNumbers) {
+        if (!formats_.has(kEma) && are_ordinary()) {
+          round_all<true>(common);
+          return with_format([&](auto format) __attribute__((always_inline)) {
+            store_weight<decltype(format), true>();
+            store_states<decltype(format), true>();
+          });
+        }
+      }
+      round_all<false>(common);
     }
     if (formats_.has(kEma))
       with_format([&](auto format)
@@ -211,7 +223,7 @@ class Elements {
   FUSEDOPT_HD void round_weight(Bits draws) {
     if (!formats_.is_stochastic(kParam) && !formats_.is_stochastic(kMaster)) return;
     draws = draw_beside_codes(draws, bits_of_weight<kAreOrdinary>());
-    round(kParam, weight_, draws, kParam);
+    round<false>(kParam, weight_, draws);
     round_master<kAreOrdinary>(draw_for_weight_beside_codes(draws));
   }
 
@@ -247,11 +259,11 @@ class Elements {
     store_states<Storage>();
   }
 
-  template <class Storage>
+  template <class Storage, bool kAreOrdinary = false>
   FUSEDOPT_HD void store_states() const {
     unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
       if (formats_.has(kFirstState + s) && !is_coded<Storage>(kFirstState + s))
-        store<Storage>(kFirstState + s, states_[s]);
+        store<Storage, kAreOrdinary>(kFirstState + s, states_[s]);
     });
   }
 
@@ -265,9 +277,10 @@ class Elements {
       memory_.template load<Storage, true>(operand, values);
   }
 
-  template <class Storage>
+  // With `kAreOrdinary`, what was drawn for is not cut yet.
+  template <class Storage, bool kAreOrdinary = false>
   FUSEDOPT_HD void store(int operand, const V& values) const {
-    if (!Memory::kRoundsForNothing && formats_.is_stochastic(operand))
+    if ((kAreOrdinary || !Memory::kRoundsForNothing) && formats_.is_stochastic(operand))
       return memory_.template store_bfloat16<kIsOneFormat<Storage>>(operand, to_float(values));
     if constexpr (std::is_same_v<Storage, Mixed>)
       with_storage<T>(formats_.dtypes[operand], [&](auto format) __attribute__((always_inline)) {
@@ -311,22 +324,33 @@ class Elements {
         return memory_.template store_bfloat16<false>(kParam, parts.param);
       }
     }
-    store<Storage>(kParam, weight_);
+    store<Storage, kAreOrdinary>(kParam, weight_);
   }
 
+  // The weight, which is a part of all draws, and all states that are drawn for.
+  FUSEDOPT_HD bool are_ordinary() const {
+    bool found = memory_.are_ordinary(to_float(weight_));
+    unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
+      if (formats_.is_stochastic(kFirstState + s))
+        found = memory_.are_ordinary(to_float(states_[s])) && found;
+    });
+    return found;
+  }
+
+  template <bool kAreOrdinary>
   FUSEDOPT_HD void round_all(const CommonScalars<T>& common) {
     Bits draws;
     memory_.find_draws(common.rounding_key, draws);
-    draws = element_draw(draws, bits_of_weight());
+    draws = element_draw(draws, bits_of_weight<kAreOrdinary>());
     if constexpr (kFirstState + kNumStates > kCheapest)
-      round(kCheapest, states_[kCheapest - kFirstState], draws, kCheapest);
+      round<kAreOrdinary>(kCheapest, states_[kCheapest - kFirstState], draws);
     if ((formats_.stochastic & ~(1 << kCheapest)) == 0) return;
     draws = mixed(draws);
-    round(kParam, weight_, draws, kParam);
+    round<kAreOrdinary>(kParam, weight_, draws);
     unroll<kNumStates>([&](auto s) __attribute__((always_inline)) {
-      if (kFirstState + s != kCheapest) round(kFirstState + s, states_[s], draws, kFirstState + s);
+      if (kFirstState + s != kCheapest) round<kAreOrdinary>(kFirstState + s, states_[s], draws);
     });
-    round_master(draw_for_weight(draws));
+    round_master<kAreOrdinary>(draw_for_weight(draws));
   }
 
   // The new weight is part of the draw. NaNs of CPUs and GPUs differ in their bits, so infinity
@@ -339,10 +363,10 @@ class Elements {
     return as_bits(weight);
   }
 
-  // With the draws for operand `drawn_as`.
-  FUSEDOPT_HD void round(int operand, V& values, const Bits& draws, int drawn_as) const {
+  template <bool kAreOrdinary>
+  FUSEDOPT_HD void round(int operand, V& values, const Bits& draws) const {
     if (formats_.is_stochastic(operand))
-      values = from_float<V>(round_stochastically(to_float(values), draws, drawn_as));
+      values = from_float<V>(round_stochastically<kAreOrdinary>(to_float(values), draws, operand));
   }
   template <bool kAreOrdinary = false>
   FUSEDOPT_HD void round_master(const Bits& drawn) {

@@ -131,12 +131,15 @@ FUSEDOPT_HD Bits draw_for_weight_beside_codes(Bits draw) {
 // bfloat16, as a float. A finite number never becomes infinite; infinities and NaNs stay. `value`
 // must be a result of arithmetic, so that a NaN has a bit in its upper half and is still one when
 // it is cut.
-template <class Float, class Bits>
+// With `kAreOrdinary`, no value is NaN or above kLargestOrdinary, and what is below is not cut off:
+// who stores bfloat16 does not look at it.
+inline constexpr uint32_t kLargestOrdinary = 0x7f7effffu;  // below the largest finite bfloat16
+template <bool kAreOrdinary = false, class Float, class Bits>
 FUSEDOPT_HD Float round_stochastically(Float value, Bits draw, int operand) {
   const Bits bits = as_bits(value);
-  const auto stays =
-      (bits & 0x7fffffffu) > Bits(0x7f7effffu);  // from the largest finite bfloat16 on
   const Bits moved = bits + draw_for(operand, draw);
+  if constexpr (kAreOrdinary) return as_float(moved);
+  const auto stays = (bits & 0x7fffffffu) > Bits(kLargestOrdinary);
   return as_float(select(stays, bits, moved) & 0xffff0000u);
 }
 

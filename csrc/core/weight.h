@@ -61,8 +61,6 @@ FUSEDOPT_HD SplitWeight<Float> split_weight(Float weight) {
   return {as_float(select(is_nan, nan, nearest)), select(is_nan, Bits(0u), bits - nearest)};
 }
 
-inline constexpr uint32_t kLargestOrdinary = 0x7f7fff00u;  // the largest finite one of 24 bits
-
 // The weight again. The upper halves of the words of `remainder` are ignored.
 template <class Float, class Bits>
 FUSEDOPT_HD Float join_weight(Float param, Bits remainder) {
@@ -86,7 +84,8 @@ template <bool kAreOrdinary = false, class Float, class Bits>
 FUSEDOPT_HD Float round_to_24_bits(Float weight, Bits addend) {
   const Bits bits = as_bits(weight), moved = bits + addend;
   if constexpr (kAreOrdinary) return as_float(moved);
-  const auto stays = (bits & 0x7fffffffu) > Bits(kLargestOrdinary);
+  // From the largest finite one of 24 bits on.
+  const auto stays = (bits & 0x7fffffffu) > Bits(0x7f7fff00u);
   return as_float(select(stays, bits, moved) & 0xffffff00u);
 }
 

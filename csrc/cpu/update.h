@@ -61,7 +61,7 @@ struct Block {
   static constexpr bool kRoundsForNothing = false;
   static constexpr bool kSplitIsOneFormat = true;
   static constexpr bool kHasCodes = true;
-  static constexpr bool kLooksAtWeights = true;
+  static constexpr bool kLooksAtNumbers = true;
   static constexpr uint32_t kUpperHalf = 0xffff0000u;
   static constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
   static constexpr int64_t kPair = 2 * kLanes;  // elements in two registers
@@ -156,8 +156,8 @@ struct Block {
   }
 
   template <class Float>
-  FUSEDOPT_HD bool are_ordinary(const Float& weights) const {
-    const Bits magnitudes = as_bits(weights) & 0x7fffffffu;
+  FUSEDOPT_HD bool are_ordinary(const Float& numbers) const {
+    const Bits magnitudes = as_bits(numbers) & 0x7fffffffu;
     Word largest = magnitudes[0];
     for (int j = 1; j < kCount; ++j) largest = larger(largest, magnitudes[j]);
     return !any(largest > Word(kLargestOrdinary));

@@ -61,12 +61,15 @@ std::function<void()> emulated_update(const UpdateCall& call) {
     using Rule = decltype(rule);
     const auto arguments = arguments_for<Rule, T>(call);
     const int64_t num_chunks = call.num_chunks;
-    if (call.key.kind == KernelKind::kPlain)
-      work = [=] { update_all<Rule, T, PlainStep>(arguments, num_chunks); };
-    else if (call.key.kind == KernelKind::kCodes)
-      work = [=] { update_all<Rule, T, CodesStep>(arguments, num_chunks); };
-    else if constexpr (UsualCodes<Rule>::kExists && sizeof(T) == sizeof(float))
-      work = [=] { update_all<Rule, T, UsualCodesStep>(arguments, num_chunks); };
+    const auto of_step = [&](auto step) {
+      work = [=] { update_all<Rule, T, decltype(step)>(arguments, num_chunks); };
+    };
+    if (call.key.kind == kPlainKernel)
+      of_step(PlainStep{});
+    else if (call.key.kind == kCodesKernel)
+      of_step(CodesStep{});
+    else if constexpr (sizeof(T) == sizeof(float))
+      with_usual_step<Rule>(call.key.kind - kUsualKernel, of_step);
   });
   return work;
 }

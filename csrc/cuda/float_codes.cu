@@ -6,6 +6,5 @@
 namespace fusedopt::cuda {
 
 template const void* codes_kernel_of<float>(RuleId id);
-template const void* usual_codes_kernel_of<float>(RuleId id);
 
 }  // namespace fusedopt::cuda

@@ -1,5 +1,5 @@
 // The large kernels, which are compiled in files of their own with flags of their own (float.cu,
-// double.cu, grad_norm.cu).
+// double.cu, usual.cu, grad_norm.cu).
 #pragma once
 
 #include "cuda/grad_norm.h"
@@ -31,20 +31,24 @@ __global__ void __launch_bounds__(kBlockThreads, kMinCodesBlocks)
   update_thread<Rule, T, CodesStep>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);
 }
 
-template <class Rule, class T>
+template <class Rule, class T, int kNumber>
 __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
-    usual_codes_kernel(const __grid_constant__ UpdateArguments<Rule, T> arguments) {
+    usual_kernel(const __grid_constant__ UpdateArguments<Rule, T> arguments) {
   extern __shared__ __align__(16) char shared[];
-  update_thread<Rule, T, UsualCodesStep>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);
+  update_thread<Rule, T, UsualStep<Rule, kNumber>>(arguments, shared_place(shared), blockIdx.x,
+                                                   threadIdx.x);
 }
 
-// nullptr if the rule has none. It computes in T = float.
-template <class T>
-const void* usual_codes_kernel_of(RuleId id) {
+// Those of the usual steps with codes, or without. nullptr if the rule has no step of this number.
+template <bool kHasCodes>
+const void* usual_kernel_of(RuleId id, int number) {
   const void* kernel = nullptr;
   with_rule(id, [&](auto rule) {
-    if constexpr (UsualCodes<decltype(rule)>::kExists)
-      kernel = reinterpret_cast<const void*>(&usual_codes_kernel<decltype(rule), T>);
+    using Rule = decltype(rule);
+    with_usual_step<Rule>(number, [&](auto step) {
+      if constexpr (decltype(step)::kHasCodes == kHasCodes)
+        kernel = reinterpret_cast<const void*>(&usual_kernel<Rule, float, decltype(step)::kOwn>);
+    });
   });
   return kernel;
 }

@@ -23,10 +23,9 @@ struct LaunchKey {
 };
 
 inline LaunchKey launch_key_of(const ParamUpdate& update) {
-  LaunchKey key = {update.rule, KernelKind::kPlain, update.formats, shifted_operands(update)};
-  if (update.formats.has_codes())
-    with_rule(update.rule,
-              [&](auto rule) { key.kind = kernel_kind<decltype(rule)>(update, key.shifted); });
+  LaunchKey key = {update.rule, kPlainKernel, update.formats, shifted_operands(update)};
+  with_rule(update.rule,
+            [&](auto rule) { key.kind = kernel_kind<decltype(rule)>(update, key.shifted); });
   return key;
 }
 

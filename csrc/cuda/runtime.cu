@@ -13,13 +13,13 @@
 
 namespace fusedopt::cuda {
 
-// Compiled in float.cu, double.cu, float_codes.cu, double_codes.cu and grad_norm.cu, whose flags
-// differ.
+// Compiled in files of their own, whose flags differ.
 extern template const void* update_kernel_of<float>(RuleId id);
 extern template const void* update_kernel_of<double>(RuleId id);
 extern template const void* codes_kernel_of<float>(RuleId id);
 extern template const void* codes_kernel_of<double>(RuleId id);
-extern template const void* usual_codes_kernel_of<float>(RuleId id);
+extern template const void* usual_kernel_of<false>(RuleId id, int number);
+extern template const void* usual_kernel_of<true>(RuleId id, int number);
 extern template const void* sum_squares_kernel_of<float>();
 extern template const void* sum_squares_kernel_of<double>();
 
@@ -46,10 +46,25 @@ void check(cudaError_t error, const char* call) {
 }
 
 const void* kernel_of(RuleId rule, bool in_double, KernelKind kind) {
-  if (kind == KernelKind::kUsualCodes) return usual_codes_kernel_of<float>(rule);
-  if (kind == KernelKind::kCodes)
+  if (kind >= kUsualKernel) {
+    const int number = kind - kUsualKernel;
+    const void* const kernel = usual_kernel_of<false>(rule, number);
+    return kernel != nullptr ? kernel : usual_kernel_of<true>(rule, number);
+  }
+  if (kind == kCodesKernel)
     return in_double ? codes_kernel_of<double>(rule) : codes_kernel_of<float>(rule);
   return in_double ? update_kernel_of<double>(rule) : update_kernel_of<float>(rule);
+}
+
+std::vector<const void*> update_kernels_of(RuleId rule, bool in_double) {
+  std::vector<const void*> kernels = {kernel_of(rule, in_double, kPlainKernel),
+                                      kernel_of(rule, in_double, kCodesKernel)};
+  KernelKind kind = kUsualKernel;
+  while (const void* const kernel = in_double ? nullptr : kernel_of(rule, false, kind)) {
+    kernels.push_back(kernel);
+    ++kind;
+  }
+  return kernels;
 }
 
 // While a stream is captured, CUDA forbids calls such as cudaMalloc, by default to all threads, and
@@ -191,13 +206,9 @@ void check_kernels(int gpu) {
     const auto id = static_cast<RuleId>(rule);
     kernels.push_back(step_scalars_kernel_of(id));
     for (const bool in_double : {false, true})
-      for (const KernelKind kind :
-           {KernelKind::kPlain, KernelKind::kCodes, KernelKind::kUsualCodes})
-        for (const auto& [attribute, value] : kSharedMemory) {
-          const void* const kernel = kernel_of(id, in_double, kind);
-          if (error == cudaSuccess && kernel != nullptr)
-            error = cudaFuncSetAttribute(kernel, attribute, value);
-        }
+      for (const void* kernel : update_kernels_of(id, in_double))
+        for (const auto& [attribute, value] : kSharedMemory)
+          if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, attribute, value);
   }
   cudaFuncAttributes attributes;
   for (const void* kernel : kernels)

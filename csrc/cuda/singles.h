@@ -12,13 +12,14 @@
 #include "cuda/access.h"
 #include "cuda/thread_slice.h"
 #include "cuda/tuning.h"
+#include "cuda/usual.h"
 
 namespace fusedopt::cuda {
 
 // `Memory` of core/element.h for kCount elements that may lie anywhere. One that is placed twice is
 // computed and written twice, with the same bytes. Where there are codes, a warp's elements are one
 // group; those that other lanes write as well are muted here.
-template <class T, int kCount, bool kMayHaveCodes = false>
+template <class T, int kCount, class Step>
 class Singles {
   using Bits = Pack<uint32_t, kCount>;
 
@@ -26,12 +27,13 @@ class Singles {
   using Values = Pack<T, kCount>;
   static constexpr bool kRoundsForNothing = true;
   static constexpr bool kSplitIsOneFormat = false;
-  static constexpr bool kHasCodes = kMayHaveCodes;
-  static constexpr bool kLooksAtWeights = false;
+  static constexpr bool kHasCodes = Step::kHasCodes;
+  static constexpr bool kLooksAtNumbers = false;
 
   FUSEDOPT_HD DType one_format() const { return DType::kAbsent; }
   FUSEDOPT_HD Formats formats() const {
-    return bit_cast<Formats>(fusedopt::cuda::load_words<2>(&update_->formats));
+    return formats_of_step<Step>(
+        bit_cast<Formats>(fusedopt::cuda::load_words<2>(&update_->formats)));
   }
 
   // `update` is in device memory. Its pointers and formats are loaded each time they are needed,
@@ -44,7 +46,7 @@ class Singles {
   // Makes the element that the layout visits as number `element` the j-th of kCount: finds its
   // index along each dim, innermost first, and from that its offset in every operand.
   FUSEDOPT_HD void place(int j, int64_t element) {
-    const int32_t number = load_item(&update_->layout);
+    const int32_t number = Step::kIsUsual ? kDense : load_item(&update_->layout);
 #pragma unroll
     for (int64_t& at : at_[j]) at = number == kDense ? element : 0;
     if (number == kDense) return;

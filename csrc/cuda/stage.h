@@ -17,6 +17,7 @@
 #include "cuda/access.h"
 #include "cuda/thread_slice.h"
 #include "cuda/tuning.h"
+#include "cuda/usual.h"
 
 namespace fusedopt::cuda {
 
@@ -145,18 +146,6 @@ struct Tile {
   uint32_t at[2];
 };
 
-// What is known of a step when its kernel is compiled: that no state is codes, that some are, or
-// that it is the usual one of these (cuda/usual.h).
-struct PlainStep {
-  static constexpr bool kHasCodes = false, kIsUsual = false;
-};
-struct CodesStep {
-  static constexpr bool kHasCodes = true, kIsUsual = false;
-};
-struct UsualCodesStep {
-  static constexpr bool kHasCodes = true, kIsUsual = true;
-};
-
 // The copies of one thread, for its part of a chunk of a dense update. A thread has 8 bytes of an
 // operand that is codes; in its place in a stage, the scales of its two pieces come behind them.
 template <class Rule, class T, class Step>
@@ -202,6 +191,11 @@ class Stages {
   }
 
   FUSEDOPT_HD const StagePlan& plan() const { return plan_; }
+  FUSEDOPT_HD Formats formats() const {
+    Words<2> words = plan_.formats;
+    for (uint32_t& word : words.words) word = opaque(word);
+    return formats_of_step<Step>(bit_cast<Formats>(words));
+  }
   FUSEDOPT_HD uint64_t first_pair() const { return first_pair_; }       // of the chunk's draws
   FUSEDOPT_HD char* data(int operand) const { return data_[operand]; }  // at the chunk's start
 
@@ -255,7 +249,8 @@ class Stages {
     if constexpr (kHasCodes)
       unroll<Rule::kNumStates>([&](auto s) __attribute__((always_inline)) {
         constexpr int kOperand = kFirstState + decltype(s)::value;
-        const uint32_t has_it = is_code(bit_cast<Formats>(plan_.formats).dtypes[kOperand]);
+        const Formats formats = formats_of_step<Step>(bit_cast<Formats>(plan_.formats));
+        const uint32_t has_it = is_code(formats.dtypes[kOperand]);
         const SharedPlace to = stage + plan_.places[0][kOperand] + 8;
         start_copy_if<4>(has_it, to, scale_of(kOperand, tile.at[0]));
         start_copy_if<4>(has_it, to + 4, scale_of(kOperand, tile.at[1]));

@@ -24,7 +24,7 @@ class Staged {
   static constexpr bool kRoundsForNothing = true;
   static constexpr bool kSplitIsOneFormat = false;
   static constexpr bool kHasCodes = Step::kHasCodes;
-  static constexpr bool kLooksAtWeights = Step::kIsUsual;
+  static constexpr bool kLooksAtNumbers = Step::kIsUsual;
 
   FUSEDOPT_HD Staged(const Stages<Rule, T, Step>& stages, const Tile& tile, SharedPlace stage)
       : stages_(stages), tile_(tile), stage_(stage) {
@@ -36,11 +36,7 @@ class Staged {
   }
 
   // Read from the kernel's arguments anew whenever it is asked for.
-  FUSEDOPT_HD Formats formats() const {
-    Words<2> words = stages_.plan().formats;
-    for (uint32_t& word : words.words) word = stages_.asked_anew(word);
-    return bit_cast<Formats>(words);
-  }
+  FUSEDOPT_HD Formats formats() const { return stages_.formats(); }
   FUSEDOPT_HD DType one_format() const {
     if constexpr (kHasCodes) return DType::kAbsent;
     return static_cast<DType>(stages_.asked_anew(stages_.plan().one_format));
@@ -164,8 +160,8 @@ class Staged {
     write<false>(operand, words);
   }
 
-  FUSEDOPT_HD bool are_ordinary(const Pack<float, kCount>& weights) const {
-    return largest_magnitude<true>(weights) <= as_float(kLargestOrdinary);
+  FUSEDOPT_HD bool are_ordinary(const Pack<float, kCount>& numbers) const {
+    return largest_magnitude<true>(numbers) <= as_float(kLargestOrdinary);
   }
 
   // Chunks and pieces start at even elements, so a piece has both elements of each pair that shares

@@ -38,7 +38,7 @@ struct UpdateArguments {
 };
 
 // A thread's part in the update of one chunk.
-template <class Rule, class T>
+template <class Rule, class T, class Step>
 class ChunkUpdate {
  public:
   using Arguments = UpdateArguments<Rule, T>;
@@ -50,7 +50,6 @@ class ChunkUpdate {
   // A software pipeline over kStages stages of shared memory. kStages - 1 tiles are copied in
   // advance; each turn then starts one more copy, waits for the oldest, and computes. The copy of a
   // turn goes to the stage that the turn before has read.
-  template <class Step>
   FUSEDOPT_HD void run_dense(const Stages<Rule, T, Step>& stages) const {
     const uint32_t stride = stages.stride(), end = stages.end(), piece = stages.piece_elements();
     uint32_t next = stages.start();  // to be copied
@@ -74,7 +73,7 @@ class ChunkUpdate {
       const Tile tile = stages.tile(at);
       const Staged<Rule, T, Step> staged(stages, tile, stage);
       if constexpr (Step::kHasCodes) {
-        update_exactly(staged, variant<Step>());
+        update_exactly(staged);
       } else {
         Math math;
         if (update_elements(staged, math)) continue;
@@ -107,7 +106,7 @@ class ChunkUpdate {
     const int64_t step = kAtATime * chunk_.slice.size;
 #pragma unroll 1
     for (int64_t i = chunk_.begin + chunk_.slice.rank; i < chunk_.end; i += step) {
-      Singles<T, kAtATime> singles(chunk_.update, arguments_.layouts);
+      Singles<T, kAtATime, Step> singles(chunk_.update, arguments_.layouts);
 #pragma unroll
       for (int j = 0; j < kAtATime; ++j) {
         const int64_t own = i + j * chunk_.slice.size;
@@ -128,7 +127,7 @@ class ChunkUpdate {
 #pragma unroll 1
     for (int64_t group = begin + chunk_.slice.rank / kWarp * kGroup; group < end;
          group += int64_t{warps} * kGroup) {
-      Singles<T, kOfThread, true> singles(chunk_.update, arguments_.layouts);
+      Singles<T, kOfThread, Step> singles(chunk_.update, arguments_.layouts);
 #pragma unroll
       for (int j = 0; j < kOfThread; ++j) {
         const int64_t own = group + j * kWarp + lane;
@@ -146,11 +145,10 @@ class ChunkUpdate {
   using Math = std::conditional_t<sizeof(T) == sizeof(float), BranchFree<>, Ieee>;
 
   // opaque() keeps the tests of the variant from being held over the loop.
-  template <class Step>
   FUSEDOPT_HD typename Rule::Variant variant() const {
     const auto found = Rule::Variant::of(opaque(variant_));
     if constexpr (Step::kIsUsual)
-      return UsualCodes<Rule>::known(found);
+      return Usual<Rule>::known(found);
     else
       return found;
   }
@@ -161,7 +159,7 @@ class ChunkUpdate {
   FUSEDOPT_HD bool update_elements(const Memory& memory, AnyMath& math) const {
     Elements<Rule, T, typename Memory::Values, Memory> elements(memory);
     elements.load();
-    elements.apply(variant<PlainStep>(), scalars_.rule, math);
+    elements.apply(variant(), scalars_.rule, math);
     if (!math.is_exact()) return false;
     elements.finish(scalars_.common);
     return true;
@@ -169,7 +167,8 @@ class ChunkUpdate {
 
   // The same for elements whose scales other threads need: all of them get to their ends.
   template <class Memory>
-  FUSEDOPT_HD void update_exactly(const Memory& memory, typename Rule::Variant variant) const {
+  FUSEDOPT_HD void update_exactly(const Memory& memory) const {
+    const auto variant = this->variant();
     Elements<Rule, T, typename Memory::Values, Memory> elements(memory);
     BranchFreeForCodes math;
     elements.load();
@@ -184,7 +183,7 @@ class ChunkUpdate {
 
   // One element, with the compiler's exact square root and division.
   FUSEDOPT_HD void update_single(int64_t element) const {
-    Singles<T, 1> single(chunk_.update, arguments_.layouts);
+    Singles<T, 1, Step> single(chunk_.update, arguments_.layouts);
     single.place(0, element);
     Ieee ieee;
     update_elements(single, ieee);
@@ -221,10 +220,11 @@ FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, Shared
       same_for_warp(arguments.scalars != nullptr ? arguments.scalars[update.scalars]
                                                  : arguments.few[update.scalars]);
   const uint32_t variant = same_for_warp(uint32_t{update.variant});
-  const ChunkUpdate<Rule, T> chunk_update(arguments, chunk, scalars, variant);
+  const ChunkUpdate<Rule, T, Step> chunk_update(arguments, chunk, scalars, variant);
   const bool is_dense = update.layout == kDense;
   if constexpr (Step::kIsUsual) {
-    const StagePlan plan = plan_stages<T>(UsualCodes<Rule>::formats(), 0);
+    StagePlan plan = plan_stages<T>(Step::formats(), 0);
+    plan.formats = arguments.plan.formats;
     chunk_update.run_dense(Stages<Rule, T, Step>(plan, update, chunk, thread, shared));
   } else if constexpr (Step::kHasCodes) {
     if constexpr (sizeof(T) == sizeof(float)) {  // pieces of doubles are too small for bytes

@@ -1,7 +1,7 @@
-// Steps with codes whose formats are compiled in, because people take 8-bit states for them. A
-// kernel that finds out all formats while it runs takes a quarter more instructions for an element
-// (tests/cuda/test_sass.py), and the fewer bytes an element has, the fewer instructions a GPU has
-// time for.
+// Steps whose formats are compiled in: those that people take most, where these are not simply one
+// for all. A kernel that finds out formats while it runs jumps to other code for each operand, and
+// a GPU waits for the instructions behind such jumps: on an H200 a quarter of the time where
+// operands have several formats. Which of the kernels does a step changes no result.
 #pragma once
 
 #include <cstdint>
@@ -14,47 +14,121 @@
 
 namespace fusedopt::cuda {
 
-// The usual step of a rule, if it has one.
+// The usual steps of a rule, by their numbers.
 template <class Rule>
-struct UsualCodes {
-  static constexpr bool kExists = false;
+struct Usual {
+  static constexpr int kCount = 0;
 };
 
-// AdamW with 5 bytes for a weight but for its grad: a bfloat16 param, its master in 24 bits, both
-// moments in codes, all rounded stochastically.
-template <>
-struct UsualCodes<Adam> {
-  static constexpr bool kExists = true;
+struct AdamOperands {
+  DType param, grad, exp_avg, exp_avg_sq;
+  DType master = DType::kAbsent, ema = DType::kAbsent;
+  bool draws = true;  // for codes, and for a 24-bit master beside them
+};
 
-  static FUSEDOPT_HD Formats formats() {
+template <>
+struct Usual<Adam> {
+  static constexpr DType kF32 = DType::kFloat32, kF16 = DType::kFloat16, kB16 = DType::kBFloat16,
+                         kSigned = DType::kSignedCodes, kPositive = DType::kPositiveCodes,
+                         kNone = DType::kAbsent;
+  static constexpr AdamOperands kAll[] = {
+      {kB16, kB16, kB16, kB16},
+      {kF16, kF16, kF16, kF16},
+      {kF32, kF32, kB16, kB16},
+      {kB16, kB16, kF32, kF32},
+      {kB16, kB16, kF32, kF32, kF32},
+      {kB16, kB16, kB16, kB16, DType::kRemainder},
+      {kB16, kB16, kB16, kB16, DType::kRemainder8},
+      {kB16, kB16, kB16, kB16, kNone, kF32},
+      {kB16, kB16, kB16, kB16, DType::kRemainder, kF32},
+      {kB16, kB16, kSigned, kPositive, DType::kRemainder8},
+      {kB16, kB16, kSigned, kPositive, DType::kRemainder8, kNone, false},
+      {kB16, kB16, kSigned, kPositive},
+      {kF32, kF32, kSigned, kPositive},
+  };
+  static constexpr int kCount = sizeof(kAll) / sizeof(kAll[0]);
+
+  static constexpr Formats formats(const AdamOperands& operands) {
     Formats formats = {};
-    formats.dtypes[kParam] = formats.dtypes[kGrad] = DType::kBFloat16;
-    formats.dtypes[kFirstState + Adam::kExpAvg] = DType::kSignedCodes;
-    formats.dtypes[kFirstState + Adam::kExpAvgSq] = DType::kPositiveCodes;
-    formats.dtypes[kMaster] = DType::kRemainder8;
-    formats.stochastic =
-        1 << (kFirstState + Adam::kExpAvg) | 1 << (kFirstState + Adam::kExpAvgSq) | 1 << kMaster;
+    formats.dtypes[kParam] = operands.param;
+    formats.dtypes[kGrad] = operands.grad;
+    formats.dtypes[kFirstState + Adam::kExpAvg] = operands.exp_avg;
+    formats.dtypes[kFirstState + Adam::kExpAvgSq] = operands.exp_avg_sq;
+    formats.dtypes[kMaster] = operands.master;
+    formats.dtypes[kEma] = operands.ema;
+    if (formats.has_codes() && operands.draws)
+      formats.stochastic = 1 << (kFirstState + Adam::kExpAvg) |
+                           1 << (kFirstState + Adam::kExpAvgSq) |
+                           (formats.has_split8_master() ? 1 << kMaster : 0);
     return formats;
   }
+  static constexpr Formats formats_of(int number) { return formats(kAll[number]); }
+
   // The formats say that there is no third state, and that grads are averaged. What is left is
   // whether weights decay.
-  static FUSEDOPT_HD bool is_usual(Adam::Variant variant) { return variant.decay != Decay::kL2; }
+  static bool is_usual(Adam::Variant variant) { return variant.decay != Decay::kL2; }
   static FUSEDOPT_HD Adam::Variant known(Adam::Variant variant) {
     return {variant.decay == Decay::kDecoupled ? Decay::kDecoupled : Decay::kNone, false, true};
   }
 };
 
-// Which kernel an update takes; and which it is where there are codes.
-enum class KernelKind : uint8_t { kPlain, kCodes, kUsualCodes };
+// What is known of a step when its kernel is compiled: that no state is codes, that some are, or
+// all formats. With codes it is also known what is drawn for, else the launch says that.
+struct PlainStep {
+  static constexpr bool kHasCodes = false, kIsUsual = false;
+};
+struct CodesStep {
+  static constexpr bool kHasCodes = true, kIsUsual = false;
+};
+template <class Rule, int kNumber>
+struct UsualStep {
+  static constexpr int kOwn = kNumber;
+  static constexpr bool kIsUsual = true;
+  static constexpr bool kHasCodes = Usual<Rule>::formats_of(kNumber).has_codes();
+  static FUSEDOPT_HD Formats formats() {
+    constexpr Formats kFormats = Usual<Rule>::formats_of(kNumber);  // found by the compiler
+    return kFormats;
+  }
+};
+
+// The formats of a launch, `asked`, or as much of them as its kernel does not know.
+template <class Step>
+FUSEDOPT_HD Formats formats_of_step(const Formats& asked) {
+  if constexpr (Step::kIsUsual) {
+    Formats formats = Step::formats();
+    if (!Step::kHasCodes) formats.stochastic = asked.stochastic;
+    return formats;
+  } else {
+    return asked;
+  }
+}
+
+// Which kernel does an update: the one for all formats, that where there are codes, or that of a
+// usual step, whose number is added.
+using KernelKind = uint8_t;
+inline constexpr KernelKind kPlainKernel = 0, kCodesKernel = 1, kUsualKernel = 2;
 
 template <class Rule>
 KernelKind kernel_kind(const ParamUpdate& update, uint32_t shifted) {
-  if constexpr (UsualCodes<Rule>::kExists)
+  if constexpr (Usual<Rule>::kCount > 0)
     if (update.layout == kDense && shifted == 0 &&
-        UsualCodes<Rule>::is_usual(Rule::Variant::of(update.variant)) &&
-        bit_cast<uint64_t>(update.formats) == bit_cast<uint64_t>(UsualCodes<Rule>::formats()))
-      return KernelKind::kUsualCodes;
-  return KernelKind::kCodes;
+        Usual<Rule>::is_usual(Rule::Variant::of(update.variant)))
+      for (int number = 0; number < Usual<Rule>::kCount; ++number) {
+        Formats usual = Usual<Rule>::formats_of(number);
+        if (!usual.has_codes()) usual.stochastic = update.formats.stochastic;
+        if (bit_cast<uint64_t>(usual) == bit_cast<uint64_t>(update.formats))
+          return static_cast<KernelKind>(kUsualKernel + number);
+      }
+  return update.formats.has_codes() ? kCodesKernel : kPlainKernel;
+}
+
+// Calls f(UsualStep<Rule, number>{}) for a number known at run time, if the rule has such a step.
+template <class Rule, int kNumber = 0, class F>
+void with_usual_step(int number, const F& f) {
+  if constexpr (kNumber < Usual<Rule>::kCount) {
+    if (number == kNumber) return f(UsualStep<Rule, kNumber>{});
+    with_usual_step<Rule, kNumber + 1>(number, f);
+  }
 }
 
 }  // namespace fusedopt::cuda

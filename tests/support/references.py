@@ -74,11 +74,22 @@ class ASGD(_InDouble, torch.optim.ASGD):
 
 
 class Adagrad(torch.optim.Adagrad):
-    """States are made by the first step, as other optimizers' are."""
+    """States are made by the first step, as other optimizers' are.
+
+    As torch's constructor makes them, since the step of torch 2.11 makes none.
+    """
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
         self.state.clear()
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
+        for param in group["params"]:
+            if param.grad is not None and not self.state[param]:
+                start = self.defaults["initial_accumulator_value"]
+                made = torch.optim.Adagrad([param], initial_accumulator_value=start)
+                self.state[param] = made.state[param]
+        return super()._init_group(group, *lists)
 
 
 class Lion(torch.optim.Optimizer):

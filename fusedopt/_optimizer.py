@@ -298,7 +298,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         status, found_inf = self._latest.grad_status, self._latest.found_inf
         if status is not None:
             return status_field(status, _C.GRAD_STATUS, "skip") > 0
-        return found_inf.sum() > 0 if isinstance(found_inf, Tensor) else torch.tensor(False)
+        if isinstance(found_inf, Tensor):
+            return found_inf.sum() > 0
+        return torch.tensor(False, device="cpu")
 
     def memory(self, group: int | None = None) -> dict[str, int]:
         """Bytes that the parameters and what belongs to them take now, in this process.

@@ -189,7 +189,7 @@ def _check_shapes(entries: dict[str, Any], spec: _C.StateSpec, param: Tensor, pl
 def _checked_step(step: Any, place: str) -> Tensor:
     """A step count as a step takes it; TypeError or ValueError for what it would refuse."""
     is_one = not isinstance(step, Tensor) or step.numel() == 1
-    count = to_step(step, torch.device("cpu")) if is_one else torch.tensor(-1.0)
+    count = to_step(step if is_one else -1.0, torch.device("cpu"))
     if not 0 <= (number := float(count)) < 9.2e18 or number % 1 != 0:
         raise ValueError(
             f"step of {place} is {step!r} in the loaded state dict, but must be one whole number "

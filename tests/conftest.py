@@ -30,11 +30,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda, but torch sees no GPU here")
     torch.set_default_device("cuda")
-    torch.optim.Adam.step = with_default_device("cpu", torch.optim.Adam.step)
+    for optimizer in (
+        *(torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta),
+        *(torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Rprop),
+    ):
+        optimizer.step = with_default_device("cpu", optimizer.step)
 
 
 def with_default_device(device: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """For torch's Adam, which puts its step counts on the default device."""
+    """For torch's optimizers, which put their step counts on the default device."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

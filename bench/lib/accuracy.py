@@ -42,20 +42,20 @@ def simulate(
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
-        return torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+        return torch.randn(SHAPE, generator=generator, dtype=torch.float64, device="cpu")
 
     sizes = torch.exp(spread * normal())
     means = 0.1 * sizes * normal()
     param = Parameter(torch.zeros(SHAPE, device=device))
     optimizer = make([param])
-    m, v = (torch.zeros(SHAPE, dtype=torch.float64) for _ in range(2))
+    m, v = (torch.zeros(SHAPE, dtype=torch.float64, device="cpu") for _ in range(2))
     wrong = true = 0.0
     largest = [0.0, 0.0]
     steps = STEPS if fall == "none" else 2 * STEPS
     for step in range(1, steps + 1):
         grad = means + sizes * normal()
         if step > STEPS:
-            columns = torch.arange(SHAPE[1])
+            columns = torch.arange(SHAPE[1], device="cpu")
             grad *= torch.where((columns % 2 == 0) | (fall == "all"), 0.1, 1.0)
         grad = grad.float()
         with torch.no_grad():

@@ -82,7 +82,10 @@ def test_what_torch_alone_keeps(case: Case, steps: int) -> None:
         derived = theirs.keys() & set(DERIVED)
         assert derived
         for name in derived | {"step"}:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=2e-6, atol=0)
+            expected = theirs[name]
+            if case.optimizer == "ASGD":  # torch's lie beside the param in any case
+                expected = expected.to(ours[name].device)
+            torch.testing.assert_close(ours[name], expected, rtol=2e-6, atol=0)
 
 
 @varied_cases

@@ -4,6 +4,7 @@ Every row of the tables breaks one thing in an optimizer that is otherwise fine 
 before; `step()` must then refuse the whole step.
 """
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn import Parameter
 
 from support.device import on_host
 from support.optimizers import CASES, Case, some_cases, take_step, train
-from support.snapshots import snapshot
+from support.snapshots import refused, snapshot
 from support.tensors import Wrapper, by_id, params_of, set_grads
 
 NAMES = ["first", "broken", "last"]
@@ -237,3 +238,15 @@ def test_state_is_not_created_when_it_cannot_be_used() -> None:
     with torch.device("meta"):
         optimizer.step()
     assert [optimizer.state[param]["step"].item() for param in params] == [1.0] * 3
+
+
+def test_what_is_known_without_a_device_is_on_none_but_the_cpu() -> None:
+    """Whatever the default device: there would be nothing to read, or a GPU to wait for."""
+    optimizer = make_optimizer(CASES["adamw"], named=True)
+    take_step(optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["step"] = torch.ones(2, device="cpu")
+    with torch.device("meta"):
+        assert not optimizer.skipped
+        with refused(optimizer, ValueError, "must be one whole number"):
+            optimizer.load_state_dict(saved)

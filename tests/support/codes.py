@@ -82,10 +82,11 @@ def decoded(entries: Any, name: str) -> Any:
 
 
 def numbers_of(entries: Any) -> dict[str, Tensor]:
-    """A state with float32 numbers, under their names, in place of codes."""
+    """A state with float32 numbers, under their names and on their device, in place of codes."""
     found = {name: entry for name, entry in entries.items() if not name.endswith(("_q8", "_scale"))}
     for name in coded_names(entries):
-        found[name] = torch.from_numpy(decoded(entries, name)).float()
+        numbers = torch.from_numpy(decoded(entries, name)).float()
+        found[name] = numbers.to(entries[f"{name}_q8"].device)
     return found
 
 

@@ -30,7 +30,7 @@ class _InDouble(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with double_by_default():
+        with double_by_default(), torch.device("cpu"):  # torch counts on the default device
             for group in self.param_groups:
                 for state in self._states(group):
                     self._refresh(state, group, float(state["step"]))
@@ -38,6 +38,8 @@ class _InDouble(torch.optim.Optimizer):
         for group in self.param_groups:
             for state in self._states(group):
                 state["step"] = state["step"].float()
+                if not group["capturable"]:  # torch's ASGD always counts beside the param
+                    state["step"] = state["step"].cpu()
         return loss
 
     def _states(self, group: dict[str, Any]) -> list[Any]:
@@ -58,7 +60,7 @@ class NAdam(_InDouble, torch.optim.NAdam):
         beta1 = float(group["betas"][0])
         steps = torch.arange(1, int(done) + 1, dtype=torch.float64)
         momenta = beta1 * (1 - 0.5 * 0.96 ** (steps * group["momentum_decay"]))
-        state["mu_product"] = momenta.prod()
+        state["mu_product"] = momenta.prod().to(state["step"].device)
 
 
 class ASGD(_InDouble, torch.optim.ASGD):
@@ -70,15 +72,27 @@ class ASGD(_InDouble, torch.optim.ASGD):
         lr = float(group["lr"])
         eta = lr / (1 + group["lambd"] * lr * done) ** group["alpha"]
         mu = 1 / max(1, done - group["t0"])
-        state["eta"], state["mu"] = (torch.tensor(x, dtype=torch.float64) for x in (eta, mu))
+        kind = {"dtype": torch.float64, "device": state["ax"].device}
+        state["eta"], state["mu"] = (torch.tensor(x, **kind) for x in (eta, mu))
 
 
 class Adagrad(torch.optim.Adagrad):
-    """States are made by the first step, as other optimizers' are."""
+    """States are made by the first step, as other optimizers' are.
+
+    As torch's constructor makes them, since the step of torch 2.11 makes none.
+    """
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
         self.state.clear()
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
+        for param in group["params"]:
+            if param.grad is not None and not self.state[param]:
+                start = self.defaults["initial_accumulator_value"]
+                made = torch.optim.Adagrad([param], initial_accumulator_value=start)
+                self.state[param] = made.state[param]
+        return super()._init_group(group, *lists)
 
 
 class Lion(torch.optim.Optimizer):

@@ -2,8 +2,6 @@
 
 import copy
 import functools
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -296,13 +294,6 @@ def test_ranges_are_torchs(option: str) -> None:
     assert bool((param == 1).all()) == (option == "lr")
 
 
-@pytest.fixture
-def _no_checks() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def bad_grads() -> dict[str, tuple[Any, type[Exception], str]]:
     where = torch.tensor([[0, 1], [2, 3]])
     outside, twice = torch.tensor([[1, ROWS]]), torch.tensor([[5, 5]])
@@ -337,7 +328,6 @@ def bad_grads() -> dict[str, tuple[Any, type[Exception], str]]:
     }
 
 
-@pytest.mark.usefixtures("_no_checks")
 @pytest.mark.parametrize("which", bad_grads())
 def test_bad_grads_change_nothing(which: str) -> None:
     make, error, text = bad_grads()[which]

@@ -38,9 +38,10 @@ class Net(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first = nn.Linear(16, 16)
-        self.again = nn.Linear(16, 16, bias=False)
-        self.last = nn.Linear(16, 1)
+        with torch.device("cpu"):  # the same numbers on every device
+            self.first = nn.Linear(16, 16)
+            self.again = nn.Linear(16, 16, bias=False)
+            self.last = nn.Linear(16, 1)
         self.unused = nn.Parameter(torch.ones(9))
         self.frozen = nn.Parameter(torch.ones(16), requires_grad=False)
         self.to(DEVICE, dtype)

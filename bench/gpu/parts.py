@@ -240,6 +240,12 @@ def _with_targets(runner: Runner, run: Finished, good: bool, **figures: Any) -> 
     return figures | {"verdict": OK if good else MISSED}
 
 
+def shares(runner: Runner) -> Result:
+    path = runner.out / "shares-cuda.json"
+    run = runner.python("bench/gpu/shares.py", "--json", path)
+    return run.result(cases=len(_read(path, "shares")), file=path.name)
+
+
 def exactness(runner: Runner) -> Result:
     """Roots and quotients of the kernels beside IEEE's, all floats and billions of pairs."""
     run = runner.python(*PYTEST, "tests/cuda/test_exactness.py", "-rA", installed=True)
@@ -312,7 +318,8 @@ def tune(runner: Runner) -> Result:
 # Seconds that the parts should take on 16 cores, the most important first: their shares of the time
 # that is left.
 PARTS: dict[str, tuple[Callable[[Runner], Result], float]] = {
-    "build": (build, 100), "tests": (tests, 190), "sanitizer": (sanitizer, 100),
+    "build": (build, 100), "tests": (tests, 190), "shares": (shares, 35),
+    "sanitizer": (sanitizer, 100),
     "step": (step, 140), "others": (others, 80), "launches": (launches, 20), "ncu": (ncu, 45),
     "exactness": (exactness, 25), "settings": (settings, 90), "training": (training, 50),
     "train": (train, 40), "tune": (tune, 200),

@@ -21,11 +21,12 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
   update_thread<Rule, T, PlainStep>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);
 }
 
-// As kMinBlocks, for states that are codes: up to 255 registers for a thread.
-inline constexpr int kMinCodesBlocks = 2;
+// As kMinBlocks, for states that are codes: 168 registers in float, up to 255 in double.
+template <class T>
+constexpr int kMinCodesBlocks = sizeof(T) == sizeof(float) ? 3 : 2;
 
 template <class Rule, class T>
-__global__ void __launch_bounds__(kBlockThreads, kMinCodesBlocks)
+__global__ void __launch_bounds__(kBlockThreads, kMinCodesBlocks<T>)
     codes_kernel(const __grid_constant__ UpdateArguments<Rule, T> arguments) {
   extern __shared__ __align__(16) char shared[];
   update_thread<Rule, T, CodesStep>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);

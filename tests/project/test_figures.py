@@ -40,7 +40,7 @@ def assert_said(*texts: str) -> None:
     "name",
     [
         *("step-cpu", "step-cpu-others", "step-cuda"),
-        *("training-step-cpu", "training-step-cuda"),
+        *("training-step-cpu", "training-step-cuda", "shares-cuda"),
         *("precision-cpu", "precision-1000-cpu", "accuracy-cpu"),
     ],
 )
@@ -196,14 +196,31 @@ def test_sentences_about_the_gpu() -> None:
 
 
 @pytest.mark.cpu_only
+def test_sentences_about_settings_on_the_gpu() -> None:
+    shares = {row["name"]: row for row in results("shares-cuda")["shares"]}
+    kernels = {row["name"]: row for row in results("profile-ncu-cuda")["kernels"]}
+    mixed = [row for name, row in kernels.items() if name in ("fp16", "bf16, average", "q8, bf16")]
+    waited = [row["stalls"]["no_inst"] for row in mixed]
+    q8 = kernels["q8, split8"]
+    assert_said(
+        f"q8 with split8 takes {shares['q8, split8']['ms'] / shares['torch fused bf16']['ms']:.2f} "
+        "times as long as torch's fused step in bf16",
+        f"to {max(waited):.0%} of their time for instructions".replace("%", " %"),
+        f"and {q8['stalls']['no_inst']:.0%} where the formats are compiled in".replace("%", " %"),
+    )
+
+
+@pytest.mark.cpu_only
 def test_checks_on_a_gpu() -> None:
+    tests = results("tests-cuda-staged")["parts"]["tests"]
+    assert_said(
+        f"{tests['cuda']['passed']} passed, {tests['cuda']['failed']} failed.",
+        f"{tests['others']['passed']} passed, {tests['others']['failed']} failed,",
+    )
     parts = results("tests-cuda")["parts"]
-    cuda, whole = parts["tests"]["cuda"], parts["tests"]["all"]
     tools = [parts["sanitizer"][name] for name in ("memcheck", "racecheck", "initcheck")]
     assert {tool["errors_in_ours"] for tool in tools} == {0}
     (chosen,) = {tool["passed"] for tool in tools}
     assert_said(
-        f"{cuda['passed']} passed, {cuda['failed']} failed.",
-        f"{whole['passed']} passed, {whole['skipped']} skipped, {whole['failed']} failed,",
         f"over {chosen} chosen tests: memcheck, racecheck and initcheck with 0 errors",
     )

@@ -164,6 +164,19 @@ def gpu_training_table(content: Figures) -> list[str]:
     return markdown(heads, rows)
 
 
+def shares_table(content: Figures) -> list[str]:
+    """By the GPU's own time. A tensor is one of 256 Mi elements where a row says nothing else."""
+    works = {name: title for name, title in TITLES.items() if name != "one-256Mi"}
+    rows = []
+    for row in content["shares"]:
+        name = row["name"]
+        for work, title in works.items():
+            name = name.replace(work, title)
+        rows.append([name, f"{row['bytes_per_element']:.4g}", f"{row['share']:.1%}",
+                     f"{row['ms']:.3g}"])  # fmt: skip
+    return markdown(["AdamW, if nothing else is said", "bytes", "share of a copy", "ms"], rows)
+
+
 def precision_table(content: Figures) -> list[str]:
     """Columns in which everything is zero are left out."""
     settings = content["settings"]
@@ -207,6 +220,8 @@ def tables_of(contents: list[Figures]) -> list[list[str]]:
     """Of one file, or of several of one kind and device."""
     first = contents[0]
     on_cpu = first["machine"]["device"] == "cpu"
+    if "shares" in first:
+        return [shares_table(first)]
     if "settings" in first:
         return [precision_table(first)]
     if "accuracy" in first:

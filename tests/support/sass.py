@@ -50,6 +50,7 @@ SIGNED_BYTE = r"\bPRMT\b.*\b0x(?:9914|aa24|bb34)\b"  # with copies of its upper 
 # Halves, views at odd places, elements that are done again: nothing of the settings below.
 RARE_IN_CODES = r"\bLDG\b|\bF2FP\.F16\b|\bHADD2\b|\bSTG\.E\.U(?:8|16)\b"
 RARE = RARE_IN_CODES + r"|\bSTG\.E desc|\bSTG\.E \["
+RARE_IN_USUAL = r"\bLDG\b|\bSTG\.E\.U(?:8|16)\b"
 ADAMW = {FMA: 14 * ELEMENTS}
 WHOLE = ADAMW | {HALF_COPY: 0, HALF_STORE: 0}
 Q8 = {COPY: 2, HALF_COPY: 3, WIDE_STORE: 1, HALF_STORE: 3, SHUFFLE: 6,
@@ -70,11 +71,40 @@ SETTINGS = {
     "split8, q8 states": ADAMW | Q8 | {DRAW: 0},
     "split8, q8 states, stochastic": ADAMW | Q8 | {DRAW: 4},
 }  # fmt: skip
+# The usual steps of Adam (csrc/cuda/usual.h) by their numbers, and bytes of a stage for a thread.
+USUAL = {
+    "bf16": 4 * 16,
+    "fp16": 4 * 16,
+    "fp32, bf16 states": 2 * 32 + 2 * 16,
+    "bf16, fp32 states": 2 * 16 + 2 * 32,
+    "fp32 masters": 16 + 3 * 32,
+    "split, bf16 states": 5 * 16,
+    "split8, bf16 states": 5 * 16,
+    "bf16, average": 4 * 16 + 32,
+    "split, bf16 states, average": 5 * 16 + 32,
+    "split8, q8 states, stochastic": 5 * 16,
+    "split8, q8 states": 5 * 16,
+    "bf16, q8 states, stochastic": 4 * 16,
+    "fp32, q8 states, stochastic": 2 * 32 + 2 * 16,
+}
+# Their ordinary ways; where it is found out at run time, with draws and without.
+DRAWN = ("bf16", "fp32, bf16 states", "bf16, fp32 states", "split, bf16 states",
+         "split8, bf16 states")  # fmt: skip
+USUAL_SETTINGS = {
+    f"usual {name}": (kernel, {FMA: 13 * ELEMENTS, DRAW: draws, SHUFFLE: 6 if "q8" in name else 0})
+    for kernel in USUAL
+    for name, draws in (
+        [(kernel, 4)]
+        if kernel.endswith("stochastic")
+        else [(kernel, 0), *([(f"{kernel}, stochastic", 4)] if kernel in DRAWN else [])]
+    )
+}
 
 
 def kernel_of(setting: str) -> str:
-    kind = "codes" if "q8" in setting else "update"
-    return f"{'usual_codes' if kind == 'codes' and 'stochastic' in setting else kind} Adam float32"
+    if setting in USUAL_SETTINGS:
+        return f"usual Adam float32 {list(USUAL).index(USUAL_SETTINGS[setting][0])}"
+    return f"{'codes' if 'q8' in setting else 'update'} Adam float32"
 
 
 # What the norm's loops do at a time.
@@ -115,6 +145,7 @@ class Kernel:
     kind: str  # update, step_scalars, sum_squares or finalize
     rule: str
     type: str  # "float32", "float64", empty for kernels that have none
+    usual: str  # the number of a usual step
     registers: int
     stack: int  # bytes
     counts: dict[str, int]  # of INSTRUCTIONS
@@ -126,7 +157,7 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        return " ".join(filter(None, (self.kind, self.rule, self.type)))
+        return " ".join(filter(None, (self.kind, self.rule, self.type, self.usual)))
 
     @property
     def number(self) -> int:
@@ -134,7 +165,9 @@ class Kernel:
 
     def under_way(self, setting: str) -> int:
         """Bytes that an SM's threads have asked for, in a setting of Adam's."""
-        stage = STAGED_BYTES[setting] * BLOCK_THREADS
+        is_usual = setting in USUAL_SETTINGS
+        bytes_ = USUAL[USUAL_SETTINGS[setting][0]] if is_usual else STAGED_BYTES[setting]
+        stage = bytes_ * BLOCK_THREADS
         block = STAGES * stage + 1024  # that CUDA takes itself
         by_registers = 65536 // (BLOCK_THREADS * -(-self.registers // 8) * 8)
         by_threads = THREADS[self.number] // BLOCK_THREADS
@@ -142,8 +175,11 @@ class Kernel:
 
     def ordinary_way(self, setting: str) -> tuple[int, int]:
         """Instructions and branches for ELEMENTS elements, copies for a later stage included."""
-        rare = RARE_IN_CODES if "codes" in self.kind else RARE
-        found = shortest_way(*main_loop(self.code), SETTINGS[setting], rare)
+        rare = RARE_IN_CODES if self.kind == "codes" else RARE
+        if setting in USUAL_SETTINGS:
+            rare = RARE_IN_USUAL
+        required = (SETTINGS | {name: way for name, (_, way) in USUAL_SETTINGS.items()})[setting]
+        found = shortest_way(*main_loop(self.code), required, rare)
         if found is None:
             raise AssertionError(
                 f"{self.arch} {self.name}: no way round the main loop is {setting}"
@@ -274,7 +310,9 @@ def kernels_of(cuobjdump: str, library: str, arch: str) -> Iterator[Kernel]:
         symbol = part.split(maxsplit=1)[0]
         kind = re.search(r"\d([a-z_]+)_kernel", symbol)[1]
         # One rule, or OneOf several, and a type.
-        types = re.search(rf"_kernelI(?:NS_\d+({'|'.join(RULES)})(?:I\w+?EEE)?E)?([fd])?E", symbol)
+        types = re.search(
+            rf"_kernelI(?:NS_\d+({'|'.join(RULES)})(?:I\w+?EEE)?E)?([fd])?(?:Li(\d+)E)?E", symbol
+        )
         registers, stack = re.findall(r"\d+", resources[symbol])
         code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", part)
         yield Kernel(
@@ -282,6 +320,7 @@ def kernels_of(cuobjdump: str, library: str, arch: str) -> Iterator[Kernel]:
             kind,
             types[1] or "" if types else "",
             TYPES.get(types[2] or "", "") if types else "",
+            types[3] or "" if types else "",
             int(registers),
             int(stack),
             {what: len(re.findall(which, part)) for what, which in INSTRUCTIONS.items()},
@@ -314,11 +353,11 @@ def main(library: str) -> None:
     print("\nThe ordinary way, for an element, and bytes under way for an SM")
     print(f"{'':34}{'instructions':>14}{'branches':>12}{'KiB':>8}")
     for kernel in kernels:
-        for setting in SETTINGS:
+        for setting in (*SETTINGS, *USUAL_SETTINGS):
             if kernel.name == kernel_of(setting):
                 instructions, branches = (n / ELEMENTS for n in kernel.ordinary_way(setting))
                 under_way = kernel.under_way(setting) / 1024
-                title = f"{kernel.arch:7}Adam {setting:32}"
+                title = f"{kernel.arch:7}Adam {setting:40}"
                 print(f"{title}{instructions:14.1f}{branches:12.1f}{under_way:8.0f}")
     print("\nThe norm, for an element")
     print(f"{'':34}{'instructions':>14}")

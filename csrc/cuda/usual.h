@@ -72,6 +72,14 @@ struct Usual<Adam> {
   }
 };
 
+// The bytes of formats in their order in memory, on the little-endian machines that CUDA is for.
+constexpr uint64_t as_number(const Formats& formats) {
+  static_assert(sizeof(Formats) == sizeof(uint64_t) && kMaxOperands == 7, "a byte for each");
+  uint64_t number = uint64_t{formats.stochastic} << 8 * kMaxOperands;
+  for (int k = 0; k < kMaxOperands; ++k) number |= uint64_t{uint8_t(formats.dtypes[k])} << 8 * k;
+  return number;
+}
+
 // What is known of a step when its kernel is compiled: that no state is codes, that some are, or
 // all formats. With codes it is also known what is drawn for, else the launch says that.
 struct PlainStep {
@@ -85,10 +93,9 @@ struct UsualStep {
   static constexpr int kOwn = kNumber;
   static constexpr bool kIsUsual = true;
   static constexpr bool kHasCodes = Usual<Rule>::formats_of(kNumber).has_codes();
-  static FUSEDOPT_HD Formats formats() {
-    constexpr Formats kFormats = Usual<Rule>::formats_of(kNumber);  // found by the compiler
-    return kFormats;
-  }
+  // Code for a device can use such a constant if it is a number, and call no function for it.
+  static constexpr uint64_t kFormats = as_number(Usual<Rule>::formats_of(kNumber));
+  static FUSEDOPT_HD Formats formats() { return bit_cast<Formats>(uint64_t{kFormats}); }
 };
 
 // The formats of a launch, `asked`, or as much of them as its kernel does not know.

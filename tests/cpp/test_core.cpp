@@ -17,6 +17,7 @@ void test_overlap();
 void test_norm();
 void test_driver();
 void test_grid();
+void test_usual();
 void test_host_mirror();
 void test_table();
 void test_gpu();
@@ -39,6 +40,7 @@ int main(int argc, char** argv) {
                 {"norm", test_norm},
                 {"driver", test_driver},
                 {"grid", test_grid},
+                {"usual", test_usual},
                 {"host_mirror", test_host_mirror},
                 {"table", test_table},
                 {"gpu", test_gpu},

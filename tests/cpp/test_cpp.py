@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]
 HEADERS = sorted(str(path.relative_to(ROOT / "csrc")) for path in ROOT.glob("csrc/**/*.h"))
 SUITES = [
     *("dtypes", "codes", "rules", "step_scalars", "power", "branch_free", "chunks", "layout"),
-    *("overlap", "norm", "driver", "grid", "host_mirror", "table", "gpu", "counters", "huge"),
+    *("overlap", "norm", "driver", "grid", "usual", "host_mirror", "table", "gpu", "counters"),
+    "huge",
 ]
 TESTS = sorted(ROOT.glob("tests/cpp/*.cpp"))
 EMULATED = [ROOT / f"csrc/cuda/emulated{part}.cpp" for part in ("_float", "_double", "")]

@@ -142,7 +142,7 @@ def test_results_say_how_they_were_measured(tmp_path: Path) -> None:
 def test_all_that_a_gpu_run_starts_exists() -> None:
     shown = run_fork(ROOT / "bench/gpu/run_all.py", "--dry-run")
     programs = set(re.findall(r"python (\S+\.py)", shown))
-    assert len(programs) == 4
+    assert len(programs) == 5
     for path in programs:
         assert (ROOT / path).is_file()
         assert "usage:" in run_fork(ROOT / path, "--help")

@@ -1,0 +1,106 @@
+"""Usual steps of AdamW have kernels of their own (csrc/cuda/usual.h): these, and steps that are
+near to them and have not, give the bits of the CPU driver. Those with codes are in test_q8.py."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import fusedopt
+from support.sides import Results, Side, on_both_drivers
+from support.snapshots import record
+from support.tensors import (
+    BFLOAT16,
+    EDGES,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    around,
+    by_id,
+    draw,
+    misaligned,
+    set_grads,
+)
+
+# Below, at and above a thread's elements, a warp's, a block's and a chunk's.
+SIZES = [1, 7, 8, 9, 40, 255, 256, 257, 1023, 1024, 1025, 2051, 5000]
+
+SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "bf16": (BFLOAT16, {}),
+    "fp16": (FLOAT16, {}),
+    "fp32-bf16-states": (FLOAT32, {"state_dtype": BFLOAT16}),
+    "bf16-fp32-states": (BFLOAT16, {"state_dtype": FLOAT32}),
+    "masters": (BFLOAT16, {"state_dtype": FLOAT32, "master_weights": "float32"}),
+    "split": (BFLOAT16, {"state_dtype": BFLOAT16, "master_weights": "split"}),
+    "split8": (BFLOAT16, {"state_dtype": BFLOAT16, "master_weights": "split8"}),
+    "bf16-average": (BFLOAT16, {"ema_decay": 0.9}),
+    "split-average": (
+        BFLOAT16,
+        {"state_dtype": BFLOAT16, "master_weights": "split", "ema_decay": 0.9},
+    ),
+}
+each_setting = pytest.mark.parametrize("setting", **by_id(SETTINGS))
+
+NEAR: dict[str, dict[str, Any]] = {
+    "decay": {"weight_decay": 0.1},
+    "no-decay": {"weight_decay": 0.0},
+    "l2": {"optimizer": "Adam", "weight_decay": 0.1},
+    "amsgrad": {"amsgrad": True},
+    "no-beta1": {"betas": (0.0, 0.99)},
+    "nearest": {"stochastic_rounding": False},
+    "drawn": {"stochastic_rounding": True},
+    "maximize-clip": {"maximize": True, "max_grad_norm": 0.5},
+}
+
+
+@pytest.mark.parametrize("who", ["nobody", "param", "grad"])
+@pytest.mark.parametrize("options", **by_id(NEAR))
+@each_setting
+@on_both_drivers
+def test_usual_steps(side: Side, setting: Any, options: Any, who: str) -> Results:
+    """Tensors of many sizes; the largest meets numbers of every kind."""
+    dtype, own = setting
+    options = {"lr": 0.1, **own, **options}
+    if dtype == FLOAT16:
+        options.pop("stochastic_rounding", None)
+    optimizer_class = getattr(fusedopt, options.pop("optimizer", "AdamW"))
+    params = draw([(size,) for size in SIZES], side.device, dtype)
+    if who == "param":
+        params = [misaligned(param, 1 + i % 9) for i, param in enumerate(params)]
+    optimizer = optimizer_class(params, **options)
+    for step in range(3):
+        set_grads(params, step)
+        if step == 1:
+            edges = torch.tensor(EDGES, dtype=FLOAT64).to(dtype).to(side.device)
+            params[-1].grad[70 : 70 + len(EDGES)] = edges
+        if who == "grad":
+            for i, param in enumerate(params):
+                param.grad = misaligned(param.grad, 1 + i % 9)
+        optimizer.step()
+    return record(optimizer) | around(params if who == "param" else [])
+
+
+@pytest.mark.parametrize("rounding", [None, True])
+@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize(
+    "setting", ["bf16", "fp32-bf16-states", "bf16-fp32-states", "split", "split8"]
+)
+@on_both_drivers
+def test_numbers_about_to_become_infinite(
+    side: Side, setting: str, ema: float | None, rounding: bool | None
+) -> Results:
+    """What draws are for must stay finite, and NaN: in some threads, and in most of them not."""
+    dtype, options = SETTINGS[setting]
+    (param,) = draw([(4099,)], side.device, dtype)
+    largest = torch.finfo(BFLOAT16).max
+    param.data[1000:2000] = torch.where(param.data[1000:2000] > 0, largest, -largest)
+    param.data[3000:3005] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0])
+    optimizer = fusedopt.AdamW(
+        [param], lr=2.0**119, weight_decay=0, stochastic_rounding=rounding, ema_decay=ema, **options
+    )
+    for step in range(4):
+        set_grads([param], step)
+        param.grad[2000:2100] *= largest / 8  # moments near the largest, squares beyond it
+        optimizer.step()
+    assert param[1000:2000].isfinite().any()
+    return record(optimizer)

@@ -115,17 +115,27 @@ FUSEDOPT_HD Formats formats_of_step(const Formats& asked) {
 using KernelKind = uint8_t;
 inline constexpr KernelKind kPlainKernel = 0, kCodesKernel = 1, kUsualKernel = 2;
 
+// The number of the usual step that has these formats, or -1. It is asked for every tensor in every
+// step, so the formats to compare with are numbers that the compiler knows.
+template <class Rule, int kNumber = 0>
+int usual_number(uint64_t formats) {
+  if constexpr (kNumber < Usual<Rule>::kCount) {
+    using Step = UsualStep<Rule, kNumber>;
+    constexpr uint64_t kDrawn = Step::kHasCodes ? 0 : uint64_t{0xff} << 8 * kMaxOperands;
+    return ((formats ^ Step::kFormats) & ~kDrawn) == 0 ? kNumber
+                                                       : usual_number<Rule, kNumber + 1>(formats);
+  }
+  return -1;
+}
+
 template <class Rule>
 KernelKind kernel_kind(const ParamUpdate& update, uint32_t shifted) {
-  if constexpr (Usual<Rule>::kCount > 0)
-    if (update.layout == kDense && shifted == 0 &&
+  if constexpr (Usual<Rule>::kCount > 0) {
+    const int number = usual_number<Rule>(bit_cast<uint64_t>(update.formats));
+    if (number >= 0 && update.layout == kDense && shifted == 0 &&
         Usual<Rule>::is_usual(Rule::Variant::of(update.variant)))
-      for (int number = 0; number < Usual<Rule>::kCount; ++number) {
-        Formats usual = Usual<Rule>::formats_of(number);
-        if (!usual.has_codes()) usual.stochastic = update.formats.stochastic;
-        if (bit_cast<uint64_t>(usual) == bit_cast<uint64_t>(update.formats))
-          return static_cast<KernelKind>(kUsualKernel + number);
-      }
+      return static_cast<KernelKind>(kUsualKernel + number);
+  }
   return update.formats.has_codes() ? kCodesKernel : kPlainKernel;
 }
 

@@ -28,24 +28,15 @@ int main(int argc, char** argv) {
   const struct {
     const char* name;
     void (*run)();
-  } suites[] = {{"dtypes", test_dtypes},
-                {"codes", test_codes},
-                {"rules", test_rules},
-                {"step_scalars", test_step_scalars},
-                {"power", test_power},
-                {"branch_free", test_branch_free},
-                {"chunks", test_chunks},
-                {"layout", test_layout},
-                {"overlap", test_overlap},
-                {"norm", test_norm},
-                {"driver", test_driver},
-                {"grid", test_grid},
-                {"usual", test_usual},
-                {"host_mirror", test_host_mirror},
-                {"table", test_table},
-                {"gpu", test_gpu},
-                {"counters", test_counters},
-                {"huge", test_huge}};
+  } suites[] = {{"dtypes", test_dtypes},     {"codes", test_codes},
+                {"rules", test_rules},       {"step_scalars", test_step_scalars},
+                {"power", test_power},       {"branch_free", test_branch_free},
+                {"chunks", test_chunks},     {"layout", test_layout},
+                {"overlap", test_overlap},   {"norm", test_norm},
+                {"driver", test_driver},     {"grid", test_grid},
+                {"usual", test_usual},       {"host_mirror", test_host_mirror},
+                {"table", test_table},       {"gpu", test_gpu},
+                {"counters", test_counters}, {"huge", test_huge}};
   for (const auto& suite : suites) {
     if (argc != 2 || std::strcmp(argv[1], suite.name) != 0) continue;
     suite.run();

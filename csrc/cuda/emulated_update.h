@@ -35,18 +35,18 @@ class SharedMemory {
 };
 
 // The update kernel. Float computation flushes subnormal numbers, as float.cu is compiled to.
-template <class Rule, class T, class Step>
+template <class Rule, class T, class Kind>
 void update_all(const UpdateArguments<Rule, T>& arguments, int64_t num_chunks) {
   const FlushMode flush(sizeof(T) == sizeof(float));
   SharedMemory shared(int64_t{kStages} * arguments.plan.stage_bytes);
   for (uint32_t block = 0; block < num_chunks; ++block) {
     LaneTalk talk = {};
     talk.said.resize(kBlockThreads);
-    if (Step::kHasCodes) lane_talk = &talk;
-    for (talk.is_rehearsal = Step::kHasCodes;; talk.is_rehearsal = false) {
+    if (Kind::kHasCodes) lane_talk = &talk;
+    for (talk.is_rehearsal = Kind::kHasCodes;; talk.is_rehearsal = false) {
       const SharedPlace place = shared.renew();
       for (talk.thread = 0; talk.thread < kBlockThreads; ++talk.thread)
-        update_thread<Rule, T, Step>(arguments, place, block, talk.thread);
+        update_thread<Rule, T, Kind>(arguments, place, block, talk.thread);
       if (!talk.is_rehearsal) break;
     }
     lane_talk = nullptr;

@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kBlockThreads, kMinBlocks<T>)
   update_thread<Rule, T, PlainStep>(arguments, shared_place(shared), blockIdx.x, threadIdx.x);
 }
 
-// As kMinBlocks, for states that are codes: 168 registers in float, up to 255 in double.
+// As kMinBlocks, for states that are codes: as many as fit without spills, with 168 registers for a
+// thread in float, and up to 255 in double.
 template <class T>
 constexpr int kMinCodesBlocks = sizeof(T) == sizeof(float) ? 3 : 2;
 
@@ -48,7 +49,7 @@ const void* usual_kernel_of(RuleId id, int number) {
     using Rule = decltype(rule);
     with_usual_step<Rule>(number, [&](auto step) {
       if constexpr (decltype(step)::kHasCodes == kHasCodes)
-        kernel = reinterpret_cast<const void*>(&usual_kernel<Rule, float, decltype(step)::kOwn>);
+        kernel = reinterpret_cast<const void*>(&usual_kernel<Rule, float, decltype(step)::kNumber>);
     });
   });
   return kernel;

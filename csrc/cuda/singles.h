@@ -19,7 +19,7 @@ namespace fusedopt::cuda {
 // `Memory` of core/element.h for kCount elements that may lie anywhere. One that is placed twice is
 // computed and written twice, with the same bytes. Where there are codes, a warp's elements are one
 // group; those that other lanes write as well are muted here.
-template <class T, int kCount, class Step>
+template <class T, int kCount, class Kind>
 class Singles {
   using Bits = Pack<uint32_t, kCount>;
 
@@ -27,12 +27,12 @@ class Singles {
   using Values = Pack<T, kCount>;
   static constexpr bool kRoundsForNothing = true;
   static constexpr bool kSplitIsOneFormat = false;
-  static constexpr bool kHasCodes = Step::kHasCodes;
-  static constexpr bool kLooksAtNumbers = false;
+  static constexpr bool kHasCodes = Kind::kHasCodes;
+  static constexpr bool kLooksAtNumbers = false;  // store_bfloat16() rounds
 
   FUSEDOPT_HD DType one_format() const { return DType::kAbsent; }
   FUSEDOPT_HD Formats formats() const {
-    return formats_of_step<Step>(
+    return formats_of_step<Kind>(
         bit_cast<Formats>(fusedopt::cuda::load_words<2>(&update_->formats)));
   }
 
@@ -46,7 +46,7 @@ class Singles {
   // Makes the element that the layout visits as number `element` the j-th of kCount: finds its
   // index along each dim, innermost first, and from that its offset in every operand.
   FUSEDOPT_HD void place(int j, int64_t element) {
-    const int32_t number = Step::kIsUsual ? kDense : load_item(&update_->layout);
+    const int32_t number = Kind::kIsUsual ? kDense : load_item(&update_->layout);
 #pragma unroll
     for (int64_t& at : at_[j]) at = number == kDense ? element : 0;
     if (number == kDense) return;

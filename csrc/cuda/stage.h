@@ -38,8 +38,8 @@ FUSEDOPT_HD constexpr uint32_t only(int operand) { return 2u << operand; }
 
 // The operands that most steps have: param, grad and the first two states. They are copied and read
 // in one run, without a branch for each.
-FUSEDOPT_HD constexpr bool is_usual(int operand) { return operand < kFirstState + 2; }
-inline constexpr uint32_t kUnusual = ~(only(kFirstState + 2) - 1);
+FUSEDOPT_HD constexpr bool is_common(int operand) { return operand < kFirstState + 2; }
+inline constexpr uint32_t kUncommon = ~(only(kFirstState + 2) - 1);
 
 // Bytes from a thread's first piece of 16 bytes to its second in a stage: the first pieces of all
 // threads of the block lie side by side, so that a warp's accesses to shared memory have no bank
@@ -148,10 +148,10 @@ struct Tile {
 
 // The copies of one thread, for its part of a chunk of a dense update. A thread has 8 bytes of an
 // operand that is codes; in its place in a stage, the scales of its two pieces come behind them.
-template <class Rule, class T, class Step>
+template <class Rule, class T, class Kind>
 class Stages {
   static constexpr uint32_t kCount = kThreadElements<T>;
-  static constexpr bool kHasCodes = Step::kHasCodes;
+  static constexpr bool kHasCodes = Kind::kHasCodes;
   // Where there are codes, all lanes of a warp have pieces in a turn, or none has: they find the
   // scales of groups together.
   static constexpr uint32_t kUnit = kHasCodes ? kWarp : 1;
@@ -173,7 +173,8 @@ class Stages {
     // At the ends of the tensor that could be outside of its memory, so the first piece, and the
     // last if no whole piece follows it, are left to Singles.
     const bool is_shifted = plan.shifted != 0;
-    const uint32_t margin = is_shifted && update.numel - chunk.end < piece_elements() ? 1 : 0;
+    const bool is_last = update.numel - chunk.end < piece_elements();
+    const uint32_t margin = is_shifted && is_last ? piece_elements() : 0;
     const auto n = static_cast<uint32_t>(chunk.end - chunk.begin);
     end_ = n > margin ? (n - margin) / piece_elements() / kUnit * kUnit : 0;
     first_ = is_shifted && chunk.begin == 0 && end_ > 0 ? kUnit : 0;
@@ -187,14 +188,14 @@ class Stages {
   // registers over a loop.
   template <class V>
   static FUSEDOPT_HD V asked_anew(V part) {
-    return Step::kIsUsual ? part : opaque(part);
+    return Kind::kIsUsual ? part : opaque(part);
   }
 
   FUSEDOPT_HD const StagePlan& plan() const { return plan_; }
   FUSEDOPT_HD Formats formats() const {
     Words<2> words = plan_.formats;
     for (uint32_t& word : words.words) word = opaque(word);
-    return formats_of_step<Step>(bit_cast<Formats>(words));
+    return formats_of_step<Kind>(bit_cast<Formats>(words));
   }
   FUSEDOPT_HD uint64_t first_pair() const { return first_pair_; }       // of the chunk's draws
   FUSEDOPT_HD char* data(int operand) const { return data_[operand]; }  // at the chunk's start
@@ -249,7 +250,7 @@ class Stages {
     if constexpr (kHasCodes)
       unroll<Rule::kNumStates>([&](auto s) __attribute__((always_inline)) {
         constexpr int kOperand = kFirstState + decltype(s)::value;
-        const Formats formats = formats_of_step<Step>(bit_cast<Formats>(plan_.formats));
+        const Formats formats = formats_of_step<Kind>(bit_cast<Formats>(plan_.formats));
         const uint32_t has_it = is_code(formats.dtypes[kOperand]);
         const SharedPlace to = stage + plan_.places[0][kOperand] + 8;
         start_copy_if<4>(has_it, to, scale_of(kOperand, tile.at[0]));
@@ -275,12 +276,12 @@ class Stages {
     const auto start = [&](auto k) __attribute__((always_inline)) {
       start_copy_if<kBytes>(wanted & only(k), stage + plan_.places[0][k], data_[k] + offset);
     };
-    if ((operands & kUnusual) != 0)
+    if ((operands & kUncommon) != 0)
       for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
-        if (!is_usual(k)) start(k);
+        if (!is_common(k)) start(k);
       });
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
-      if (is_usual(k)) start(k);
+      if (is_common(k)) start(k);
     });
   }
 

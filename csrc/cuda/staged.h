@@ -14,7 +14,7 @@ namespace fusedopt::cuda {
 
 // `Memory` of core/element.h for the elements that a thread computes at a time. Results go from
 // registers to global memory and not through shared memory: nothing waits for a store.
-template <class Rule, class T, class Step>
+template <class Rule, class T, class Kind>
 class Staged {
   static constexpr int kCount = kThreadElements<T>;
   using Bits = Pack<uint32_t, kCount>;
@@ -23,15 +23,15 @@ class Staged {
   using Values = Pack<T, kCount>;
   static constexpr bool kRoundsForNothing = true;
   static constexpr bool kSplitIsOneFormat = false;
-  static constexpr bool kHasCodes = Step::kHasCodes;
-  static constexpr bool kLooksAtNumbers = Step::kIsUsual;
+  static constexpr bool kHasCodes = Kind::kHasCodes;
+  static constexpr bool kLooksAtNumbers = Kind::kIsUsual;
 
-  FUSEDOPT_HD Staged(const Stages<Rule, T, Step>& stages, const Tile& tile, SharedPlace stage)
+  FUSEDOPT_HD Staged(const Stages<Rule, T, Kind>& stages, const Tile& tile, SharedPlace stage)
       : stages_(stages), tile_(tile), stage_(stage) {
     for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
       // Read without asking whether the operand is there: this takes no branch, and the bytes of
       // one that is absent are not used.
-      if (is_usual(k)) bytes_[k] = read(k);
+      if (is_common(k)) bytes_[k] = read(k);
     });
   }
 
@@ -204,7 +204,7 @@ class Staged {
     return bytes;
   }
   FUSEDOPT_HD Bytes bytes_of(int operand) const {
-    return is_usual(operand) ? bytes_[operand] : read(operand);
+    return is_common(operand) ? bytes_[operand] : read(operand);
   }
 
   // A word with element j of 16 bits in its lower half. The upper half is not cleared: no reader
@@ -261,7 +261,7 @@ class Staged {
     }
   }
 
-  const Stages<Rule, T, Step>& stages_;
+  const Stages<Rule, T, Kind>& stages_;
   const Tile& tile_;
   const SharedPlace stage_;
   Bytes bytes_[kMaxOperands];

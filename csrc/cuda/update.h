@@ -1,7 +1,7 @@
-// What one thread of the update kernel does. There is one kernel for a rule and the type it
-// computes in, for updates in any formats. No thread needs another one, but to find the scales of
-// codes (largest_of_lanes() of cuda/access.h), so the emulation on the host can go through the
-// threads one after the other and get what a GPU gives.
+// What one thread of an update kernel does. There is one kernel for a rule and the type it computes
+// in, for updates in any formats, and more for codes and for usual steps (cuda/usual.h). No thread
+// needs another one, but to find the scales of codes (largest_of_lanes() of cuda/access.h), so the
+// emulation on the host can go through the threads one after the other and get what a GPU gives.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct UpdateArguments {
 };
 
 // A thread's part in the update of one chunk.
-template <class Rule, class T, class Step>
+template <class Rule, class T, class Kind>
 class ChunkUpdate {
  public:
   using Arguments = UpdateArguments<Rule, T>;
@@ -50,7 +50,7 @@ class ChunkUpdate {
   // A software pipeline over kStages stages of shared memory. kStages - 1 tiles are copied in
   // advance; each turn then starts one more copy, waits for the oldest, and computes. The copy of a
   // turn goes to the stage that the turn before has read.
-  FUSEDOPT_HD void run_dense(const Stages<Rule, T, Step>& stages) const {
+  FUSEDOPT_HD void run_dense(const Stages<Rule, T, Kind>& stages) const {
     const uint32_t stride = stages.stride(), end = stages.end(), piece = stages.piece_elements();
     uint32_t next = stages.start();  // to be copied
     const auto copy_next = [&](SharedPlace stage) __attribute__((always_inline)) {
@@ -71,8 +71,8 @@ class ChunkUpdate {
       stage = stages.after(stage);
       stages.align(stage);
       const Tile tile = stages.tile(at);
-      const Staged<Rule, T, Step> staged(stages, tile, stage);
-      if constexpr (Step::kHasCodes) {
+      const Staged<Rule, T, Kind> staged(stages, tile, stage);
+      if constexpr (Kind::kHasCodes) {
         update_exactly(staged);
       } else {
         Math math;
@@ -89,7 +89,7 @@ class ChunkUpdate {
     // What fills no piece, about one piece at either end of the chunk.
     const uint32_t head = stages.first() * piece, staged_elements = end * piece - head;
     const uint32_t left = static_cast<uint32_t>(chunk_.end - chunk_.begin) - staged_elements;
-    if constexpr (Step::kHasCodes) {
+    if constexpr (Kind::kHasCodes) {
       run_groups(chunk_.begin, chunk_.begin + head);
       run_groups(chunk_.begin + head + staged_elements, chunk_.end);
     } else {
@@ -106,7 +106,7 @@ class ChunkUpdate {
     const int64_t step = kAtATime * chunk_.slice.size;
 #pragma unroll 1
     for (int64_t i = chunk_.begin + chunk_.slice.rank; i < chunk_.end; i += step) {
-      Singles<T, kAtATime, Step> singles(chunk_.update, arguments_.layouts);
+      Singles<T, kAtATime, Kind> singles(chunk_.update, arguments_.layouts);
 #pragma unroll
       for (int j = 0; j < kAtATime; ++j) {
         const int64_t own = i + j * chunk_.slice.size;
@@ -127,7 +127,7 @@ class ChunkUpdate {
 #pragma unroll 1
     for (int64_t group = begin + chunk_.slice.rank / kWarp * kGroup; group < end;
          group += int64_t{warps} * kGroup) {
-      Singles<T, kOfThread, Step> singles(chunk_.update, arguments_.layouts);
+      Singles<T, kOfThread, Kind> singles(chunk_.update, arguments_.layouts);
 #pragma unroll
       for (int j = 0; j < kOfThread; ++j) {
         const int64_t own = group + j * kWarp + lane;
@@ -147,7 +147,7 @@ class ChunkUpdate {
   // opaque() keeps the tests of the variant from being held over the loop.
   FUSEDOPT_HD typename Rule::Variant variant() const {
     const auto found = Rule::Variant::of(opaque(variant_));
-    if constexpr (Step::kIsUsual)
+    if constexpr (Kind::kIsUsual)
       return Usual<Rule>::known(found);
     else
       return found;
@@ -183,7 +183,7 @@ class ChunkUpdate {
 
   // One element, with the compiler's exact square root and division.
   FUSEDOPT_HD void update_single(int64_t element) const {
-    Singles<T, 1, Step> single(chunk_.update, arguments_.layouts);
+    Singles<T, 1, Kind> single(chunk_.update, arguments_.layouts);
     single.place(0, element);
     Ieee ieee;
     update_elements(single, ieee);
@@ -199,7 +199,7 @@ class ChunkUpdate {
 // which numbers are equal in all threads of a warp: they are then kept in uniform registers, once
 // for the warp, and what branches on them does not diverge.
 // States that are codes have kernels of their own, since the others would pay for it in registers.
-template <class Rule, class T, class Step>
+template <class Rule, class T, class Kind>
 FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, SharedPlace shared,
                                uint32_t block, uint32_t thread) {
   if (arguments.skip != nullptr && *arguments.skip > 0) return;
@@ -220,23 +220,23 @@ FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, Shared
       same_for_warp(arguments.scalars != nullptr ? arguments.scalars[update.scalars]
                                                  : arguments.few[update.scalars]);
   const uint32_t variant = same_for_warp(uint32_t{update.variant});
-  const ChunkUpdate<Rule, T, Step> chunk_update(arguments, chunk, scalars, variant);
+  const ChunkUpdate<Rule, T, Kind> chunk_update(arguments, chunk, scalars, variant);
   const bool is_dense = update.layout == kDense;
-  if constexpr (Step::kIsUsual) {
-    StagePlan plan = plan_stages<T>(Step::formats(), 0);
+  if constexpr (Kind::kIsUsual) {
+    StagePlan plan = plan_stages<T>(Kind::formats(), 0);
     plan.formats = arguments.plan.formats;
-    chunk_update.run_dense(Stages<Rule, T, Step>(plan, update, chunk, thread, shared));
-  } else if constexpr (Step::kHasCodes) {
+    chunk_update.run_dense(Stages<Rule, T, Kind>(plan, update, chunk, thread, shared));
+  } else if constexpr (Kind::kHasCodes) {
     if constexpr (sizeof(T) == sizeof(float)) {  // pieces of doubles are too small for bytes
       if (is_dense)
         return chunk_update.run_dense(
-            Stages<Rule, T, Step>(arguments.plan, update, chunk, thread, shared));
+            Stages<Rule, T, Kind>(arguments.plan, update, chunk, thread, shared));
     }
     chunk_update.run_groups(chunk.begin, chunk.end);
   } else {
     const bool has_pieces = sizeof(T) == sizeof(float) || !update.formats.has_split8_master();
     if (is_dense && has_pieces)
-      chunk_update.run_dense(Stages<Rule, T, Step>(arguments.plan, update, chunk, thread, shared));
+      chunk_update.run_dense(Stages<Rule, T, Kind>(arguments.plan, update, chunk, thread, shared));
     else
       chunk_update.run_strided();
   }

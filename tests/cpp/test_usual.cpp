@@ -1,6 +1,7 @@
 // Which updates take the kernel of a usual step (cuda/usual.h): no result depends on it.
 #include "check.h"
 
+#include "cuda/launch.h"
 #include "cuda/stage.h"
 #include "cuda/usual.h"
 
@@ -13,6 +14,7 @@ constexpr Adam::Variant kAdamW = {Decay::kDecoupled, false, true};
 
 ParamUpdate update_of(const Formats& formats) {
   ParamUpdate update = {};
+  update.rule = kIdOf<Adam>;
   update.layout = kDense;
   update.formats = formats;
   update.variant = static_cast<uint8_t>(kAdamW.number());
@@ -34,9 +36,6 @@ void test_what_is_near(const Formats& formats) {
   other.layout = 0;
   CHECK(is_for_all(kernel_kind<Adam>(other, 0), formats));
   other = usual;
-  other.variant = static_cast<uint8_t>(Adam::Variant{Decay::kL2, false, true}.number());
-  CHECK(is_for_all(kernel_kind<Adam>(other, 0), formats));
-  other = usual;
   other.formats.dtypes[kFirstState + Adam::kMaxExpAvgSq] = DType::kFloat32;
   CHECK(is_for_all(kernel_kind<Adam>(other, 0), other.formats));
   other = usual;
@@ -54,6 +53,12 @@ void test_step() {
   CHECK(bit_cast<uint64_t>(Step::formats()) == bit_cast<uint64_t>(formats));
   CHECK(Step::kHasCodes == formats.has_codes());
   CHECK(kernel_kind<Adam>(update_of(formats), 0) == kUsualKernel + kNumber);
+  for (const Decay decay : {Decay::kNone, Decay::kL2}) {  // so groups need not be launched apart
+    ParamUpdate other = update_of(formats);
+    other.variant = static_cast<uint8_t>(Adam::Variant{decay, false, true}.number());
+    CHECK(launch_key_of(other) == launch_key_of(update_of(formats)));
+  }
+  CHECK(launch_key_of(update_of(formats)).kind == kUsualKernel + kNumber);
   test_what_is_near(formats);
 
   Formats asked = formats;
@@ -61,7 +66,8 @@ void test_step() {
   const uint8_t drawn = formats_of_step<Step>(asked).stochastic;
   CHECK(drawn == (Step::kHasCodes ? formats.stochastic : asked.stochastic));
   bool is_visited = false;
-  with_usual_step<Adam>(kNumber, [&](auto step) { is_visited = decltype(step)::kOwn == kNumber; });
+  with_usual_step<Adam>(kNumber,
+                        [&](auto step) { is_visited = decltype(step)::kNumber == kNumber; });
   CHECK(is_visited);
   if constexpr (kNumber + 1 < Usual<Adam>::kCount) test_step<kNumber + 1>();
 }

@@ -41,6 +41,8 @@ MOST_INSTRUCTIONS = {
     "split8, q8 states, stochastic": 133,
     # Kernels that know all formats; those with codes are named here.
     "usual": 60,
+    "usual bf16, average, stochastic": 61,
+    "usual split, bf16 states, average, stochastic": 64,
     "usual split8, q8 states": 91,
     "usual split8, q8 states, stochastic": 97,
     "usual bf16, q8 states, stochastic": 89,

@@ -80,6 +80,28 @@ def test_usual_steps(side: Side, setting: Any, options: Any, who: str) -> Result
     return record(optimizer) | around(params if who == "param" else [])
 
 
+@pytest.mark.parametrize("name", ["bf16", "split8", "fp32-bf16-states", "q8"])
+@pytest.mark.parametrize("offset", [1, 3, 7])
+@on_both_drivers
+def test_views_that_end_their_memory(side: Side, name: str, offset: int) -> Results:
+    """Nothing is read behind a tensor, nor before it: sanitizers would see it."""
+    dtype, options = SETTINGS.get(name, (BFLOAT16, {"state_dtype": "q8"}))
+
+    def at_the_end(tensor: torch.Tensor) -> torch.Tensor:
+        memory = torch.empty(tensor.numel() + offset, dtype=tensor.dtype).to(tensor.device)
+        return memory[offset:].view(tensor.shape).copy_(tensor)
+
+    shapes = [9, 15, 16, 17, 25, 31, 257, 265, 1025, 1033, 2049, (65, 64), (129, 33), (3, 2048)]
+    params = [at_the_end(param) for param in draw(shapes, side.device, dtype)]
+    optimizer = fusedopt.AdamW(params, lr=0.1, **options)
+    for step in range(2):
+        set_grads(params, step)
+        for param in params:
+            param.grad = at_the_end(param.grad)
+        optimizer.step()
+    return record(optimizer)
+
+
 @pytest.mark.parametrize("rounding", [None, True])
 @pytest.mark.parametrize("ema", [None, 0.9])
 @pytest.mark.parametrize(

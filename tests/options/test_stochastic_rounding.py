@@ -209,6 +209,18 @@ def test_the_end_of_the_range(sign: int) -> None:
     assert (between == sign * largest).all()
 
 
+def test_the_end_of_the_range_of_states() -> None:
+    """Squares between the largest bfloat16 and the largest float32, beside ordinary weights."""
+    largest = torch.finfo(BFLOAT16).max
+    param = torch.ones(10_000)
+    param.grad = torch.full((10_000,), 1.844e19)
+    assert largest < float(param.grad[0] * param.grad[0]) < torch.finfo(FLOAT32).max
+    optimizer = fusedopt.Adam([param], betas=(0.9, 0.0), state_dtype=BFLOAT16)
+    optimizer.step()
+    assert (optimizer.state[param]["exp_avg_sq"] == largest).all()
+    assert param.isfinite().all()
+
+
 SIZES = [1, 0, 64, 1000, 16385, 40001, 7]
 
 

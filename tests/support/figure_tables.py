@@ -172,7 +172,8 @@ def shares_table(content: Figures) -> list[str]:
         name = row["name"]
         for work, title in works.items():
             name = name.replace(work, title)
-        rows.append([name, f"{row['bytes_per_element']:.4g}", f"{row['share']:.1%}",
+        mark = "" if row["hidden"] else " *"
+        rows.append([name + mark, f"{row['bytes_per_element']:.4g}", f"{row['share']:.1%}",
                      f"{row['ms']:.3g}"])  # fmt: skip
     return markdown(["AdamW, if nothing else is said", "bytes", "share of a copy", "ms"], rows)
 

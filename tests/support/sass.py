@@ -88,8 +88,7 @@ USUAL = {
     "fp32, q8 states, stochastic": 2 * 32 + 2 * 16,
 }
 # Their ordinary ways; where it is found out at run time, with draws and without.
-DRAWN = ("bf16", "fp32, bf16 states", "bf16, fp32 states", "split, bf16 states",
-         "split8, bf16 states")  # fmt: skip
+DRAWN = [name for name in USUAL if "q8" not in name and name not in ("fp16", "fp32 masters")]
 USUAL_SETTINGS = {
     f"usual {name}": (kernel, {FMA: 13 * ELEMENTS, DRAW: draws, SHUFFLE: 6 if "q8" in name else 0})
     for kernel in USUAL

@@ -54,7 +54,7 @@ static_assert(kStages * kMaxOperands * 2 * kNextPiece <= kMaxSharedBytes,
 // warp no divergence. That is why one kernel can serve all formats.
 struct StagePlan {
   Words<2> formats;     // Formats
-  uint32_t one_format;  // the DType of all operands if they have one and none is shifted
+  uint32_t one_format;  // the DType of all operands if they have one and what is stored is aligned
   // Sets of operands, by how a piece is copied: in one access of 16, 8 or 4 bytes, or, if it is
   // misaligned, in several. With a float32 master the param is in none of them: the master is the
   // weight, and the param is only written.
@@ -101,8 +101,9 @@ FUSEDOPT_HD StagePlan plan_stages(const Formats& formats, uint32_t shifted) {
   StagePlan plan = {};
   plan.formats = bit_cast<Words<2>>(formats);
   plan.shifted = shifted;
+  const bool stores_aligned = (shifted & ~only(kGrad)) == 0;
   plan.one_format =
-      static_cast<uint32_t>(shifted == 0 ? formats.one_format(false) : DType::kAbsent);
+      static_cast<uint32_t>(stores_aligned ? formats.one_format(false) : DType::kAbsent);
   const uint32_t elements = piece_elements<T>(formats);
   plan.has_two = elements != kThreadElements<T>;
   if (formats.has_codes()) plan.group_shift = elements == 8 ? 3 : elements == 4 ? 4 : 5;

@@ -214,7 +214,7 @@ class Staged {
   }
 
   // Stores a thread's words, with the widest accesses that the operand's alignment allows. With
-  // `kIsPlain`, all operands have one format and are aligned, so the sets in the plan need not be
+  // `kIsPlain`, all operands have one format and those stored are aligned, so the plan need not be
   // looked at.
   template <bool kIsPlain, int kWords>
   FUSEDOPT_HD void write(int operand, const Words<kWords>& words) const {

@@ -41,12 +41,12 @@ MOST_INSTRUCTIONS = {
     "split8, q8 states, stochastic": 133,
     # Kernels that know all formats; those with codes are named here.
     "usual": 60,
-    "usual bf16, average, stochastic": 61,
-    "usual split, bf16 states, average, stochastic": 64,
-    "usual split8, q8 states": 91,
-    "usual split8, q8 states, stochastic": 97,
-    "usual bf16, q8 states, stochastic": 89,
-    "usual fp32, q8 states, stochastic": 94,
+    "usual bf16, average, stochastic": 62,
+    "usual split, bf16 states, average, stochastic": 62,
+    "usual split8, q8 states": 93,
+    "usual split8, q8 states, stochastic": 99,
+    "usual bf16, q8 states, stochastic": 90,
+    "usual fp32, q8 states, stochastic": 96,
 }
 MOST_BRANCHES = {
     "fp32": 4,

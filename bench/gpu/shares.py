@@ -24,7 +24,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib import report
 from lib.cases import WORKLOADS
-from lib.configs import BF16, FP16, FP32, Q8_BYTES
+from lib.configs import (
+    BF16,
+    BF16_STATES,
+    CLIP,
+    EMA,
+    FP16,
+    FP32,
+    FP32_STATES,
+    MASTERS,
+    NEAREST,
+    Q8_BYTES,
+    SPLIT,
+    SPLIT8_Q8,
+    SPLIT_BF16,
+    SPLIT_FP32,
+)
 from lib.timing import Step
 
 LARGE = "matrix-256Mi"
@@ -33,16 +48,10 @@ COPY_FLOATS = 2**28
 CYCLES_PER_S = 2e9  # of a GPU that sleeps: about
 SLEEP_S, SLEEP_PER_TENSOR_S = 1e-3, 1.2e-6  # while the host hands over the steps
 
-NEAREST: dict[str, Any] = {"stochastic_rounding": False}
 DRAWN: dict[str, Any] = {"stochastic_rounding": True}
-BF16_STATES: dict[str, Any] = {"state_dtype": BF16}
-FP32_STATES: dict[str, Any] = {"state_dtype": FP32}
 Q8: dict[str, Any] = {"state_dtype": "q8"}
-SPLIT: dict[str, Any] = {"master_weights": "split"}
-SPLIT8: dict[str, Any] = {"master_weights": "split8"}
-MASTERS: dict[str, Any] = {"master_weights": "float32"} | FP32_STATES
-EMA: dict[str, Any] = {"ema_decay": 0.999}
-CLIP: dict[str, Any] = {"max_grad_norm": 1.0}
+CLIPPED: dict[str, Any] = {"max_grad_norm": CLIP}
+SPLIT8_Q8_BYTES = 8 + 4 * Q8_BYTES
 
 
 @dataclass(frozen=True)
@@ -70,26 +79,26 @@ ROWS = [
     Row("bf16, fp32 states", 22, BF16, FP32_STATES),
     Row("masters", 28, BF16, MASTERS),
     Row("masters, fp32 grads", 30, BF16, MASTERS, grad_dtype=FP32),
-    Row("split, fp32 states", 26, BF16, SPLIT | FP32_STATES),
-    Row("split, bf16 states", 18, BF16, SPLIT | BF16_STATES | NEAREST),
-    Row("split, bf16 states, default", 18, BF16, SPLIT | BF16_STATES),
-    Row("split8, bf16 states", 16, BF16, SPLIT8 | BF16_STATES),
+    Row("split, fp32 states", 26, BF16, SPLIT_FP32),
+    Row("split, bf16 states", 18, BF16, SPLIT_BF16),
+    Row("split, bf16 states, default", 18, BF16, SPLIT),
+    Row("split8, bf16 states", 16, BF16, BF16_STATES | {"master_weights": "split8"}),
     Row("fp32, average", 36, FP32, EMA),
     Row("bf16, average", 22, BF16, EMA | NEAREST),
     Row("masters, average", 36, BF16, EMA | MASTERS),
-    Row("split, average", 26, BF16, EMA | SPLIT | BF16_STATES | NEAREST),
-    Row("fp32, clipped", 32, FP32, CLIP),
-    Row("bf16, clipped", 16, BF16, CLIP | NEAREST),
-    Row("split, clipped", 20, BF16, CLIP | SPLIT | BF16_STATES | NEAREST),
+    Row("split, average", 26, BF16, EMA | SPLIT_BF16),
+    Row("fp32, clipped", 32, FP32, CLIPPED),
+    Row("bf16, clipped", 16, BF16, CLIPPED | NEAREST),
+    Row("split, clipped", 20, BF16, CLIPPED | SPLIT_BF16),
     Row("fp32, grads one off", 28, FP32, offset=1),
     Row("bf16, grads one off", 14, BF16, NEAREST, offset=1),
-    Row("split, grads one off", 18, BF16, SPLIT | BF16_STATES | NEAREST, offset=1),
+    Row("split, grads one off", 18, BF16, SPLIT_BF16, offset=1),
     Row("bf16, all drawn", 14, BF16, DRAWN),
     Row("fp32, bf16 states, drawn", 20, FP32, BF16_STATES | DRAWN),
     Row("bf16, fp32 states, drawn", 22, BF16, FP32_STATES | DRAWN),
-    Row("split, bf16 states, drawn", 18, BF16, SPLIT | BF16_STATES | DRAWN),
-    Row("q8, split8", 10 + 2 + 4 * (Q8_BYTES - 1), BF16, Q8 | SPLIT8),
-    Row("q8, split8, to nearest", 10 + 2 + 4 * (Q8_BYTES - 1), BF16, Q8 | SPLIT8 | NEAREST),
+    Row("split, bf16 states, drawn", 18, BF16, SPLIT | DRAWN),
+    Row("q8, split8", SPLIT8_Q8_BYTES, BF16, SPLIT8_Q8),
+    Row("q8, split8, to nearest", SPLIT8_Q8_BYTES, BF16, SPLIT8_Q8 | NEAREST),
     Row("q8, bf16", 6 + 4 * Q8_BYTES, BF16, Q8),
     Row("q8, fp32", 12 + 4 * Q8_BYTES, FP32, Q8),
     Row("Lion bf16", 10, BF16, optimizer="Lion"),
@@ -102,8 +111,8 @@ ROWS = [
       for work in ("one-64Mi", "gpt2-124m", "llama-8b-eighth")
       for name, moved, dtype, options in (
           ("fp32", 28, FP32, {}), ("bf16", 14, BF16, NEAREST), ("masters", 28, BF16, MASTERS),
-          ("split, bf16 states", 18, BF16, SPLIT | BF16_STATES | NEAREST),
-          ("q8, split8", 10 + 2 + 4 * (Q8_BYTES - 1), BF16, Q8 | SPLIT8))),
+          ("split, bf16 states", 18, BF16, SPLIT_BF16),
+          ("q8, split8", SPLIT8_Q8_BYTES, BF16, SPLIT8_Q8))),
     Row("SGD bf16, gpt2-124m", 10, BF16, optimizer="SGD", workload="gpt2-124m"),
     Row("fp32, many-1000x1000", 28, FP32, workload="many-1000x1000"),
     Row("fp32, many-10000x64", 28, FP32, workload="many-10000x64"),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fusedopt
 from support.codes import SHAPES, coded_names, each_coded_case, few_coded_cases, of_q8
-from support.optimizers import Case
+from support.optimizers import NEAR_ADAMW, Case
 from support.pairs import in_pairs
 from support.sides import Results, Side, on_both_drivers
 from support.snapshots import record
@@ -106,20 +106,8 @@ def test_misaligned(side: Side, case: Case, dtypes: Any, who: str) -> Results:
     return train(side, case, dtypes, [*SHAPES, *MORE_SHAPES], who)
 
 
-USUAL = {
-    "decay": {"weight_decay": 0.1},
-    "no-decay": {"weight_decay": 0.0},
-    "l2": {"optimizer": "Adam", "weight_decay": 0.1},
-    "amsgrad": {"amsgrad": True},
-    "no-beta1": {"betas": (0.0, 0.99)},
-    "nearest": {"stochastic_rounding": False},
-    "maximize-clip": {"maximize": True, "max_grad_norm": 0.5},
-    "ema": {"ema_decay": 0.9},
-}
-
-
 @pytest.mark.parametrize("who", ["nobody", "param", "grad", "codes"])
-@pytest.mark.parametrize("options", **by_id(USUAL))
+@pytest.mark.parametrize("options", **by_id(NEAR_ADAMW | {"ema": {"ema_decay": 0.9}}))
 @on_both_drivers
 def test_five_bytes_for_a_weight(side: Side, options: Any, who: str) -> Results:
     """What has a kernel of its own, and what is near to it and has not."""

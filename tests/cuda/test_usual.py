@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fusedopt
+from support.optimizers import NEAR_ADAMW
 from support.sides import Results, Side, on_both_drivers
 from support.snapshots import record
 from support.tensors import (
@@ -41,20 +42,9 @@ SETTINGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 }
 each_setting = pytest.mark.parametrize("setting", **by_id(SETTINGS))
 
-NEAR: dict[str, dict[str, Any]] = {
-    "decay": {"weight_decay": 0.1},
-    "no-decay": {"weight_decay": 0.0},
-    "l2": {"optimizer": "Adam", "weight_decay": 0.1},
-    "amsgrad": {"amsgrad": True},
-    "no-beta1": {"betas": (0.0, 0.99)},
-    "nearest": {"stochastic_rounding": False},
-    "drawn": {"stochastic_rounding": True},
-    "maximize-clip": {"maximize": True, "max_grad_norm": 0.5},
-}
-
 
 @pytest.mark.parametrize("who", ["nobody", "param", "grad"])
-@pytest.mark.parametrize("options", **by_id(NEAR))
+@pytest.mark.parametrize("options", **by_id(NEAR_ADAMW | {"drawn": {"stochastic_rounding": True}}))
 @each_setting
 @on_both_drivers
 def test_usual_steps(side: Side, setting: Any, options: Any, who: str) -> Results:

@@ -109,6 +109,20 @@ def test_only_some_grads_are_unusual() -> None:
     assert ((grads[-1] >= 0.05) & (grads[-1] <= 0.1)).all()
 
 
+def test_bytes_of_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program that shows shares of a copy counts them as the one that has targets."""
+    from lib.configs import ours
+
+    monkeypatch.syspath_prepend(str(ROOT / "bench/gpu"))
+    from shares import ROWS
+
+    rows = [row for row in ROWS if row.optimizer == "AdamW" and "amsgrad" not in row.options]
+    assert len(rows) > 30
+    for row in rows:
+        config = ours("setting", row.dtype, grad_dtype=row.grad_dtype, **row.options)
+        assert row.moved == config.bytes_per_element, row.name
+
+
 def test_targets_of_cases() -> None:
     """A bar just kept, one just missed, and what was not measured."""
     from lib.targets import TARGETS

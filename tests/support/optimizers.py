@@ -253,3 +253,16 @@ def like_torch(run: Callable[..., Any]) -> Callable[..., None]:
 
     test.__signature__ = without_parameter(run, "build", "case")  # which pytest reads
     return test
+
+
+# Steps that have a kernel of their own on a GPU, in the formats for which there is one, and steps
+# that are near to them and have not.
+NEAR_ADAMW: dict[str, dict[str, Any]] = {
+    "decay": {"weight_decay": 0.1},
+    "no-decay": {"weight_decay": 0.0},
+    "l2": {"optimizer": "Adam", "weight_decay": 0.1},
+    "amsgrad": {"amsgrad": True},
+    "no-beta1": {"betas": (0.0, 0.99)},
+    "nearest": {"stochastic_rounding": False},
+    "maximize-clip": {"maximize": True, "max_grad_norm": 0.5},
+}

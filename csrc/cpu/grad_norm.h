@@ -13,9 +13,10 @@
 namespace fusedopt::cpu {
 namespace {
 
-// How far ahead memory is asked for. A loop that only reads needs it earlier than an update, which
-// does more between two reads (cpu/update.h).
-constexpr int kNormPrefetchBytes = 4096;
+// How far ahead memory is asked for: into the second cache, and from there into the first. With the
+// first one alone a loop that only reads waits longer, as few lines can be on their way there. An
+// update, which writes too, gains nothing by the second one (cpu/update.h).
+constexpr int kFarPrefetchBytes = 8192, kNearPrefetchBytes = 512;
 // Squares that are summed before the sums are looked at: few enough that their grads are still in
 // the cache if they have to be read again.
 constexpr int64_t kRunElements = 2048;
@@ -47,8 +48,10 @@ __attribute__((noinline)) void add_run(const Storage* grads, int64_t n, int& bin
     for (Words& slice : slices) slice = Word<T>{0};
     const char* from = reinterpret_cast<const char*>(grads);
     for (int64_t block = 0; block < n / kBlock<T>; ++block, from += kBytes) {
-      for (int64_t byte = 0; byte < kBytes; byte += kCacheLine)
-        __builtin_prefetch(from + byte + kNormPrefetchBytes);
+      for (int64_t byte = 0; byte < kBytes; byte += kCacheLine) {
+        __builtin_prefetch(from + byte + kFarPrefetchBytes, 0, 2);
+        __builtin_prefetch(from + byte + kNearPrefetchBytes);
+      }
       V values[kCount];
       for_each_pair(values, [&](auto p, auto& two) __attribute__((always_inline)) {
         load_in_any_order<Storage>(from + p * kPairBytes, two);

@@ -50,7 +50,7 @@ class GradScaler(torch.amp.GradScaler):
             optimizer._step_supports_amp_scaling = supported
             if optimizer._checks_grads:
                 optimizer._checks_grads = False
-                status = optimizer._latest.grad_status
+                status = optimizer._shared.grad_status
                 if status is not None:
                     # A copy, for torch adds those of others to it.
                     flag = status_field(status, _C.GRAD_STATUS, "skip").clone()
@@ -69,7 +69,7 @@ class GradScaler(torch.amp.GradScaler):
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         self._stepping._checks_grads = True
-        self._stepping._latest.grad_status = None
+        self._stepping._shared.grad_status = None
         none_yet = {scale.device: torch.zeros((), dtype=torch.float32, device=scale.device)}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = none_yet
         return none_yet

@@ -30,22 +30,29 @@ def without_average(optimizer: "FusedOptimizer", at: list[tuple[int, int]]) -> l
 
 
 class InitialAverages:
-    """Those that a step with learning rates of 0 has made, until a step trains.
+    """Those that a step with learning rates of 0 has made, until a step trains their params.
 
     ``torch.distributed.checkpoint`` makes such a step before it loads. They are what the weights
     happened to be: where a param is written to then and its average is not, as by a checkpoint that
     has none, the average is to begin with what was written.
     """
 
-    def __init__(self, optimizer: "FusedOptimizer", params: list[Tensor]) -> None:
-        """What a step has made for these, beside what earlier ones have."""
-        earlier = optimizer._initial_averages
-        self._averages: dict[Tensor, Tensor] = {} if earlier is None else dict(earlier._averages)
-        for param in params:
-            average = optimizer.state.get(param, {}).get(AVERAGE)
-            if average is not None:
-                self._averages[param] = average
-        self._count_writes()
+    def __init__(self, averages: dict[Tensor, Tensor]) -> None:
+        """Averages by their params, at least one."""
+        self._averages = averages
+        self._writes: dict[Tensor, tuple[int, int]] = {}
+        self._count_writes(list(averages))
+
+    @staticmethod
+    def note(optimizer: "FusedOptimizer", params: list[Tensor]) -> None:
+        """A step that trains nothing has made averages for these, if they have any."""
+        shared = optimizer._shared
+        found = {param: optimizer.state.get(param, {}).get(AVERAGE) for param in params}
+        made = {param: average for param, average in found.items() if average is not None}
+        if made:
+            earlier = shared.initial_averages
+            before = {} if earlier is None else earlier._averages
+            shared.initial_averages = InitialAverages({**before, **made})
 
     def recognise(self, optimizer: "FusedOptimizer") -> None:
         """After a state dict has been loaded: it may hold copies of these averages."""
@@ -58,45 +65,54 @@ class InitialAverages:
     def through(self, optimizer: "FusedOptimizer", step: Callable[[], Result]) -> Result:
         """Make a step: if it trains, those averages are made again that have to be.
 
-        They are there as before if the step is skipped or fails.
+        They are there as before if the step is skipped or fails. Params that the optimizer does not
+        have, as the rest of those that are stepped in the backward, are left for their own step.
         """
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        params = [param for param in params if param in self._averages]
         trains = not trains_nothing(optimizer)
         dropped: list[tuple[State, Tensor]] = []
-        before = self._own_writes()
+        before = _writes_to(params)
         try:
-            if trains:
-                self._drop_outdated(optimizer, dropped)
+            for param in params if trains else []:
+                if self.is_outdated(optimizer, param):
+                    state = optimizer.state[param]
+                    dropped.append((state, state[AVERAGE]))
+                    del state[AVERAGE]
             return step()
         finally:
-            if self._own_writes() == before:  # it has not run
+            if _writes_to(params) == before:  # it has not run
                 try:
                     _put_back(dropped)
                 except BaseException:  # Ctrl-C
                     _put_back(dropped)
                     raise
             elif trains:
-                optimizer._initial_averages = None
+                self._forget(optimizer, params)
             else:
-                self._count_writes()
+                self._count_writes(params)
 
-    def _drop_outdated(
-        self, optimizer: "FusedOptimizer", dropped: list[tuple[State, Tensor]]
-    ) -> None:
-        for param, (of_param, of_average) in self._writes.items():
-            state, average = optimizer.state.get(param, {}), self._averages[param]
-            is_left = state.get(AVERAGE) is average and count_writes(average) == of_average
-            if is_left and count_writes(param) != of_param:
-                dropped.append((state, average))
-                del state[AVERAGE]
+    def is_outdated(self, optimizer: "FusedOptimizer", param: Tensor) -> bool:
+        """Whether the param's average is one of these, and the param has been written to since."""
+        average = self._averages.get(param)
+        if average is None or optimizer.state.get(param, {}).get(AVERAGE) is not average:
+            return False
+        of_param, of_average = self._writes[param]
+        return count_writes(average) == of_average and count_writes(param) != of_param
 
-    def _own_writes(self) -> list[int]:
-        return [count_writes(param) for param in self._averages]
+    def _forget(self, optimizer: "FusedOptimizer", params: list[Tensor]) -> None:
+        for param in params:
+            del self._averages[param]
+        if not self._averages:
+            optimizer._shared.initial_averages = None
 
-    def _count_writes(self) -> None:
-        self._writes = {
-            param: (count_writes(param), count_writes(average))
-            for param, average in self._averages.items()
-        }
+    def _count_writes(self, params: list[Tensor]) -> None:
+        for param in params:
+            self._writes[param] = count_writes(param), count_writes(self._averages[param])
+
+
+def _writes_to(params: list[Tensor]) -> list[int]:
+    return [count_writes(param) for param in params]
 
 
 def _put_back(dropped: list[tuple[State, Tensor]]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _C
 from ._config import cpu_isa
-from ._initial_averages import InitialAverages, trains_nothing, without_average
+from ._initial_averages import AVERAGE, InitialAverages, trains_nothing, without_average
 from ._norms import (
     NormProcesses,
     are_marked,
@@ -32,19 +32,21 @@ if TYPE_CHECKING:
     from ._step_in_backward import StepInBackward
 
 
-class SharedStatus:
-    """What the latest step found out, whether ``swap_ema()`` is open, what is compared with ranks.
+class Shared:
+    """What an optimizer shares with those that are made from its ``__dict__``.
 
-    One object, for wrappers that copy an optimizer's ``__dict__`` (Lightning's, Fabric's) to share.
+    These are wrappers (Lightning's, Fabric's), and the parts that are stepped in the backward.
     """
 
-    # Tensors, on a GPU if the params are there.
+    # What the latest step found out: tensors, on a GPU if the params are there.
     grad_status: Tensor | None = None
     counts_nonfinite = True  # in grad_status
     found_inf: Tensor | None = None
-    is_swapped = False
+
+    is_swapped = False  # swap_ema() is open
     compares_ranks = True  # in the next step; see _ranks.py
     meshes_to_compare: set[Any] | None = None  # None: all
+    initial_averages: InitialAverages | None = None  # until a step trains
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -62,8 +64,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     # (a wrapper, a trainer) often knows the usual way only.
     _step_supports_amp_scaling = False
 
-    _initial_averages: InitialAverages | None = None  # until a step trains
-
     _in_backward: Optional["StepInBackward"] = None  # while that is what steps
 
     # Over which processes the norm of the grads is taken, beside those that DTensors name.
@@ -76,7 +76,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if defaults.get("fused") and defaults.get("foreach"):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         _C.check_group(self._row, defaults, 0, is_construction=True)
-        self._latest_ = SharedStatus()
+        self._shared_ = Shared()
         if norm_group is not None:
             self._norm_processes = NormProcesses(norm_group)
         name_state_dtype(defaults)
@@ -85,9 +85,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         export_all_states(self)
 
     @property
-    def _latest(self) -> SharedStatus:
-        found: SharedStatus | None = self.__dict__.get("_latest_")
-        return self.__dict__.setdefault("_latest_", SharedStatus()) if found is None else found
+    def _shared(self) -> Shared:
+        found: Shared | None = self.__dict__.get("_shared_")
+        return self.__dict__.setdefault("_shared_", Shared()) if found is None else found
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,9 +178,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 error. Errors of kernels come with a later call, as always with CUDA.
         """
         self._refuse_swapped("step()")
-        latest = self._latest
-        if latest.compares_ranks:
-            compare_ranks(self, latest, grad_norm is not None)
+        shared = self._shared
+        if shared.compares_ranks:
+            compare_ranks(self, shared, grad_norm is not None)
         if grad_norm is not None:
             grad_norm = given_norm(grad_norm)
         loss = None
@@ -194,8 +194,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         # Set by torch.amp.GradScaler: the grads are still scaled, and some may have overflowed.
         # What is on a GPU stays there: the kernels look at it.
         found_inf = getattr(self, "found_inf", None)
-        latest.found_inf, latest.grad_status = found_inf, None
-        latest.counts_nonfinite = grad_norm is None
+        shared.found_inf, shared.grad_status = found_inf, None
+        shared.counts_nonfinite = grad_norm is None
         if found_inf is not None and not _C.is_on_gpu(found_inf):
             if float(found_inf) > 0:
                 return loss
@@ -217,11 +217,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         grad_norm: float | Tensor | None,
     ) -> None:
         """The step, but for what a closure, a scaler and other ranks have to do with it."""
-        if self._initial_averages is None:
+        initial = self._shared.initial_averages
+        if initial is None:
             changed = self._run(grad_scale, found_inf, grad_norm)
         else:
             run = functools.partial(self._run, grad_scale, found_inf, grad_norm)
-            changed = self._initial_averages.through(self, run)
+            changed = initial.through(self, run)
         if changed:
             drop_unused(self, changed)
 
@@ -248,7 +249,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             if isinstance(found, _C.PendingStep):
                 found.close()
-            self._latest.grad_status = plan.grad_status
+            self._shared.grad_status = plan.grad_status
 
     def _complete(self, step: _C.PendingStep) -> list[tuple[int, int]] | None:
         """The rest of a step that has found state missing; without it, none is created."""
@@ -257,7 +258,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             changed = step.run()
             if step.has_run and new_averages:
-                self._initial_averages = InitialAverages(self, new_averages)
+                InitialAverages.note(self, new_averages)
             return changed
         finally:
             if not step.has_run:
@@ -275,7 +276,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for a GPU; None if the step did not read the grads first: without ``max_grad_norm`` and
         ``fusedopt.GradScaler``.
         """
-        status = self._latest.grad_status  # once: another thread may be stepping
+        status = self._shared.grad_status  # once: another thread may be stepping
         return None if status is None else status_field(status, _C.GRAD_STATUS, "grad_norm")
 
     @property
@@ -285,8 +286,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         An int64 tensor of one element on the parameters' device; None as ``grad_norm``, and after
         a step that was given the norm.
         """
-        latest = self._latest
-        status = latest.grad_status if latest.counts_nonfinite else None
+        shared = self._shared
+        status = shared.grad_status if shared.counts_nonfinite else None
         return None if status is None else status_field(status, _C.GRAD_STATUS, "nonfinite")
 
     @property
@@ -295,7 +296,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         A bool tensor of one element; on the parameters' device if that is what knows.
         """
-        status, found_inf = self._latest.grad_status, self._latest.found_inf
+        status, found_inf = self._shared.grad_status, self._shared.found_inf
         if status is not None:
             return status_field(status, _C.GRAD_STATUS, "skip") > 0
         if isinstance(found_inf, Tensor):
@@ -406,20 +407,27 @@ class FusedOptimizer(torch.optim.Optimizer):
         ``fusedopt.integrations.swap_ema(optimizer, model)`` has it gather anew.
         """
         self._refuse_swapped("swap_ema()")
-        pairs = [
-            (param, self.state[param]["ema_param"])
-            for group in self.param_groups
-            for param in group["params"]
-            if group.get("ema_decay") is not None and "ema_param" in self.state.get(param, {})
-        ]
+        pairs = self._averages()
         if not pairs:
             raise RuntimeError("there is no average yet: set ema_decay and make a step")
-        self._latest.is_swapped = True
+        self._shared.is_swapped = True
         try:
             with swapped(pairs):
                 yield
         finally:
-            self._latest.is_swapped = False
+            self._shared.is_swapped = False
+
+    def _averages(self) -> list[tuple[Tensor, Tensor]]:
+        """Params and the averages of their weights, where there are any."""
+        initial = self._shared.initial_averages
+        return [
+            (param, self.state[param][AVERAGE])
+            for group in self.param_groups
+            for param in group["params"]
+            if group.get("ema_decay") is not None
+            and AVERAGE in self.state.get(param, {})
+            and not (initial is not None and initial.is_outdated(self, param))
+        ]
 
     def _note_shards(self) -> None:
         params = [param for group in self.param_groups for param in group["params"]]
@@ -431,7 +439,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             refuse_shards()
 
     def _refuse_swapped(self, what: str) -> None:
-        if self._latest.is_swapped:
+        if self._shared.is_swapped:
             raise RuntimeError(
                 f"{what} inside swap_ema(), where the parameters hold averages and not their values"
             )

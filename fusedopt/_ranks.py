@@ -25,14 +25,14 @@ from torch import Tensor
 from . import _C
 
 if TYPE_CHECKING:
-    from ._optimizer import FusedOptimizer, SharedStatus
+    from ._optimizer import FusedOptimizer, Shared
 
 WITHOUT_EFFECT = ("foreach", "differentiable")
 MAX_DIFFERENCES = 3  # that a message names
 MAX_RANKS = 8
 
 
-def compare_ranks(optimizer: "FusedOptimizer", latest: "SharedStatus", is_norm_given: bool) -> None:
+def compare_ranks(optimizer: "FusedOptimizer", shared: "Shared", is_norm_given: bool) -> None:
     """Raise ValueError, on all ranks that step together, if they do not have the same settings.
 
     All of them have to call it, and it waits for them, so it is called once in the life of an
@@ -43,13 +43,13 @@ def compare_ranks(optimizer: "FusedOptimizer", latest: "SharedStatus", is_norm_g
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
-        latest.compares_ranks = False
+        shared.compares_ranks = False
         return
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return
     meetings = _meetings(optimizer, is_norm_given)
-    if latest.meshes_to_compare is not None:
-        meetings = [meeting for meeting in meetings if meeting.key in latest.meshes_to_compare]
+    if shared.meshes_to_compare is not None:
+        meetings = [meeting for meeting in meetings if meeting.key in shared.meshes_to_compare]
     found: str | None = None
     for meeting in meetings:
         found = meeting.compare() or found
@@ -57,11 +57,11 @@ def compare_ranks(optimizer: "FusedOptimizer", latest: "SharedStatus", is_norm_g
         found = meeting.share(found)
     if found is not None:
         raise ValueError(f"ranks that step together differ: {found}; nothing was changed")
-    if latest.meshes_to_compare is None:
-        latest.meshes_to_compare = {meeting.key for meeting in meetings if meeting.only_sets_up}
-        latest.compares_ranks = bool(latest.meshes_to_compare)
+    if shared.meshes_to_compare is None:
+        shared.meshes_to_compare = {meeting.key for meeting in meetings if meeting.only_sets_up}
+        shared.compares_ranks = bool(shared.meshes_to_compare)
     else:
-        latest.compares_ranks = False
+        shared.compares_ranks = False
 
 
 class _Meeting:

@@ -143,8 +143,9 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
         for param, values in new_values:
             param.copy_(values)
     optimizer.__setstate__({"state": state, "param_groups": saved_groups})
-    if optimizer._initial_averages is not None:
-        optimizer._initial_averages.recognise(optimizer)
+    initial = optimizer._shared.initial_averages
+    if initial is not None:
+        initial.recognise(optimizer)
 
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
@@ -164,7 +165,9 @@ def _place(group: dict[str, Any], group_index: int, index: int) -> str:
     """As messages of a step have it."""
     names = group.get("param_names")
     where = f"group {group_index}, index {index}"
-    return f"parameter {names[index]!r} ({where})" if names else f"the parameter at {where}"
+    if isinstance(names, list) and index < len(names):
+        return f"parameter {names[index]!r} ({where})"
+    return f"the parameter at {where}"
 
 
 def _check_shapes(entries: dict[str, Any], spec: _C.StateSpec, param: Tensor, place: str) -> None:

@@ -199,7 +199,7 @@ class StepInBackward:
             left = [param for param in left if param.grad is not None]
             if left:
                 self._step(self._rest, left)
-            optimizer._latest.grad_status = None  # of a part
+            optimizer._shared.grad_status = None  # of a part
             self._arrived.clear()
             for bucket in self._buckets:
                 bucket.num_missing = len(bucket.params)
@@ -212,15 +212,15 @@ class StepInBackward:
         optimizer._refuse_swapped("a step")
         self._refuse_parts(params)
         limit = self._limit()
-        latest = optimizer._latest
-        if latest.compares_ranks:
-            compare_ranks(optimizer, latest, is_norm_given=False)
+        shared = optimizer._shared
+        if shared.compares_ranks:
+            compare_ranks(optimizer, shared, is_norm_given=False)
         scale: float | Tensor = 1.0
         if limit is not None and self._norm is not None:
             # As clipping has it: grads are multiplied by limit / (norm + 1e-6) if that is below 1.
             scale = ((self._norm + 1e-6) / limit).clamp(min=1.0)
             scale = scale.float() if _C.is_on_gpu(scale) else float(scale)
-        latest.found_inf, latest.grad_status, latest.counts_nonfinite = None, None, True
+        shared.found_inf, shared.grad_status, shared.counts_nonfinite = None, None, True
         stepping = part.prepared(params, {} if limit is None else {"max_grad_norm": math.inf})
         stepping._step_with(scale, None, None)
         if limit is not None:
@@ -308,7 +308,7 @@ class _Part:
             groups.append(mine)
         self._optimizer.param_groups = groups
         self._optimizer.state = self._whole.state
-        self._optimizer._latest_ = self._whole._latest
+        self._optimizer._shared_ = self._whole._shared
         return self._optimizer
 
 

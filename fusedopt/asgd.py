@@ -87,6 +87,6 @@ class ASGD(FusedOptimizer):
     _option_defaults = option_defaults(__init__)
 
     def _derived_state(self, group: ParamGroup, step: float, /) -> dict[str, float]:
-        lr, lambd = float(group["lr"]), group["lambd"]
-        eta = lr / (1 + lambd * lr * step) ** group["alpha"]
-        return {"eta": eta, "mu": 1 / max(1, step - group["t0"])}
+        lr, lambd, alpha, t0 = (float(group[name]) for name in ("lr", "lambd", "alpha", "t0"))
+        eta = lr / (1 + lambd * lr * step) ** alpha
+        return {"eta": eta, "mu": 1 / max(1, step - t0)}

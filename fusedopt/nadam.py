@@ -95,9 +95,11 @@ class NAdam(FusedOptimizer):
 
     def _derived_state(self, group: ParamGroup, step: float, /) -> dict[str, float]:
         beta1, decay = float(group["betas"][0]), float(group["momentum_decay"])
-        product, steps = 1.0, torch.arange(1, int(step) + 1, dtype=torch.float64, device="cpu")
-        for part in torch.split(steps, 1 << 16):
-            product *= float((beta1 * (1 - 0.5 * 0.96 ** (part * decay))).prod())
+        product, end, part = 1.0, int(step) + 1, 1 << 16
+        for first in range(1, end, part):
+            upto = min(first + part, end)
+            steps = torch.arange(first, upto, dtype=torch.float64, device="cpu")
+            product *= float((beta1 * (1 - 0.5 * 0.96 ** (steps * decay))).prod())
             if abs(product) < 1e-30:  # 0 beside 1, as csrc/core/rules/nadam.h has it
                 return {"mu_product": 0.0}
         return {"mu_product": product}

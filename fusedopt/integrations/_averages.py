@@ -50,7 +50,7 @@ def swap_ema(optimizer: Any, model: nn.Module) -> Iterator[None]:
         model: the module whose forward is to use the averages.
     """
     fused = fused_optimizer(optimizer)
-    if fused is None or fused._latest.is_swapped or not has_averages(fused):
+    if fused is None or fused._shared.is_swapped or not has_averages(fused):
         yield
         return
     _forget_gathered(model)
@@ -62,11 +62,7 @@ def swap_ema(optimizer: Any, model: nn.Module) -> Iterator[None]:
 
 
 def has_averages(optimizer: FusedOptimizer) -> bool:
-    return any(
-        group.get("ema_decay") is not None and "ema_param" in optimizer.state.get(param, {})
-        for group in optimizer.param_groups
-        for param in group["params"]
-    )
+    return bool(optimizer._averages())
 
 
 def _forget_gathered(model: nn.Module) -> None:

@@ -230,3 +230,26 @@ def test_a_step_that_fails_leaves_the_averages() -> None:
         optimizer.step()
     assert all(a is b for a, b in zip(averages(optimizer), before, strict=True))
     assert_averages_begin_with_the_weights(optimizer)
+
+
+def test_evaluation_before_training_does_not_take_initial_averages() -> None:
+    """They are of weights that nobody has any more."""
+    model, optimizer = model_with(0, SETTINGS["averages"])
+    set_up_and_write(model, optimizer)
+    with pytest.raises(RuntimeError, match="no average yet"), optimizer.swap_ema():
+        pass
+    with torch.no_grad():
+        averages(optimizer)[0].add_(2.0)  # loaded, say
+    before = [param.detach().clone() for param in model.parameters()]
+    with optimizer.swap_ema():
+        shown = [param.detach().clone() for param in model.parameters()]
+    assert not torch.equal(shown[0], before[0])
+    assert all(map(torch.equal, shown[1:], before[1:]))
+    assert all(map(torch.equal, [param.detach() for param in model.parameters()], before))
+
+
+def test_without_averages_nothing_is_remembered() -> None:
+    _, optimizer = model_with(0, {})
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(optimizer, 1)
+    assert optimizer._shared.initial_averages is None

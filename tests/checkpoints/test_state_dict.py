@@ -163,6 +163,39 @@ def test_the_product_of_many_momenta_is_found_quickly() -> None:
     assert product == pytest.approx(first * 0.99999**1e6, rel=1e-6)
 
 
+def test_after_more_steps_than_memory_has_room_for() -> None:
+    param = torch.zeros(1, device=DEVICE)
+    optimizer = fusedopt.NAdam([param])
+    step_with(optimizer, [torch.ones_like(param)])
+    optimizer.state[param]["step"].fill_(1e12)
+    assert optimizer.state_dict()["state"][0]["mu_product"] == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_follows_from_options_that_are_tensors() -> None:
+    found = []
+    for kind in (float, torch.tensor):
+        options: dict[str, Any] = {"lr": kind(0.1), "lambd": kind(0.5), "alpha": kind(0.75)}
+        param = torch.ones(1, device=DEVICE)
+        optimizer = fusedopt.ASGD([param], **options, t0=kind(1.0))
+        step_with(optimizer, [torch.ones_like(param)] * 3)
+        found.append(optimizer.state_dict()["state"][0])
+    for name in ("eta", "mu"):
+        assert float(found[0][name]) == pytest.approx(float(found[1][name]), rel=1e-6)
+
+
+@main_cases
+def test_fewer_names_than_params(case: Case) -> None:
+    """They are for messages; torch looks at none of them either."""
+    params = make_params()
+    optimizer = case.ours([(f"p{index}", param) for index, param in enumerate(params)])
+    take_step(optimizer, 0)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["param_names"] = ["p0"]
+    optimizer.load_state_dict(saved)
+    take_step(optimizer, 1)
+
+
 # torch.optim's implementations write different things (devices and dtypes of step, None buffers).
 @main_cases
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}], ids=str)

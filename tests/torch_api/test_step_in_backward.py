@@ -99,6 +99,32 @@ def test_same_bits(options: dict[str, Any], bucket_bytes: int) -> None:
 
 
 @each_bucket
+@pytest.mark.parametrize("opened", [0, 1, 2], ids=["at once", "after 1 step", "after 2 steps"])
+def test_same_bits_after_steps_that_train_nothing(opened: int, bucket_bytes: int) -> None:
+    """As a warm-up from 0 begins. Between them and training, weights may be loaded."""
+    found = []
+    for in_backward in (False, True):
+        model = Net()
+        optimizer = fusedopt.AdamW(model.parameters(), lr=0.0, ema_decay=0.9)
+        stepping = None
+        for step in range(5):
+            if step == opened and in_backward:
+                stepping = fusedopt.step_in_backward(model, optimizer, bucket_bytes=bucket_bytes)
+            if step == 2:
+                optimizer.param_groups[0]["lr"] = 0.01
+                with torch.no_grad():
+                    model.first.weight.mul_(2.0)
+                    model.last.bias.add_(3.0)
+            train(model, optimizer, steps=1)
+        if stepping is not None:
+            stepping.close()
+        found.append(state_of(model, optimizer))
+    assert same_bits(*found)
+    average = found[0]["ema_param of last.bias"]
+    assert abs(float(average) - 3.0) < 1.0  # that of the weights that were loaded
+
+
+@each_bucket
 @pytest.mark.parametrize("options", **by_id(MASTERS))
 def test_same_bits_of_masters(options: dict[str, Any], bucket_bytes: int) -> None:
     def make(model: nn.Module) -> Any:

@@ -50,7 +50,7 @@ class Shared:
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers. A subclass names its row in the extension and its state."""
+    """Base of the optimizers. A subclass names its row in the extension's table."""
 
     _row: ClassVar[str]  # name in the extension's table of optimizers
     _option_defaults: ClassVar[dict[str, Any]]  # as its constructor's signature has them

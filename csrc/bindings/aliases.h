@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "bindings/param_table.h"
+#include "bindings/step_call.h"
 
 // Finds memory that one step would write twice, or read for one element and write for another.
 namespace fusedopt {

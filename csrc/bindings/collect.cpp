@@ -35,6 +35,10 @@ void note_gpu(std::vector<bool>& gpus, int gpu) {
   gpus[static_cast<size_t>(gpu)] = true;
 }
 
+uint64_t fingerprint_of(PyObject* plain) {
+  return plain != nullptr ? fingerprint(plain) : kNoFingerprint;
+}
+
 // What holds the rest of this param's weight.
 Master find_master(Master wanted, const Operands& operands) {
   PyObject* const param = operands.tensors[kParam];
@@ -183,7 +187,7 @@ void Collector::check_param(StepContext& context, const Group& group, Operands& 
     context.missing.append(py::make_tuple(id.group_index, id.index));
   }
 
-  const Unchanged unchanged = compare(operands, update, cache);
+  const Unchanged unchanged = recognise(operands, update, cache);
   const bool has_less = uses_less(update, cache, operands, group) ||
                         (unchanged == Unchanged::kNothing && operands.state != nullptr &&
                          has_unused(row_, group.options, operands.master, operands.state));
@@ -265,11 +269,34 @@ void Collector::name_operands(const Group& group, Operands& operands, size_t at)
 
 // A state in use is a tensor of numbers, or codes and their scales: whatever is there.
 void Collector::name_state(const Group& group, Operands& operands, int k, bool are_codes) const {
-  const int state = k - kFirstState;
-  if (group.options.names[k] == nullptr || !row_.can_be_codes(state)) return;
-  const auto s = static_cast<size_t>(state);
+  const auto s = static_cast<size_t>(k - kFirstState);
+  if (group.options.names[k] == nullptr || !row_.can_be_codes(s)) return;
   operands.names[k] = are_codes ? &row_.code_names[s] : group.options.names[k];
   operands.names[scale_of_state(k)] = are_codes ? &row_.scale_names[s] : nullptr;
+}
+
+// Not all of a state is there in the form of the step before, so numbers may have come as codes, or
+// the reverse.
+template <class LookUp>
+void Collector::find_other_forms(const Group& group, Operands& operands,
+                                 const LookUp& look_up) const {
+  const auto lacks = [&](int k) { return operands.has(k) && operands.tensors[k] == nullptr; };
+  const auto look_for = [&](int k, bool are_codes) {
+    operands.tensors[k] = operands.tensors[scale_of_state(k)] = nullptr;
+    name_state(group, operands, k, are_codes);
+    look_up(operands.names[k]->object());
+    if (are_codes) look_up(operands.names[scale_of_state(k)]->object());
+  };
+  const auto lacks_some = [&](int k) { return lacks(k) || lacks(scale_of_state(k)); };
+  for (int k = kFirstState; k < kMaster; ++k) {
+    if (!operands.has(k) || !row_.can_be_codes(static_cast<size_t>(k - kFirstState))) continue;
+    const bool are_codes = operands.has_codes(k);
+    if (lacks_some(k)) look_for(k, !are_codes);
+    if (lacks_some(k)) look_for(k, are_codes);
+  }
+  operands.is_complete = !group.options.counts_steps || operands.step != nullptr;
+  for (int k = kFirstState; k < kMaxTensors; ++k)
+    operands.is_complete = operands.is_complete && !lacks(k);
 }
 
 // Finds the tensors of a parameter's state in its dict.
@@ -311,25 +338,8 @@ void Collector::find_state(const Group& group, Operands& operands) const {
   if (left > 0 && step_key != nullptr) look_up(step_key);
   for (int k = kFirstState; left > 0 && k < kMaxTensors; ++k)
     if (operands.has(k)) look_up(operands.names[k]->object());
-  for (int k = kFirstState; left > 0 && k < kMaster; ++k) {
-    if (!row_.can_be_codes(k - kFirstState)) continue;
-    const int scale = scale_of_state(k);
-    const auto lacks_some = [&] {
-      return operands.tensors[k] == nullptr ||
-             (operands.has_codes(k) && operands.tensors[scale] == nullptr);
-    };
-    // In the other form?
-    for (int form = 0; form < 2 && operands.has(k) && lacks_some(); ++form) {
-      left -= operands.has_codes(k) ? 2 : 1;
-      left += (operands.tensors[k] != nullptr) + (operands.tensors[scale] != nullptr);
-      operands.tensors[k] = operands.tensors[scale] = nullptr;
-      name_state(group, operands, k, !operands.has_codes(k));
-      left += operands.has_codes(k) ? 2 : 1;
-      look_up(operands.names[k]->object());
-      if (operands.has_codes(k)) look_up(operands.names[scale]->object());
-    }
-  }
   operands.is_complete = left == 0;
+  if (left > 0) find_other_forms(group, operands, look_up);
 }
 
 // A parameter that rests this time: how its memory lay when it was checked is not forgotten.
@@ -352,7 +362,7 @@ bool Collector::uses_less(const ParamUpdate& update, const ParamCache& cache,
       (cache.counts_steps && !group.options.counts_steps) || had(kEma) ||
       (update.formats.has(kMaster) && master_of(update.formats.dtypes[kMaster]) != operands.master);
   for (int s = 0; s < kMaxStates; ++s)
-    less = less || ((row_.omissible >> s & 1) != 0 && had(kFirstState + s));
+    less = less || (contains(row_.omissible, static_cast<size_t>(s)) && had(kFirstState + s));
   return less;
 }
 
@@ -388,24 +398,29 @@ void Collector::compare_specs(Operands& operands, size_t at) {
   }
 }
 
-// What of a parameter's tensors is as it was in the step before, so that its update stands. A grad
-// of the same form may lie anywhere: the update then points there.
-Collector::Unchanged Collector::compare(const Operands& operands, ParamUpdate& update,
-                                        ParamCache& cache) const {
-  if (!has_fingerprints()) return Unchanged::kNothing;  // and nothing is recognizable
-  const auto print_of = [](PyObject* plain) {
-    return plain != nullptr ? fingerprint(plain) : kNoFingerprint;
-  };
-  uint64_t all = print_of(operands.shards[kParam].tensor);
-  for (int k = kFirstState; k <= kMaxTensors; ++k) {
-    const bool is_step = k == kMaxTensors;
-    PyObject* const tensor = is_step ? operands.step : operands.tensors[k];
-    const bool is_plain_step = is_step && tensor != nullptr && is_plain(tensor);
-    PyObject* const plain = is_plain_step ? tensor : is_step ? nullptr : operands.shards[k].tensor;
-    const uint64_t print = tensor == nullptr ? 1 : print_of(plain);
+// Of the param, its states and its step together.
+uint64_t Collector::fingerprint_of_all(const Operands& operands) const {
+  constexpr uint64_t kMissing = 1;
+  uint64_t all = fingerprint_of(operands.shards[kParam].tensor);
+  const auto join = [&](bool is_there, PyObject* plain) {
+    const uint64_t print = is_there ? fingerprint_of(plain) : kMissing;
     all = all == kNoFingerprint || print == kNoFingerprint ? kNoFingerprint
                                                            : join_fingerprints(all, print);
-  }
+  };
+  for (int k = kFirstState; k < kMaxTensors; ++k)
+    join(operands.tensors[k] != nullptr, operands.shards[k].tensor);
+  PyObject* const step = operands.step;
+  join(step != nullptr, step != nullptr && is_plain(step) ? step : nullptr);
+  return all;
+}
+
+// What of a parameter's tensors is as it was in the step before, so that its update stands. A grad
+// of the same form may lie anywhere: the update then points there. The cache has the fingerprints
+// of now.
+Collector::Unchanged Collector::recognise(const Operands& operands, ParamUpdate& update,
+                                          ParamCache& cache) const {
+  if (!has_fingerprints()) return Unchanged::kNothing;  // and nothing is recognizable
+  const uint64_t all = fingerprint_of_all(operands);
   PyObject* const grad = operands.shards[kGrad].tensor;
   const uint64_t form =
       grad != nullptr && operands.is_grad_alike ? form_fingerprint(grad) : kNoFingerprint;

@@ -5,9 +5,10 @@
 #include <utility>
 
 #include "bindings/operands.h"
-#include "bindings/optimizers.h"
 #include "bindings/param_table.h"
 #include "bindings/python.h"
+#include "bindings/state_spec.h"
+#include "bindings/step_call.h"
 
 // Goes through the param groups and the state, checks all that it finds and enters it into the
 // table. Every tensor is looked at in every step: what the table has of it is used only if its
@@ -50,11 +51,14 @@ class Collector {
   void name_operands(const Group& group, Operands& operands, size_t at) const;
   void name_state(const Group& group, Operands& operands, int k, bool are_codes) const;
   void find_state(const Group& group, Operands& operands) const;
+  template <class LookUp>
+  void find_other_forms(const Group& group, Operands& operands, const LookUp& look_up) const;
   void keep_layout(ParamUpdate& update, ParamCache& cache);
   bool uses_less(const ParamUpdate& update, const ParamCache& cache, const Operands& operands,
                  const Group& group) const;
   void compare_specs(Operands& operands, size_t at);
-  Unchanged compare(const Operands& operands, ParamUpdate& update, ParamCache& cache) const;
+  uint64_t fingerprint_of_all(const Operands& operands) const;
+  Unchanged recognise(const Operands& operands, ParamUpdate& update, ParamCache& cache) const;
 
   // For what is not as it was (refresh.cpp).
   void refresh(const Group& group, bool is_second, Unchanged unchanged, Operands& operands,

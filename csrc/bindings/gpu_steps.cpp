@@ -39,13 +39,13 @@ bool Gpus::is_captured(const StepContext& context) {
   return true;
 }
 
-GpuStep Gpus::prepare(const StepRequest& request, ParamTable& table, const StepContext& context,
+GpuStep Gpus::prepare(const StepCall& call, ParamTable& table, const StepContext& context,
                       const std::vector<Layout>& layouts, bool reads_grads) {
   GpuStep step;
   if (context.counts_on_gpu) {
     for (const Group& group : context.groups) step.groups.push_back(group.options.source);
     // State has been created for a step that GPUs may skip.
-    if (context.is_second && (reads_grads || !request.found_inf.is_none()))
+    if (context.is_second && (reads_grads || !call.found_inf.is_none()))
       count_first_steps(table, context, first_steps_);
   }
   for_each_gpu(context, [&](int gpu) {
@@ -66,9 +66,9 @@ GpuStep Gpus::prepare(const StepRequest& request, ParamTable& table, const StepC
     device.counters = context.counts_on_gpu ? table.counters.data() : nullptr;
     device.groups = step.groups.data();
     device.num_groups = static_cast<int64_t>(step.groups.size());
-    device.grad_scale = read(request.grad_scale);
-    device.host_grad_scale = request.grads.scale;
-    device.found_inf = read(request.found_inf);
+    device.grad_scale = read(call.grad_scale);
+    device.host_grad_scale = call.grads.scale;
+    device.found_inf = read(call.found_inf);
     device.reads_grads = reads_grads;
     device.clips = context.clips;
     step.devices.push_back(device);

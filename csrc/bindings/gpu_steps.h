@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/param_table.h"
+#include "bindings/step_call.h"
 #include "core/gpu.h"
 
 // A step's part on GPUs: what the CUDA driver is handed, and what holds the memory of that.
@@ -24,7 +25,7 @@ class Gpus {
   static bool is_captured(const StepContext& context);
 
   // All that can fail of what the GPUs are to do. `layouts` are borrowed until the launch.
-  GpuStep prepare(const StepRequest& request, ParamTable& table, const StepContext& context,
+  GpuStep prepare(const StepCall& call, ParamTable& table, const StepContext& context,
                   const std::vector<Layout>& layouts, bool reads_grads);
 
   void launch(const GpuStep& step);

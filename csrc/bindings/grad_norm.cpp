@@ -53,12 +53,12 @@ void GradNorm::classify(ParamTable& table, const StepContext& context) {
   table.is_classified = true;
 }
 
-bool GradNorm::measure(const ParamTable& table, const Step& on_cpu, StepRequest& request,
-                       const StepContext& context, GpuStep& step, Gpus& gpus) {
+bool GradNorm::measure(const ParamTable& table, const Step& on_cpu, const Pass& pass) {
+  std::vector<cuda::DeviceStep>& devices = pass.on_gpus.devices;
   const int64_t num_classes =
       table.reductions.is_none() ? 1 : static_cast<int64_t>(py::len(table.reductions));
-  const bool is_alone = table.reductions.is_none() && request.norm_groups.empty() &&
-                        step.devices.size() + (context.has_cpu ? 1 : 0) <= 1;
+  const bool is_alone = table.reductions.is_none() && pass.call.norm_groups.empty() &&
+                        devices.size() + (pass.context.has_cpu ? 1 : 0) <= 1;
 
   // A tensor for each device, the CPU first.
   std::vector<py::object> numbers;
@@ -70,77 +70,78 @@ bool GradNorm::measure(const ParamTable& table, const Step& on_cpu, StepRequest&
     return reinterpret_cast<GradStatus*>(data);
   };
   GradStatus* const status_on_cpu =
-      context.has_cpu || step.devices.empty() ? add_device(-1) : nullptr;
+      pass.context.has_cpu || devices.empty() ? add_device(-1) : nullptr;
   if (status_on_cpu != nullptr) {
     const py::gil_scoped_release release;
-    cpu::sum_squares(on_cpu, isa_, request.num_threads, sums.front(), num_classes);
+    cpu::sum_squares(on_cpu, isa_, pass.call.num_threads, sums.front(), num_classes);
   }
-  for (cuda::DeviceStep& device : step.devices) {
+  for (cuda::DeviceStep& device : devices) {
     device.status = add_device(device.gpu);
     device.norm_sums = sums.back();
     device.num_classes = num_classes;
-    gpus.driver().sum_squares(device);
+    pass.gpus.driver().sum_squares(device);
   }
-  if (!is_alone) combine(table, request, context, step, gpus, numbers, sums);
+  if (!is_alone) combine(table, pass, numbers, sums);
   if (status_on_cpu != nullptr)
-    *status_on_cpu = finalize_norm(*sums.front(), highest_bins(*sums.front()), request.grads.scale,
-                                   /*found_inf=*/false, context.clips);
-  for (size_t i = 0; i < step.devices.size(); ++i) {
-    step.devices[i].norm_sums = sums[numbers.size() - step.devices.size() + i];
-    gpus.driver().finalize_norm(step.devices[i]);
+    *status_on_cpu =
+        finalize_norm(*sums.front(), highest_bins(*sums.front()), pass.call.grads.scale,
+                      /*found_inf=*/false, pass.context.clips);
+  for (size_t i = 0; i < devices.size(); ++i) {
+    devices[i].norm_sums = sums[numbers.size() - devices.size() + i];
+    pass.gpus.driver().finalize_norm(devices[i]);
   }
-  return conclude(request, context, step, gpus, numbers);
+  return conclude(pass, numbers);
 }
 
-bool GradNorm::take(StepRequest& request, const StepContext& context, GpuStep& step, Gpus& gpus) {
+bool GradNorm::use_given(const Pass& pass) {
+  const StepCall& call = pass.call;
   std::vector<py::object> numbers;
   const auto add_device = [&](int gpu) {
     const py::object scale =
-        request.grad_scale.is_none() ? py::float_(request.grads.scale) : request.grad_scale;
-    numbers.push_back(new_status(gpu, kStatusWords, status_fields(), request.grad_norm, scale,
-                                 gpu < 0 ? py::none() : request.found_inf));
+        call.grad_scale.is_none() ? py::float_(call.grads.scale) : call.grad_scale;
+    numbers.push_back(new_status(gpu, kStatusWords, status_fields(), call.grad_norm, scale,
+                                 gpu < 0 ? py::none() : call.found_inf));
     return reinterpret_cast<GradStatus*>(data_of_numbers(numbers.back()));
   };
-  if (context.has_cpu || step.devices.empty()) add_device(-1);
-  for (cuda::DeviceStep& device : step.devices) device.status = add_device(device.gpu);
-  return conclude(request, context, step, gpus, numbers);
+  if (pass.context.has_cpu || pass.on_gpus.devices.empty()) add_device(-1);
+  for (cuda::DeviceStep& device : pass.on_gpus.devices) device.status = add_device(device.gpu);
+  return conclude(pass, numbers);
 }
 
 // What follows from the status of each device, of which the host waits for the first if it has to
 // know.
-bool GradNorm::conclude(StepRequest& request, const StepContext& context, GpuStep& step, Gpus& gpus,
-                        const std::vector<py::object>& numbers) {
-  const bool uses_cpu = numbers.size() > step.devices.size();
+bool GradNorm::conclude(const Pass& pass, const std::vector<py::object>& numbers) {
+  StepCall& call = pass.call;
+  const bool uses_cpu = numbers.size() > pass.on_gpus.devices.size();
   set_status(numbers.front());  // from now on, other threads may read it
-  for (const py::object& tensor : numbers) gpus.keep(tensor, context, step);
+  for (const py::object& tensor : numbers) pass.gpus.keep(tensor, pass.context, pass.on_gpus);
 
-  const bool errs = context.any_group(&GroupOptions::errs_if_nonfinite);
-  if (!uses_cpu && !errs) return false;
+  const bool errs = pass.context.any_group(&GroupOptions::errs_if_nonfinite);
+  if (!uses_cpu && !errs) return true;
   const GradStatus status = read_status(numbers.front());
-  const bool is_given = !request.grad_norm.is_none();
+  const bool is_given = !call.grad_norm.is_none();
   const bool is_bad = status.nonfinite > 0 || is_nonfinite(status.grad_norm);
   // Of a scaler's scale.
-  const bool is_overflow = request.checks_grads && (is_given || status.nonfinite > 0);
-  if (errs && is_bad && !is_overflow && !request.has_found_inf()) raise_nonfinite(status, is_given);
-  request.grads.norm = status.grad_norm;
-  return status.skip > 0;
+  const bool is_overflow = call.checks_grads && (is_given || status.nonfinite > 0);
+  if (errs && is_bad && !is_overflow && !call.has_found_inf()) raise_nonfinite(status, is_given);
+  call.grads.norm = status.grad_norm;
+  return !(status.skip > 0);
 }
 
 // Replaces what each device has summed by what all devices, and all processes that share the
 // params, have.
-void GradNorm::combine(const ParamTable& table, const StepRequest& request,
-                       const StepContext& context, GpuStep& step, Gpus& gpus,
+void GradNorm::combine(const ParamTable& table, const Pass& pass,
                        const std::vector<py::object>& numbers, std::vector<NormSums*>& sums) {
   py::list own;
   for (const py::object& tensor : numbers)
     own.append(tensor[py::slice(kStatusWords, py::len(tensor), 1)]);
   py::handle param;  // one that every process has, whether or not it has a grad here
-  for (const Group& group : context.groups)
+  for (const Group& group : pass.context.groups)
     if (!param && group.size() > 0) param = PyTuple_GET_ITEM(group.params.ptr(), 0);
   const py::list combined =
-      combine_sums(own, table.reductions, request.norm_groups, param ? param : py::none());
+      combine_sums(own, table.reductions, pass.call.norm_groups, param ? param : py::none());
   for (size_t i = 0; i < sums.size(); ++i) {
-    gpus.keep(combined[i], context, step);
+    pass.gpus.keep(combined[i], pass.context, pass.on_gpus);
     sums[i] = reinterpret_cast<NormSums*>(data_of_numbers(combined[i]));
   }
 }

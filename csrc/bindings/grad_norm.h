@@ -7,6 +7,7 @@
 
 #include "bindings/gpu_steps.h"
 #include "bindings/param_table.h"
+#include "bindings/step_call.h"
 #include "core/norm.h"
 
 // Finds out about the grads before a step: their global norm, and whether all of them are finite.
@@ -19,14 +20,21 @@ class GradNorm {
   // Enters into the updates, and table.reductions, over which processes their grads are summed.
   void classify(ParamTable& table, const StepContext& context);
 
-  // Reads all grads and sets request.grads.norm, if the host has to know. What GPUs find out stays
-  // there otherwise. Returns whether the step is to be skipped, as far as the host knows. Raises
+  // The step whose grads they are, and the GPUs that take part in it.
+  struct Pass {
+    StepCall& call;
+    const StepContext& context;
+    GpuStep& on_gpus;
+    Gpus& gpus;
+  };
+
+  // Reads all grads and sets call.grads.norm, if the host has to know. What GPUs find out stays
+  // there otherwise. Returns false if the step is to be skipped, as far as the host knows. Raises
   // RuntimeError for grads that are not finite if a group has error_if_nonfinite.
-  bool measure(const ParamTable& table, const Step& on_cpu, StepRequest& request,
-               const StepContext& context, GpuStep& step, Gpus& gpus);
+  bool measure(const ParamTable& table, const Step& on_cpu, const Pass& pass);
 
   // The same with a norm that the caller knows: no grad is read.
-  bool take(StepRequest& request, const StepContext& context, GpuStep& step, Gpus& gpus);
+  bool use_given(const Pass& pass);
 
   // What the latest step found out: an int64 tensor whose memory begins with a GradStatus; None if
   // the grads were not read.
@@ -37,11 +45,9 @@ class GradNorm {
   static pybind11::dict status_fields();
 
  private:
-  bool conclude(StepRequest& request, const StepContext& context, GpuStep& step, Gpus& gpus,
-                const std::vector<pybind11::object>& numbers);
-  void combine(const ParamTable& table, const StepRequest& request, const StepContext& context,
-               GpuStep& step, Gpus& gpus, const std::vector<pybind11::object>& numbers,
-               std::vector<NormSums*>& sums);
+  bool conclude(const Pass& pass, const std::vector<pybind11::object>& numbers);
+  static void combine(const ParamTable& table, const Pass& pass,
+                      const std::vector<pybind11::object>& numbers, std::vector<NormSums*>& sums);
 
   const cpu::Isa isa_;
   mutable std::mutex mutex_;

@@ -4,8 +4,8 @@
 #include "bindings/fingerprint.h"
 #include "bindings/torch_layout.h"
 #include "bindings/operands.h"
-#include "bindings/optimizers.h"
 #include "bindings/plan.h"
+#include "bindings/state_spec.h"
 #include "bindings/torch_api.h"
 #include "bindings/weights.h"
 #include "core/codes.h"
@@ -87,7 +87,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def_readonly("missing", &fusedopt::PendingStep::missing)
       .def_readonly("maybe_written", &fusedopt::PendingStep::maybe_written)
       .def_readonly("counts_on_gpu", &fusedopt::PendingStep::counts_on_gpu)
-      .def_readonly("has_run", &fusedopt::PendingStep::has_run)
+      .def_property_readonly("has_run", &fusedopt::PendingStep::has_run)
       .def("run", &fusedopt::PendingStep::run)
       .def("close", &fusedopt::PendingStep::close);
   py::class_<fusedopt::StateSpec>(m, "StateSpec")

@@ -5,8 +5,9 @@
 #include <string>
 
 #include "bindings/memory.h"
-#include "bindings/optimizers.h"
+#include "bindings/group_options.h"
 #include "bindings/options.h"
+#include "bindings/param_table.h"
 #include "bindings/torch_api.h"
 #include "core/hyper.h"
 #include "core/layout.h"

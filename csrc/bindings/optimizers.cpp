@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <deque>
 #include <tuple>
 #include <utility>
@@ -47,8 +46,7 @@ void read_additions(GroupReader& group, HyperParams& hyper) {
   group.require(seed >= 0 && seed <= UINT32_MAX && seed == std::floor(seed),
                 "rounding_seed must be a whole number from 0 to 2**32 - 1", seed);
   hyper.rounding_seed = static_cast<uint32_t>(seed);
-  group.state_dtype();  // checks it
-  group.master_weights();
+  group.check_precision();
 }
 
 void read_common(GroupReader& group, cuda::HyperParamsRef& source) {
@@ -82,8 +80,8 @@ void read_sgd(GroupReader& group, cuda::HyperParamsRef& source) {
   hyper.dampening = group.number(kDampening, source.dampening);
   hyper.nesterov = group.flag(kNesterov);
   group.require_at_first(hyper.momentum >= 0, "Invalid momentum value", hyper.momentum);
-  group.require(true, "Invalid dampening value", hyper.dampening);
-  if (group.is_strict() && hyper.nesterov && (hyper.momentum <= 0 || hyper.dampening != 0))
+  group.require_finite("Invalid dampening value", hyper.dampening);
+  if (group.is_construction() && hyper.nesterov && (hyper.momentum <= 0 || hyper.dampening != 0))
     group.fail("Nesterov momentum requires a momentum and zero dampening");
 }
 
@@ -148,9 +146,9 @@ void read_asgd(GroupReader& group, cuda::HyperParamsRef& source) {
   hyper.lambd = group.number(kLambd);
   hyper.alpha = group.number(kAlpha);
   hyper.t0 = group.number(kT0);
-  group.require(true, "Invalid lambd value", hyper.lambd);
-  group.require(true, "Invalid alpha value", hyper.alpha);
-  group.require(true, "Invalid t0 value", hyper.t0);
+  group.require_finite("Invalid lambd value", hyper.lambd);
+  group.require_finite("Invalid alpha value", hyper.alpha);
+  group.require_finite("Invalid t0 value", hyper.t0);
 }
 
 void read_lion(GroupReader& group, cuda::HyperParamsRef& source) {
@@ -203,155 +201,6 @@ void read_sparse_adam(GroupReader& group, cuda::HyperParamsRef& source) {
     group.fail("ema_decay is not for SparseAdam: rows that are left alone would not be averaged");
 }
 
-template <class Rule>
-RuleChoice choice_of() {
-  return {kIdOf<Rule>, kMemberOf<Rule>};
-}
-
-// The rule of a group with these options.
-RuleChoice rule_for(const OptimizerRow& row, const HyperParams& hyper) {
-  const bool is_cautious = hyper.cautious_update || hyper.cautious_weight_decay;
-  return is_cautious ? row.cautious_rule.value() : row.rule;
-}
-
-Key kept_key(const std::string& name) {
-  static auto* const kept = new std::deque<std::string>();  // for as long as the keys
-  return Key(kept->emplace_back(name).c_str());
-}
-
-// A row with what follows from its rule.
-template <class Rule>
-OptimizerRow row_of(OptimizerRow row) {
-  row.rule = choice_of<Rule>();
-  for (int s = 0; s < Rule::kNumStates; ++s)
-    if (Rule::is_second_moment(s)) row.second_moments |= 1u << s;
-  for (int s = 0; s < static_cast<int>(row.state_names.size()); ++s) {
-    if (Rule::kind_of(s) == StateKind::kSigned) row.signed_codes |= 1u << s;
-    if (Rule::kind_of(s) == StateKind::kPositive) row.positive_codes |= 1u << s;
-    const std::string name = row.state_names[static_cast<size_t>(s)].name();
-    row.code_names.push_back(kept_key(name + kCodesSuffix));
-    row.scale_names.push_back(kept_key(name + kScalesSuffix));
-  }
-  return row;
-}
-
-// An option's number is what a state begins with.
-OptimizerRow starting(OptimizerRow row, const Key& option, int state) {
-  row.start_option = option;
-  row.started_state = state;
-  return row;
-}
-
-// torch's state has these as well.
-OptimizerRow deriving(OptimizerRow row, std::vector<Key> names) {
-  row.derived = std::move(names);
-  return row;
-}
-
-// Groups may have a caution. Their rule may be another, with the same states.
-template <class Rule>
-OptimizerRow with_caution(OptimizerRow row) {
-  row.cautious_rule = choice_of<Rule>();
-  return row;
-}
-
-OptimizerRow stepping_rows(OptimizerRow row) {
-  row.by_rows = true;
-  return row;
-}
-
-// A set of a rule's states.
-template <class... State>
-constexpr States only(State... states) {
-  return ((1u << states) | ...);
-}
-
-// In the place of a number that is no state's.
-const Key kNoState("");
-
-// Name, names of states, those without which a state is incomplete, those of them that are left out
-// where they are not in use, whether steps are counted, how options are read.
-const OptimizerRow kOptimizers[] = {
-    with_caution<CautiousSgd>(
-        row_of<Sgd>({"SGD", {Key("momentum_buffer")}, 0, 0, false, read_sgd})),
-    with_caution<CautiousAdam>(
-        row_of<Adam>({"Adam",
-                      {Key("exp_avg"), Key("exp_avg_sq"), Key("max_exp_avg_sq")},
-                      only(Adam::kExpAvg, Adam::kExpAvgSq),
-                      only(Adam::kExpAvg),
-                      true,
-                      read_adam})),
-    row_of<Adadelta>({"Adadelta",
-                      {Key("acc_delta"), Key("square_avg")},
-                      only(Adadelta::kAccDelta, Adadelta::kSquareAvg),
-                      0,
-                      true,
-                      read_adadelta}),
-    starting(row_of<Adagrad>(
-                 {"Adagrad", {kNoState, Key("sum")}, only(Adagrad::kSum), 0, true, read_adagrad}),
-             kInitialAccumulatorValue, Adagrad::kSum),
-    row_of<Adamax>({"Adamax",
-                    {Key("exp_avg"), Key("exp_inf")},
-                    only(Adamax::kExpAvg, Adamax::kExpInf),
-                    0,
-                    true,
-                    read_adamax}),
-    deriving(row_of<Asgd>({"ASGD", {Key("ax")}, only(Asgd::kAx), 0, true, read_asgd}),
-             {Key("eta"), Key("mu")}),
-    with_caution<Lion>(
-        row_of<Lion>({"Lion", {Key("exp_avg")}, only(Lion::kExpAvg), 0, false, read_lion})),
-    with_caution<Nadam>(deriving(row_of<Nadam>({"NAdam",
-                                                {Key("exp_avg"), Key("exp_avg_sq")},
-                                                only(Nadam::kExpAvg, Nadam::kExpAvgSq),
-                                                0,
-                                                true,
-                                                read_nadam}),
-                                 {Key("mu_product")})),
-    with_caution<Radam>(row_of<Radam>({"RAdam",
-                                       {Key("exp_avg"), Key("exp_avg_sq")},
-                                       only(Radam::kExpAvg, Radam::kExpAvgSq),
-                                       0,
-                                       true,
-                                       read_radam})),
-    row_of<Rmsprop>({"RMSprop",
-                     {Key("momentum_buffer"), Key("square_avg"), Key("grad_avg")},
-                     only(Rmsprop::kSquareAvg),
-                     0,
-                     true,
-                     read_rmsprop}),
-    starting(row_of<Rprop>({"Rprop",
-                            {Key("prev"), Key("step_size")},
-                            only(Rprop::kPrev, Rprop::kStepSize),
-                            0,
-                            true,
-                            read_rprop}),
-             kLr, Rprop::kStepSize),
-    stepping_rows(row_of<SparseAdam>({"SparseAdam",
-                                      {Key("exp_avg"), Key("exp_avg_sq")},
-                                      only(SparseAdam::kExpAvg, SparseAdam::kExpAvgSq),
-                                      0,
-                                      true,
-                                      read_sparse_adam})),
-};
-
-// Calls visit(name) for all that a state with these options has no use for.
-template <class Visit>
-void visit_unused(const OptimizerRow& row, const GroupOptions& options, Master master,
-                  const Visit& visit) {
-  for (size_t s = 0; s < row.state_names.size(); ++s)
-    if ((row.omissible & ~options.states) >> s & 1)
-      for (const std::vector<Key>* names : {&row.state_names, &row.code_names, &row.scale_names})
-        visit((*names)[s]);
-  for (const Key& name : row.derived) visit(name);
-  if (master != Master::kFloat32) visit(kMasterParam);
-  if (master != Master::kSplit) visit(kParamRemainder);
-  if (master != Master::kSplit8) visit(kParamRemainder8);
-  if (!options.source.values.has_ema()) visit(kEmaParam);
-  if (!options.counts_steps) visit(kStep);
-}
-
-}  // namespace
-
 // What 8 bits are too few for.
 void refuse_codes(const OptimizerRow& row, const HyperParams& hyper, const GroupReader& reader) {
   if ((row.signed_codes | row.positive_codes) == 0)
@@ -361,6 +210,155 @@ void refuse_codes(const OptimizerRow& row, const HyperParams& hyper, const Group
     reader.fail(
         "state_dtype='q8' is not for centered=True: the difference of two averages needs "
         "more than 8 bits");
+}
+
+template <class Rule>
+RuleChoice choice_of() {
+  return {kIdOf<Rule>, kMemberOf<Rule>};
+}
+
+Key kept_key(const std::string& name) {
+  static auto* const kept = new std::deque<std::string>();  // for as long as the keys
+  return Key(kept->emplace_back(name).c_str());
+}
+
+// Whether a state must be there.
+enum class Need {
+  kOptional,   // not even where it is in use: it then begins as in a first step
+  kRequired,   // where it is in use
+  kOmissible,  // the same, and it is not stored where it is not in use
+};
+
+// Makes a row of the table.
+template <class Rule>
+class Row {
+ public:
+  Row(const char* name, void (*read)(GroupReader&, cuda::HyperParamsRef&)) : row_{name, read} {
+    row_.rule = choice_of<Rule>();
+    for (int s = 0; s < Rule::kNumStates; ++s)
+      if (Rule::is_second_moment(s)) row_.second_moments |= 1u << s;
+  }
+
+  // A state, by the rule's number, under torch's name.
+  Row& keeps(int state, const char* name, Need need = Need::kRequired) {
+    const auto s = static_cast<size_t>(state);
+    for (std::vector<Key>* names : {&row_.state_names, &row_.code_names, &row_.scale_names})
+      names->resize(std::max(names->size(), s + 1), Key(""));
+    row_.state_names[s] = Key(name);
+    const States own = 1u << s;
+    if (need != Need::kOptional) row_.required |= own;
+    if (need == Need::kOmissible) row_.omissible |= own;
+    if (Rule::kind_of(state) == StateKind::kSigned) row_.signed_codes |= own;
+    if (Rule::kind_of(state) == StateKind::kPositive) row_.positive_codes |= own;
+    if (row_.can_be_codes(s)) {
+      row_.code_names[s] = kept_key(std::string(name) + kCodesSuffix);
+      row_.scale_names[s] = kept_key(std::string(name) + kScalesSuffix);
+    }
+    return *this;
+  }
+  // That state begins with the number of an option.
+  Row& begins_with(const Key& option, int state) {
+    row_.start_option = option;
+    row_.started_state = state;
+    return *this;
+  }
+  // The state has "step" whatever the options.
+  Row& counts_steps() {
+    row_.always_counts = true;
+    return *this;
+  }
+  // torch's state has this as well, which here follows from "step".
+  Row& derives(const char* name) {
+    row_.derived.push_back(Key(name));
+    return *this;
+  }
+  // Groups may have a caution. Their rule may be another, with the same states.
+  template <class Cautious>
+  Row& can_be_cautious() {
+    row_.cautious_rule = choice_of<Cautious>();
+    return *this;
+  }
+  Row& steps_by_rows() {
+    row_.by_rows = true;
+    return *this;
+  }
+
+  operator OptimizerRow() const { return row_; }
+
+ private:
+  OptimizerRow row_;
+};
+
+}  // namespace
+
+const std::vector<OptimizerRow>& all_optimizers() {
+  static const std::vector<OptimizerRow> all = {
+      Row<Sgd>("SGD", read_sgd)
+          .keeps(Sgd::kMomentumBuffer, "momentum_buffer", Need::kOptional)
+          .can_be_cautious<CautiousSgd>(),
+      Row<Adam>("Adam", read_adam)
+          .keeps(Adam::kExpAvg, "exp_avg", Need::kOmissible)
+          .keeps(Adam::kExpAvgSq, "exp_avg_sq")
+          .keeps(Adam::kMaxExpAvgSq, "max_exp_avg_sq", Need::kOptional)
+          .counts_steps()
+          .can_be_cautious<CautiousAdam>(),
+      Row<Adadelta>("Adadelta", read_adadelta)
+          .keeps(Adadelta::kAccDelta, "acc_delta")
+          .keeps(Adadelta::kSquareAvg, "square_avg")
+          .counts_steps(),
+      Row<Adagrad>("Adagrad", read_adagrad)
+          .keeps(Adagrad::kSum, "sum")
+          .begins_with(kInitialAccumulatorValue, Adagrad::kSum)
+          .counts_steps(),
+      Row<Adamax>("Adamax", read_adamax)
+          .keeps(Adamax::kExpAvg, "exp_avg")
+          .keeps(Adamax::kExpInf, "exp_inf")
+          .counts_steps(),
+      Row<Asgd>("ASGD", read_asgd)
+          .keeps(Asgd::kAx, "ax")
+          .counts_steps()
+          .derives("eta")
+          .derives("mu"),
+      Row<Lion>("Lion", read_lion).keeps(Lion::kExpAvg, "exp_avg").can_be_cautious<Lion>(),
+      Row<Nadam>("NAdam", read_nadam)
+          .keeps(Nadam::kExpAvg, "exp_avg")
+          .keeps(Nadam::kExpAvgSq, "exp_avg_sq")
+          .counts_steps()
+          .derives("mu_product")
+          .can_be_cautious<Nadam>(),
+      Row<Radam>("RAdam", read_radam)
+          .keeps(Radam::kExpAvg, "exp_avg")
+          .keeps(Radam::kExpAvgSq, "exp_avg_sq")
+          .counts_steps()
+          .can_be_cautious<Radam>(),
+      Row<Rmsprop>("RMSprop", read_rmsprop)
+          .keeps(Rmsprop::kMomentumBuffer, "momentum_buffer", Need::kOptional)
+          .keeps(Rmsprop::kSquareAvg, "square_avg")
+          .keeps(Rmsprop::kGradAvg, "grad_avg", Need::kOptional)
+          .counts_steps(),
+      Row<Rprop>("Rprop", read_rprop)
+          .keeps(Rprop::kPrev, "prev")
+          .keeps(Rprop::kStepSize, "step_size")
+          .begins_with(kLr, Rprop::kStepSize)
+          .counts_steps(),
+      Row<SparseAdam>("SparseAdam", read_sparse_adam)
+          .keeps(SparseAdam::kExpAvg, "exp_avg")
+          .keeps(SparseAdam::kExpAvgSq, "exp_avg_sq")
+          .counts_steps()
+          .steps_by_rows(),
+  };
+  return all;
+}
+
+const OptimizerRow& find_optimizer(const std::string& name) {
+  for (const OptimizerRow& row : all_optimizers())
+    if (row.name == name) return row;
+  throw py::value_error("unknown optimizer '" + name + "'");
+}
+
+RuleChoice rule_for(const OptimizerRow& row, const HyperParams& hyper) {
+  const bool is_cautious = hyper.cautious_update || hyper.cautious_weight_decay;
+  return is_cautious ? row.cautious_rule.value() : row.rule;
 }
 
 cuda::HyperParamsRef read_hyper(const OptimizerRow& row, GroupReader& reader) {
@@ -373,190 +371,6 @@ cuda::HyperParamsRef read_hyper(const OptimizerRow& row, GroupReader& reader) {
   if (reader.wants_codes()) refuse_codes(row, source.values, reader);
   source.values.member = rule_for(row, source.values).member;
   return source;
-}
-
-GroupOptions read_options(const OptimizerRow& row, GroupReader& reader) {
-  GroupOptions options = {};
-  options.source = read_hyper(row, reader);
-  options.scalars_gpu = reader.scalars_gpu();
-  options.capturable = reader.is_capturable();
-  options.errs_if_nonfinite = reader.errs_if_nonfinite();
-  options.master_weights = reader.master_weights();
-  const HyperParams& hyper = options.source.values;
-  options.rule = rule_for(row, hyper).id;
-  with_rule(options.rule, [&](auto rule) {
-    const auto variant = rule.variant(hyper);
-    options.variant = static_cast<uint8_t>(variant.number());
-    for (int s = 0; s < static_cast<int>(row.state_names.size()); ++s) {
-      if (!variant.uses(s)) continue;
-      options.states |= 1u << s;
-      options.names[kFirstState + s] = &row.state_names[static_cast<size_t>(s)];
-    }
-  });
-  if (options.master_weights == Master::kFloat32) options.names[kMaster] = &kMasterParam;
-  if (options.master_weights == Master::kSplit) options.names[kMaster] = &kParamRemainder;
-  if (options.master_weights == Master::kSplit8) options.names[kMaster] = &kParamRemainder8;
-  if (hyper.has_ema()) options.names[kEma] = &kEmaParam;
-  options.counts_steps =
-      row.always_counts || hyper.has_ema() ||
-      hyper.stochastic_rounding == StochasticRounding::kAll ||
-      (reader.wants_codes() && hyper.stochastic_rounding != StochasticRounding::kNone) ||
-      rounds_remainder(options.master_weights, hyper.stochastic_rounding);
-  options.has_state =
-      options.counts_steps || std::any_of(std::begin(options.names), std::end(options.names),
-                                          [](const Key* name) { return name != nullptr; });
-  return options;
-}
-
-std::optional<Master> master_for(Master wanted, DType param, bool is_complex) {
-  if (wanted == Master::kNone) return wanted;
-  if (wanted == Master::kFloat32 && item_size(param) > 2) return Master::kNone;
-  if (is_complex || (is_split(wanted) && param != DType::kBFloat16)) return std::nullopt;
-  return wanted;
-}
-
-std::string master_is_for(Master kind) {
-  return kind == Master::kSplit    ? "master_weights='split' is for torch.bfloat16"
-         : kind == Master::kSplit8 ? "master_weights='split8' is for torch.bfloat16"
-                                   : "master_weights='float32' is for real numbers";
-}
-
-StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::object& dtype,
-                     bool is_strict) {
-  const GroupOptions options = read_options(row, reader);
-  const TorchDType param = read_torch_dtype(dtype);
-  std::optional<Master> master = master_for(options.master_weights, param.dtype, param.is_complex);
-  if (!master && !is_strict) master = Master::kNone;
-  if (!master)
-    throw py::value_error(master_is_for(options.master_weights) + ", not for " +
-                          std::string(py::str(dtype)));
-  if (is_strict && reader.wants_codes() && (param.is_complex || item_size(param.dtype) > 4))
-    throw py::value_error("state_dtype='q8' is for float32, bfloat16 and float16, not for " +
-                          std::string(py::str(dtype)));
-  const auto torch = py::module_::import("torch");
-  // Weights and averages of 16-bit params are wider than these.
-  const bool is_narrow = !param.is_complex && item_size(param.dtype) == 2;
-  const py::object wide = is_narrow ? torch.attr("float32") : dtype;
-  StateSpec spec;
-  spec.state_dtype = reader.state_dtype();
-  const py::object state_dtype = spec.state_dtype.is_none() ? dtype : spec.state_dtype;
-  spec.counts_steps = options.counts_steps;
-  spec.weight_dtype = wide;
-  spec.wants_codes = reader.wants_codes();
-  for (size_t s = 0; s < row.state_names.size(); ++s)
-    if (((row.signed_codes | row.positive_codes) >> s & 1) != 0)
-      spec.codes[row.state_names[s].str()] = py::make_tuple(
-          row.code_names[s].str(), torch.attr((row.signed_codes >> s & 1) != 0 ? "int8" : "uint8"),
-          row.scale_names[s].str());
-  const auto add = [](py::list& list, const Key& name, const char* kind, const py::object& dtype) {
-    list.append(py::make_tuple(name.str(), kind, dtype));
-  };
-  for (size_t s = 0; s < row.state_names.size(); ++s) {
-    if ((options.states >> s & 1) != 0)
-      add(spec.entries, row.state_names[s], "state", state_dtype);
-    else if ((row.omissible >> s & 1) != 0)
-      add(spec.left_out, row.state_names[s], "state", state_dtype);
-  }
-  if (row.start_option)
-    spec.starts[row.state_names[static_cast<size_t>(row.started_state)].str()] =
-        reader.number_or(*row.start_option, 0);
-  if (*master == Master::kFloat32) add(spec.entries, kMasterParam, "master", wide);
-  if (*master == Master::kSplit)
-    add(spec.entries, kParamRemainder, "remainder", torch.attr("int16"));
-  if (*master == Master::kSplit8)
-    add(spec.entries, kParamRemainder8, "remainder8", torch.attr("int8"));
-  if (options.source.values.has_ema()) add(spec.entries, kEmaParam, "average", wide);
-  visit_unused(row, options, *master, [&](const Key& name) { spec.unused.append(name.str()); });
-  return spec;
-}
-
-py::dict names_of_weights() {
-  py::dict names;
-  names["master"] = kMasterParam.name();
-  names["remainder"] = kParamRemainder.name();
-  names["remainder8"] = kParamRemainder8.name();
-  names["average"] = kEmaParam.name();
-  return names;
-}
-
-// What is in a state (`has` says what is) and another optimizer's alone, or nullptr.
-template <class Has>
-const Key* find_foreign(const OptimizerRow& row, const Has& has) {
-  const auto is_own = [&](const Key& key) {
-    const auto holds = [&](const std::vector<Key>& names) {
-      return std::any_of(names.begin(), names.end(),
-                         [&](const Key& own) { return std::strcmp(own.name(), key.name()) == 0; });
-    };
-    return holds(row.state_names) || holds(row.derived) || holds(row.code_names) ||
-           holds(row.scale_names);
-  };
-  for (const OptimizerRow& other : kOptimizers)
-    for (const std::vector<Key>* names :
-         {&other.state_names, &other.derived, &other.code_names, &other.scale_names})
-      for (const Key& name : *names)
-        if (!is_own(name) && has(name)) return &name;
-  return nullptr;
-}
-
-bool has_unused(const OptimizerRow& row, const GroupOptions& options, Master master,
-                PyObject* state) {
-  bool found = false;
-  visit_unused(row, options, master,
-               [&](const Key& name) { found = found || lookup(state, name.object()); });
-  return found;
-}
-
-void refuse_partial(const OptimizerRow& row, States in_use, PyObject* state,
-                    const std::string& place, bool is_checkpoint) {
-  const auto has = [&](const Key& key) {
-    const py::object value = lookup(state, key.object());
-    return value && !value.is_none();
-  };
-  const Key* missing = nullptr;
-  bool may_be_missing = true;
-  const auto miss = [&](const Key& key, bool is_omissible) {
-    if (missing == nullptr) missing = &key;
-    may_be_missing = may_be_missing && is_omissible;
-  };
-  for (size_t s = 0; s < row.state_names.size(); ++s)
-    if (((row.required & in_use) >> s & 1) != 0 && !has(row.state_names[s]) &&
-        !has(row.code_names[s]) && !has(row.scale_names[s]))
-      miss(row.state_names[s], !is_checkpoint && (row.omissible >> s & 1) != 0);
-  for (size_t s = 0; s < row.code_names.size(); ++s)
-    if (has(row.code_names[s]) != has(row.scale_names[s]))
-      miss(has(row.code_names[s]) ? row.scale_names[s] : row.code_names[s], false);
-  if (!has(kStep) && (row.always_counts || has(kEmaParam)))
-    miss(kStep, false);  // an average without its count would start anew
-  if (may_be_missing) {
-    const Key* const foreign = is_checkpoint ? find_foreign(row, has) : nullptr;
-    if (foreign == nullptr) return;
-    throw py::value_error("the state of " + place + " has '" + foreign->name() + "', which " +
-                          row.name + " has not: it is another optimizer's");
-  }
-  References keys;
-  Py_ssize_t at = 0;
-  visit_entries(state, at, [&](PyObject* key, PyObject* value) {
-    if (value != Py_None) keys.hold(key);
-    return true;
-  });
-  std::string others;
-  for (const py::object& key : keys) {
-    const bool is_master = key.equal(py::str(kMasterParam.name())) ||
-                           key.equal(py::str(kParamRemainder.name())) ||
-                           key.equal(py::str(kParamRemainder8.name()));
-    if (!is_master) others += (others.empty() ? "" : ", ") + std::string(py::repr(key));
-  }
-  if (others.empty()) return;  // a parameter that has not been stepped
-  throw py::value_error("the state of " + place + " has no '" + missing->name() + "', but has " +
-                        others +
-                        ": it is another optimizer's, or incomplete; load all of it, or delete the "
-                        "parameter's state for a fresh start");
-}
-
-const OptimizerRow& find_optimizer(const std::string& name) {
-  for (const OptimizerRow& row : kOptimizers)
-    if (row.name == name) return row;
-  throw py::value_error("unknown optimizer '" + name + "'");
 }
 
 }  // namespace fusedopt

@@ -129,6 +129,11 @@ bool GroupReader::wants_codes() const {
   return value && is_q8(value.ptr());
 }
 
+void GroupReader::check_precision() const {
+  state_dtype();  // what reads them raises
+  master_weights();
+}
+
 bool GroupReader::errs_if_nonfinite() const { return flag(kErrorIfNonfinite); }
 
 bool GroupReader::flag(const Key& key) const {

@@ -60,16 +60,18 @@ class GroupReader {
   bool errs_if_nonfinite() const;
   pybind11::object state_dtype() const;             // a torch.dtype, or None
   bool wants_codes() const;                         // states of 8 bits, where that can be
+  void check_precision() const;                     // the values of these, and of master_weights
   int scalars_gpu() const { return scalars_gpu_; }  // the GPU they were left on, or -1
   [[noreturn]] void fail(const std::string& what) const;
   // Fails for infinite and NaN values.
   void require(bool holds, const char* what, std::initializer_list<double> values) const;
   void require(bool holds, const char* what, double value) const { require(holds, what, {value}); }
+  void require_finite(const char* what, double value) const { require(true, what, value); }
   // As require(), but only for values that torch refuses when an optimizer is made.
   void require_at_first(bool holds, const char* what, double value) const {
-    require(holds || !is_strict(), what, value);
+    require(holds || !is_construction(), what, value);
   }
-  bool is_strict() const { return ranges_ == Ranges::kOfTorch; }
+  bool is_construction() const { return ranges_ == Ranges::kOfTorch; }
   References& held() { return held_; }  // tensors whose memory the numbers on a GPU are in
 
  private:

@@ -1,5 +1,6 @@
 #include "bindings/plan.h"
 
+#include <algorithm>
 #include <exception>
 #include <optional>
 
@@ -20,8 +21,18 @@ cpu::Isa find_isa(const std::string& name) {
 }
 
 // Whether all grads are read before the step.
-bool needs_grads(const StepRequest& request, const StepContext& context) {
-  return context.clips || request.checks_grads;
+bool needs_grads(const StepCall& call, const StepContext& context) {
+  return context.clips || call.checks_grads;
+}
+
+// Whether GPUs count the steps of their parameters and compute the scalars.
+bool counts_on_gpu(const StepCall& call, const StepContext& context) {
+  const bool has_options_there =
+      std::any_of(context.groups.begin(), context.groups.end(),
+                  [](const Group& group) { return group.options.scalars_gpu >= 0; });
+  return !context.gpus.empty() &&
+         (context.has_gpu_counts || call.is_scaled_on_gpu() || needs_grads(call, context) ||
+          has_options_there || context.any_group(&GroupOptions::capturable));
 }
 
 }  // namespace
@@ -61,69 +72,82 @@ py::object Plan::step(const py::object& param_groups, const py::object& state,
   Running running(*this);
   norm_.set_status(py::none());
   const bool is_on_gpu = is_tensor(grad_scale.ptr());
-  StepRequest request = {param_groups, state,       is_on_gpu ? grad_scale : py::none(),
-                         found_inf,    norm_groups, grad_norm,
-                         {},           num_threads, checks_grads};
-  if (!is_on_gpu) request.grads.scale = grad_scale.cast<double>();
-  if (!(request.grads.scale > 0)) throw py::value_error("grad_scale must be positive");
+  StepCall call = {param_groups, state,       is_on_gpu ? grad_scale : py::none(),
+                   found_inf,    norm_groups, grad_norm,
+                   num_threads,  checks_grads};
+  if (!is_on_gpu) call.grads.scale = grad_scale.cast<double>();
+  if (!(call.grads.scale > 0)) throw py::value_error("grad_scale must be positive");
 
   StepContext context = collector_.collect(param_groups, state, /*is_second=*/false);
-  if (!grad_norm.is_none() && !needs_grads(request, context))
+  if (!grad_norm.is_none() && !needs_grads(call, context))
     throw py::value_error("grad_norm is given, but no param group has a max_grad_norm");
-  if (!check(request, context)) return py::none();
-  bool has_run = false;
-  if (context.missing.empty() && context.maybe_written.empty())
-    return run(request, context, has_run);
+  context.is_captured = Gpus::is_captured(context);
+  if (!read_scaler(call, context)) return py::none();
+  prepare(call, context);
+  if (context.missing.empty() && context.maybe_written.empty()) return run(call, context);
+  if (!measure_before_creating(call, context)) return py::none();
+  return py::cast(PendingStep(py::cast(this), std::move(running), std::move(call), context));
+}
+
+py::object PendingStep::run() {
+  Plan& plan = plan_.cast<Plan&>();
+  if (!running_.is_on()) throw std::runtime_error("this step is over");
+  StepContext context =
+      plan.collector_.collect(call_.param_groups, call_.state, /*is_second=*/true);
+  context.is_captured = Gpus::is_captured(context);
+  if (!plan.read_scaler(call_, context)) return py::none();
+  plan.prepare(call_, context);
+  if (!context.missing.empty())
+    throw std::runtime_error(
+        "state that was created is not there: another thread has taken it away");
+  return plan.run(call_, context);
+}
+
+// A scaler's tensors on a GPU are for kernels to look at; but where something is on the CPU, the
+// host has to know.
+bool Plan::read_scaler(StepCall& call, const StepContext& context) const {
+  if (!context.has_cpu || !call.is_scaled_on_gpu()) return true;
+  if (call.has_found_inf()) return false;
+  if (!call.grad_scale.is_none()) call.grads.scale = py::float_(call.grad_scale).cast<double>();
+  return true;
+}
+
+// What is to be known before anything is written or created.
+void Plan::prepare(const StepCall& call, StepContext& context) {
+  context.counts_on_gpu = counts_on_gpu(call, context);
+  find_scalars(row_, call.grads, table_, context);
+  aliases_.refuse_overlap(context);
+  context.in_order = aliases_.check_grads(context);
+}
+
+// What the host can know about the grads, it knows before state is created.
+bool Plan::measure_before_creating(StepCall& call, const StepContext& context) {
   if (context.is_captured)
     throw std::runtime_error(
         "step() is captured into a CUDA graph, but the state of some parameters is not there, "
         "their step is on the CPU, or they have master weights and were written to since the last "
         "step (a clamp, a loaded model), and every replay would set them up again; make a step "
         "before the capture, and write to no parameter in between");
-  // What the host can know about the grads, it knows before anything is created.
-  if (needs_grads(request, context) && context.gpus.empty()) {
-    GpuStep none;
-    norm_.classify(table_, context);
-    const std::vector<Layout> layouts = table_.layouts();
-    const Step on_cpu = step_on_cpu(context, layouts);
-    if (find_norm(on_cpu, request, context, none)) return py::none();
-    request.is_measured = true;  // other processes take part in it once
-  }
-  return py::cast(PendingStep(py::cast(this), std::move(running), std::move(request), context));
-}
-
-// What is to be known before anything is written or created; false if the step is to be skipped.
-bool Plan::check(StepRequest& request, StepContext& context) {
-  context.is_captured = Gpus::is_captured(context);
-  if (context.has_cpu && request.is_scaled_on_gpu()) {  // only now does the host need to know
-    if (request.has_found_inf()) return false;
-    if (!request.grad_scale.is_none())
-      request.grads.scale = py::float_(request.grad_scale).cast<double>();
-  }
-  const bool has_options_on_gpu =
-      std::any_of(context.groups.begin(), context.groups.end(),
-                  [](const Group& group) { return group.options.scalars_gpu >= 0; });
-  context.counts_on_gpu =
-      !context.gpus.empty() &&
-      (context.has_gpu_counts || request.is_scaled_on_gpu() || needs_grads(request, context) ||
-       has_options_on_gpu || context.any_group(&GroupOptions::capturable));
-  find_scalars(row_, request.grads, table_, context);
-  aliases_.refuse_overlap(context);
-  in_order_ = aliases_.check_grads(context);
+  if (!needs_grads(call, context) || !context.gpus.empty()) return true;
+  norm_.classify(table_, context);
+  const std::vector<Layout> layouts = table_.layouts();
+  GpuStep on_no_gpu;
+  if (!find_norm(step_on_cpu(context, layouts), call, context, on_no_gpu)) return false;
+  call.is_measured = true;  // other processes take part in it once
   return true;
 }
 
-py::object Plan::run(StepRequest& request, StepContext& context, bool& has_run) {
-  const bool reads_grads = needs_grads(request, context);
+py::object Plan::run(StepCall& call, StepContext& context) {
+  const bool reads_grads = needs_grads(call, context);
   if (reads_grads) norm_.classify(table_, context);
   const std::vector<Layout> layouts = table_.layouts();
-  GpuStep on_gpus = gpus_.prepare(request, table_, context, layouts, reads_grads);
+  GpuStep on_gpus = gpus_.prepare(call, table_, context, layouts, reads_grads);
   const Step on_cpu = step_on_cpu(context, layouts);
-  if (reads_grads && !request.is_measured && find_norm(on_cpu, request, context, on_gpus))
+  if (reads_grads && !call.is_measured && !find_norm(on_cpu, call, context, on_gpus))
     return py::none();
-  if (context.clips && context.has_cpu) rescale(request.grads, context);
+  if (context.clips && context.has_cpu) rescale(call.grads, context);
 
-  has_run = true;  // from here on, nothing fails but CUDA
+  call.has_run = true;  // from here on, nothing fails but CUDA
   if (!on_gpus.devices.empty()) {
     try {
       gpus_.launch(on_gpus);
@@ -133,15 +157,15 @@ py::object Plan::run(StepRequest& request, StepContext& context, bool& has_run) 
     }
   }
   write_steps(table_, context);
-  run_on_cpu(on_cpu, context, request.num_threads);
+  run_on_cpu(on_cpu, context, call.num_threads);
   return collector_.take_changed();
 }
 
-// What is to be known of all grads; returns whether the step is to be skipped.
-bool Plan::find_norm(const Step& on_cpu, StepRequest& request, const StepContext& context,
-                     GpuStep& step) {
-  return request.grad_norm.is_none() ? norm_.measure(table_, on_cpu, request, context, step, gpus_)
-                                     : norm_.take(request, context, step, gpus_);
+// What is to be known of all grads; false if it wants the step skipped.
+bool Plan::find_norm(const Step& on_cpu, StepCall& call, const StepContext& context,
+                     GpuStep& on_gpus) {
+  const GradNorm::Pass pass = {call, context, on_gpus, gpus_};
+  return call.grad_norm.is_none() ? norm_.measure(table_, on_cpu, pass) : norm_.use_given(pass);
 }
 
 // What the CPU is to do. It borrows the context's scalars, whose values may still change.
@@ -152,7 +176,7 @@ Step Plan::step_on_cpu(const StepContext& context, const std::vector<Layout>& la
           layouts.data(),
           chunks_.data(),
           static_cast<int64_t>(chunks_.size()) - 1,
-          in_order_};
+          context.in_order};
 }
 
 // Runs what is on the CPU, and tells autograd of all that has been written.
@@ -161,7 +185,7 @@ void Plan::run_on_cpu(const Step& step, const StepContext& context, int num_thre
   std::exception_ptr error;  // Ctrl-C, say: the step is then done before it is raised
   {
     std::optional<py::gil_scoped_release> release;
-    cpu::run(step, isa_, in_order_ ? 1 : num_threads, [&] {
+    cpu::run(step, isa_, context.in_order ? 1 : num_threads, [&] {
       try {
         tell_autograd(context);
       } catch (...) {
@@ -226,25 +250,13 @@ int64_t Plan::bookkeeping_bytes() {
   return static_cast<int64_t>(bytes);
 }
 
-PendingStep::PendingStep(py::object plan, Plan::Running running, StepRequest request,
+PendingStep::PendingStep(py::object plan, Plan::Running running, StepCall call,
                          const StepContext& context)
     : missing(context.missing),
       maybe_written(context.maybe_written),
       counts_on_gpu(context.counts_on_gpu),
       plan_(std::move(plan)),
       running_(std::move(running)),
-      request_(std::move(request)) {}
-
-py::object PendingStep::run() {
-  Plan& plan = plan_.cast<Plan&>();
-  if (!running_.is_on()) throw std::runtime_error("this step is over");
-  StepContext context =
-      plan.collector_.collect(request_.param_groups, request_.state, /*is_second=*/true);
-  if (!plan.check(request_, context)) return py::none();
-  if (!context.missing.empty())
-    throw std::runtime_error(
-        "state that was created is not there: another thread has taken it away");
-  return plan.run(request_, context, has_run);
-}
+      call_(std::move(call)) {}
 
 }  // namespace fusedopt

@@ -12,6 +12,7 @@
 #include "bindings/gpu_steps.h"
 #include "bindings/grad_norm.h"
 #include "bindings/param_table.h"
+#include "bindings/step_call.h"
 #include "core/chunks.h"
 
 // One optimizer's steps: collects its tensors, checks all of them, then hands the work to the
@@ -62,10 +63,13 @@ class Plan {
     Plan* plan_;
   };
 
-  bool check(StepRequest& request, StepContext& context);
-  bool find_norm(const Step& on_cpu, StepRequest& request, const StepContext& context,
-                 GpuStep& step);
-  pybind11::object run(StepRequest& request, StepContext& context, bool& has_run);
+  // The passes of a step, in their order. Those that return false want it skipped.
+  bool read_scaler(StepCall& call, const StepContext& context) const;
+  void prepare(const StepCall& call, StepContext& context);
+  bool measure_before_creating(StepCall& call, const StepContext& context);
+  pybind11::object run(StepCall& call, StepContext& context);
+
+  bool find_norm(const Step& on_cpu, StepCall& call, const StepContext& context, GpuStep& on_gpus);
   Step step_on_cpu(const StepContext& context, const std::vector<Layout>& layouts);
   void run_on_cpu(const Step& step, const StepContext& context, int num_threads);
   void plan_chunks_on_cpu();
@@ -84,27 +88,27 @@ class Plan {
   GradNorm norm_;
   Gpus gpus_;
   std::vector<ChunkStart> chunks_;  // of the updates on the CPU
-  bool in_order_ = false;           // in this step, the order of the parameters counts
 };
 
 // A step that waits for state to be created. Until it is closed, the optimizer makes no other.
 class PendingStep {
  public:
-  PendingStep(pybind11::object plan, Plan::Running running, StepRequest request,
+  PendingStep(pybind11::object plan, Plan::Running running, StepCall call,
               const StepContext& context);
 
   pybind11::list missing;        // (group, index) of the params whose state lacks something,
   pybind11::list maybe_written;  // and of those that may not be what their float32 master is
   const bool counts_on_gpu;      // step counts belong on the GPUs of their params
-  bool has_run = false;  // something may have been written; without, the state is to go again
 
   pybind11::object run();  // the rest of Plan::step(), once the state is there
+  // Something may have been written; without, the state is to go again.
+  bool has_run() const { return call_.has_run; }
   void close() { running_.end(); }
 
  private:
   pybind11::object plan_;
   Plan::Running running_;
-  StepRequest request_;
+  StepCall call_;
 };
 
 }  // namespace fusedopt

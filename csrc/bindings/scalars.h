@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "bindings/param_table.h"
+#include "bindings/step_call.h"
 
 // The numbers of a step: how often each parameter has been stepped, and the scalars of its rule
 // that follow from that. Parameters on a GPU are counted there if the host cannot know their

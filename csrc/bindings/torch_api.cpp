@@ -107,6 +107,12 @@ std::string torch_device(int gpu) {
   return gpu < 0 || cuda::is_emulated() ? "cpu" : "cuda:" + std::to_string(gpu);
 }
 
+char* data_of(py::handle tensor) {
+  DLTensor dl;
+  if (g_torch.describe(tensor.ptr(), &dl) != 0) throw py::error_already_set();
+  return static_cast<char*>(dl.data) + dl.byte_offset;
+}
+
 }  // namespace
 
 void connect_to_torch() {
@@ -213,9 +219,7 @@ py::object new_status(int gpu, int64_t count, const py::dict& fields, const py::
 }
 
 int64_t* data_of_numbers(py::handle numbers) {
-  DLTensor dl;
-  if (g_torch.describe(numbers.ptr(), &dl) != 0) throw py::error_already_set();
-  return reinterpret_cast<int64_t*>(static_cast<char*>(dl.data) + dl.byte_offset);
+  return reinterpret_cast<int64_t*>(data_of(numbers));
 }
 
 py::list combine_sums(const py::list& sums, const py::object& reductions,
@@ -245,9 +249,7 @@ std::shared_ptr<void> allocate(int gpu, int64_t bytes, cuda::Memory kind) {
                            : kind == cuda::Memory::kPageLocked ? "page-locked"
                                                                : "zeros";
   py::object tensor = py::handle(g_torch.allocate)(torch_device(gpu), bytes, name);
-  DLTensor dl;
-  if (g_torch.describe(tensor.ptr(), &dl) != 0) throw py::error_already_set();
-  void* const data = static_cast<char*>(dl.data) + dl.byte_offset;
+  void* const data = data_of(tensor);
   return std::shared_ptr<void>(data, [owner = tensor.release().ptr()](void*) {
     const py::gil_scoped_acquire gil;
     Py_DECREF(owner);

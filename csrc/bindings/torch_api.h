@@ -9,8 +9,8 @@
 #include "core/dtypes.h"
 #include "core/gpu.h"
 
-// What the bindings know of torch: tensors as seen through DLPack, and a few functions of torch
-// that a step calls for every parameter. No torch header and no torch library is involved.
+// What the bindings know of torch: tensors as seen through DLPack, and functions of torch, of which
+// a step calls a few for every parameter. No torch header and no torch library is involved.
 namespace fusedopt {
 
 struct TensorView {

@@ -99,6 +99,7 @@ struct Mixed {};
 //     store_codes<Code>(operand, const Float& from, const Bits& fractions), which gets all values
 //     of a group before it finds their scale, and what is added to their codes before they are cut;
 //   find_draws(rounding_key, Bits& draws): random bits for the elements (core/stochastic.h);
+//   kSplitIsOneFormat: a split master counts as bfloat16 among operands of one format;
 //   kRoundsForNothing: store() is as fast as store_bfloat16() where either would do;
 //   formats(): how the elements are stored;
 //   one_format(): Formats::one_format(kSplitIsOneFormat). `kIsOneFormat` above says that it is not

@@ -9,9 +9,10 @@
 
 namespace fusedopt {
 
-// Which of the operands stored in bfloat16 are rounded stochastically (core/stochastic.h).
+// Which of the operands that are stored in bfloat16 are rounded stochastically (core/stochastic.h).
+// With any but kNone, so are states that are codes, and weights of 24 bits.
 enum class StochasticRounding : uint8_t {
-  kSecondMoments,  // rounded to nearest, they would stand still (README)
+  kSecondMoments,  // rounded to nearest, they would stand still (docs/numerics.md)
   kAll,
   kNone,
 };

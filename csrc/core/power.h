@@ -1,4 +1,5 @@
-// Powers with a whole exponent, for bias corrections.
+// Powers that have the same bits everywhere: with a whole exponent, for bias corrections, and with
+// any, for schedules that are part of a rule.
 #pragma once
 
 #include <cmath>
@@ -9,7 +10,7 @@
 
 namespace fusedopt {
 
-// base^exponent for a base in [0, 1], by repeated squaring in pairs of doubles. It is as accurate
+// base^exponent for a base in [-1, 1], by repeated squaring in pairs of doubles. It is as accurate
 // as pow() of the libraries, but the bits are the same on host and device, where those of the
 // libraries differ.
 FUSEDOPT_HD double power(double base, uint64_t exponent) {

@@ -46,7 +46,7 @@ struct Step {
   int64_t num_chunks;
   // Whether the order of the updates counts, since a grad is memory that another update writes:
   // then each is done before the next one is begun, and there must be one thread.
-  bool in_order = true;
+  bool in_order;
 };
 
 namespace cpu {

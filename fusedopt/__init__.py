@@ -6,6 +6,8 @@
 Signatures, param groups, state and state dicts are those of ``torch.optim``.
 """
 
+from typing import Any
+
 from ._version import check_build, check_torch
 
 check_torch()
@@ -46,3 +48,12 @@ __all__ = [
     "step_in_backward",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Submodules that are imported when they are asked for."""
+    if name in ("compat", "integrations"):
+        import importlib
+
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

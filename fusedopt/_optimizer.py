@@ -210,6 +210,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._step_with(grad_scale, found_inf, grad_norm)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``."""
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            self._in_backward.restart()
+
     def _step_with(
         self,
         grad_scale: float | Tensor,
@@ -350,7 +356,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         With ``master_weights="split8"`` these are the nearest of 24 bits.
         Averages stay as they are. Raises ValueError if number, shapes or complex numbers do not
-        fit, TypeError for what is no tensor; nothing is changed then.
+        fit, TypeError for what is no tensor, is sparse or on the meta device; nothing is changed
+        then.
         """
         self._refuse_swapped("load_fp32_params()")
         entries = [(param, group) for group in self.param_groups for param in group["params"]]
@@ -360,6 +367,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         for index, ((param, _), weight) in enumerate(zip(entries, weights, strict=True)):
             if not isinstance(weight, Tensor):
                 raise TypeError(f"tensor {index} is {weight!r}")
+            if weight.is_meta or weight.layout != torch.strided:
+                raise TypeError(
+                    f"tensor {index} is {weight.layout} on {weight.device}, but must be strided "
+                    "and have memory"
+                )
             if weight.is_complex() != param.is_complex():
                 raise ValueError(f"tensor {index} is {weight.dtype}, its parameter {param.dtype}")
             if weight.shape != param.shape:

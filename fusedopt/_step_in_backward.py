@@ -14,7 +14,7 @@ from . import _C
 from ._norms import are_marked
 from ._optimizer import FusedOptimizer
 from ._ranks import compare_ranks
-from ._tensors import local
+from ._tensors import largest_shard
 from ._types import ParamGroup
 
 BUCKET_BYTES = 25 * 2**20  # as DistributedDataParallel's
@@ -175,8 +175,9 @@ class StepInBackward:
             if param in self._arrived:
                 raise RuntimeError(
                     "a grad has arrived twice and was stepped, or would be, after the first time: "
-                    "call optimizer.step() after each backward, or have all backwards of a step "
-                    "but the last inside accumulate()"
+                    "call optimizer.step() after each backward (after one that has failed, "
+                    "optimizer.zero_grad()), or have all backwards of a step but the last inside "
+                    "accumulate()"
                 )
             self._arrived.add(param)
             bucket = self._bucket_of[param]
@@ -200,12 +201,21 @@ class StepInBackward:
             if left:
                 self._step(self._rest, left)
             optimizer._shared.grad_status = None  # of a part
-            self._arrived.clear()
-            for bucket in self._buckets:
-                bucket.num_missing = len(bucket.params)
+            self._forget_arrivals()
             if self._squares:
                 self._norm = self._whole_norm()
                 self._squares = []
+
+    def restart(self) -> None:
+        """What ``optimizer.zero_grad()`` does beside: what a backward has left is given up."""
+        with self._lock:
+            self._forget_arrivals()
+            self._squares = []
+
+    def _forget_arrivals(self) -> None:
+        self._arrived.clear()
+        for bucket in self._buckets:
+            bucket.num_missing = len(bucket.params)
 
     def _step(self, part: "_Part", params: list[Tensor]) -> None:
         optimizer = self._optimizer
@@ -315,12 +325,13 @@ class _Part:
 def _cut(params: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:
     """Parts with at most so many bytes, or with one parameter, in this order.
 
-    Grads have the dtypes of their parameters.
+    Grads have the dtypes of their parameters. All ranks of a mesh cut alike, for they take part in
+    the norm of each part.
     """
     part: list[Tensor] = []
     size = 0
     for param in params:
-        own = local(param).numel() * param.element_size()
+        own = largest_shard(param) * param.element_size()
         if part and size + own > most:
             yield part
             part, size = [], 0

@@ -1,5 +1,6 @@
 """What the extension asks of torch: tensor subclasses, memory, numbers on a GPU."""
 
+import math
 import sys
 from typing import Any
 
@@ -40,6 +41,19 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     known: Any = tensor
     shard: torch.Tensor = known._local_tensor if is_dtensor(type(tensor)) else tensor
     return shard
+
+
+def largest_shard(tensor: torch.Tensor) -> int:
+    """How many elements a rank has of a DTensor at most, which all ranks know; else of all."""
+    if not is_dtensor(type(tensor)):
+        return tensor.numel()
+    known: Any = tensor
+    shape = list(known.shape)
+    for at, placement in enumerate(known.placements):
+        dim = getattr(placement, "dim", None)
+        if dim is not None:
+            shape[dim] = -(-shape[dim] // known.device_mesh.size(at))
+    return math.prod(shape)
 
 
 def on_cpu(tensor: torch.Tensor) -> torch.Tensor:

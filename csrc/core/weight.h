@@ -61,17 +61,27 @@ FUSEDOPT_HD SplitWeight<Float> split_weight(Float weight) {
   return {as_float(select(is_nan, nan, nearest)), select(is_nan, Bits(0u), bits - nearest)};
 }
 
-// The weight again. The upper halves of the words of `remainder` are ignored.
+// The weight again. No number is split so that the sum of the bits is NaN. But somebody may have
+// written another number to the param, beside a remainder of before: then an infinity is itself,
+// and so is a 0, which a negative remainder would otherwise take to the NaNs. Others are near to
+// what was written.
+template <class Float, class Bits>
+FUSEDOPT_HD Float with_remainder(Float param, Bits remainder) {
+  const Float joined = as_float(as_bits(param) + remainder);
+  return select(joined == joined, joined, param);
+}
+
+// The upper halves of the words of `remainder` are ignored.
 template <class Float, class Bits>
 FUSEDOPT_HD Float join_weight(Float param, Bits remainder) {
   const Bits from_least = (remainder & 0xffffu) ^ 0x8000u;  // 0 for -0x8000
-  return as_float(as_bits(param) + from_least - 0x8000u);
+  return with_remainder(param, from_least - Bits(0x8000u));
 }
 
 // The same with the upper byte of a remainder whose lower one is 0: a signed number, times 256.
 template <class Float, class Bits>
 FUSEDOPT_HD Float join_weight8(Float param, Bits signed_byte) {
-  return as_float(as_bits(param) + signed_byte);
+  return with_remainder(param, signed_byte);
 }
 
 // A weight of 24 bits, the upper ones of a float, is a weight whose remainder has a lower byte of

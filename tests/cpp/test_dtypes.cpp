@@ -123,6 +123,21 @@ void test_wide_formats() {
   CHECK(load<double>(0.1f) == static_cast<double>(0.1f));
 }
 
+// Beside any remainder, no number becomes NaN; a param of 0 is 0, or subnormal, which counts as 0.
+void test_params_that_were_written_to() {
+  for (uint32_t upper = 0; upper <= 0xffffu; ++upper)
+    for (const uint32_t remainder :
+         {0x8000u, 0x8001u, 0xff00u, 0xffffu, 0u, 1u, 0x7f00u, 0x7fffu}) {
+      const float param = bit_cast<float>(upper << 16);
+      const uint32_t byte = remainder & 0xff00u;
+      for (const float joined : {join_weight(param, remainder),
+                                 join_weight8(param, byte >= 0x8000u ? byte - 0x10000u : byte)}) {
+        CHECK((joined != joined) == (param != param));
+        if (param == 0) CHECK(std::fabs(joined) < 0x1p-126f);
+      }
+    }
+}
+
 // A float and its two halves, for all exponents, signs and lower halves.
 void test_split_weights() {
   for (uint64_t pattern = 0; pattern <= 0xffffffffu; pattern += 251) {
@@ -216,6 +231,7 @@ void test_dtypes() {
   test_nearest<Float16>();
   test_float_nans();
   test_wide_formats();
+  test_params_that_were_written_to();
   test_split_weights();
   test_weights_of_24_bits();
   test_descriptions();

@@ -216,6 +216,19 @@ def test_wrong_weights(kind: str, dtype: torch.dtype, wrong: Any, stepped: bool)
         optimizer.load_fp32_params(wrong())
 
 
+@pytest.mark.parametrize("unreadable", ["sparse", "meta"])
+@each_kind
+def test_weights_that_cannot_be_read(kind: str, dtype: torch.dtype, unreadable: str) -> None:
+    params = [Parameter(values(size, dtype=dtype)) for size in (3, 4)]
+    optimizer = fusedopt.AdamW(params, master_weights=kind)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    four = torch.ones(4).to_sparse() if unreadable == "sparse" else torch.ones(4, device="meta")
+    with refused(optimizer, TypeError, "tensor 1 is torch"):
+        optimizer.load_fp32_params([torch.ones(3), four])
+
+
 @pytest.mark.parametrize("kind", ["split", "split8"])
 @pytest.mark.parametrize("other", [FLOAT16, FLOAT32], ids=["float16", "float32"])
 def test_split_weights_of_others_cannot_be_loaded(kind: str, other: torch.dtype) -> None:

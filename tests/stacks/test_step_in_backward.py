@@ -43,6 +43,26 @@ def test_fsdp2(way: str, width: int) -> None:
 
 
 @on_ranks(2)
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("bucket_bytes", [9000, 20_000])
+def test_fsdp2_where_ranks_have_more_than_others(bucket_bytes: int, clips: bool) -> None:
+    """All of them step the same params together, else they would wait for each other for ever."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(65, 65, bias=False) for _ in range(6)])
+    for layer in model:
+        torch.distributed.fsdp.fully_shard(layer)
+    torch.distributed.fsdp.fully_shard(model)
+    optimizer = fusedopt.AdamW(model.parameters(), lr=LR, max_grad_norm=1.0 if clips else None)
+    with fusedopt.step_in_backward(
+        model, optimizer, bucket_bytes=bucket_bytes, clip_by_previous_norm=clips
+    ):
+        for _ in range(3):
+            model(torch.randn(4, 65)).square().mean().backward()
+            optimizer.step()
+    assert all(optimizer.state[param]["step"] == 3 for param in model.parameters())
+
+
+@on_ranks(2)
 def test_fsdp2_clips_by_the_previous_norm() -> None:
     """The norm is that of all shards, the same on both ranks."""
     model = FSDP2["plain"](tiny())

@@ -92,6 +92,33 @@ def test_what_is_written_is_the_weight(
     assert 0 < moved <= 4e-3 + 2**-7 * new.abs().max()  # by a step, not back to where it was
 
 
+def every_number(dtype: torch.dtype) -> Tensor:
+    """All finite numbers of 16 bits but those that are subnormal, or near it: these count as 0."""
+    patterns = torch.arange(2**16, dtype=torch.int32, device="cpu").to(torch.int16)
+    numbers = patterns.view(dtype)
+    normal = numbers.abs().float() > torch.finfo(dtype).tiny
+    return numbers[numbers.isfinite() & (normal | (numbers == 0))].to(DEVICE)
+
+
+@each_write
+@pytest.mark.parametrize(("kind", "dtype"), **by_id({**KINDS, "split8": ("split8", BFLOAT16)}))
+def test_every_number_can_be_written(
+    kind: str, dtype: torch.dtype, write: Callable[[Parameter, Tensor], None]
+) -> None:
+    """Beside whatever is left of the weights of before: a 0 is a 0 then, and no number is NaN."""
+    new = every_number(dtype)
+    for seed in range(3):
+        param = Parameter(values(len(new), dtype=dtype, seed=seed))
+        optimizer = fusedopt.AdamW([param], lr=1e-3, weight_decay=0.0, master_weights=kind)
+        step_with(optimizer, [values(len(new), dtype=dtype, seed=9 + seed)] * 2)
+        write(param, new)
+        (weight,) = optimizer.fp32_params()
+        assert weight.isfinite().all()
+        assert (weight[new == 0].abs() < torch.finfo(FLOAT32).tiny).all()
+        rest(optimizer, param)
+        assert torch.equal(param.detach(), new)
+
+
 @each_kind
 def test_what_is_not_written_to_keeps_its_lower_bits(kind: str, dtype: torch.dtype) -> None:
     optimizer, param = trained(kind, dtype)

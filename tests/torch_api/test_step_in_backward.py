@@ -361,6 +361,30 @@ def test_a_second_backward_is_refused() -> None:
         assert torch.equal(bits(model.last.weight), before)
 
 
+@each_bucket
+def test_after_a_backward_that_has_failed(bucket_bytes: int) -> None:
+    """zero_grad() gives up what it has left; the parts that were stepped before stay so."""
+
+    def fail(_: Tensor) -> None:
+        raise torch.OutOfMemoryError
+
+    model = Net()
+    optimizer = fusedopt.AdamW(model.parameters(), lr=0.01)
+    with fusedopt.step_in_backward(model, optimizer, bucket_bytes=bucket_bytes):
+        train(model, optimizer, 2)
+        hidden = torch.tanh(model.first(batch(model, 0)))
+        hidden.register_hook(fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.last(hidden).square().mean().backward()
+        optimizer.zero_grad()
+        assert all(param.grad is None for param in model.parameters())
+        counts = [float(optimizer.state[p]["step"]) for p in model.first.parameters()]
+        train(model, optimizer, 2)
+        assert [float(optimizer.state[p]["step"]) for p in model.first.parameters()] == [
+            count + 2 for count in counts
+        ]
+
+
 @pytest.mark.parametrize("library", [torch.amp, fusedopt], ids=["torch", "fusedopt"])
 def test_scalers_are_refused(library: Any) -> None:
     model = Net()

@@ -124,7 +124,7 @@ FUSEDOPT_HD Bits draw_for_weight(Bits draw) {
 }
 template <class Bits>
 FUSEDOPT_HD Bits draw_for_weight_beside_codes(Bits draw) {
-  return (draw >> 16) & 0xffu;
+  return third_byte(draw);
 }
 
 // Adds 16 random bits below the last bit that stays, and cuts off what is below. The result is a

@@ -175,14 +175,22 @@ FUSEDOPT_HD void wait_for_copies() {
 }
 
 // Accesses to shared memory are volatile assembly, which the compiler keeps in order with the
-// copies: it does not know what these write, and might move an ordinary load before the wait.
+// copies: it does not know what these write, and might move an ordinary load before the wait. With
+// `kAgain`, the load takes place although the bytes have been loaded before: else the assembler
+// would hold these in registers for it.
+template <bool kAgain = false>
 FUSEDOPT_HD Words<4> load_shared(SharedPlace from) {
 #if defined(__CUDA_ARCH__)
   Words<4> to;
   uint32_t* const w = to.words;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
-               : "r"(from));
+  if constexpr (kAgain)
+    asm volatile("ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(from));
+  else
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(from));
   return to;
 #else
   Words<4> to;
@@ -240,6 +248,15 @@ FUSEDOPT_HD uint32_t word_across(uint32_t first, uint32_t second, uint32_t at) {
 
 // A word of two halves. The upper halves of the arguments are ignored.
 FUSEDOPT_HD uint32_t word_of(uint32_t low, uint32_t high) { return (low & 0xffffu) | high << 16; }
+
+// A word of two upper halves.
+FUSEDOPT_HD uint32_t word_of_uppers(uint32_t low, uint32_t high) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(low, high, 0x7632);
+#else
+  return low >> 16 | (high & 0xffff0000u);
+#endif
+}
 
 // The places (core/codes.h) of two codes, the first or the second two of four bytes: two bfloat16
 // numbers in a word, so one instruction does for both.

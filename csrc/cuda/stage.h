@@ -255,7 +255,7 @@ class Stages {
         const uint32_t has_it = is_code(formats.dtypes[kOperand]);
         const SharedPlace to = stage + plan_.places[0][kOperand] + 8;
         start_copy_if<4>(has_it, to, scale_of(kOperand, tile.at[0]));
-        start_copy_if<4>(has_it, to + 4, scale_of(kOperand, tile.at[1]));
+        if (has_two()) start_copy_if<4>(has_it, to + 4, scale_of(kOperand, tile.at[1]));
       });
   }
 

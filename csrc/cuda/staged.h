@@ -28,11 +28,13 @@ class Staged {
 
   FUSEDOPT_HD Staged(const Stages<Rule, T, Kind>& stages, const Tile& tile, SharedPlace stage)
       : stages_(stages), tile_(tile), stage_(stage) {
-    for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
-      // Read without asking whether the operand is there: this takes no branch, and the bytes of
-      // one that is absent are not used.
-      if (is_common(k)) bytes_[k] = read(k);
-    });
+    read_common<false>();
+  }
+
+  // Reads the stage once more, so that what has been read before takes no registers until then.
+  FUSEDOPT_HD void read_again() {
+    is_again_ = true;
+    read_common<true>();
   }
 
   // Read from the kernel's arguments anew whenever it is asked for.
@@ -90,7 +92,10 @@ class Staged {
 
   template <bool kIsOneFormat>
   FUSEDOPT_HD void store_bfloat16(int operand, const Pack<float, kCount>& from) const {
-    store_words<kIsOneFormat>(operand, as_bits(from) >> 16);
+    Words<kCount / 2> words;
+    for (int i = 0; i < kCount / 2; ++i)
+      words.words[i] = word_of_uppers(as_bits(from[2 * i]), as_bits(from[2 * i + 1]));
+    write<kIsOneFormat>(operand, words);
   }
 
   template <bool kIsOneFormat>
@@ -167,17 +172,22 @@ class Staged {
   // Chunks and pieces start at even elements, so a piece has both elements of each pair that shares
   // a draw (core/stochastic.h).
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& draws) const {
-    constexpr uint32_t kHalf = kCount / 2;
-    for (uint32_t p = 0; p < 2; ++p) {
-      const uint32_t at =
-          stages_.has_two() ? tile_.at[p] * (kHalf / 2) : tile_.at[0] * kHalf + p * (kHalf / 2);
-      const uint64_t first = stages_.first_pair() + at;
+    constexpr uint32_t kPairs = kCount / 2;
+    const auto draw_pairs = [&](uint64_t first, uint32_t begin,
+                                uint32_t count) __attribute__((always_inline)) {
       const uint32_t key = draw_key(rounding_key, first);
-      for (uint32_t j = 0; j < kHalf / 2; ++j) {
+      for (uint32_t j = 0; j < count; ++j) {
         const uint32_t draw = pair_draw(key, static_cast<uint32_t>(first) + j);
-        draws[p * kHalf + 2 * j] = draw;
-        draws[p * kHalf + 2 * j + 1] = second_of_pair(draw);
+        draws[2 * (begin + j)] = draw;
+        draws[2 * (begin + j) + 1] = second_of_pair(draw);
       }
+    };
+    const uint64_t first = stages_.first_pair();
+    if (stages_.has_two()) {
+      draw_pairs(first + tile_.at[0] * (kPairs / 2), 0, kPairs / 2);
+      draw_pairs(first + tile_.at[1] * (kPairs / 2), kPairs / 2, kPairs / 2);
+    } else {
+      draw_pairs(first + tile_.at[0] * kPairs, 0, kPairs);
     }
   }
 
@@ -195,16 +205,26 @@ class Staged {
   // A thread's bytes of an operand. Of one with 16 bytes or fewer, these are twice the same 16.
   using Bytes = Pack<uint32_t, 8>;
 
+  template <bool kAgain>
   FUSEDOPT_HD Bytes read(int operand) const {
     Bytes bytes;
     for (int half = 0; half < 2; ++half) {
-      const Words<4> part = load_shared(stage_ + stages_.plan().places[half][operand]);
+      const auto part = load_shared<kAgain>(stage_ + stages_.plan().places[half][operand]);
       for (int i = 0; i < 4; ++i) bytes[half * 4 + i] = part.words[i];
     }
     return bytes;
   }
+  // Without asking whether an operand is there: this takes no branch, and the bytes of one that is
+  // absent are not used.
+  template <bool kAgain>
+  FUSEDOPT_HD void read_common() {
+    for_operands<Rule>([&](auto k) __attribute__((always_inline)) {
+      if (is_common(k)) bytes_[k] = read<kAgain>(k);
+    });
+  }
   FUSEDOPT_HD Bytes bytes_of(int operand) const {
-    return is_common(operand) ? bytes_[operand] : read(operand);
+    if (is_common(operand)) return bytes_[operand];
+    return is_again_ ? read<true>(operand) : read<false>(operand);
   }
 
   // A word with element j of 16 bits in its lower half. The upper half is not cleared: no reader
@@ -265,6 +285,7 @@ class Staged {
   const Tile& tile_;
   const SharedPlace stage_;
   Bytes bytes_[kMaxOperands];
+  bool is_again_ = false;  // what is not in registers is loaded anew, too
 };
 
 }  // namespace fusedopt::cuda

@@ -71,7 +71,7 @@ class ChunkUpdate {
       stage = stages.after(stage);
       stages.align(stage);
       const Tile tile = stages.tile(at);
-      const Staged<Rule, T, Kind> staged(stages, tile, stage);
+      Staged<Rule, T, Kind> staged(stages, tile, stage);
       if constexpr (Kind::kHasCodes) {
         update_exactly(staged);
       } else {
@@ -167,7 +167,7 @@ class ChunkUpdate {
 
   // The same for elements whose scales other threads need: all of them get to their ends.
   template <class Memory>
-  FUSEDOPT_HD void update_exactly(const Memory& memory) const {
+  FUSEDOPT_HD void update_exactly(Memory& memory) const {
     const auto variant = this->variant();
     Elements<Rule, T, typename Memory::Values, Memory> elements(memory);
     BranchFreeForCodes math;
@@ -175,6 +175,7 @@ class ChunkUpdate {
     elements.apply(variant, scalars_.rule, math);
     if (!math.is_exact()) {  // rare
       IeeeForCodes ieee;
+      memory.read_again();
       elements.load();
       elements.apply(variant, scalars_.rule, ieee);
     }

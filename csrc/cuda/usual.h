@@ -98,12 +98,22 @@ struct UsualStep {
   static FUSEDOPT_HD Formats formats() { return bit_cast<Formats>(uint64_t{kFormats}); }
 };
 
+// Whether any operand is of a format that can be rounded stochastically.
+FUSEDOPT_HD bool can_be_drawn(const Formats& formats) {
+  bool found = formats.has_split8_master();
+  for (int k = 0; k < kMaster; ++k) {
+    const bool is_written = k != kGrad && !(k == kParam && formats.has(kMaster));
+    found = found || (is_written && is(formats.dtypes[k], DType::kBFloat16));
+  }
+  return found;
+}
+
 // The formats of a launch, `asked`, or as much of them as its kernel does not know.
 template <class Kind>
 FUSEDOPT_HD Formats formats_of_step(const Formats& asked) {
   if constexpr (Kind::kIsUsual) {
     Formats formats = Kind::formats();
-    if (!Kind::kHasCodes) formats.stochastic = asked.stochastic;
+    if (!Kind::kHasCodes) formats.stochastic = can_be_drawn(formats) ? asked.stochastic : 0;
     return formats;
   } else {
     return asked;

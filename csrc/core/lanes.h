@@ -44,19 +44,6 @@ FUSEDOPT_HD float larger(float a, float b) { return a > b ? a : b; }
 FUSEDOPT_HD float magnitude(float x) { return std::fabs(x); }
 FUSEDOPT_HD float as_float(uint32_t bits) { return bit_cast<float>(bits); }
 
-// The third byte of a word, counted from the lowest.
-template <class Bits>
-FUSEDOPT_HD Bits third_byte(Bits word) {
-  return (word >> 16) & 0xffu;
-}
-FUSEDOPT_HD uint32_t third_byte(uint32_t word) {
-#if defined(__CUDA_ARCH__)
-  return __byte_perm(word, 0, 0x4442);
-#else
-  return word >> 16 & 0xffu;
-#endif
-}
-
 // Conversions between the type that computes and float.
 FUSEDOPT_HD float to_float(float value) { return value; }
 FUSEDOPT_HD float to_float(double value) { return static_cast<float>(value); }
@@ -182,11 +169,6 @@ FUSEDOPT_HD auto as_float(const Pack<Bits, kCount>& from) {
   Pack<decltype(as_float(from[0])), kCount> to;
   for (int j = 0; j < kCount; ++j) to[j] = as_float(from[j]);
   return to;
-}
-template <class Bits, int kCount>
-FUSEDOPT_HD Pack<Bits, kCount> third_byte(Pack<Bits, kCount> words) {
-  for (int j = 0; j < kCount; ++j) words[j] = third_byte(words[j]);
-  return words;
 }
 template <class V, int kCount>
 FUSEDOPT_HD auto to_float(const Pack<V, kCount>& from) {

@@ -1,4 +1,5 @@
-// Conversions between float and the bits of 16-bit formats, which are in the lower half of a word.
+// Conversions between float and the bits of 16-bit formats, which are in the lower half of a word;
+// and a byte of a word, which GPUs have an instruction for, too.
 // They round to nearest with ties to even. GPUs and some CPUs have instructions for them, which
 // give the same numbers; a NaN stays a NaN, but its payload is not kept. They do not depend on
 // whether subnormals are flushed, except for subnormal floats, which may count as zero.
@@ -85,6 +86,24 @@ FUSEDOPT_HD uint16_t bfloat16_from_float(float value) {
 #else
   return static_cast<uint16_t>(rounded_to_bfloat16(value) >> 16);
 #endif
+}
+
+// The third byte of a word, counted from the lowest.
+template <class Bits>
+FUSEDOPT_HD Bits third_byte(Bits word) {
+  return (word >> 16) & 0xffu;
+}
+FUSEDOPT_HD uint32_t third_byte(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(word, 0, 0x4442);
+#else
+  return word >> 16 & 0xffu;
+#endif
+}
+template <class Bits, int kCount>
+FUSEDOPT_HD Pack<Bits, kCount> third_byte(Pack<Bits, kCount> words) {
+  for (int j = 0; j < kCount; ++j) words[j] = third_byte(words[j]);
+  return words;
 }
 
 }  // namespace fusedopt

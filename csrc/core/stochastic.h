@@ -13,6 +13,7 @@
 #include "core/lanes.h"
 #include "core/layout.h"
 #include "core/macros.h"
+#include "core/narrow.h"
 
 namespace fusedopt {
 

@@ -28,8 +28,9 @@ MOST_REGISTERS_OF_CODES_IN_DOUBLE = 255
 UPDATES = ("update", "codes", "usual")  # kinds of kernels
 
 # For an element, on the shortest ordinary way of Adam, which for kernels that know all formats is
-# that without decay, or with L2: AdamW's own takes one to three more. At full bandwidth, an H100 has room for 276 in fp32
-# and 138 in bf16, an H200 for 220 and 110, a B200 for 142 and 71; formats between lie between.
+# that without decay, or with L2: AdamW's own takes one to three more. At full bandwidth, an H100
+# has room for 276 in fp32 and 138 in bf16, an H200 for 220 and 110, a B200 for 142 and 71; formats
+# between lie between.
 MOST_INSTRUCTIONS = {
     "fp32": 55,
     "bf16": 55,

@@ -33,7 +33,7 @@ class GradScaler(torch.amp.GradScaler):
     _stepping: FusedOptimizer | None = None  # whose step looks for infinite grads itself
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        if not isinstance(optimizer, FusedOptimizer) or _is_for_torch(optimizer):
+        if not isinstance(optimizer, FusedOptimizer) or _reads_grads_elsewhere(optimizer):
             if kwargs.get("grad_norm") is not None and self._unscales_before(optimizer):
                 kwargs["grad_norm"] = kwargs["grad_norm"] / self._get_scale_async()
             return super().step(optimizer, *args, **kwargs)
@@ -75,13 +75,8 @@ class GradScaler(torch.amp.GradScaler):
         return none_yet
 
 
-def _is_for_torch(optimizer: FusedOptimizer) -> bool:
-    """Whether code of the user's runs in a step, which expects grads without the scale.
-
-    Or whether there are no grads at all, which torch refuses.
-    """
+def _reads_grads_elsewhere(optimizer: FusedOptimizer) -> bool:
+    """Whether code of the user's runs in a step, which expects grads without the scale."""
     overridden = inspect.unwrap(type(optimizer).step) is not inspect.unwrap(FusedOptimizer.step)
-    if overridden or optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:
-        return True
-    has_grads = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-    return not has_grads and optimizer._in_backward is None
+    hooks = optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
+    return overridden or bool(hooks)

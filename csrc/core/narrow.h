@@ -1,8 +1,8 @@
 // Conversions between float and the bits of 16-bit formats, which are in the lower half of a word;
-// and a byte of a word, which GPUs have an instruction for, too.
-// They round to nearest with ties to even. GPUs and some CPUs have instructions for them, which
-// give the same numbers; a NaN stays a NaN, but its payload is not kept. They do not depend on
-// whether subnormals are flushed, except for subnormal floats, which may count as zero.
+// and the third byte of a word, for which GPUs have an instruction, too. Conversions round to
+// nearest with ties to even. GPUs and some CPUs have instructions for them, which give the same
+// numbers; a NaN stays a NaN, but its payload is not kept. They do not depend on whether subnormals
+// are flushed, except for subnormal floats, which may count as zero.
 #pragma once
 
 #include <cstdint>

@@ -54,7 +54,11 @@ def all_kinds_of_weights() -> Tensor:
 
 
 def test_remainders_are_those_of_transformer_engine() -> None:
-    """Of every lower half below numbers of all kinds; a NaN may be another one."""
+    """Of every lower half below numbers of all kinds.
+
+    A NaN may be another one. Some are zeros or infinities in TransformerEngine's params, and stay
+    so here: beside a remainder, these may as well have been written since.
+    """
     weight = all_kinds_of_weights()
     rounded, remainder = te_split(weight)
     assert torch.equal(bits(te_join(rounded, remainder)), bits(weight))
@@ -68,7 +72,9 @@ def test_remainders_are_those_of_transformer_engine() -> None:
             assert torch.equal(bits(found[is_kept]), bits(weight[is_kept]))
             assert torch.equal(bits(optimizer.state[param]["master_param"]), bits(weight))
         else:
-            assert torch.equal(bits(found), bits(weight))
+            is_number = weight.isnan() & ~rounded.isnan()
+            assert torch.equal(bits(found[~is_number]), bits(weight[~is_number]))
+            assert torch.equal(found[is_number], rounded[is_number].to(FLOAT32))
 
 
 def saved_by_te(

@@ -64,7 +64,9 @@ void test_step() {
   Formats asked = formats;
   asked.stochastic = 1 << kParam;
   const uint8_t drawn = formats_of_step<Step>(asked).stochastic;
-  CHECK(drawn == (Step::kHasCodes ? formats.stochastic : asked.stochastic));
+  const bool has_nothing_to_draw_for = kNumber == 1 || kNumber == 4;  // fp16, and float32 masters
+  const uint8_t expected = has_nothing_to_draw_for ? 0 : asked.stochastic;
+  CHECK(drawn == (Step::kHasCodes ? formats.stochastic : expected));
   bool is_visited = false;
   with_usual_step<Adam>(kNumber,
                         [&](auto step) { is_visited = decltype(step)::kNumber == kNumber; });

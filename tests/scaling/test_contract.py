@@ -359,13 +359,3 @@ def test_a_scale_that_the_host_knows(side: Side, options: dict[str, Any]) -> Res
             grads = torch.cat([p.grad.flatten() for p in params if p.grad is not None])
             assert float(norm) == pytest.approx(float(grads.norm()) / scale, rel=1e-5)
     return {**record(optimizer), **{f"norm {i}": norm for i, norm in enumerate(norms)}}
-
-
-@each_scaler
-def test_a_step_without_grads_is_refused(scaler_type: Any) -> None:
-    """As torch does: a model that is frozen, or another one, would go unnoticed."""
-    optimizer = fusedopt.AdamW(make_params())
-    scaler = new_scaler(scaler_type)
-    scaler.scale(torch.ones(1))
-    with pytest.raises(AssertionError, match="No inf checks were recorded"):
-        scaler.step(optimizer)

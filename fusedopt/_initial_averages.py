@@ -46,13 +46,14 @@ class InitialAverages:
     @staticmethod
     def note(optimizer: "FusedOptimizer", params: list[Tensor]) -> None:
         """A step that trains nothing has made averages for these, if they have any."""
-        shared = optimizer._shared
         found = {param: optimizer.state.get(param, {}).get(AVERAGE) for param in params}
         made = {param: average for param, average in found.items() if average is not None}
-        if made:
-            earlier = shared.initial_averages
-            before = {} if earlier is None else earlier._averages
-            shared.initial_averages = InitialAverages({**before, **made})
+        earlier = optimizer._shared.initial_averages
+        if made and earlier is None:
+            optimizer._shared.initial_averages = InitialAverages(made)
+        elif made and earlier is not None:
+            earlier._averages |= made
+            earlier._count_writes(list(made))
 
     def recognise(self, optimizer: "FusedOptimizer") -> None:
         """After a state dict has been loaded: it may hold copies of these averages."""
@@ -63,7 +64,7 @@ class InitialAverages:
                 state[AVERAGE] = average
 
     def through(self, optimizer: "FusedOptimizer", step: Callable[[], Result]) -> Result:
-        """Make a step: if it trains, those averages are made again that have to be.
+        """Make a step, in which those averages are made again that have to be.
 
         They are there as before if the step is skipped or fails. Params that the optimizer does not
         have, as the rest of those that are stepped in the backward, are left for their own step.
@@ -74,7 +75,7 @@ class InitialAverages:
         dropped: list[tuple[State, Tensor]] = []
         before = _writes_to(params)
         try:
-            for param in params if trains else []:
+            for param in params:
                 if self.is_outdated(optimizer, param):
                     state = optimizer.state[param]
                     dropped.append((state, state[AVERAGE]))

@@ -100,8 +100,11 @@ def test_same_bits(options: dict[str, Any], bucket_bytes: int) -> None:
 
 @each_bucket
 @pytest.mark.parametrize("opened", [0, 1, 2], ids=["at once", "after 1 step", "after 2 steps"])
-def test_same_bits_after_steps_that_train_nothing(opened: int, bucket_bytes: int) -> None:
-    """As a warm-up from 0 begins. Between them and training, weights may be loaded."""
+@pytest.mark.parametrize("trains_from", [2, 3, 4])
+def test_same_bits_after_steps_that_train_nothing(
+    trains_from: int, opened: int, bucket_bytes: int
+) -> None:
+    """As a warm-up from 0 begins. Between two of them, or before training, weights are loaded."""
     found = []
     for in_backward in (False, True):
         model = Net()
@@ -110,8 +113,9 @@ def test_same_bits_after_steps_that_train_nothing(opened: int, bucket_bytes: int
         for step in range(5):
             if step == opened and in_backward:
                 stepping = fusedopt.step_in_backward(model, optimizer, bucket_bytes=bucket_bytes)
-            if step == 2:
+            if step == trains_from:
                 optimizer.param_groups[0]["lr"] = 0.01
+            if step == 2:
                 with torch.no_grad():
                     model.first.weight.mul_(2.0)
                     model.last.bias.add_(3.0)

@@ -137,8 +137,6 @@ def take_codes(entries: State, param: Tensor, spec: _C.StateSpec, place: str) ->
                 f"of shape {tuple(param.shape)}, with a scale for {_C.GROUP_OF_CODES} elements"
             )
         # torch.optim may have cast both to the parameter's dtype, of which codes are whole numbers.
-        if codes.dtype != dtype and not codes.is_floating_point():
-            raise TypeError(f"{code_name} of {place} is {codes.dtype}, but must be {dtype}")
         if scales.dtype == torch.float16:
             raise ValueError(
                 f"{scale_name} of {place} was cast to float16, in which small scales are 0; "

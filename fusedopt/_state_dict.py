@@ -15,12 +15,15 @@ from ._options import name_state_dtype
 from ._state import Specs, new_entry
 from ._steps import to_step
 from ._types import ParamGroup
-from ._weights import SAVED, STEPPED, convert, with_remainder_as
+from ._weights import REMAINDERS, SAVED, STEPPED, convert, with_remainder_as
 
 if TYPE_CHECKING:
     from ._optimizer import FusedOptimizer
 
 
+# What states can be without a conversion.
+REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
 EXPORT = "fusedopt"  # beside torch's hooks, whose keys are numbers
 
 
@@ -131,7 +134,7 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
                 _C.check_state(optimizer._row, entries, completed, index, at)
                 place = _place(saved, index, at)
                 spec = specs.of(param, completed)
-                _check_shapes(entries, spec, param, place)
+                _check_entries(entries, spec, param, place)
                 values = convert(entries, param, spec, place)
                 for name in spec.unused:
                     entries.pop(name, None)
@@ -170,23 +173,63 @@ def _place(group: dict[str, Any], group_index: int, index: int) -> str:
     return f"the parameter at {where}"
 
 
-def _check_shapes(entries: dict[str, Any], spec: _C.StateSpec, param: Tensor, place: str) -> None:
-    """Raise for states that no step of this parameter can use."""
+def _check_entries(entries: dict[str, Any], spec: _C.StateSpec, param: Tensor, place: str) -> None:
+    """Raise for what no step of this parameter can use, and nothing can be converted from."""
     for name, kind, _ in spec.entries:
-        if kind != "state":
-            continue
         entry = entries.get(name)
-        if entry is None:
-            continue
-        if not isinstance(entry, Tensor):
-            raise TypeError(
-                f"{name} of {place} is {entry!r} in the loaded state dict, but must be a tensor"
-            )
-        if entry.shape != param.shape:
-            raise ValueError(
-                f"{name} of {place} is of shape {tuple(entry.shape)} in the loaded state dict, but "
-                f"the parameter of shape {tuple(param.shape)}"
-            )
+        if kind == "state" and entry is not None:
+            if not isinstance(entry, Tensor):
+                raise TypeError(
+                    f"{name} of {place} is {entry!r} in the loaded state dict, but must be a tensor"
+                )
+            _check_dense(name, entry, param, place)
+            _check_state(name, entry, spec, param, place)
+    for kind, name in _C.WEIGHTS_IN_STATE.items():
+        _check_numbers(name, entries.get(name), REMAINDERS.get(kind), param, place)
+    for code_name, dtype, scale_name in spec.codes.values():
+        _check_numbers(code_name, entries.get(code_name), dtype, param, place)
+        _check_numbers(scale_name, entries.get(scale_name), None, param, place)
+
+
+def _check_dense(name: str, entry: Tensor, param: Tensor, place: str) -> None:
+    if entry.layout != torch.strided:
+        raise TypeError(
+            f"{name} of {place} is sparse ({entry.layout}) in the loaded state dict, but must be "
+            "dense; call to_dense()"
+        )
+    if entry.is_meta and not param.is_meta:
+        raise TypeError(
+            f"{name} of {place} is on the meta device in the loaded state dict and has no values"
+        )
+
+
+def _check_state(name: str, entry: Tensor, spec: _C.StateSpec, param: Tensor, place: str) -> None:
+    if entry.shape != param.shape:
+        raise ValueError(
+            f"{name} of {place} is of shape {tuple(entry.shape)} in the loaded state dict, but "
+            f"the parameter of shape {tuple(param.shape)}"
+        )
+    is_converted = spec.state_dtype is not None and entry.is_floating_point()
+    if not (is_converted or entry.dtype in (COMPLEX if param.is_complex() else REAL)):
+        raise TypeError(
+            f"{name} of {place} is {entry.dtype} in the loaded state dict, which does not fit the "
+            f"parameter: {param.dtype}"
+        )
+
+
+def _check_numbers(
+    name: str, entry: Any, dtype: torch.dtype | None, param: Tensor, place: str
+) -> None:
+    """What is of this dtype, or was cast to another one by torch.optim, has numbers to read."""
+    if not isinstance(entry, Tensor):
+        return
+    _check_dense(name, entry, param, place)
+    is_cast = entry.is_floating_point() or (param.is_complex() and entry.is_complex())
+    if entry.dtype != dtype and not is_cast:
+        expected = "of floating point" if dtype is None else str(dtype)
+        raise TypeError(
+            f"{name} of {place} is {entry.dtype} in the loaded state dict, but must be {expected}"
+        )
 
 
 def _checked_step(step: Any, place: str) -> Tensor:
@@ -224,6 +267,8 @@ def _move(value: Any, param: Tensor, key: Any = None) -> Any:
     if key == "step":
         return value
     if isinstance(value, Tensor):
+        if value.is_meta and not param.is_meta:
+            return value  # refused where it is of use
         return _laid_out_as(param, value.to(device=param.device))
     if isinstance(value, (dict, Mapping)):  # a dict is found out faster than other mappings
         return {name: _move(value[name], param, name) for name in value}

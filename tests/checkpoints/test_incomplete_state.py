@@ -156,6 +156,12 @@ UNUSABLE: dict[str, tuple[Any, type[Exception], str]] = {
     "of one element": (torch.ones(()), ValueError, r"shape \(\).*\(4,\)"),
     "a number": (1.0, TypeError, r"1\.0.*must be a tensor"),
     "a list": ([1.0] * 4, TypeError, "must be a tensor"),
+    "of integers": (torch.ones(4, dtype=torch.int32), TypeError, r"int32.*not fit.*float32"),
+    "of booleans": (torch.ones(4, dtype=torch.bool), TypeError, r"bool.*not fit.*float32"),
+    "complex": (torch.ones(4, dtype=torch.complex64), TypeError, r"complex64.*not fit.*float32"),
+    "of 8 bits": (torch.ones(4, dtype=torch.float8_e5m2), TypeError, r"float8.*not fit.*float32"),
+    "sparse": (torch.ones(4).to_sparse(), TypeError, r"sparse \(torch.sparse_coo\).*dense"),
+    "on meta": (torch.ones(4, device="meta"), TypeError, "meta device.*no values"),
 }
 
 
@@ -176,6 +182,56 @@ def test_load_refuses_states_that_do_not_fit(
     saved["state"] = {at: dict(entries) for at, entries in saved["state"].items()}
     saved["state"][1][key] = value
     with refused(optimizer, error, rf"^{key} of parameter 'middle'.*{pattern}"):
+        optimizer.load_state_dict(saved)
+
+
+# What masters, averages, codes and scales are replaced with, of which no numbers can be read.
+UNREADABLE: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
+    "of longer integers": (lambda entry: entry.long(), r"int64.*must be"),
+    "complex": (lambda entry: entry.to(torch.complex64), r"complex64.*must be"),
+    "sparse": (lambda entry: entry.float().to_sparse(), r"sparse \(torch.sparse_coo\).*dense"),
+    "on meta": (lambda entry: entry.to("meta"), "meta device.*no values"),
+}
+
+
+@pytest.mark.parametrize(("change", "pattern"), list(UNREADABLE.values()), ids=list(UNREADABLE))
+@pytest.mark.parametrize(
+    ("dtype", "options", "key"),
+    [
+        (torch.bfloat16, {"master_weights": "float32"}, "master_param"),
+        (torch.bfloat16, {"master_weights": "split"}, "param_remainder"),
+        (torch.bfloat16, {"master_weights": "split8"}, "param_remainder8"),
+        (torch.float32, {"ema_decay": 0.9}, "ema_param"),
+        *(
+            (torch.float32, {"state_dtype": "q8"}, key)
+            for key in ("exp_avg_q8", "exp_avg_scale", "exp_avg_sq_q8", "exp_avg_sq_scale")
+        ),
+    ],
+)
+def test_load_refuses_what_has_no_numbers(
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    key: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    pattern: str,
+) -> None:
+    param = torch.nn.Parameter(torch.ones(64, 64, dtype=dtype))
+    optimizer = fusedopt.AdamW([("weight", param)], **options)
+    step(optimizer, [param], 2)
+    saved = optimizer.state_dict()
+    saved["state"] = {0: {**saved["state"][0], key: change(saved["state"][0][key])}}
+    with refused(optimizer, TypeError, rf"^{key} of parameter 'weight'.*{pattern}"):
+        optimizer.load_state_dict(saved)
+
+
+def test_loaded_states_of_complex_parameters_are_complex() -> None:
+    param = torch.nn.Parameter(torch.ones(4, dtype=torch.complex64))
+    optimizer = fusedopt.AdamW([param], ema_decay=0.9)
+    step(optimizer, [param], 2)
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    saved["state"] = {0: {**saved["state"][0], "exp_avg": torch.ones(4)}}
+    with refused(optimizer, TypeError, r"exp_avg of .* torch.float32 in .*: torch.complex64"):
         optimizer.load_state_dict(saved)
 
 

@@ -16,14 +16,24 @@ if TYPE_CHECKING:
     from ._optimizer import FusedOptimizer
 
 
+def place_of(group: ParamGroup, group_index: int, index: int) -> str:
+    """A parameter, as messages of a step have it."""
+    names = group.get("param_names")
+    where = f"group {group_index}, index {index}"
+    if isinstance(names, list) and index < len(names):
+        return f"parameter {names[index]!r} ({where})"
+    return f"the parameter at {where}"
+
+
 class Specs:
     """What the states of an optimizer's parameters hold, asked once for each group and dtype.
 
-    Raises ValueError for a parameter that cannot have the master weight which its group asks for;
-    that does not matter, and there is none, without ``is_strict``.
+    Raises ValueError for a parameter that cannot have the master weight or the ``state_dtype``
+    which its group asks for; that does not matter, and it has none, without ``is_strict``.
     """
 
     def __init__(self, optimizer: "FusedOptimizer", is_strict: bool = True) -> None:
+        self._optimizer = optimizer
         self._row = optimizer._row
         self._is_strict = is_strict
         self._known: dict[tuple[int, torch.dtype], _C.StateSpec] = {}
@@ -32,9 +42,19 @@ class Specs:
     def of(self, param: Tensor, group: ParamGroup) -> _C.StateSpec:
         key = id(group), param.dtype
         if key not in self._known:
-            self._known[key] = _C.state_spec(self._row, group, param.dtype, self._is_strict)
+            try:
+                self._known[key] = _C.state_spec(self._row, group, param.dtype, self._is_strict)
+            except ValueError as error:
+                raise ValueError(f"{error}, which {self._place(param)} is") from None
             self._groups.append(group)
         return self._known[key]
+
+    def _place(self, param: Tensor) -> str:
+        for at, group in enumerate(self._optimizer.param_groups):
+            for index, each in enumerate(group["params"]):
+                if each is param:
+                    return place_of(group, at, index)
+        return "a parameter of no group"
 
 
 def new_entry(
@@ -46,8 +66,6 @@ def new_entry(
         # In the param's layout: to() would keep it only where it is dense.
         entry = torch.empty_like(param, **kwargs)
         return entry.copy_(param if kind == "master" else read_weight(param, state, spec))
-    if param.is_complex() and kind == "state" and not dtype.is_complex:
-        raise ValueError(f"state_dtype {dtype} is for real parameters, not for {param.dtype}")
     start = spec.starts.get(name, 0.0)
     if start == 0:
         return torch.zeros_like(param, **kwargs)

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _C
 from ._codes import has_state
 from ._options import name_state_dtype
-from ._state import Specs, new_entry
+from ._state import Specs, new_entry, place_of
 from ._steps import to_step
 from ._types import ParamGroup
 from ._weights import REMAINDERS, SAVED, STEPPED, convert, with_remainder_as
@@ -132,7 +132,7 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
             entries = state.get(param)
             if isinstance(entries, dict):
                 _C.check_state(optimizer._row, entries, completed, index, at)
-                place = _place(saved, index, at)
+                place = place_of(saved, index, at)
                 spec = specs.of(param, completed)
                 _check_entries(entries, spec, param, place)
                 values = convert(entries, param, spec, place)
@@ -162,15 +162,6 @@ def _laid_out_as(param: Tensor, value: Tensor) -> Tensor:
         return value
     entry = torch.empty_like(param, dtype=value.dtype, requires_grad=False)
     return value if entry.stride() == value.stride() else entry.copy_(value)
-
-
-def _place(group: dict[str, Any], group_index: int, index: int) -> str:
-    """As messages of a step have it."""
-    names = group.get("param_names")
-    where = f"group {group_index}, index {index}"
-    if isinstance(names, list) and index < len(names):
-        return f"parameter {names[index]!r} ({where})"
-    return f"the parameter at {where}"
 
 
 def _check_entries(entries: dict[str, Any], spec: _C.StateSpec, param: Tensor, place: str) -> None:

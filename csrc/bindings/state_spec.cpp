@@ -60,6 +60,9 @@ StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::obj
   if (is_strict && reader.wants_codes() && (param.is_complex || item_size(param.dtype) > 4))
     throw py::value_error("state_dtype='q8' is for float32, bfloat16 and float16, not for " +
                           std::string(py::str(dtype)));
+  if (is_strict && param.is_complex && options.states != 0 && !reader.state_dtype().is_none())
+    throw py::value_error("state_dtype=" + std::string(py::str(reader.state_dtype())) +
+                          " is for real parameters, not for " + std::string(py::str(dtype)));
   const auto torch = py::module_::import("torch");
   // Weights and averages of 16-bit params are wider than these.
   const bool is_narrow = !param.is_complex && item_size(param.dtype) == 2;

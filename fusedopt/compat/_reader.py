@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .._optimizer import FusedOptimizer
-from .._state_dict import _check_groups, _place
+from .._state import place_of
+from .._state_dict import _check_groups
 from .._steps import to_step
 from .._types import ParamGroup, State
 from ._drop_in import NO_UNCORRECTED, refuse
@@ -119,7 +120,7 @@ def convert(
         groups.append({key: value for key, value in saved.items() if key not in unused})
         for at, (param, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             entries = state.get(key, {})
-            place = _place(group, index, at)
+            place = place_of(group, index, at)
             if not isinstance(entries, Mapping):
                 raise TypeError(f"the state of {place} is {entries!r}, but must be a dict")
             if not entries:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .. import _C
 from .._optimizer import FusedOptimizer
-from .._state import Specs, drop_unused, new_entry
-from .._state_dict import _place
+from .._state import Specs, drop_unused, new_entry, place_of
 from .._steps import step_device, to_step
 from .._tensors import local
 from .._types import ParamGroup, Params, State
@@ -369,7 +368,7 @@ def decoupled_grads(groups: list[ParamGroup]) -> Iterator[None]:
                 try:
                     replace(param, grad)
                 except (RuntimeError, TypeError) as error:  # torch's, of shapes and devices
-                    place = _place(group, index, at)
+                    place = place_of(group, index, at)
                     raise ValueError(f"decoupled_grad of {place} does not fit: {error}") from error
         yield
     finally:

@@ -256,9 +256,11 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"'float32', torch.bfloat16, 'bfloat16', 'q8', or None"):
         fusedopt.AdamW([values(64, 64)], state_dtype="q4")  # type: ignore[arg-type]
     for dtype in (FLOAT64, torch.complex64, torch.complex128):
-        optimizer = of_q8(CASE, [values(64, 64, dtype=dtype)])
-        params_of(optimizer)[0].grad = values(64, 64, dtype=dtype)
-        with refused(optimizer, ValueError, "state_dtype='q8' is for float32, bfloat16 and"):
+        optimizer = of_q8(CASE, [values(64, 64), values(64, 64, dtype=dtype)])
+        for param in params_of(optimizer):
+            param.grad = torch.ones_like(param)
+        message = "state_dtype='q8' is for float32, bfloat16 and .*group 0, index 1"
+        with refused(optimizer, ValueError, message):
             optimizer.step()
 
 

@@ -314,6 +314,16 @@ def test_wrong_for_these_params(name: str, options: Options, dtype: torch.dtype,
     optimizer.step()
 
 
+@pytest.mark.parametrize(("name", "kwargs"), [("AdamW", {}), ("SGD", {"momentum": 0.9})])
+def test_narrow_states_are_for_real_parameters(name: str, kwargs: Options) -> None:
+    fine, bad = params_with_grads(1)[0], params_with_grads(1, torch.complex64)[0]
+    make = getattr(fusedopt, name)
+    optimizer = make([("fine", fine), ("bad", bad)], state_dtype=torch.bfloat16, **kwargs)
+    with refused(optimizer, ValueError, "state_dtype=torch.bfloat16 is for real .*'bad'"):
+        optimizer.step()
+    fusedopt.SGD([bad], state_dtype=torch.bfloat16).step()  # that has no state
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from support import figure_tables
 from support.files import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,10 +43,13 @@ def assert_said(*texts: str) -> None:
         *("precision-cpu", "precision-1000-cpu", "accuracy-cpu"),
     ],
 )
+@pytest.mark.usefixtures("bench")
 def test_tables(name: str) -> None:
-    """What figure_tables.py prints, line for line."""
+    """What bench/tables.py prints, line for line."""
+    import tables
+
     names = [name, "step-cuda-sgd-adam"] if name == "step-cuda" else [name]
-    for lines in figure_tables.tables_of([results(each) for each in names]):
+    for lines in tables.tables_of([results(each) for each in names]):
         assert len(lines) > 5
         page = PAGES["settings" if name.startswith(("precision", "accuracy")) else "benchmarks"]
         for line in lines:

@@ -1,8 +1,8 @@
 """The tables of docs/, from JSON files that the benchmarks wrote.
 
 Examples:
-    python tests/support/figure_tables.py bench/results/training-step-cpu.json
-    python tests/support/figure_tables.py bench/results/step-cuda{,-sgd-adam}.json
+    python bench/tables.py bench/results/training-step-cpu.json
+    python bench/tables.py bench/results/step-cuda{,-sgd-adam}.json
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from lib.targets import OTHERS, ratio
 
 Figures = dict[str, Any]

@@ -5,7 +5,6 @@ row, so that shards of rows have whole groups; where rows are no multiple of 64,
 the flat tensor.
 """
 
-import warnings
 from math import prod
 from typing import Any
 
@@ -104,82 +103,6 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
 def has_state(name: str, state: State, spec: _C.StateSpec) -> bool:
     """Whether a state has what is called so, in numbers or in codes."""
     return any(state.get(each) is not None for each in (name, *spec.codes.get(name, ())[::2]))
-
-
-def take_codes(entries: State, param: Tensor, spec: _C.StateSpec, place: str) -> dict[str, Codes]:
-    """Take all codes out of saved entries, by the names of their states.
-
-    Raises ValueError or TypeError for what is not codes and scales of such a parameter.
-    """
-    found = {}
-    for name, (code_name, dtype, scale_name) in spec.codes.items():
-        plain = entries.get(name)
-        is_half = isinstance(plain, Tensor) and plain.dtype == torch.float16
-        if spec.wants_codes and dtype == torch.uint8 and is_half:
-            warnings.warn(
-                f"{name} of {place} was saved in float16, in which squares of small grads are 0, "
-                "and updates by them far too large",
-                stacklevel=5,
-            )
-        codes, scales = (entries.pop(each, None) for each in (code_name, scale_name))
-        if codes is None or scales is None:
-            continue  # both: a state with one of them has been refused
-        for each, entry in ((code_name, codes), (scale_name, scales)):
-            if not isinstance(entry, Tensor):
-                raise TypeError(
-                    f"{each} of {place} is {entry!r} in the loaded state dict, but must be a tensor"
-                )
-        count = -(-param.numel() // _C.GROUP_OF_CODES)
-        if codes.shape != param.shape or scales.numel() != count:
-            raise ValueError(
-                f"{code_name} and {scale_name} of {place} are of shapes {tuple(codes.shape)} and "
-                f"{tuple(scales.shape)} in the loaded state dict, which does not fit the parameter "
-                f"of shape {tuple(param.shape)}, with a scale for {_C.GROUP_OF_CODES} elements"
-            )
-        # torch.optim may have cast both to the parameter's dtype, of which codes are whole numbers.
-        if scales.dtype == torch.float16:
-            raise ValueError(
-                f"{scale_name} of {place} was cast to float16, in which small scales are 0; "
-                "float32_states() of fusedopt.compat makes a state dict that others can take"
-            )
-        found[name] = codes.to(dtype), scales.float()
-        is_open = spec.state_dtype is None and isinstance(plain, Tensor)
-        if is_open and any(each == name for each, *_ in spec.entries):
-            raise ValueError(
-                f"the state of {place} has both {name} and {code_name} in the loaded state dict; "
-                "set state_dtype to say which it is to be"
-            )
-    return found
-
-
-def put_states(entries: State, saved: dict[str, Codes], param: Tensor, spec: _C.StateSpec) -> None:
-    """Enter what ``take_codes`` has taken out, as codes or numbers, and make codes of numbers.
-
-    As the settings have it; without ``state_dtype``, as it was saved, if the parameter can have it.
-    Where both are there, one is what torch.distributed.checkpoint has found in this optimizer and
-    filled up with: that which settings do not ask for comes from the checkpoint.
-    """
-    shape = shape_of_scales(param)
-    in_use = [name for name, kind, _ in spec.entries if kind == "state"]
-    for name, (code_name, dtype, scale_name) in spec.codes.items():
-        plain = entries.get(name)
-        if name not in in_use:
-            if name in saved:  # until an option needs it
-                entries[code_name], entries[scale_name] = saved[name]
-            continue
-        keeps = name in saved and spec.state_dtype is None
-        if shape is not None and (spec.wants_codes or keeps):
-            if isinstance(plain, Tensor):
-                found = encode(plain, dtype, shape)
-            elif name in saved:
-                codes, scales = saved[name]
-                found = codes.contiguous(), scales.reshape(shape).contiguous()
-            else:
-                continue
-            entries.pop(name, None)
-            entries[code_name], entries[scale_name] = found
-        elif name in saved:
-            entries[name] = decode(*saved[name]).to(spec.state_dtype or torch.float32)
 
 
 def float32_states(state_dict: dict[str, Any]) -> dict[str, Any]:

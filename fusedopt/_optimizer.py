@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _C
 from ._config import cpu_isa
 from ._initial_averages import AVERAGE, InitialAverages, trains_nothing, without_average
+from ._load_state_dict import load_state_dict
 from ._norms import (
     NormProcesses,
     are_marked,
@@ -22,7 +23,7 @@ from ._norms import (
 from ._options import OWN_OPTIONS, name_state_dtype
 from ._ranks import compare_ranks
 from ._state import Specs, create_state, drop_unused, new_entry
-from ._state_dict import export_all_states, load_state_dict
+from ._state_dict import export_all_states
 from ._steps import step_device, to_step
 from ._tensors import bytes_of
 from ._types import NormGroup, ParamGroup, Params, State

@@ -1,14 +1,12 @@
-"""Weights and their averages outside of steps: masters, conversions, swaps."""
+"""Weights and their averages outside of steps: masters and swaps."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _C
-from ._codes import put_states, take_codes
 from ._tensors import local, on_cpu
 from ._types import State
 
@@ -138,67 +136,3 @@ def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
         with torch.no_grad():
             for param, own in kept:
                 param.copy_(own)
-
-
-def convert(entries: State, param: Tensor, spec: _C.StateSpec, place: str) -> Tensor | None:
-    """Make saved state fit the settings of the group that it is loaded into.
-
-    States take on the group's ``state_dtype`` if that is set, codes included. A master weight of
-    another kind is converted; one that was cast to another dtype (by ``torch.optim``) is dropped,
-    as is all that the settings have no use for. Returns the values that the parameter is to have
-    then, or None if it stays.
-
-    Raises ValueError, with ``place``, for masters and averages of another shape than the parameter,
-    and as ``take_codes``.
-    """
-    codes = take_codes(entries, param, spec, place)
-    values = _convert_numbers(entries, param, spec, place)
-    put_states(entries, codes, param, spec)
-    return values
-
-
-def _convert_numbers(
-    entries: State, param: Tensor, spec: _C.StateSpec, place: str
-) -> Tensor | None:
-    saved = {kind: entries.pop(name, None) for kind, name in _C.WEIGHTS_IN_STATE.items()}
-    if spec.state_dtype is None and not any(isinstance(entry, Tensor) for entry in saved.values()):
-        return None
-    for kind, entry in saved.items():
-        if isinstance(entry, Tensor) and entry.shape != param.shape:
-            raise ValueError(
-                f"{_C.WEIGHTS_IN_STATE[kind]} of {place} is of shape {tuple(entry.shape)} in the "
-                f"loaded state dict, but the parameter of shape {tuple(param.shape)}"
-            )
-    for name, entry in entries.items():
-        is_state = spec.state_dtype is not None and name != "step" and isinstance(entry, Tensor)
-        if is_state and entry.is_floating_point():
-            entries[name] = entry.to(spec.state_dtype)
-    weight = _saved_weight(saved, param)
-    values = None
-    for name, kind, dtype in spec.entries:
-        if kind == "average" and isinstance(saved["average"], Tensor):
-            entries[name] = saved["average"].to(dtype)
-        elif kind in MASTERS and (kept := _of(saved[kind], dtype)) is not None:
-            entries[name] = kept
-        elif kind == "master" and weight is not None:
-            entries[name] = values = weight
-        elif kind in REMAINDERS and weight is not None:
-            values, entries[name] = split(weight, dtype)
-    return values
-
-
-def _saved_weight(saved: dict[str, Any], param: Tensor) -> Tensor | None:
-    """The float32 weights that a saved master weight of any kind stands for, if there is one."""
-    weight = _of(saved["master"], torch.float32)
-    if weight is None and param.dtype == torch.bfloat16:
-        for kind, dtype in REMAINDERS.items():
-            remainder = _of(saved[kind], dtype)
-            if remainder is not None:
-                return join(param.detach(), remainder)
-    return weight
-
-
-def _of(entry: Any, dtype: torch.dtype) -> Tensor | None:
-    if isinstance(entry, Tensor) and dtype == OF_8_BITS and entry.is_floating_point():
-        entry = entry.to(dtype)  # torch.optim has cast it
-    return entry if isinstance(entry, Tensor) and entry.dtype == dtype else None

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._load_state_dict import check_groups
 from .._optimizer import FusedOptimizer
 from .._state import place_of
-from .._state_dict import _check_groups
 from .._steps import to_step
 from .._types import ParamGroup, State
 from ._drop_in import NO_UNCORRECTED, refuse
@@ -110,7 +110,7 @@ def convert(
     if missing:
         raise ValueError(f"{min(missing)} is missing: this is no state dict of an optimizer")
     saved_groups = state_dict["param_groups"]
-    _check_groups(optimizer.param_groups, saved_groups)
+    check_groups(optimizer.param_groups, saved_groups)
     state = dict(state_dict["state"])
     groups = []
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=True)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from support.optimizers import CASES, Case
-from support.tensors import params_of
+from support.tensors import BFLOAT16, FLOAT16, FLOAT32, draw, params_of, some_dtypes, values
 
 GROUP = 64
 # Shapes with groups along rows, along the flat tensor with a short last one, and with float32
@@ -28,6 +28,8 @@ each_coded_case = pytest.mark.parametrize("case", CODED_CASES.values(), ids=CODE
 few_coded_cases = pytest.mark.parametrize(
     "case", [CODED_CASES[name] for name in FEW_CODED], ids=FEW_CODED
 )
+CASE = Case("AdamW", {"lr": 0.01})
+each_narrow = some_dtypes(FLOAT32, BFLOAT16, FLOAT16)
 
 
 def of_q8(case: Case, params: Any, **more: Any) -> Any:
@@ -38,6 +40,18 @@ def one_step(optimizer: Any, grads: list[Tensor]) -> None:
     for param, grad in zip(params_of(optimizer), grads, strict=True):
         param.grad = grad
     optimizer.step()
+
+
+def grads_for(params: Any, seed: int) -> list[Tensor]:
+    return [values(*p.shape, dtype=p.dtype, seed=100 * seed + i) for i, p in enumerate(params)]
+
+
+def trained(case: Case, dtype: torch.dtype, steps: int = 3, **more: Any) -> Any:
+    params = draw(SHAPES, dtype=dtype)
+    optimizer = of_q8(case.suited_to(dtype), params, **more)
+    for step in range(steps):
+        one_step(optimizer, grads_for(params, step))
+    return optimizer
 
 
 def coded_names(entries: Any) -> list[str]:

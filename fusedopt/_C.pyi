@@ -42,7 +42,7 @@ class PendingStep:
 
 class StateSpec:
     entries: list[tuple[str, str, dtype]]
-    left_out: list[tuple[str, str, dtype]]
+    omissible: list[tuple[str, str, dtype]]
     unused: list[str]
     codes: dict[str, tuple[str, dtype, str]]
     wants_codes: bool

@@ -36,6 +36,9 @@ def _convert_numbers(
     if spec.state_dtype is None and not any(isinstance(entry, Tensor) for entry in saved.values()):
         return None
     for kind, entry in saved.items():
+        if isinstance(entry, Tensor) and REMAINDERS.get(kind) == OF_8_BITS:  # torch.optim casts it
+            what = f"{_C.WEIGHTS_IN_STATE[kind]} of {place}"
+            saved[kind] = _whole(entry, OF_8_BITS, what)
         if isinstance(entry, Tensor) and entry.shape != param.shape:
             raise ValueError(
                 f"{_C.WEIGHTS_IN_STATE[kind]} of {place} is of shape {tuple(entry.shape)} in the "
@@ -70,9 +73,18 @@ def _saved_weight(saved: dict[str, Any], param: Tensor) -> Tensor | None:
     return weight
 
 
+def _whole(entry: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """The integers that were cast to a floating-point dtype; ValueError if these are others."""
+    numbers = entry.to(dtype)
+    if entry.is_floating_point() and not torch.equal(numbers.to(entry.dtype), entry):
+        raise ValueError(
+            f"{what} is {entry.dtype} in the loaded state dict with numbers that are not those of "
+            f"{dtype}"
+        )
+    return numbers
+
+
 def _of(entry: Any, dtype: torch.dtype) -> Tensor | None:
-    if isinstance(entry, Tensor) and dtype == OF_8_BITS and entry.is_floating_point():
-        entry = entry.to(dtype)  # torch.optim has cast it
     return entry if isinstance(entry, Tensor) and entry.dtype == dtype else None
 
 
@@ -112,7 +124,7 @@ def _take_codes(entries: State, param: Tensor, spec: _C.StateSpec, place: str) -
                 f"{scale_name} of {place} was cast to float16, in which small scales are 0; "
                 "float32_states() of fusedopt.compat makes a state dict that others can take"
             )
-        found[name] = codes.to(dtype), scales.float()
+        found[name] = _whole(codes, dtype, f"{code_name} of {place}"), scales.float()
         is_open = spec.state_dtype is None and isinstance(plain, Tensor)
         if is_open and any(each == name for each, *_ in spec.entries):
             raise ValueError(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ._optimizer import FusedOptimizer
 
 AVERAGE = _C.WEIGHTS_IN_STATE["average"]
+UNKNOWN = -2  # a count of writes that no tensor has
 Result = TypeVar("Result")
 
 
@@ -54,6 +55,25 @@ class InitialAverages:
         elif made and earlier is not None:
             earlier._averages |= made
             earlier._count_writes(list(made))
+
+    def kept(self, optimizer: "FusedOptimizer") -> dict[Tensor, bool]:
+        """For a copy of the optimizer: their params, and whether they are outdated."""
+        return {param: self.is_outdated(optimizer, param) for param in self._averages}
+
+    @staticmethod
+    def restore(optimizer: "FusedOptimizer", kept: dict[Tensor, bool]) -> None:
+        """In a copy, whose tensors count their writes anew."""
+        found = {param: optimizer.state.get(param, {}).get(AVERAGE) for param in kept}
+        averages = {param: average for param, average in found.items() if average is not None}
+        if averages:
+            restored = optimizer._shared.initial_averages = InitialAverages(averages)
+            for param in averages:
+                if kept[param]:
+                    restored._writes[param] = UNKNOWN, count_writes(averages[param])
+
+    def count_swaps(self, params: list[Tensor]) -> None:
+        """These have been written to, and hold their own values again."""
+        self._count_writes([param for param in params if param in self._averages])
 
     def recognise(self, optimizer: "FusedOptimizer") -> None:
         """After a state dict has been loaded: it may hold copies of these averages."""

@@ -1,7 +1,7 @@
 """State dicts: torch's, loaded in linear time and without casts of the state."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from . import _C
 from ._convert import convert
 from ._state import Specs, place_of
 from ._steps import to_step
+from ._tensors import why_unreadable, why_unwritable
 from ._weights import REMAINDERS, STEPPED, with_remainder_as
 
 if TYPE_CHECKING:
@@ -25,12 +26,15 @@ COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
 
 def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:
     """What ``FusedOptimizer.load_state_dict`` documents."""
-    state_dict = state_dict.copy()
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"not the state dict of an optimizer, but {state_dict!r}")
+    state_dict = dict(state_dict)
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         result = pre_hook(optimizer, state_dict)
         if result is not None:
             state_dict = result
 
+    _check_form(state_dict)
     groups = optimizer.param_groups
     saved_groups = deepcopy(state_dict["param_groups"])
     check_groups(groups, saved_groups)
@@ -61,10 +65,14 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
         completed = optimizer._completed(saved)
         _C.check_group(optimizer._row, completed, index)
         for at, param in enumerate(group["params"]):
-            entries = state.get(param)
-            if isinstance(entries, dict):
+            if param in state:
+                entries, place = state[param], place_of(saved, index, at)
+                if not isinstance(entries, dict):
+                    raise TypeError(
+                        f"the state of {place} is {entries!r} in the loaded state dict, but must "
+                        "be a dict"
+                    )
                 _C.check_state(optimizer._row, entries, completed, index, at)
-                place = place_of(saved, index, at)
                 spec = specs.of(param, completed)
                 _check_entries(entries, spec, param, place)
                 values = convert(entries, param, spec, place)
@@ -73,6 +81,8 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
                 if entries.get("step") is not None:
                     entries["step"] = _checked_step(entries["step"], place)
                 if values is not None:
+                    if (why := why_unwritable(param)) is not None:
+                        raise ValueError(f"{place} is {why}")
                     new_values.append((param, values))
     with torch.no_grad():
         for param, values in new_values:
@@ -84,6 +94,24 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
 
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def _check_form(state_dict: Mapping[str, Any]) -> None:
+    for key in ("param_groups", "state"):
+        if key not in state_dict:
+            raise ValueError(f"not the state dict of an optimizer: it has no {key!r}")
+    saved_groups, state = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(state, Mapping):
+        raise TypeError(f"'state' of the loaded state dict is {state!r}, but must be a dict")
+    if not isinstance(saved_groups, (list, tuple)):
+        raise TypeError(
+            f"'param_groups' of the loaded state dict is {saved_groups!r}, but must be a list"
+        )
+    for index, group in enumerate(saved_groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(
+                f"param group {index} of the loaded state dict has no list of 'params'"
+            )
 
 
 def _laid_out_as(param: Tensor, value: Tensor) -> Tensor:
@@ -115,15 +143,8 @@ def _check_entries(entries: dict[str, Any], spec: _C.StateSpec, param: Tensor, p
 
 
 def _check_dense(name: str, entry: Tensor, param: Tensor, place: str) -> None:
-    if entry.layout != torch.strided:
-        raise TypeError(
-            f"{name} of {place} is sparse ({entry.layout}) in the loaded state dict, but must be "
-            "dense; call to_dense()"
-        )
-    if entry.is_meta and not param.is_meta:
-        raise TypeError(
-            f"{name} of {place} is on the meta device in the loaded state dict and has no values"
-        )
+    if not param.is_meta and (why := why_unreadable(entry)) is not None:
+        raise TypeError(f"{name} of {place} is, in the loaded state dict, {why}")
 
 
 def _check_state(name: str, entry: Tensor, spec: _C.StateSpec, param: Tensor, place: str) -> None:
@@ -144,8 +165,12 @@ def _check_numbers(
     name: str, entry: Any, dtype: torch.dtype | None, param: Tensor, place: str
 ) -> None:
     """What is of this dtype, or was cast to another one by torch.optim, has numbers to read."""
-    if not isinstance(entry, Tensor):
+    if entry is None:
         return
+    if not isinstance(entry, Tensor):
+        raise TypeError(
+            f"{name} of {place} is {entry!r} in the loaded state dict, but must be a tensor"
+        )
     _check_dense(name, entry, param, place)
     is_cast = entry.is_floating_point() or (param.is_complex() and entry.is_complex())
     if entry.dtype != dtype and not is_cast:
@@ -157,12 +182,18 @@ def _check_numbers(
 
 def _checked_step(step: Any, place: str) -> Tensor:
     """A step count as a step takes it; TypeError or ValueError for what it would refuse."""
+    what = f"step of {place} is {step!r} in the loaded state dict, but must be"
+    if isinstance(step, Tensor) and why_unreadable(step) is not None:
+        raise TypeError(f"{what} a number")
     is_one = not isinstance(step, Tensor) or step.numel() == 1
-    count = to_step(step if is_one else -1.0, torch.device("cpu"))
-    if not 0 <= (number := float(count)) < 9.2e18 or number % 1 != 0:
+    try:
+        count = to_step(step if is_one else -1.0, torch.device("cpu"))
+        number = float(count)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise TypeError(f"{what} a number") from None
+    if not 0 <= number < 9.2e18 or number % 1 != 0:
         raise ValueError(
-            f"step of {place} is {step!r} in the loaded state dict, but must be one whole number "
-            "that is not negative; round it"
+            f"{what} one whole number that is not negative{'; round it' if number % 1 else ''}"
         )
     return count
 
@@ -190,11 +221,11 @@ def _move(value: Any, param: Tensor, key: Any = None) -> Any:
     if key == "step":
         return value
     if isinstance(value, Tensor):
-        if value.is_meta and not param.is_meta:
+        if why_unreadable(value) is not None:
             return value  # refused where it is of use
-        return _laid_out_as(param, value.to(device=param.device))
+        return _laid_out_as(param, value.to(device=param.device).resolve_conj().resolve_neg())
     if isinstance(value, (dict, Mapping)):  # a dict is found out faster than other mappings
         return {name: _move(value[name], param, name) for name in value}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return type(value)(_move(entry, param) for entry in value)  # type: ignore[call-arg]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value)(_move(entry, param) for entry in value)
     return value

@@ -25,9 +25,9 @@ from ._ranks import compare_ranks
 from ._state import Specs, create_state, drop_unused, new_entry
 from ._state_dict import export_all_states
 from ._steps import step_device, to_step
-from ._tensors import bytes_of
+from ._tensors import bytes_of, memory_of, why_unreadable
 from ._types import NormGroup, ParamGroup, Params, State
-from ._weights import MASTERS, read_weight, swapped, write_weight
+from ._weights import MASTERS, check_written, read_weight, swapped, write_weight
 
 if TYPE_CHECKING:
     from ._step_in_backward import StepInBackward
@@ -357,8 +357,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         With ``master_weights="split8"`` these are the nearest of 24 bits.
         Averages stay as they are. Raises ValueError if number, shapes or complex numbers do not
-        fit, TypeError for what is no tensor, is sparse or on the meta device; nothing is changed
-        then.
+        fit, or parameters cannot be written to, TypeError for what is no tensor or has no values to
+        read (sparse tensors, those on the meta device); nothing is changed then.
         """
         self._refuse_swapped("load_fp32_params()")
         entries = [(param, group) for group in self.param_groups for param in group["params"]]
@@ -368,11 +368,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for index, ((param, _), weight) in enumerate(zip(entries, weights, strict=True)):
             if not isinstance(weight, Tensor):
                 raise TypeError(f"tensor {index} is {weight!r}")
-            if weight.is_meta or weight.layout != torch.strided:
-                raise TypeError(
-                    f"tensor {index} is {weight.layout} on {weight.device}, but must be strided "
-                    "and have memory"
-                )
+            if (why := why_unreadable(weight)) is not None:
+                raise TypeError(f"tensor {index} is {why}")
             if weight.is_complex() != param.is_complex():
                 raise ValueError(f"tensor {index} is {weight.dtype}, its parameter {param.dtype}")
             if weight.shape != param.shape:
@@ -382,9 +379,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
         specs = Specs(self)
         all_specs = [specs.of(param, group) for param, group in entries]  # it may refuse some
+        for (param, _), spec in zip(entries, all_specs, strict=True):
+            check_written(param, self.state.get(param, {}), spec, specs.place(param))
+        own = {memory_of(param) for param, _ in entries}
+        weights = [each.clone() if memory_of(each) in own else each for each in weights]
         for (param, _), weight, spec in zip(entries, weights, all_specs, strict=True):
             for name, kind, dtype in spec.entries:
-                if kind in MASTERS and name not in self.state.get(param, {}):
+                if kind in MASTERS and self.state.get(param, {}).get(name) is None:
                     self.state[param][name] = new_entry(name, kind, dtype, param, {}, spec)
             write_weight(param, weight, self.state.get(param, {}), spec)
 
@@ -414,32 +415,35 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Inside, the parameters of groups with ``ema_decay`` hold the average of their weights.
 
         For evaluation. Rounded to the parameters' dtype; afterwards they hold exactly what they
-        held before. Parameters that were never stepped stay as they are. Raises RuntimeError if
-        there is no average yet, or inside another ``swap_ema()``. FSDP2 does not notice that its
-        shards have changed, and may go on with what it has gathered before:
-        ``fusedopt.integrations.swap_ema(optimizer, model)`` has it gather anew.
+        held before. Parameters that were never stepped stay as they are, as do those whose weights
+        were loaded after steps with a learning rate of 0 alone, with which their averages will
+        begin. Raises RuntimeError if there is no average yet, or inside another ``swap_ema()``.
+        FSDP2 does not notice that its shards have changed, and may go on with what it has gathered
+        before: ``fusedopt.integrations.swap_ema(optimizer, model)`` has it gather anew.
         """
         self._refuse_swapped("swap_ema()")
         pairs = self._averages()
         if not pairs:
             raise RuntimeError("there is no average yet: set ema_decay and make a step")
+        initial = self._shared.initial_averages
+        if initial is not None:
+            pairs = [pair for pair in pairs if not initial.is_outdated(self, pair[0])]
         self._shared.is_swapped = True
         try:
             with swapped(pairs):
                 yield
         finally:
             self._shared.is_swapped = False
+            if initial is not None:
+                initial.count_swaps([param for param, _ in pairs])
 
     def _averages(self) -> list[tuple[Tensor, Tensor]]:
         """Params and the averages of their weights, where there are any."""
-        initial = self._shared.initial_averages
         return [
             (param, self.state[param][AVERAGE])
             for group in self.param_groups
             for param in group["params"]
-            if group.get("ema_decay") is not None
-            and AVERAGE in self.state.get(param, {})
-            and not (initial is not None and initial.is_outdated(self, param))
+            if group.get("ema_decay") is not None and AVERAGE in self.state.get(param, {})
         ]
 
     def _note_shards(self) -> None:
@@ -462,6 +466,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         state = super().__getstate__()
         if self._norm_processes is not None:
             state["_norm_processes"] = self._norm_processes
+        if self._shared.initial_averages is not None:
+            state["_initial_averages"] = self._shared.initial_averages.kept(self)
         return state
 
     @torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator, unused-ignore]
@@ -532,7 +538,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         }
 
     def __setstate__(self, state: State) -> None:
-        super().__setstate__(state)
+        kept = state.get("_initial_averages")
+        super().__setstate__({k: v for k, v in state.items() if k != "_initial_averages"})
+        if kept is not None:
+            InitialAverages.restore(self, kept)
         self._note_shards()
         is_fused = bool(self.defaults.get("fused"))
         self._step_supports_amp_scaling = is_fused or self._in_backward is not None

@@ -42,13 +42,14 @@ def _make_portable(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> N
                 state[key] = derived.added_to(state[key], group)
             entries = state.get(key)
             spec = specs.of(param, group) if entries else None
-            if spec is None or not spec.left_out:
+            if spec is None or not spec.omissible:
                 continue
-            in_use = [name for name, kind, _ in spec.entries if kind == "state"]
-            if all(has_state(name, entries, spec) for name in in_use):
+            omissible = {name for name, *_ in spec.omissible}
+            needed = [name for name, kind, _ in spec.entries if kind == "state"]
+            if all(has_state(name, entries, spec) or name in omissible for name in needed):
                 zeros = {
                     name: new_entry(name, kind, dtype, param.detach(), {}, spec)
-                    for name, kind, dtype in spec.left_out
+                    for name, kind, dtype in spec.omissible
                     if not has_state(name, entries, spec)
                 }
                 if zeros:

@@ -79,6 +79,8 @@ def step_in_backward(
     if not isinstance(optimizer, FusedOptimizer):
         name = type(optimizer).__name__
         raise TypeError(f"step_in_backward() is for optimizers of fusedopt, got {name}")
+    if not isinstance(bucket_bytes, int):
+        raise TypeError(f"bucket_bytes must be an int, got {bucket_bytes!r}")
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes}")
     if optimizer._in_backward is not None:
@@ -251,8 +253,13 @@ class StepInBackward:
 
     def _limit(self) -> float | None:
         """What to clip to. Raises ValueError where that is not to be had."""
-        groups = self._optimizer.param_groups
-        limits = {group.get("max_grad_norm") for group in groups}
+        optimizer = self._optimizer
+        limits = set()
+        for index, group in enumerate(optimizer.param_groups):
+            limit: Any = group.get("max_grad_norm")
+            if limit is not None:
+                _C.check_group(optimizer._row, group, index)  # of a step's own it is infinite
+            limits.add(None if limit is None else float(limit))
         if limits == {None}:
             return None
         if not self._clips:
@@ -264,8 +271,7 @@ class StepInBackward:
             raise ValueError(
                 "clip_by_previous_norm=True needs the same max_grad_norm in all param groups"
             )
-        limit: Any = limits.pop()
-        return float(limit)
+        return limits.pop()
 
     def _refuse_parts(self, params: list[Tensor]) -> None:
         """Raise if processes may have yet to bring grads together."""

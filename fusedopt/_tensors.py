@@ -61,6 +61,46 @@ def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return local(tensor.detach()).cpu().resolve_neg().contiguous()
 
 
+def why_unreadable(tensor: torch.Tensor) -> str | None:
+    """Why a tensor has no values of its own, worded to follow "... is"; None if it has them."""
+    try:
+        wrapping(type(tensor))
+    except TypeError as error:
+        return str(error)
+    own = local(tensor)
+    if own.layout != torch.strided:
+        return f"sparse ({own.layout}), but must be dense; call to_dense()"
+    if own.is_meta:
+        return "on the meta device and has no values"
+    if own.is_quantized:
+        return f"quantized ({own.dtype}); call dequantize()"
+    if is_emptied(own):
+        return "without memory: its storage has been emptied"
+    return None
+
+
+def why_unwritable(tensor: torch.Tensor) -> str | None:
+    """Why torch writes no values into a tensor, worded to follow "... is"; None if it does."""
+    own = local(tensor)
+    if own.is_inference() and not torch.is_inference_mode_enabled():
+        return "an inference tensor, which can only be written to in torch.inference_mode()"
+    if any(size > 1 and step == 0 for size, step in zip(own.shape, own.stride(), strict=True)):
+        return "expanded: several of its elements are in one place in memory; clone() it first"
+    return why_unreadable(tensor)
+
+
+def is_emptied(tensor: torch.Tensor) -> bool:
+    """Whether the memory of a dense tensor has been freed (FSDP1 does so with parameters)."""
+    if tensor.numel() == 0 or tensor._is_zerotensor():
+        return False
+    return tensor.untyped_storage().nbytes() == 0
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """The address of a dense tensor's storage, that of its shard for a DTensor."""
+    return local(tensor).untyped_storage().data_ptr()
+
+
 def bytes_of(tensor: torch.Tensor) -> int:
     """Of a tensor's elements; of a DTensor's shard; of a sparse tensor's indices and values."""
     own = local(tensor)
@@ -110,6 +150,8 @@ def hit_rows(grad: torch.Tensor, param: torch.Tensor) -> tuple[torch.Tensor, tor
         raise TypeError("a DTensor's, whose rows cannot be told")
     grad = grad.detach()
     if grad.layout == torch.strided:
+        if is_emptied(grad):
+            raise ValueError("without memory: its storage has been emptied")
         is_hit = grad != 0
         for _ in range(1, grad.dim()):
             is_hit = is_hit.any(dim=1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from ._tensors import local, on_cpu
+from ._tensors import local, on_cpu, why_unwritable
 from ._types import State
 
 
@@ -61,7 +61,7 @@ def with_remainder_as(dtype: torch.dtype, entries: State) -> State:
 def master_in(state: State, spec: _C.StateSpec) -> tuple[str, Tensor] | None:
     """The kind of master weight and the tensor that holds it, if the state has it."""
     for name, kind, _ in spec.entries:
-        if kind in MASTERS and name in state:
+        if kind in MASTERS and state.get(name) is not None:
             return kind, with_remainder_as(STEPPED, state)[name]
     return None
 
@@ -106,6 +106,27 @@ def are_rewritten(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
         at = [index for index, each in enumerate(found) if each.device == device]
         flags |= zip(at, torch.stack([found[index] for index in at]).tolist(), strict=True)
     return [flags[index] for index in range(len(pairs))]
+
+
+def check_written(param: Tensor, state: State, spec: _C.StateSpec, place: str) -> None:
+    """Raise if ``write_weight`` could not write a parameter, or the master in its state."""
+    targets = [(place, param)]
+    for name, kind, dtype in spec.entries:
+        entry = with_remainder_as(STEPPED, state).get(name) if kind in MASTERS else None
+        if entry is None:
+            continue
+        what = f"{name} of {place}"
+        if not isinstance(entry, Tensor):
+            raise TypeError(f"{what} is {entry!r}, but must be a tensor")
+        if entry.shape != param.shape or entry.dtype != dtype:
+            raise ValueError(
+                f"{what} is {entry.dtype} of shape {tuple(entry.shape)}, but must be {dtype} of "
+                f"{tuple(param.shape)}"
+            )
+        targets.append((what, entry))
+    for what, tensor in targets:
+        if (why := why_unwritable(tensor)) is not None:
+            raise ValueError(f"{what} is {why}")
 
 
 def write_weight(param: Tensor, weight: Tensor, state: State, spec: _C.StateSpec) -> None:

@@ -92,7 +92,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def("close", &fusedopt::PendingStep::close);
   py::class_<fusedopt::StateSpec>(m, "StateSpec")
       .def_readonly("entries", &fusedopt::StateSpec::entries)
-      .def_readonly("left_out", &fusedopt::StateSpec::left_out)
+      .def_readonly("omissible", &fusedopt::StateSpec::omissible)
       .def_readonly("unused", &fusedopt::StateSpec::unused)
       .def_readonly("codes", &fusedopt::StateSpec::codes)
       .def_readonly("wants_codes", &fusedopt::StateSpec::wants_codes)

@@ -20,8 +20,10 @@ std::string subject(const Operands& operands, int k) {
     throw py::type_error(what + "on the meta device and has no values; materialize it first");
   if (py::str(tensor.attr("layout")).cast<std::string>() != "torch.strided")
     throw py::type_error(what + "sparse (" + std::string(py::str(tensor.attr("layout"))) +
-                         "), but only dense tensors can be stepped; use a dense grad "
-                         "(sparse=False in nn.Embedding), or SparseAdam for sparse grads");
+                         "), but only dense tensors can be stepped" +
+                         (k == kGrad ? "; use a dense grad (sparse=False in nn.Embedding), or "
+                                       "SparseAdam for sparse grads"
+                                     : ""));
   throw py::type_error(what + "a " + std::string(py::repr(py::type::of(tensor))) +
                        " whose memory torch does not export");
 }

@@ -140,7 +140,12 @@ bool GroupReader::flag(const Key& key) const {
   const py::object value = find(key);
   if (!value) return false;
   const int truth = PyObject_IsTrue(value.ptr());
-  if (truth < 0) throw py::error_already_set();
+  if (truth < 0) {
+    PyErr_Clear();
+    throw py::type_error(std::string(key.name()) + " must be True or False, got " +
+                         std::string(py::repr(value)) + " (param group " + std::to_string(index_) +
+                         ")");
+  }
   return truth != 0;
 }
 

@@ -82,10 +82,8 @@ StateSpec state_spec(const OptimizerRow& row, GroupReader& reader, const py::obj
     list.append(py::make_tuple(name.str(), kind, dtype));
   };
   for (size_t s = 0; s < row.state_names.size(); ++s) {
-    if (contains(options.states, s))
-      add(spec.entries, row.state_names[s], "state", state_dtype);
-    else if (contains(row.omissible, s))
-      add(spec.left_out, row.state_names[s], "state", state_dtype);
+    if (contains(options.states, s)) add(spec.entries, row.state_names[s], "state", state_dtype);
+    if (contains(row.omissible, s)) add(spec.omissible, row.state_names[s], "state", state_dtype);
   }
   if (row.start_option)
     spec.starts[row.state_names[static_cast<size_t>(row.started_state)].str()] =

@@ -15,8 +15,9 @@ TensorView view_on_cpu(py::handle tensor, DType dtype, References& held) {
   if (!is_tensor(tensor.ptr()) || !read_tensor(tensor.ptr(), view, held) || !view.is_supported ||
       view.dtype != dtype || view.is_complex || view.device_type != kDlCpu ||
       !is_contiguous(view) || contents_of(view.memory, view) != Contents::kValues)
-    throw py::value_error("not a contiguous tensor on the CPU of the dtype that is needed: " +
-                          std::string(py::repr(tensor)));
+    throw py::value_error(
+        "not a contiguous tensor on the CPU of the dtype that is needed, but " +
+        (is_tensor(tensor.ptr()) ? describe(tensor.ptr()) : std::string(py::repr(tensor))));
   return view;
 }
 

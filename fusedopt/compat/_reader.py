@@ -69,7 +69,7 @@ def as_count(step: Any, what: str) -> int:
         raise ValueError(f"{what} is {step!r}, but must be one number")
     try:
         count = float(step)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise TypeError(f"{what} is {step!r}, but must be a number") from None
     if not 0 <= count < 2**63 or count % 1 != 0:
         raise ValueError(f"{what} is {step!r}, but must be a whole number that is not negative")

@@ -13,12 +13,12 @@ from .. import _C
 from .._optimizer import FusedOptimizer
 from .._state import Specs, drop_unused, new_entry, place_of
 from .._steps import step_device, to_step
-from .._tensors import local
+from .._tensors import local, why_unreadable
 from .._types import ParamGroup, Params, State
 from .._weights import join, split
 from ..adam import Adam
 from ._drop_in import NO_AMSGRAD, NO_UNCORRECTED, DropIn, put_rates_on_device, refuse
-from ._reader import SavedState, convert, group_count
+from ._reader import SavedState, as_count, convert, group_count
 
 MASTER, REMAINDER = _C.WEIGHTS_IN_STATE["master"], _C.WEIGHTS_IN_STATE["remainder"]
 SAME_DTYPES = "the moments have one dtype, torch.float32 or torch.bfloat16 for both"
@@ -213,11 +213,14 @@ class FusedAdam(DropIn, Adam):
         found_inf: Tensor | None,
         grad_norm: float | Tensor | None,
     ) -> list[tuple[int, int]] | None:
+        counts = [group.get("step", 0) for group in self.param_groups]
+        for index, count in enumerate(counts):
+            as_count(count, f"step of param group {index}")
         grads = decoupled_grads(self.param_groups) if self.use_decoupled_grad else nullcontext()
         with grads:
             changed = super()._run(grad_scale, found_inf, grad_norm)
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
+        for group, count in zip(self.param_groups, counts, strict=True):
+            group["step"] = count + 1
         if changed:
             drop_unused(self, changed)
             self._name_masters(changed)
@@ -252,7 +255,11 @@ class FusedAdam(DropIn, Adam):
 
     def _state_of(self, param: Tensor, name: str) -> Tensor:
         is_master = name == MASTER and param.dtype == torch.float32
-        state: Tensor = param.detach() if is_master else self.state[param][name]
+        if is_master:
+            return param.detach()
+        state = self.state.get(param, {}).get(name)
+        if not isinstance(state, Tensor):
+            raise ValueError(f"there is no {name!r} in the state of this tensor")
         return state
 
     def initialize_state(self, param: Tensor, store_param_remainders: bool | None = None) -> None:  # noqa: ARG002
@@ -286,10 +293,24 @@ class FusedAdam(DropIn, Adam):
         """Set one of the states of a parameter, which are made if there are none.
 
         ``master_param`` may be a float32 weight, or an int16 remainder to the bfloat16 parameter,
-        whichever the state has. ValueError if shape or dtype do not fit.
+        whichever the state has. TypeError for what is no tensor or has no values to read,
+        ValueError if shape or dtype do not fit; then nothing is changed.
         """
-        if not self.state.get(param):
+        if not isinstance(unscaled_state, Tensor):
+            raise TypeError(f"{state_name} must be a tensor, got {unscaled_state!r}")
+        if (why := why_unreadable(unscaled_state)) is not None:
+            raise TypeError(f"{state_name} is {why}")
+        before = self.state.get(param)
+        if not before:
             self.initialize_state(param)
+        try:
+            self._set_state(param, state_name, unscaled_state)
+        except BaseException:
+            if not before:
+                self.state.pop(param, None)
+            raise
+
+    def _set_state(self, param: Tensor, state_name: str, unscaled_state: Tensor) -> None:
         value, own = local(unscaled_state.detach()), local(param.detach())
         state = local(self._state_of(param, state_name))
         if value.shape != state.shape:

@@ -4,6 +4,7 @@ torch.distributed.checkpoint makes it with grads of zeros, on weights that are s
 """
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,12 +195,16 @@ def test_several_steps_set_up() -> None:
     assert all(a is b for a, b in zip(averages(optimizer), before, strict=True))
 
 
-def set_up_and_write(model: nn.Module, optimizer: Any) -> list[Tensor]:
-    """Returns the averages, which are of the weights before."""
-    state_dicts._init_optim_state(optimizer)
+def write(model: nn.Module) -> None:
     with torch.no_grad():
         for param in model.parameters():
             param.add_(1.0)
+
+
+def set_up_and_write(model: nn.Module, optimizer: Any) -> list[Tensor]:
+    """Returns the averages, which are of the weights before."""
+    state_dicts._init_optim_state(optimizer)
+    write(model)
     set_grads(optimizer, 1)
     return averages(optimizer)
 
@@ -233,11 +238,12 @@ def test_a_step_that_fails_leaves_the_averages() -> None:
 
 
 def test_evaluation_before_training_does_not_take_initial_averages() -> None:
-    """They are of weights that nobody has any more."""
+    """They are of weights that nobody has any more: averages will begin with those there are."""
     model, optimizer = model_with(0, SETTINGS["averages"])
     set_up_and_write(model, optimizer)
-    with pytest.raises(RuntimeError, match="no average yet"), optimizer.swap_ema():
-        pass
+    written = [param.detach().clone() for param in model.parameters()]
+    with optimizer.swap_ema():
+        assert all(map(torch.equal, model.parameters(), written))
     with torch.no_grad():
         averages(optimizer)[0].add_(2.0)  # loaded, say
     before = [param.detach().clone() for param in model.parameters()]
@@ -246,6 +252,45 @@ def test_evaluation_before_training_does_not_take_initial_averages() -> None:
     assert not torch.equal(shown[0], before[0])
     assert all(map(torch.equal, shown[1:], before[1:]))
     assert all(map(torch.equal, [param.detach() for param in model.parameters()], before))
+
+
+def test_averages_of_a_warm_up_step_can_be_shown_again_and_again() -> None:
+    """A warm-up from 0 begins with a step that trains nothing, and a swap is no write."""
+    model, optimizer = model_with(0, SETTINGS["averages"])
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(optimizer, 1)
+    before = [param.detach().clone() for param in model.parameters()]
+    for _ in range(2):
+        with optimizer.swap_ema():
+            assert all(map(torch.equal, model.parameters(), before))
+        initial = optimizer._shared.initial_averages
+        assert not any(initial.is_outdated(optimizer, param) for param in model.parameters())
+    with torch.no_grad():
+        for param in model.parameters():
+            param.clamp_(-9, 9)
+    with optimizer.swap_ema():
+        assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
+def test_copies_know_initial_averages(copied: str, is_written: bool) -> None:
+    """What is loaded after a copy, or was before it, is where averages begin."""
+    model, optimizer = model_with(0, SETTINGS["averages"])
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(optimizer, 1)
+    if is_written:
+        write(model)
+    both = (model, optimizer)
+    others = copy.deepcopy(both) if copied == "deepcopy" else pickle.loads(pickle.dumps(both))
+    found = []
+    for one, its_optimizer in (both, others):
+        if not is_written:
+            write(one)
+        its_optimizer.param_groups[0]["lr"] = 0.1
+        train(its_optimizer, 2)
+        found.append(averages(its_optimizer))
+    assert all(map(torch.equal, *found))
 
 
 def test_without_averages_nothing_is_remembered() -> None:

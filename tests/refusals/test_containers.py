@@ -292,7 +292,7 @@ def test_bad_counts_get_the_same_answer(name: str, step: Tensor, words: str) -> 
 def test_bad_numbers_are_refused_at_load(name: str, step: Any) -> None:
     optimizer = trained(name)
     saved, before = with_counts(optimizer, step), snapshot(optimizer)
-    with pytest.raises(ValueError, match=r"step of .*group 0, index 0.*whole number.*round it"):
+    with pytest.raises(ValueError, match=r"step of .*group 0, index 0.*whole number"):
         optimizer.load_state_dict(saved)
     assert snapshot(optimizer) == before
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _C
 from ._codes import Codes, decode, encode, shape_of_scales
+from ._tensors import why_unreadable
 from ._types import State
 from ._weights import MASTERS, OF_8_BITS, REMAINDERS, join, split
 
@@ -48,7 +49,7 @@ def _convert_numbers(
         is_state = spec.state_dtype is not None and name != "step" and isinstance(entry, Tensor)
         if is_state and entry.is_floating_point():
             entries[name] = entry.to(spec.state_dtype)
-    weight = _saved_weight(saved, param)
+    weight = _saved_weight(saved, param, place)
     values = None
     for name, kind, dtype in spec.entries:
         if kind == "average" and isinstance(saved["average"], Tensor):
@@ -62,13 +63,15 @@ def _convert_numbers(
     return values
 
 
-def _saved_weight(saved: dict[str, Any], param: Tensor) -> Tensor | None:
+def _saved_weight(saved: dict[str, Any], param: Tensor, place: str) -> Tensor | None:
     """The float32 weights that a saved master weight of any kind stands for, if there is one."""
     weight = _of(saved["master"], torch.float32)
     if weight is None and param.dtype == torch.bfloat16:
         for kind, dtype in REMAINDERS.items():
             remainder = _of(saved[kind], dtype)
             if remainder is not None:
+                if (why := why_unreadable(param)) is not None:
+                    raise ValueError(f"{place} is {why}")
                 return join(param.detach(), remainder)
     return weight
 

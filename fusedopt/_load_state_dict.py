@@ -193,7 +193,7 @@ def _checked_step(step: Any, place: str) -> Tensor:
         raise TypeError(f"{what} a number") from None
     if not 0 <= number < 9.2e18 or number % 1 != 0:
         raise ValueError(
-            f"{what} one whole number that is not negative{'; round it' if number % 1 else ''}"
+            f"{what} one whole number that is not negative{'; round it' if number % 1 > 0 else ''}"
         )
     return count
 

@@ -399,7 +399,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._forget(*MASTERS)
 
     def reset_ema(self) -> None:
-        """Forget the averages: the next step begins them with the weights, as a first step does."""
+        """Forget the averages: the next step begins them with the weights that it finds."""
         self._refuse_swapped("reset_ema()")
         self._forget("average")
 

@@ -5,9 +5,11 @@
 checkpoints of other optimizers). What an option needs that was switched on later is made.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -221,6 +223,113 @@ def test_load_refuses_what_has_no_numbers(
     saved = optimizer.state_dict()
     saved["state"] = {0: {**saved["state"][0], key: change(saved["state"][0][key])}}
     with refused(optimizer, TypeError, rf"^{key} of parameter 'weight'.*{pattern}"):
+        optimizer.load_state_dict(saved)
+
+
+NO_DICT: dict[str, Any] = {"nothing": None, "a number": 5, "a list": [1], "text": "abc"}
+
+
+@each_adam
+@pytest.mark.parametrize("entries", list(NO_DICT.values()), ids=list(NO_DICT))
+def test_load_refuses_a_state_that_is_no_dict(name: str, entries: Any) -> None:
+    optimizer, params = make(name)
+    step(optimizer, params)
+    saved = optimizer.state_dict()
+    saved["state"] = {**saved["state"], 1: entries}
+    with refused(optimizer, TypeError, "state of parameter 'middle'.*must be a dict"):
+        optimizer.load_state_dict(saved)
+
+
+NO_STATE_DICT: dict[str, tuple[Any, type[Exception], str]] = {
+    "nothing": (None, TypeError, "not the state dict of an optimizer, but None"),
+    "a list": ([1], TypeError, "not the state dict of an optimizer"),
+    "empty": ({}, ValueError, "it has no 'param_groups'"),
+    "no state": ({"param_groups": []}, ValueError, "it has no 'state'"),
+    "state": ({"param_groups": [], "state": []}, TypeError, "'state' .* must be a dict"),
+    "groups": ({"param_groups": 5, "state": {}}, TypeError, "'param_groups' .* must be a list"),
+    "a group": ({"param_groups": [{}], "state": {}}, ValueError, "group 0 .* no list of 'params'"),
+    "no group": ({"param_groups": [5], "state": {}}, ValueError, "group 0 .* no list of 'params'"),
+}
+
+
+@pytest.mark.parametrize(
+    ("saved", "error", "message"), list(NO_STATE_DICT.values()), ids=list(NO_STATE_DICT)
+)
+def test_load_refuses_what_is_no_state_dict(
+    saved: Any, error: type[Exception], message: str
+) -> None:
+    optimizer, params = make("AdamW")
+    step(optimizer, params)
+    with refused(optimizer, error, message):
+        optimizer.load_state_dict(saved)
+
+
+# Lists of numbers and arrays are no tensors, either.
+NO_TENSORS: dict[str, Any] = {"text": "x", "a list": [1.0], "a number": 5, "an array": np.ones(4)}
+
+
+@pytest.mark.parametrize("value", list(NO_TENSORS.values()), ids=list(NO_TENSORS))
+@pytest.mark.parametrize("key", ["exp_avg", "ema_param"])
+def test_load_refuses_what_is_no_tensor(key: str, value: Any) -> None:
+    optimizer, params = make("AdamW", ema_decay=0.9)
+    step(optimizer, params)
+    saved = optimizer.state_dict()
+    saved["state"] = {**saved["state"], 1: {**saved["state"][1], key: value}}
+    with refused(optimizer, TypeError, f"^{key} of parameter 'middle'.*must be a tensor"):
+        optimizer.load_state_dict(saved)
+
+
+def test_lazily_negated_states_are_made_real() -> None:
+    optimizer, params = make("AdamW")
+    step(optimizer, params)
+    saved = copy.deepcopy(optimizer.state_dict())
+    expected = saved["state"][1]["exp_avg"].clone()
+    saved["state"][1]["exp_avg"] = torch._neg_view(-expected)
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[params[1]]["exp_avg"], expected)
+    step(optimizer, params)
+
+
+NO_COUNT: dict[str, Any] = {
+    "meta": torch.ones((), device="meta"),
+    "sparse": torch.ones(1).to_sparse(),
+    "complex": torch.tensor(1j),
+    "huge": 10**400,
+    "text": "x",
+    "an array": np.array([3, 4]),
+}
+
+
+@pytest.mark.parametrize("count", list(NO_COUNT.values()), ids=list(NO_COUNT))
+def test_load_refuses_step_counts_by_name(count: Any) -> None:
+    optimizer, params = make("AdamW")
+    step(optimizer, params)
+    saved = optimizer.state_dict()
+    saved["state"] = {**saved["state"], 1: {**saved["state"][1], "step": count}}
+    with refused(optimizer, TypeError, r"(?s)step of parameter 'middle'.*must be a number"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("wrong", [300.0, -200.0, 1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"state_dtype": "q8"}, "exp_avg_q8"),
+        ({"state_dtype": "q8"}, "exp_avg_sq_q8"),
+        ({"master_weights": "split8"}, "param_remainder8"),
+    ],
+)
+def test_load_refuses_bytes_that_are_none(options: dict[str, Any], key: str, wrong: float) -> None:
+    """torch.optim casts integers to the dtype of their parameter: they are whole numbers there."""
+    param = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = fusedopt.AdamW([("weight", param)], **options)
+    step(optimizer, [param], 2)
+    saved = optimizer.state_dict()
+    numbers = saved["state"][0][key].float()
+    saved["state"] = {0: {**saved["state"][0], key: numbers}}
+    optimizer.load_state_dict(saved)
+    numbers[3, 3] = wrong
+    with refused(optimizer, ValueError, f"{key} of parameter 'weight'.*numbers that are not"):
         optimizer.load_state_dict(saved)
 
 

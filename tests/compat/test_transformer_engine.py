@@ -13,7 +13,7 @@ from fusedopt.compat.transformer_engine import FusedAdam, convert_state_dict
 from support.device import DEVICE
 from support.equality import assert_equal, bits
 from support.optimizers import train
-from support.snapshots import copy_params, record, snapshot, through_a_file
+from support.snapshots import copy_params, record, refused, snapshot, through_a_file
 from support.tensors import BFLOAT16, FLOAT16, FLOAT32, params_of, values
 
 SPLIT: dict[str, Any] = {"master_weights": True, "store_param_remainders": True}
@@ -416,6 +416,30 @@ def test_states_are_set_and_read_in_float32() -> None:
         with pytest.raises(ValueError, match=r"exp_avg .*(of shape|cannot be)"):
             optimizer.set_scaled_state(param, "exp_avg", wrong)
         assert snapshot(optimizer) == before
+
+
+@pytest.mark.parametrize("wrong", [None, torch.ones(2), torch.ones(9).to_sparse()], ids=str)
+def test_a_state_that_is_refused_is_not_made(wrong: Any) -> None:
+    (param,) = bfloat16_params(9)
+    optimizer = FusedAdam([param])
+    with refused(optimizer, (TypeError, ValueError), "exp_avg (is|must be)"):
+        optimizer.set_scaled_state(param, "exp_avg", wrong)
+    with refused(optimizer, ValueError, "no 'exp'"):
+        optimizer.set_scaled_state(param, "exp", torch.ones(9))
+    with refused(optimizer, ValueError, "no 'exp_avg'"):
+        optimizer.get_unscaled_state(torch.ones(3), "exp_avg")
+    optimizer.state_dict()
+
+
+@pytest.mark.parametrize("count", [None, "x", [1], -1, float("nan"), torch.ones(2)], ids=str)
+def test_a_groups_count_is_looked_at_before_the_step(count: Any) -> None:
+    optimizer = FusedAdam(bfloat16_params(9))
+    train(optimizer, steps=1)
+    optimizer.param_groups[0]["step"] = count
+    for param in params_of(optimizer):
+        param.grad = torch.ones_like(param)
+    with refused(optimizer, (TypeError, ValueError), "step of param group 0"):
+        optimizer.step()
 
 
 def test_an_initial_state_is_that_of_the_first_step() -> None:

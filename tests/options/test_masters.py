@@ -216,17 +216,99 @@ def test_wrong_weights(kind: str, dtype: torch.dtype, wrong: Any, stepped: bool)
         optimizer.load_fp32_params(wrong())
 
 
-@pytest.mark.parametrize("unreadable", ["sparse", "meta"])
-@each_kind
-def test_weights_that_cannot_be_read(kind: str, dtype: torch.dtype, unreadable: str) -> None:
-    params = [Parameter(values(size, dtype=dtype)) for size in (3, 4)]
-    optimizer = fusedopt.AdamW(params, master_weights=kind)
-    for param in params:
+def step_with_ones(optimizer: Any) -> None:
+    for param in params_of(optimizer):
         param.grad = torch.ones_like(param)
     optimizer.step()
-    four = torch.ones(4).to_sparse() if unreadable == "sparse" else torch.ones(4, device="meta")
-    with refused(optimizer, TypeError, "tensor 1 is torch"):
-        optimizer.load_fp32_params([torch.ones(3), four])
+
+
+def emptied(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def quantized(tensor: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(tensor.cpu(), 0.1, 0, torch.qint8)
+
+
+def written_in_inference(tensor: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return tensor.clone()
+
+
+UNREADABLE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "sparse": (lambda four: four.to_sparse(), "sparse"),
+    "meta": (lambda four: four.to("meta"), "on the meta device"),
+    "emptied": (emptied, "without memory"),
+    "quantized": (quantized, "quantized"),
+}
+UNWRITABLE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "emptied": (emptied, "without memory"),
+    "expanded": (lambda four: four[:1].clone().expand(4), "expanded"),
+    "inference": (written_in_inference, "inference tensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(("unreadable", "message"), **by_id(UNREADABLE))
+@each_kind
+def test_weights_that_cannot_be_read(
+    kind: str, dtype: torch.dtype, unreadable: Callable[[Tensor], Tensor], message: str
+) -> None:
+    params = [Parameter(values(size, dtype=dtype)) for size in (3, 4)]
+    optimizer = fusedopt.AdamW(params, master_weights=kind)
+    step_with_ones(optimizer)
+    with refused(optimizer, TypeError, f"tensor 1 is {message}"):
+        optimizer.load_fp32_params([torch.ones(3), unreadable(torch.ones(4))])
+
+
+@pytest.mark.parametrize(("unwritable", "message"), **by_id(UNWRITABLE))
+@each_kind
+def test_params_that_cannot_be_written(
+    kind: str, dtype: torch.dtype, unwritable: Callable[[Tensor], Tensor], message: str
+) -> None:
+    """By load_fp32_params, and by a state dict with other masters: nothing is, then."""
+    first, second = (values(size, dtype=dtype).detach() for size in (3, 4))
+    other_kind = "float32" if kind != "float32" else "split" if dtype == BFLOAT16 else None
+    copies = [Parameter(each.clone()) for each in (first, second)]
+    others = fusedopt.AdamW(copies, master_weights=other_kind)
+    step_with_ones(others)
+    other = Parameter(unwritable(second), requires_grad=False)
+    optimizer = fusedopt.AdamW([("first", Parameter(first)), ("second", other)],
+                               master_weights=kind)  # fmt: skip
+    before = first.clone()
+    loads = [lambda: optimizer.load_fp32_params([torch.ones(3), torch.ones(4)])]
+    if other_kind is not None:
+        loads.append(lambda: optimizer.load_state_dict(others.state_dict()))
+    for load in loads:
+        with pytest.raises(ValueError, match=f"'second' .*{message}"):
+            load()
+        assert torch.equal(first, before)
+        assert not optimizer.state
+
+
+def test_masters_that_cannot_be_written() -> None:
+    params = [Parameter(values(size, dtype=BFLOAT16)) for size in (3, 4)]
+    optimizer = fusedopt.AdamW(params, master_weights="split")
+    step_with_ones(optimizer)
+    state = optimizer.state[params[1]]
+    for wrong, error in (("x", TypeError), (torch.ones(5, dtype=torch.int16), ValueError),
+                         (torch.ones(4), ValueError)):  # fmt: skip
+        state["param_remainder"] = wrong
+        with pytest.raises(error, match=r"param_remainder of .*index 1"):
+            optimizer.load_fp32_params([torch.full((3,), 5.0), torch.ones(4)])
+        assert not (params[0] == 5.0).any()
+    state["param_remainder"] = None  # as a step takes it: there is none
+    assert torch.equal(optimizer.fp32_params()[1], params[1].detach().float())
+    optimizer.load_fp32_params([torch.ones(3), torch.full((4,), 1.001)])
+    assert torch.equal(optimizer.fp32_params()[1], torch.full_like(params[1], 1.001, dtype=FLOAT32))
+
+
+def test_params_themselves_can_be_loaded() -> None:
+    one, two = Parameter(torch.full((3,), 1.0)), Parameter(torch.full((3,), 2.0))
+    fusedopt.SGD([one, two]).load_fp32_params([two, one])
+    assert one[0] == 2.0
+    assert two[0] == 1.0
 
 
 @pytest.mark.parametrize("kind", ["split", "split8"])

@@ -216,3 +216,23 @@ def test_a_beta1_that_only_the_gpu_knows_keeps_it() -> None:
         assert ("exp_avg" in optimizer.state[param]) == isinstance(beta1, Tensor)
         found.append(param)
     assert_equal(*found)
+
+
+@each_without
+def test_what_rests_while_it_is_switched_on_is_saved_with_it(case: Case) -> None:
+    """Its next step makes one of zeros, and so do state dicts."""
+    params = [values(9), values(9, seed=1)]
+    optimizer = case.ours(params)
+    step_with(optimizer, [values(9, seed=2)] * 2)
+    optimizer.param_groups[0]["betas"] = (0.9, 0.99)
+    params[1].grad = None
+    params[0].grad = values(9, seed=3)
+    optimizer.step()
+    assert "exp_avg" not in optimizer.state[params[1]]
+    saved = optimizer.state_dict()
+    assert not saved["state"][1]["exp_avg"].any()
+    other = case.ours([param.detach().clone().requires_grad_() for param in params])
+    other.load_state_dict(copy.deepcopy(saved))
+    for each in (optimizer, other):
+        step_with(each, [values(9, seed=4)] * 2)
+    assert same_bits(record(optimizer), record(other))

@@ -411,6 +411,20 @@ def test_errors_of_a_step_come_out_of_the_backward() -> None:
         assert torch.equal(model.last.weight, before)
 
 
+@pytest.mark.parametrize("wrong", [0.0, -1.0, "1.0", float("nan"), [1.0]], ids=str)
+def test_a_bad_limit_is_refused_as_in_a_step(wrong: Any) -> None:
+    model = Net()
+    optimizer = fusedopt.SGD(model.parameters(), lr=0.01, max_grad_norm=1.0)
+    with fusedopt.step_in_backward(model, optimizer, bucket_bytes=1, clip_by_previous_norm=True):
+        model(batch(model, 0)).backward()
+        optimizer.step()
+        optimizer.param_groups[0]["max_grad_norm"] = wrong
+        before = [param.detach().clone() for param in model.parameters()]
+        with pytest.raises((ValueError, TypeError), match=r"max_grad_norm.*param group 0"):
+            model(batch(model, 0)).backward()
+        assert all(map(torch.equal, model.parameters(), before))
+
+
 def clipping(model: nn.Module, **options: Any) -> Any:
     return fusedopt.step_in_backward(
         model, fusedopt.AdamW(model.parameters(), max_grad_norm=1.0), **options
@@ -461,6 +475,15 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         ),
         ValueError,
         "bucket_bytes must be at least 1, got 0",
+    ),
+    "no number of bytes": (
+        lambda model: fusedopt.step_in_backward(
+            model,
+            fusedopt.SGD(model.parameters()),
+            bucket_bytes=1e9,  # type: ignore[arg-type]
+        ),
+        TypeError,
+        "bucket_bytes must be an int",
     ),
     "clipping": (clipping, ValueError, "max_grad_norm needs all grads before"),
     "two limits": (with_two_limits, ValueError, "needs the same max_grad_norm in all"),

@@ -192,6 +192,8 @@ TORCHS_KINDS: dict[str, tuple[str, Options, str]] = {
     "None momentum_decay": ("NAdam", {"momentum_decay": None}, "momentum_decay must be a .*None"),
     "list t0": ("ASGD", {"t0": [1]}, r"t0 must be a number.*\[1\]"),
     "text eta": ("Rprop", {"etas": (0.5, "x")}, r"etas\[1\] must be a number.*'x'"),
+    "two maximize": ("SGD", {"maximize": torch.ones(2)}, "maximize must be True or False.*tensor"),
+    "two amsgrad": ("AdamW", {"amsgrad": torch.ones(2)}, "amsgrad must be True or False.*tensor"),
 }
 TORCHS = {
     **{key: (name, options, ValueError, words + ".*" + re.escape(shown))

@@ -294,6 +294,12 @@ def test_ranges_are_torchs(option: str) -> None:
     assert bool((param == 1).all()) == (option == "lr")
 
 
+def emptied() -> Tensor:
+    grad = torch.ones(ROWS, 4)
+    grad.untyped_storage().resize_(0)
+    return grad
+
+
 def bad_grads() -> dict[str, tuple[Any, type[Exception], str]]:
     where = torch.tensor([[0, 1], [2, 3]])
     outside, twice = torch.tensor([[1, ROWS]]), torch.tensor([[5, 5]])
@@ -318,6 +324,7 @@ def bad_grads() -> dict[str, tuple[Any, type[Exception], str]]:
             ValueError,
             f"not in rising order, each of them once and from 0 to {ROWS - 1}",
         ),
+        "emptied": (emptied, ValueError, "without memory: its storage has been emptied"),
         "below": (
             lambda: torch.sparse_coo_tensor(
                 -outside, numbers, (ROWS, 4), check_invariants=False, is_coalesced=True

@@ -27,7 +27,8 @@ COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
 def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:
     """What ``FusedOptimizer.load_state_dict`` documents."""
     if not isinstance(state_dict, Mapping):
-        raise TypeError(f"not the state dict of an optimizer, but {state_dict!r}")
+        kind = type(state_dict).__name__
+        raise TypeError(f"the state dict of an optimizer must be a dict, got {kind}")
     state_dict = dict(state_dict)
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         result = pre_hook(optimizer, state_dict)
@@ -102,11 +103,11 @@ def _check_form(state_dict: Mapping[str, Any]) -> None:
             raise ValueError(f"not the state dict of an optimizer: it has no {key!r}")
     saved_groups, state = state_dict["param_groups"], state_dict["state"]
     if not isinstance(state, Mapping):
-        raise TypeError(f"'state' of the loaded state dict is {state!r}, but must be a dict")
+        kind = type(state).__name__
+        raise TypeError(f"'state' of the loaded state dict must be a dict, got {kind}")
     if not isinstance(saved_groups, (list, tuple)):
-        raise TypeError(
-            f"'param_groups' of the loaded state dict is {saved_groups!r}, but must be a list"
-        )
+        kind = type(saved_groups).__name__
+        raise TypeError(f"'param_groups' of the loaded state dict must be a list, got {kind}")
     for index, group in enumerate(saved_groups):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
             raise ValueError(

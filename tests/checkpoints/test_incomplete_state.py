@@ -241,12 +241,16 @@ def test_load_refuses_a_state_that_is_no_dict(name: str, entries: Any) -> None:
 
 
 NO_STATE_DICT: dict[str, tuple[Any, type[Exception], str]] = {
-    "nothing": (None, TypeError, "not the state dict of an optimizer, but None"),
-    "a list": ([1], TypeError, "not the state dict of an optimizer"),
+    "nothing": (None, TypeError, "must be a dict, got NoneType"),
+    "a list": ([1], TypeError, "must be a dict, got list"),
     "empty": ({}, ValueError, "it has no 'param_groups'"),
     "no state": ({"param_groups": []}, ValueError, "it has no 'state'"),
-    "state": ({"param_groups": [], "state": []}, TypeError, "'state' .* must be a dict"),
-    "groups": ({"param_groups": 5, "state": {}}, TypeError, "'param_groups' .* must be a list"),
+    "state": ({"param_groups": [], "state": []}, TypeError, "'state' .* must be a dict, got list"),
+    "groups": (
+        {"param_groups": 5, "state": {}},
+        TypeError,
+        "'param_groups' .* must be a list, got int",
+    ),
     "a group": ({"param_groups": [{}], "state": {}}, ValueError, "group 0 .* no list of 'params'"),
     "no group": ({"param_groups": [5], "state": {}}, ValueError, "group 0 .* no list of 'params'"),
 }

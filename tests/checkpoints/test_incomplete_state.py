@@ -249,7 +249,7 @@ NO_STATE_DICT: dict[str, tuple[Any, type[Exception], str]] = {
     "groups": (
         {"param_groups": 5, "state": {}},
         TypeError,
-        "'param_groups' .* must be a list, got int",
+        "must be a list, got int",
     ),
     "a group": ({"param_groups": [{}], "state": {}}, ValueError, "group 0 .* no list of 'params'"),
     "no group": ({"param_groups": [5], "state": {}}, ValueError, "group 0 .* no list of 'params'"),

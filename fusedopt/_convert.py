@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _C
 from ._codes import Codes, decode, encode, shape_of_scales
-from ._tensors import why_unreadable
+from ._tensors import local, why_unreadable
 from ._types import State
 from ._weights import MASTERS, OF_8_BITS, REMAINDERS, join, split
 
@@ -49,7 +49,10 @@ def _convert_numbers(
         is_state = spec.state_dtype is not None and name != "step" and isinstance(entry, Tensor)
         if is_state and entry.is_floating_point():
             entries[name] = entry.to(spec.state_dtype)
-    weight = _saved_weight(saved, param, place)
+    are_kept = [
+        _of(saved[kind], dtype) is not None for _, kind, dtype in spec.entries if kind in MASTERS
+    ]
+    weight = None if all(are_kept) else _saved_weight(saved, param, place)
     values = None
     for name, kind, dtype in spec.entries:
         if kind == "average" and isinstance(saved["average"], Tensor):
@@ -79,7 +82,10 @@ def _saved_weight(saved: dict[str, Any], param: Tensor, place: str) -> Tensor | 
 def _whole(entry: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     """The integers that were cast to a floating-point dtype; ValueError if these are others."""
     numbers = entry.to(dtype)
-    if entry.is_floating_point() and not torch.equal(numbers.to(entry.dtype), entry):
+    own = local(entry)  # another process may have nothing to compare with
+    if not own.is_floating_point() or own.is_meta:
+        return numbers
+    if not torch.equal(local(numbers).to(own.dtype), own):
         raise ValueError(
             f"{what} is {entry.dtype} in the loaded state dict with numbers that are not those of "
             f"{dtype}"
@@ -109,11 +115,6 @@ def _take_codes(entries: State, param: Tensor, spec: _C.StateSpec, place: str) -
         codes, scales = (entries.pop(each, None) for each in (code_name, scale_name))
         if codes is None or scales is None:
             continue  # both: a state with one of them has been refused
-        for each, entry in ((code_name, codes), (scale_name, scales)):
-            if not isinstance(entry, Tensor):
-                raise TypeError(
-                    f"{each} of {place} is {entry!r} in the loaded state dict, but must be a tensor"
-                )
         count = -(-param.numel() // _C.GROUP_OF_CODES)
         if codes.shape != param.shape or scales.numel() != count:
             raise ValueError(

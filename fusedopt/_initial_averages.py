@@ -58,7 +58,11 @@ class InitialAverages:
 
     def kept(self, optimizer: "FusedOptimizer") -> dict[Tensor, bool]:
         """For a copy of the optimizer: their params, and whether they are outdated."""
-        return {param: self.is_outdated(optimizer, param) for param in self._averages}
+        return {
+            param: self.is_outdated(optimizer, param)
+            for param in self._averages
+            if self._is_initial(optimizer, param)
+        }
 
     @staticmethod
     def restore(optimizer: "FusedOptimizer", kept: dict[Tensor, bool]) -> None:
@@ -73,7 +77,9 @@ class InitialAverages:
 
     def count_swaps(self, params: list[Tensor]) -> None:
         """These have been written to, and hold their own values again."""
-        self._count_writes([param for param in params if param in self._averages])
+        for param in params:
+            if param in self._writes:
+                self._writes[param] = count_writes(param), self._writes[param][1]
 
     def recognise(self, optimizer: "FusedOptimizer") -> None:
         """After a state dict has been loaded: it may hold copies of these averages."""
@@ -91,6 +97,9 @@ class InitialAverages:
         """
         params = [param for group in optimizer.param_groups for param in group["params"]]
         params = [param for param in params if param in self._averages]
+        loaded = [param for param in params if not self._is_initial(optimizer, param)]
+        params = [param for param in params if param not in set(loaded)]
+        self._forget(optimizer, loaded)
         trains = not trains_nothing(optimizer)
         dropped: list[tuple[State, Tensor]] = []
         before = _writes_to(params)
@@ -115,15 +124,18 @@ class InitialAverages:
 
     def is_outdated(self, optimizer: "FusedOptimizer", param: Tensor) -> bool:
         """Whether the param's average is one of these, and the param has been written to since."""
+        return self._is_initial(optimizer, param) and count_writes(param) != self._writes[param][0]
+
+    def _is_initial(self, optimizer: "FusedOptimizer", param: Tensor) -> bool:
+        """Whether the param's average is one of these still, and nobody has loaded another."""
         average = self._averages.get(param)
         if average is None or optimizer.state.get(param, {}).get(AVERAGE) is not average:
             return False
-        of_param, of_average = self._writes[param]
-        return count_writes(average) == of_average and count_writes(param) != of_param
+        return count_writes(average) == self._writes[param][1]
 
     def _forget(self, optimizer: "FusedOptimizer", params: list[Tensor]) -> None:
         for param in params:
-            del self._averages[param]
+            del self._averages[param], self._writes[param]
         if not self._averages:
             optimizer._shared.initial_averages = None
 

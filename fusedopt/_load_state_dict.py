@@ -1,7 +1,7 @@
 """State dicts: torch's, loaded in linear time and without casts of the state."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,7 @@ COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
 
 def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:
     """What ``FusedOptimizer.load_state_dict`` documents."""
-    if not isinstance(state_dict, Mapping):
-        kind = type(state_dict).__name__
-        raise TypeError(f"the state dict of an optimizer must be a dict, got {kind}")
+    _check_mapping(state_dict)
     state_dict = dict(state_dict)
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         result = pre_hook(optimizer, state_dict)
@@ -37,7 +35,7 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
 
     _check_form(state_dict)
     groups = optimizer.param_groups
-    saved_groups = deepcopy(state_dict["param_groups"])
+    saved_groups = deepcopy(list(state_dict["param_groups"]))
     check_groups(groups, saved_groups)
     params = dict(
         zip(
@@ -97,7 +95,14 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
         post_hook(optimizer)
 
 
-def _check_form(state_dict: Mapping[str, Any]) -> None:
+def _check_mapping(state_dict: Any) -> None:
+    if not isinstance(state_dict, Mapping):
+        kind = type(state_dict).__name__
+        raise TypeError(f"the state dict of an optimizer must be a dict, got {kind}")
+
+
+def _check_form(state_dict: Any) -> None:
+    _check_mapping(state_dict)
     for key in ("param_groups", "state"):
         if key not in state_dict:
             raise ValueError(f"not the state dict of an optimizer: it has no {key!r}")
@@ -109,7 +114,7 @@ def _check_form(state_dict: Mapping[str, Any]) -> None:
         kind = type(saved_groups).__name__
         raise TypeError(f"'param_groups' of the loaded state dict must be a list, got {kind}")
     for index, group in enumerate(saved_groups):
-        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), Collection):
             raise ValueError(
                 f"param group {index} of the loaded state dict has no list of 'params'"
             )
@@ -137,7 +142,9 @@ def _check_entries(entries: dict[str, Any], spec: _C.StateSpec, param: Tensor, p
             _check_dense(name, entry, param, place)
             _check_state(name, entry, spec, param, place)
     for kind, name in _C.WEIGHTS_IN_STATE.items():
-        _check_numbers(name, entries.get(name), REMAINDERS.get(kind), param, place)
+        # TransformerEngine's optimizer has its remainder under the name of a master, too.
+        dtype = STEPPED if kind == "master" else REMAINDERS.get(kind)
+        _check_numbers(name, entries.get(name), dtype, param, place)
     for code_name, dtype, scale_name in spec.codes.values():
         _check_numbers(code_name, entries.get(code_name), dtype, param, place)
         _check_numbers(scale_name, entries.get(scale_name), None, param, place)
@@ -183,19 +190,21 @@ def _check_numbers(
 
 def _checked_step(step: Any, place: str) -> Tensor:
     """A step count as a step takes it; TypeError or ValueError for what it would refuse."""
-    what = f"step of {place} is {step!r} in the loaded state dict, but must be"
+
+    def what() -> str:
+        return f"step of {place} is {step!r} in the loaded state dict, but must be"
+
     if isinstance(step, Tensor) and why_unreadable(step) is not None:
-        raise TypeError(f"{what} a number")
+        raise TypeError(f"{what()} a number")
     is_one = not isinstance(step, Tensor) or step.numel() == 1
     try:
         count = to_step(step if is_one else -1.0, torch.device("cpu"))
         number = float(count)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise TypeError(f"{what} a number") from None
+        raise TypeError(f"{what()} a number") from None
     if not 0 <= number < 9.2e18 or number % 1 != 0:
-        raise ValueError(
-            f"{what} one whole number that is not negative{'; round it' if number % 1 > 0 else ''}"
-        )
+        advice = "; round it" if number > 0 and number % 1 > 0 else ""
+        raise ValueError(f"{what()} one whole number that is not negative{advice}")
     return count
 
 

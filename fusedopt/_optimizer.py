@@ -22,7 +22,7 @@ from ._norms import (
 )
 from ._options import OWN_OPTIONS, name_state_dtype
 from ._ranks import compare_ranks
-from ._state import Specs, create_state, drop_unused, new_entry
+from ._state import Specs, create_state, drop_unused, new_entry, place_of
 from ._state_dict import export_all_states
 from ._steps import step_device, to_step
 from ._tensors import bytes_of, memory_of, why_unreadable
@@ -379,10 +379,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
         specs = Specs(self)
         all_specs = [specs.of(param, group) for param, group in entries]  # it may refuse some
-        for (param, _), spec in zip(entries, all_specs, strict=True):
-            check_written(param, self.state.get(param, {}), spec, specs.place(param))
-        own = {memory_of(param) for param, _ in entries}
-        weights = [each.clone() if memory_of(each) in own else each for each in weights]
+        places = [
+            place_of(group, at, index)
+            for at, group in enumerate(self.param_groups)
+            for index in range(len(group["params"]))
+        ]
+        written: set[int] = set()
+        for (param, _), spec, place in zip(entries, all_specs, places, strict=True):
+            targets = check_written(param, self.state.get(param, {}), spec, place)
+            written.update(map(memory_of, targets))
+        weights = [each.clone() if memory_of(each) in written else each for each in weights]
         for (param, _), weight, spec in zip(entries, weights, all_specs, strict=True):
             for name, kind, dtype in spec.entries:
                 if kind in MASTERS and self.state.get(param, {}).get(name) is None:
@@ -509,12 +515,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         - the time is linear in the number of parameters.
 
         Raises:
-            TypeError: a ``step`` is neither a number nor a tensor.
+            TypeError: what has to be a dict, a list, a tensor or a number is none, or a tensor has
+                no values that steps can use: integers, complex numbers of a real parameter, sparse
+                tensors, those on the meta device.
             ValueError: the groups differ in number or in length from this optimizer's, a
                 hyper-parameter is NaN or infinite or makes no sense, the state of a parameter is
-                incomplete or another optimizer's, or a ``step`` is not one whole number that is
-                not negative.
+                incomplete or another optimizer's or of another shape, a ``step`` is not one whole
+                number that is not negative, or a parameter cannot be written to that should be.
             RuntimeError: inside ``swap_ema()``.
+
+        Nothing is changed then.
         """
         self._refuse_swapped("load_state_dict()")
         load_state_dict(self, state_dict)

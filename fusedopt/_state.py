@@ -45,11 +45,13 @@ class Specs:
             try:
                 self._known[key] = _C.state_spec(self._row, group, param.dtype, self._is_strict)
             except ValueError as error:
-                raise ValueError(f"{error}, which {self.place(param)} is") from None
+                if not str(error).endswith(str(param.dtype)):
+                    raise
+                raise ValueError(f"{error}, which {self._place(param)} is") from None
             self._groups.append(group)
         return self._known[key]
 
-    def place(self, param: Tensor) -> str:
+    def _place(self, param: Tensor) -> str:
         for at, group in enumerate(self._optimizer.param_groups):
             for index, each in enumerate(group["params"]):
                 if each is param:

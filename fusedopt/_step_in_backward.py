@@ -1,6 +1,7 @@
 """Steps while the backward still runs, so that grads do not have to be kept till its end."""
 
 import math
+import operator
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -66,7 +67,7 @@ def step_in_backward(
         What accumulates over several backwards, knows the norm, and ends it all.
 
     Raises:
-        TypeError: the optimizer is not of this package.
+        TypeError: the optimizer is not of this package, or ``bucket_bytes`` no int.
         ValueError: ``bucket_bytes`` is below 1, no parameter is both the model's and the
             optimizer's, or grads would be stepped before they are what they are to be: of
             DistributedDataParallel, of FSDP1, of plain tensors in a program of several processes,
@@ -79,8 +80,10 @@ def step_in_backward(
     if not isinstance(optimizer, FusedOptimizer):
         name = type(optimizer).__name__
         raise TypeError(f"step_in_backward() is for optimizers of fusedopt, got {name}")
-    if not isinstance(bucket_bytes, int):
-        raise TypeError(f"bucket_bytes must be an int, got {bucket_bytes!r}")
+    try:
+        bucket_bytes = operator.index(bucket_bytes)
+    except TypeError:
+        raise TypeError(f"bucket_bytes must be an int, got {bucket_bytes!r}") from None
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes}")
     if optimizer._in_backward is not None:
@@ -253,13 +256,8 @@ class StepInBackward:
 
     def _limit(self) -> float | None:
         """What to clip to. Raises ValueError where that is not to be had."""
-        optimizer = self._optimizer
-        limits = set()
-        for index, group in enumerate(optimizer.param_groups):
-            limit: Any = group.get("max_grad_norm")
-            if limit is not None:
-                _C.check_group(optimizer._row, group, index)  # of a step's own it is infinite
-            limits.add(None if limit is None else float(limit))
+        groups = self._optimizer.param_groups
+        limits = {_limit_of(group, index) for index, group in enumerate(groups)}
         if limits == {None}:
             return None
         if not self._clips:
@@ -291,6 +289,28 @@ class StepInBackward:
                 "Use FSDP2 (fully_shard); or set grads_are_whole=True if no other process has a "
                 "part in them"
             )
+
+
+def _limit_of(group: ParamGroup, index: int) -> float | None:
+    """A group's ``max_grad_norm``; raises as a step with it would."""
+    limit: Any = group.get("max_grad_norm")
+    if limit is None:
+        return None
+    is_text = isinstance(limit, (str, bytes))
+    try:
+        number = None if is_text else float(limit)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = None
+    if number is None:
+        raise TypeError(
+            f"max_grad_norm must be a number or a tensor of one element, got {limit!r} "
+            f"(param group {index})"
+        )
+    if not number > 0:
+        raise ValueError(
+            f"max_grad_norm must be above 0, or None: {number:f} (param group {index})"
+        )
+    return number
 
 
 class _Part:

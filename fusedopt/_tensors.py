@@ -74,6 +74,8 @@ def why_unreadable(tensor: torch.Tensor) -> str | None:
         return "on the meta device and has no values"
     if own.is_quantized:
         return f"quantized ({own.dtype}); call dequantize()"
+    if own._is_zerotensor():
+        return "a tensor of zeros without memory; clone() it first"
     if is_emptied(own):
         return "without memory: its storage has been emptied"
     return None
@@ -98,7 +100,11 @@ def is_emptied(tensor: torch.Tensor) -> bool:
 
 def memory_of(tensor: torch.Tensor) -> int:
     """The address of a dense tensor's storage, that of its shard for a DTensor."""
-    return local(tensor).untyped_storage().data_ptr()
+    own = local(tensor)
+    name, is_method, _ = wrapping(type(own))
+    if name is not None and is_method:
+        own = getattr(own, name)()
+    return own.untyped_storage().data_ptr()
 
 
 def bytes_of(tensor: torch.Tensor) -> int:

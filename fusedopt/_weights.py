@@ -55,6 +55,8 @@ def with_remainder_as(dtype: torch.dtype, entries: State) -> State:
     remainder = entries.get(name) if isinstance(entries, Mapping) else None
     if not isinstance(remainder, Tensor) or {remainder.dtype, dtype} != {STEPPED, SAVED}:
         return entries
+    if remainder.layout != torch.strided:
+        return entries  # refused where it is of use
     return {**entries, name: remainder.view(dtype)}
 
 
@@ -108,8 +110,8 @@ def are_rewritten(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
     return [flags[index] for index in range(len(pairs))]
 
 
-def check_written(param: Tensor, state: State, spec: _C.StateSpec, place: str) -> None:
-    """Raise if ``write_weight`` could not write a parameter, or the master in its state."""
+def check_written(param: Tensor, state: State, spec: _C.StateSpec, place: str) -> list[Tensor]:
+    """What ``write_weight`` writes to: a parameter, and the master in its state; or raise."""
     targets = [(place, param)]
     for name, kind, dtype in spec.entries:
         entry = with_remainder_as(STEPPED, state).get(name) if kind in MASTERS else None
@@ -127,6 +129,7 @@ def check_written(param: Tensor, state: State, spec: _C.StateSpec, place: str) -
     for what, tensor in targets:
         if (why := why_unwritable(tensor)) is not None:
             raise ValueError(f"{what} is {why}")
+    return [tensor for _, tensor in targets]
 
 
 def write_weight(param: Tensor, weight: Tensor, state: State, spec: _C.StateSpec) -> None:

@@ -141,6 +141,10 @@ bool GroupReader::flag(const Key& key) const {
   if (!value) return false;
   const int truth = PyObject_IsTrue(value.ptr());
   if (truth < 0) {
+    const bool has_none = PyErr_ExceptionMatches(PyExc_RuntimeError) ||
+                          PyErr_ExceptionMatches(PyExc_ValueError) ||
+                          PyErr_ExceptionMatches(PyExc_TypeError);
+    if (!has_none) throw py::error_already_set();
     PyErr_Clear();
     throw py::type_error(std::string(key.name()) + " must be True or False, got " +
                          std::string(py::repr(value)) + " (param group " + std::to_string(index_) +

@@ -16,7 +16,7 @@ struct StateSpec {
   // unless `starts` says otherwise, "master", "remainder", "remainder8" and "average".
   pybind11::list entries;
   pybind11::list omissible;  // the same of states that other options leave out: zeros, if absent
-  pybind11::list unused;    // names of all that other options may have left in the state
+  pybind11::list unused;     // names of all that other options may have left in the state
   // Of states that can be codes: (name of the codes, their torch.dtype, name of the scales).
   pybind11::dict codes;
   bool wants_codes;               // where the param can have them

@@ -65,6 +65,8 @@ class SavedState:
 
 def as_count(step: Any, what: str) -> int:
     """A whole number of steps from a number or a tensor of one element."""
+    if isinstance(step, (str, bytes)):
+        raise TypeError(f"{what} is {step!r}, but must be a number")
     if isinstance(step, Tensor) and step.numel() != 1:
         raise ValueError(f"{what} is {step!r}, but must be one number")
     try:

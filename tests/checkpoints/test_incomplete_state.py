@@ -6,6 +6,7 @@ checkpoints of other optimizers). What an option needs that was switched on late
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -266,6 +267,17 @@ def test_load_refuses_what_is_no_state_dict(
     step(optimizer, params)
     with refused(optimizer, error, message):
         optimizer.load_state_dict(saved)
+
+
+def test_forms_that_state_dicts_may_have() -> None:
+    optimizer, params = make("AdamW")
+    step(optimizer, params)
+    saved = copy.deepcopy(optimizer.state_dict())
+    (group,) = saved["param_groups"]
+    saved["param_groups"] = (OrderedDict(group, params=range(len(params))),)
+    optimizer.load_state_dict(OrderedDict(saved))
+    optimizer.add_param_group({"params": [("late", Parameter(torch.ones(4)))]})
+    step(optimizer, params)
 
 
 # Lists of numbers and arrays are no tensors, either.

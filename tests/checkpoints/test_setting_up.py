@@ -293,6 +293,46 @@ def test_copies_know_initial_averages(copied: str, is_written: bool) -> None:
     assert all(map(torch.equal, *found))
 
 
+MEANWHILE: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda optimizer: optimizer,
+    "a swap": lambda optimizer: swap_once(optimizer),
+    "a copy": lambda optimizer: copy.deepcopy(optimizer),
+    "a second warm-up step": lambda optimizer: train(optimizer, 3) or optimizer,
+}
+
+
+def swap_once(optimizer: Any) -> Any:
+    with optimizer.swap_ema():
+        pass
+    return optimizer
+
+
+@pytest.mark.parametrize("meanwhile", **by_id(MEANWHILE))
+@pytest.mark.parametrize("how", ["in place", "state dict"])
+def test_loaded_averages_stay(how: str, meanwhile: Callable[[Any], Any]) -> None:
+    """They are no initial ones any more, whatever is done before the first step that trains."""
+    _, optimizer = model_with(0, SETTINGS["averages"])
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(optimizer, 1)
+    with torch.no_grad():
+        for average in averages(optimizer):
+            average.fill_(5.0)
+    if how == "state dict":
+        saved = copy.deepcopy(optimizer.state_dict())
+        _, optimizer = model_with(0, SETTINGS["averages"])
+        optimizer.param_groups[0]["lr"] = 0.0
+        train(optimizer, 1)
+        optimizer.load_state_dict(saved)
+    optimizer = meanwhile(optimizer)
+    with torch.no_grad():
+        for param in params_of(optimizer):
+            param.fill_(1.0)
+    optimizer.param_groups[0]["lr"] = 1e-6
+    train(optimizer, 2)
+    for average in averages(optimizer):
+        assert (average > 3.5).all()
+
+
 def test_without_averages_nothing_is_remembered() -> None:
     _, optimizer = model_with(0, {})
     optimizer.param_groups[0]["lr"] = 0.0

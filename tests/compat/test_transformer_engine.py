@@ -418,6 +418,19 @@ def test_states_are_set_and_read_in_float32() -> None:
         assert snapshot(optimizer) == before
 
 
+def test_a_state_as_it_is_can_be_loaded() -> None:
+    """The remainder has the name of a master, too."""
+    optimizer = FusedAdam(bfloat16_params(9), **SPLIT)
+    train(optimizer, steps=2)
+    (param,) = params_of(optimizer)
+    saved = {"state": {0: dict(optimizer.state[param])},
+             "param_groups": optimizer.state_dict()["param_groups"]}  # fmt: skip
+    before = record(optimizer)
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    after = record(optimizer)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 @pytest.mark.parametrize("wrong", [None, torch.ones(2), torch.ones(9).to_sparse()], ids=str)
 def test_a_state_that_is_refused_is_not_made(wrong: Any) -> None:
     (param,) = bfloat16_params(9)
@@ -431,7 +444,7 @@ def test_a_state_that_is_refused_is_not_made(wrong: Any) -> None:
     optimizer.state_dict()
 
 
-@pytest.mark.parametrize("count", [None, "x", [1], -1, float("nan"), torch.ones(2)], ids=str)
+@pytest.mark.parametrize("count", [None, "x", "3", [1], -1, float("nan"), torch.ones(2)], ids=str)
 def test_a_groups_count_is_looked_at_before_the_step(count: Any) -> None:
     optimizer = FusedAdam(bfloat16_params(9))
     train(optimizer, steps=1)

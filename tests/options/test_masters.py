@@ -309,6 +309,13 @@ def test_params_themselves_can_be_loaded() -> None:
     fusedopt.SGD([one, two]).load_fp32_params([two, one])
     assert one[0] == 2.0
     assert two[0] == 1.0
+    params = [Parameter(torch.full((3,), size, dtype=BFLOAT16)) for size in (1.0, 2.0)]
+    optimizer = fusedopt.AdamW(params, master_weights="float32")
+    step_with_ones(optimizer)
+    masters = [optimizer.state[param]["master_param"] for param in params]
+    expected = [masters[1].clone(), masters[0].clone()]
+    optimizer.load_fp32_params(reversed(masters))
+    assert all(map(torch.equal, optimizer.fp32_params(), expected))
 
 
 @pytest.mark.parametrize("kind", ["split", "split8"])

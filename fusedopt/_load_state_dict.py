@@ -14,6 +14,7 @@ from ._convert import convert
 from ._state import Specs, place_of
 from ._steps import to_step
 from ._tensors import why_unreadable, why_unwritable
+from ._types import ParamGroup
 from ._weights import REMAINDERS, STEPPED, with_remainder_as
 
 if TYPE_CHECKING:
@@ -53,14 +54,7 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
     new_values: list[tuple[Tensor, Tensor]] = []
     specs = Specs(optimizer)
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        saved["params"] = group["params"]
-        for key in ("param_names", "capturable", "decoupled_weight_decay"):  # torch saves not all
-            if key in group:
-                saved.setdefault(key, group[key])
-        for key in optimizer._own_options:
-            saved.pop(key, None)
-            if key in group:
-                saved[key] = group[key]
+        _complete(optimizer, group, saved)
         completed = optimizer._completed(saved)
         _C.check_group(optimizer._row, completed, index)
         for at, param in enumerate(group["params"]):
@@ -72,16 +66,8 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
                         "be a dict"
                     )
                 _C.check_state(optimizer._row, entries, completed, index, at)
-                spec = specs.of(param, completed)
-                _check_entries(entries, spec, param, place)
-                values = convert(entries, param, spec, place)
-                for name in spec.unused:
-                    entries.pop(name, None)
-                if entries.get("step") is not None:
-                    entries["step"] = _checked_step(entries["step"], place)
+                values = _fit(entries, param, specs.of(param, completed), place)
                 if values is not None:
-                    if (why := why_unwritable(param)) is not None:
-                        raise ValueError(f"{place} is {why}")
                     new_values.append((param, values))
     with torch.no_grad():
         for param, values in new_values:
@@ -118,6 +104,34 @@ def _check_form(state_dict: Any) -> None:
             raise ValueError(
                 f"param group {index} of the loaded state dict has no list of 'params'"
             )
+
+
+def _complete(optimizer: "FusedOptimizer", group: ParamGroup, saved: ParamGroup) -> None:
+    """Give a saved group the params, and what torch does not save or has no name for."""
+    saved["params"] = group["params"]
+    for key in ("param_names", "capturable", "decoupled_weight_decay"):  # torch saves not all
+        if key in group:
+            saved.setdefault(key, group[key])
+    for key in optimizer._own_options:
+        saved.pop(key, None)
+        if key in group:
+            saved[key] = group[key]
+
+
+def _fit(entries: dict[str, Any], param: Tensor, spec: _C.StateSpec, place: str) -> Tensor | None:
+    """Make the entries of a state what steps of a parameter need, or raise.
+
+    Returns the values that the parameter is to have then, or None if it stays.
+    """
+    _check_entries(entries, spec, param, place)
+    values = convert(entries, param, spec, place)
+    for name in spec.unused:
+        entries.pop(name, None)
+    if entries.get("step") is not None:
+        entries["step"] = _checked_step(entries["step"], place)
+    if values is not None and (why := why_unwritable(param)) is not None:
+        raise ValueError(f"{place} is {why}")
+    return values
 
 
 def _laid_out_as(param: Tensor, value: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Averages made before the weights were there, by a step that only sets an optimizer up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -95,11 +95,14 @@ class InitialAverages:
         They are there as before if the step is skipped or fails. Params that the optimizer does not
         have, as the rest of those that are stepped in the backward, are left for their own step.
         """
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        params = [param for param in params if param in self._averages]
-        loaded = [param for param in params if not self._is_initial(optimizer, param)]
-        params = [param for param in params if param not in set(loaded)]
-        self._forget(optimizer, loaded)
+        known = [
+            param
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if param in self._averages
+        ]
+        params = [param for param in known if self._is_initial(optimizer, param)]
+        self._forget(optimizer, set(known).difference(params))  # others have been loaded
         trains = not trains_nothing(optimizer)
         dropped: list[tuple[State, Tensor]] = []
         before = _writes_to(params)
@@ -133,7 +136,7 @@ class InitialAverages:
             return False
         return count_writes(average) == self._writes[param][1]
 
-    def _forget(self, optimizer: "FusedOptimizer", params: list[Tensor]) -> None:
+    def _forget(self, optimizer: "FusedOptimizer", params: Iterable[Tensor]) -> None:
         for param in params:
             del self._averages[param], self._writes[param]
         if not self._averages:

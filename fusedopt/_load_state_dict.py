@@ -13,7 +13,7 @@ from . import _C
 from ._convert import convert
 from ._state import Specs, place_of
 from ._steps import to_step
-from ._tensors import why_unreadable, why_unwritable
+from ._tensors import is_dtensor, why_unreadable, why_unwritable
 from ._types import ParamGroup
 from ._weights import REMAINDERS, STEPPED, with_remainder_as
 
@@ -109,7 +109,7 @@ def _check_form(state_dict: Any) -> None:
 def _complete(optimizer: "FusedOptimizer", group: ParamGroup, saved: ParamGroup) -> None:
     """Give a saved group the params, and what torch does not save or has no name for."""
     saved["params"] = group["params"]
-    for key in ("param_names", "capturable", "decoupled_weight_decay"):  # torch saves not all
+    for key in ("param_names", "capturable", "decoupled_weight_decay"):  # torch may lack them
         if key in group:
             saved.setdefault(key, group[key])
     for key in optimizer._own_options:
@@ -129,8 +129,11 @@ def _fit(entries: dict[str, Any], param: Tensor, spec: _C.StateSpec, place: str)
         entries.pop(name, None)
     if entries.get("step") is not None:
         entries["step"] = _checked_step(entries["step"], place)
-    if values is not None and (why := why_unwritable(param)) is not None:
-        raise ValueError(f"{place} is {why}")
+    if values is not None:
+        if is_dtensor(type(values)) != is_dtensor(type(param)):
+            raise TypeError(f"of the loaded master weight of {place} and it, one is a DTensor")
+        if (why := why_unwritable(param)) is not None:
+            raise ValueError(f"{place} is {why}")
     return values
 
 

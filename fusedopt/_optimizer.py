@@ -25,7 +25,7 @@ from ._ranks import compare_ranks
 from ._state import Specs, create_state, drop_unused, new_entry, place_of
 from ._state_dict import export_all_states
 from ._steps import step_device, to_step
-from ._tensors import bytes_of, memory_of, why_unreadable
+from ._tensors import bytes_of, is_dtensor, memory_of, why_unreadable
 from ._types import NormGroup, ParamGroup, Params, State
 from ._weights import MASTERS, check_written, read_weight, swapped, write_weight
 
@@ -358,7 +358,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         With ``master_weights="split8"`` these are the nearest of 24 bits.
         Averages stay as they are. Raises ValueError if number, shapes or complex numbers do not
         fit, or parameters cannot be written to, TypeError for what is no tensor or has no values to
-        read (sparse tensors, those on the meta device); nothing is changed then.
+        read (sparse tensors, those on the meta device), or where of a tensor and its parameter one
+        is a DTensor; nothing is changed then.
         """
         self._refuse_swapped("load_fp32_params()")
         entries = [(param, group) for group in self.param_groups for param in group["params"]]
@@ -370,6 +371,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"tensor {index} is {weight!r}")
             if (why := why_unreadable(weight)) is not None:
                 raise TypeError(f"tensor {index} is {why}")
+            if is_dtensor(type(weight)) != is_dtensor(type(param)):
+                raise TypeError(f"of tensor {index} and its parameter, one is a DTensor")
             if weight.is_complex() != param.is_complex():
                 raise ValueError(f"tensor {index} is {weight.dtype}, its parameter {param.dtype}")
             if weight.shape != param.shape:

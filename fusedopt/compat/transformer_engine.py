@@ -213,10 +213,10 @@ class FusedAdam(DropIn, Adam):
         found_inf: Tensor | None,
         grad_norm: float | Tensor | None,
     ) -> list[tuple[int, int]] | None:
-        counts = [
-            as_count(group.get("step", 0), f"step of param group {index}")
-            for index, group in enumerate(self.param_groups)
-        ]
+        counts = [group.get("step", 0) for group in self.param_groups]
+        for index, count in enumerate(counts):
+            if not _C.is_on_gpu(count):  # which nothing waits for
+                counts[index] = as_count(count, f"step of param group {index}")
         grads = decoupled_grads(self.param_groups) if self.use_decoupled_grad else nullcontext()
         with grads:
             changed = super()._run(grad_scale, found_inf, grad_norm)
@@ -301,16 +301,15 @@ class FusedAdam(DropIn, Adam):
             raise TypeError(f"{state_name} must be a tensor, got {unscaled_state!r}")
         if (why := why_unreadable(unscaled_state)) is not None:
             raise TypeError(f"{state_name} is {why}")
-        is_new = not self.state.get(param)
         before = self.state.get(param)
-        if is_new:
-            self.initialize_state(param)
+        if before:
+            return self._set_state(param, state_name, unscaled_state)
+        self.initialize_state(param)
         try:
             self._set_state(param, state_name, unscaled_state)
         except BaseException:
-            if is_new:
-                self.state.pop(param, None)
-            if is_new and before is not None:
+            del self.state[param]
+            if before is not None:
                 self.state[param] = before
             raise
 

@@ -23,7 +23,7 @@ from support.optimizers import (
     varied_cases,
 )
 from support.processes import run_ranks
-from support.snapshots import DERIVED
+from support.snapshots import DERIVED, refused
 from support.tensors import make_params, params_of, set_grads
 
 dist = pytest.importorskip("torch.distributed")
@@ -187,6 +187,33 @@ def python_calls(run: Any) -> int:
     finally:
         sys.setprofile(None)
     return calls
+
+
+@pytest.mark.parametrize("kind", [None, "float32", "split", "split8"])
+@pytest.mark.parametrize("is_sharded", [True, False], ids=["sharded", "plain"])
+def test_weights_of_the_other_kind_are_refused(is_sharded: bool, kind: Any, mesh: Any) -> None:
+    """And the parameters before them are not written, either."""
+    params = [torch.ones(4, 4, dtype=torch.bfloat16) for _ in range(2)]
+    weights = [torch.full((4, 4), 3.0) for _ in range(2)]
+    if is_sharded:
+        params = [params[0], shard(mesh, params[1])]
+    else:
+        weights = [weights[0], shard(mesh, weights[1])]
+    optimizer = fusedopt.AdamW([Parameter(param) for param in params], master_weights=kind)
+    with refused(optimizer, TypeError, "of tensor 1 and its parameter, one is a DTensor"):
+        optimizer.load_fp32_params(weights)
+    if kind in (None, "float32"):
+        return
+    # Masters of a checkpoint, of which parameters of this kind would be made.
+    twin = fusedopt.AdamW([Parameter(torch.ones(4, 4, dtype=torch.bfloat16)) for _ in range(2)],
+                          master_weights="float32")  # fmt: skip
+    train(twin, steps=1)
+    saved = twin.state_dict()
+    if not is_sharded:
+        state = saved["state"][1]
+        saved["state"][1] = {**state, "master_param": shard(mesh, state["master_param"])}
+    with refused(optimizer, TypeError, "master weight of .*index 1.* one is a DTensor"):
+        optimizer.load_state_dict(saved)
 
 
 # Without fingerprints, versions are counted by torch.

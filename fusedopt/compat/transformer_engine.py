@@ -215,8 +215,9 @@ class FusedAdam(DropIn, Adam):
     ) -> list[tuple[int, int]] | None:
         counts = [group.get("step", 0) for group in self.param_groups]
         for index, count in enumerate(counts):
-            if not _C.is_on_gpu(count):  # which nothing waits for
-                counts[index] = as_count(count, f"step of param group {index}")
+            if _C.is_on_gpu(count) and count.numel() == 1:
+                continue  # nothing waits for its value
+            counts[index] = as_count(count, f"step of param group {index}")
         grads = decoupled_grads(self.param_groups) if self.use_decoupled_grad else nullcontext()
         with grads:
             changed = super()._run(grad_scale, found_inf, grad_norm)

@@ -255,10 +255,10 @@ class StepInBackward:
         return torch.where(finite.any(), norm, before)
 
     def _limit(self) -> float | None:
-        """What to clip to. Raises ValueError where that is not to be had."""
+        """What to clip to, or None. Raises ValueError where that is not to be had."""
         groups = self._optimizer.param_groups
-        limits = {_limit_of(group, index) for index, group in enumerate(groups)}
-        if limits == {None}:
+        limits = {_C.max_grad_norm(group, index) for index, group in enumerate(groups)}
+        if limits == {0}:
             return None
         if not self._clips:
             raise ValueError(
@@ -289,28 +289,6 @@ class StepInBackward:
                 "Use FSDP2 (fully_shard); or set grads_are_whole=True if no other process has a "
                 "part in them"
             )
-
-
-def _limit_of(group: ParamGroup, index: int) -> float | None:
-    """A group's ``max_grad_norm``; raises as a step with it would."""
-    limit: Any = group.get("max_grad_norm")
-    if limit is None:
-        return None
-    is_text = isinstance(limit, (str, bytes))
-    try:
-        number = None if is_text else float(limit)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        number = None
-    if number is None:
-        raise TypeError(
-            f"max_grad_norm must be a number or a tensor of one element, got {limit!r} "
-            f"(param group {index})"
-        )
-    if not number > 0:
-        raise ValueError(
-            f"max_grad_norm must be above 0, or None: {number:f} (param group {index})"
-        )
-    return number
 
 
 class _Part:

@@ -47,6 +47,11 @@ void check_group(const std::string& optimizer, const py::dict& group, int64_t in
   fusedopt::read_hyper(fusedopt::find_optimizer(optimizer), reader);
 }
 
+double max_grad_norm(const py::dict& group, int64_t index) {
+  fusedopt::GroupReader reader(group.ptr(), index, /*leave_on_gpu=*/false);
+  return fusedopt::read_max_grad_norm(reader);
+}
+
 void check_state(const std::string& optimizer, const py::dict& state, const py::dict& group,
                  int64_t group_index, int64_t index) {
   const fusedopt::OptimizerRow& row = fusedopt::find_optimizer(optimizer);
@@ -104,6 +109,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("GRAD_STATUS") = fusedopt::GradNorm::status_fields();
   m.def("check_group", &check_group, py::arg("optimizer"), py::arg("group"), py::arg("index"),
         py::arg("is_construction") = false);
+  m.def("max_grad_norm", &max_grad_norm, py::arg("group"), py::arg("index"));
   m.def("check_state", &check_state, py::arg("optimizer"), py::arg("state"), py::arg("group"),
         py::arg("group_index"), py::arg("index"));
   m.def("state_spec", &state_spec, py::arg("optimizer"), py::arg("group"), py::arg("dtype"),

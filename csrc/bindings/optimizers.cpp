@@ -27,9 +27,7 @@ const Key kEmaDecay("ema_decay"), kEmaBiasCorrection("ema_bias_correction");
 
 // What a group adds to torch's options: all that is off has no effect.
 void read_additions(GroupReader& group, HyperParams& hyper) {
-  hyper.max_grad_norm = group.number_or(kMaxGradNorm, 0);
-  if (!(hyper.max_grad_norm > 0) && group.has(kMaxGradNorm))
-    group.fail("max_grad_norm must be above 0, or None: " + std::to_string(hyper.max_grad_norm));
+  hyper.max_grad_norm = read_max_grad_norm(group);
   hyper.ema_decay = group.number_or(kEmaDecay, -1);
   if (group.has(kEmaDecay)) {
     // A schedule may end at 1, where the average rests, and miss either end by rounding.
@@ -359,6 +357,13 @@ const OptimizerRow& find_optimizer(const std::string& name) {
 RuleChoice rule_for(const OptimizerRow& row, const HyperParams& hyper) {
   const bool is_cautious = hyper.cautious_update || hyper.cautious_weight_decay;
   return is_cautious ? row.cautious_rule.value() : row.rule;
+}
+
+double read_max_grad_norm(GroupReader& group) {
+  const double norm = group.number_or(kMaxGradNorm, 0);
+  if (!(norm > 0) && group.has(kMaxGradNorm))
+    group.fail("max_grad_norm must be above 0, or None: " + std::to_string(norm));
+  return norm;
 }
 
 cuda::HyperParamsRef read_hyper(const OptimizerRow& row, GroupReader& reader) {

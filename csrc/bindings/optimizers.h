@@ -56,6 +56,9 @@ const OptimizerRow& find_optimizer(const std::string& name);
 // Reads the options that the rule computes with.
 cuda::HyperParamsRef read_hyper(const OptimizerRow& row, GroupReader& reader);
 
+// What grads of the group are clipped to, or 0 if they are not.
+double read_max_grad_norm(GroupReader& group);
+
 // The rule of a group with these options.
 RuleChoice rule_for(const OptimizerRow& row, const HyperParams& hyper);
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lib import report
-from lib.baselines import BASELINES, Baseline, NotComparableError, verify_equivalent
+from lib.baselines import BASELINES, Baseline, NotComparableError, who_can_take_part
 from lib.cases import HYPER, WORKLOADS, Case, gpt, param_groups
 from lib.targets import HEADING, TARGETS
 from lib.timing import MIB, Candidate, fresh_grads, measure
@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     add("--dtype", nargs="+", choices=DTYPES, help="of params, grads and states; default: float32")
     add("--shapes", nargs="+", choices=["all", *WORKLOADS], metavar="NAME",
         help=f"default: all; the large ones on a GPU only ({', '.join(WORKLOADS)})")  # fmt: skip
-    add("--candidates", "--contenders", nargs="+", choices=["all", *BASELINES], metavar="NAME",
+    add("--candidates", nargs="+", choices=["all", *BASELINES], metavar="NAME",
         help=f"default: all ({', '.join(BASELINES)})")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="write a bar chart of the ratios (PNG)")
     add("--targets", action="store_true",
@@ -85,7 +85,7 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     if case.device.type == "cuda":
         torch.cuda.empty_cache()
     asked = [BASELINES[name] for name in args.candidates]
-    notes, skipped = verify_equivalent(asked, case.optimizer, case.dtype, case.device)
+    notes, skipped = who_can_take_part(asked, case.optimizer, case.dtype, case.device)
     free = report.available_memory(case.device) * 0.8
     shared = case.memory(len(notes), shared=False) > free
     needed = case.memory(len(notes), shared)
@@ -95,7 +95,7 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "tensors": case.workload.tensors, "groups": len(case.workload.groups),
         "elements": case.workload.elements, "bytes_per_element": case.bytes_per_element,
         "memory_mib": needed // MIB, "shared_params": shared,
-        "rounds": 0, "contenders": {}, "probes": {}, "skipped": skipped,
+        "rounds": 0, "candidates": {}, "probes": {}, "skipped": skipped,
     }  # fmt: skip
     if case.device.type == "cuda":
         # Repeated steps on little data read it from the GPU's cache, where training would not.

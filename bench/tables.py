@@ -63,7 +63,7 @@ def others_table(cases: list[Figures]) -> list[str]:
         model, many = (found.get((name, work)) for work in ("gpt2-124m", "many-1000x1000"))
         if model is None:
             continue
-        share = model["contenders"]["fusedopt"]["percent_of_multiply"]
+        share = model["candidates"]["fusedopt"]["percent_of_multiply"]
         ratios = (_digits(ratio(case, "torch-foreach")) for case in (model, many))
         rows.append([name, *ratios, f"{share:.0f} %"])
     heads = [
@@ -81,7 +81,7 @@ def gpu_step_table(cases: list[Figures]) -> list[str]:
         for kind in CUDA_COLUMNS:
             cell = _digits(value := ratio(found.get(kind), "torch-fused"))
             if value is not None:
-                share = found[kind]["contenders"]["fusedopt"]["gpu"]["percent_of_copy"]
+                share = found[kind]["candidates"]["fusedopt"]["gpu"]["percent_of_copy"]
                 cell += f" x, {share:.0f} %"
             row.append(cell)
         graphs = ratio(found.get(("AdamW", "float32")), "torch-graph/fusedopt-graph")
@@ -108,7 +108,7 @@ def training_table(content: Figures) -> list[str]:
     """One line for each comparison with torch that has a target."""
     rows = []
     for row, found in _with_target(content, against_torch=True):
-        mine, other = (row["contenders"][found[key]] for key in ("of", "against"))
+        mine, other = (row["candidates"][found[key]] for key in ("of", "against"))
         rows.append([
             row["title"], f"{mine['dtype']} `{mine['what']}`",
             f"torch, {other['dtype']} `{other['what']}`",
@@ -147,7 +147,7 @@ def gpu_training_table(content: Figures) -> list[str]:
     """How near each setting comes to a copy, and to torch for the same work."""
     rows = []
     for row in content["rows"]:
-        for name, mine in row.get("contenders", {}).items():
+        for name, mine in row.get("candidates", {}).items():
             about = [found for found in row["comparisons"] if found["of"] == name]
             times = [f"{c['value']['median']:.3g}" for c in about if c["against"] == "torch"]
             targets = [

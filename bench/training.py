@@ -22,7 +22,7 @@ import torch
 
 from lib import report
 from lib.cases import WORKLOADS, Workload
-from lib.configs import COMPARISONS, SHORT, Comparison, parameters, verify_equivalent
+from lib.configs import COMPARISONS, SHORT, Comparison, difference_between, parameters
 from lib.targets import HEADING
 from lib.timing import Candidate, background_load, fresh_grads, measure
 
@@ -61,7 +61,7 @@ def measure_row(row: Comparison, work: Workload, args: argparse.Namespace) -> di
             timed, args.device, STORED * work.elements, args, wall_only=waits, more=more
         )
     for config in row.configs:
-        figures["contenders"][config.name] |= {
+        figures["candidates"][config.name] |= {
             "what": config.what, "dtype": SHORT[config.dtype],
             "bytes_per_element": config.bytes_per_element,
         }  # fmt: skip
@@ -83,7 +83,7 @@ def run_row(name: str, row: Comparison, args: argparse.Namespace) -> dict[str, A
         torch.cuda.empty_cache()
     try:
         for config in row.configs[:-1] if row.is_alike else ():
-            if difference := verify_equivalent(config, row.configs[-1], args.device):
+            if difference := difference_between(config, row.configs[-1], args.device):
                 return result | {"failed": f"not the same update: {difference}"}
         return result | measure_row(row, work, args)
     except Exception as error:  # one row's fault must not cost the others

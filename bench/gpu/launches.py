@@ -131,8 +131,8 @@ def main() -> int:
             written = case.bytes_per_element * case.workload.elements - case.footprint
             rows.append(case.key | {"expected_read": case.footprint, "expected_written": written})
         else:
-            rows.append(case.key | {"contenders": count_case(case, args.candidates)})
-            if kind == ONE_LAUNCH and (ours := rows[-1]["contenders"].get("fusedopt")):
+            rows.append(case.key | {"candidates": count_case(case, args.candidates)})
+            if kind == ONE_LAUNCH and (ours := rows[-1]["candidates"].get("fusedopt")):
                 content["good"] = ours.get("kernels") == 1
                 print(f"  {'pass' if content['good'] else 'MISS'}  one launch of fusedopt")
         if args.json:  # before ncu's launches: a run cut short leaves the names of its marks

@@ -58,7 +58,7 @@ class Variant:
         self.run(report.ROOT, "bench/step.py", "--device", device, "--quick", *what,
                  "--json", str(result), PYTHONPATH=str(self.tree))  # fmt: skip
         for case in [] if self.error else json.loads(result.read_text())["cases"]:
-            if row := case["contenders"].get("fusedopt"):
+            if row := case["candidates"].get("fusedopt"):
                 ms = row.get("gpu", row)["ms"]["median"]
                 self.ms[f"{case['workload']} {case['dtype']}"].append(ms)
             else:

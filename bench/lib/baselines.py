@@ -191,7 +191,7 @@ def _difference(
     return f"NOT the same update: off by {error / update:.0%} of it"
 
 
-def verify_equivalent(
+def who_can_take_part(
     baselines: list[Baseline], optimizer: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[Baseline, str], dict[str, str]]:
     """Who can take part, with a note, and who cannot, with the reason: tried on a small tensor."""

@@ -151,7 +151,7 @@ def parameters(
     return every
 
 
-def verify_equivalent(one: Config, other: Config, device: torch.device) -> str:
+def difference_between(one: Config, other: Config, device: torch.device) -> str:
     """How two configs differ after three steps on little data, or nothing if rounding explains it.
 
     The grads grow and shrink from step to step: else a norm that is not clipped shows in nothing,

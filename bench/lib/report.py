@@ -222,16 +222,16 @@ def print_case(case: dict[str, Any]) -> None:
 def print_rows(title: str, case: dict[str, Any], more: str = "") -> None:
     size = f"{case['tensors']} tensors, {case['elements'] / 1e6:.2f} M elements"
     print(f"\n{title}: {size}{more}, {case['grads']} grads, {case['cache']} caches", flush=True)
-    if not case.get("contenders"):
+    if not case.get("candidates"):
         return
     probes = ", ".join(f"{name} {speed:.1f} GB/s" for name, speed in case["probes"].items())
     print(f"  {case['rounds']} rounds; in the same: {probes}")
     if case.get("may_sit_in_l2"):
         print(f"  the data may sit in the L2 cache ({case['l2_mib']} MiB)")
-    cells = {n: _cells(row, "may_sit_in_l2" in case) for n, row in case["contenders"].items()}
+    cells = {n: _cells(row, "may_sit_in_l2" in case) for n, row in case["candidates"].items()}
     heads = "".join(f"{head:>12}" for head in next(iter(cells.values())))
     print(f"  {'':15}{'ms':>10}{'(10 %..90 %)':>20}{heads}   time / {case['base']} (10 %..90 %)")
-    for name, row in case["contenders"].items():
+    for name, row in case["candidates"].items():
         ms, ratio = row["ms"], row["ratio"]
         around = f"({ms['p10']:.3f}..{ms['p90']:.3f})"
         ratios = "" if name == case["base"] else f" ({ratio['p10']:.2f}..{ratio['p90']:.2f})"
@@ -259,14 +259,14 @@ def _cells(row: dict[str, Any], on_gpu: bool) -> dict[str, str]:
 def draw(content: dict[str, Any], order: list[str], path: Path) -> None:
     """Bars of time / base's time; one panel for each optimizer and dtype."""
     pyplot, machine = load_pyplot(), content["machine"]
-    cases = [case for case in content["cases"] if case["contenders"]]
+    cases = [case for case in content["cases"] if case["candidates"]]
     kinds = list(dict.fromkeys(f"{case['optimizer']} {case['dtype']}" for case in cases))
-    names = [n for n in order if any(n in c["contenders"] and n != c["base"] for c in cases)]
+    names = [n for n in order if any(n in c["candidates"] and n != c["base"] for c in cases)]
     works = list(dict.fromkeys(case["workload"] for case in cases))
     size = (max(8.0, 2 + 0.4 * (len(names) + 1) * len(works)), 1.6 + 3.2 * len(kinds))
     figure, axes = pyplot.subplots(len(kinds), 1, figsize=size, squeeze=False, sharex=True)
     for axis, kind in zip(axes[:, 0], kinds, strict=True):
-        mine = {c["workload"]: c["contenders"] for c in cases if title_of(c).startswith(f"{kind} ")}
+        mine = {c["workload"]: c["candidates"] for c in cases if title_of(c).startswith(f"{kind} ")}
         _draw_panel(axis, mine, names, works)
         axis.set_title(kind, loc="left", fontweight="bold")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)

@@ -22,7 +22,7 @@ Figures = dict[str, Any]
 def ratio(case: Figures | None, name: str) -> float | None:
     """Time of a baseline, or of "one/other", over fusedopt's, or over the other's."""
     name, _, other = name.partition("/")
-    rows = (case or {}).get("contenders", {})
+    rows = (case or {}).get("candidates", {})
     if case is None or case.get("base") != "fusedopt" or not {name, other or name} <= rows.keys():
         return None
     below = rows[other]["ratio"]["median"] if other else 1.0
@@ -53,7 +53,7 @@ def ours(what: str, path: str, sign: str, bar: float) -> Target:
     """One of fusedopt's own figures, such as "host.us_per_tensor"."""
 
     def value(case: Figures) -> float | None:
-        found = case["contenders"]["fusedopt"]
+        found = case["candidates"]["fusedopt"]
         for name in path.split("."):
             found = found.get(name, {})
         return found or None
@@ -65,7 +65,7 @@ def times_on_gpu(name: str, bar: float) -> Target:
     """A ratio of times of the GPU alone, the host's left out."""
 
     def value(case: Figures) -> float | None:
-        found = (case["contenders"].get(name, {}).get("gpu") or {}).get("ratio")
+        found = (case["candidates"].get(name, {}).get("gpu") or {}).get("ratio")
         return found and float(found["median"])
 
     return Target(f"{name} / ours, GPU alone", value, ">=", bar)
@@ -93,7 +93,7 @@ class Targets:
         text, good, missing = [], True, Counter[str]()
         for key, targets in self.lines.items():
             case = found.get(key, {})
-            is_measured = "fusedopt" in case.get("contenders", ())
+            is_measured = "fusedopt" in case.get("candidates", ())
             values = [target.value(case) if is_measured else None for target in targets]
             missing[f"{key[0]:6} {key[1]:9}"] += all(value is None for value in values)
             for target, value in zip(targets, values, strict=True):

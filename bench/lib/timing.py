@@ -290,7 +290,7 @@ def measure(
     return named, {
         "rounds": len(probes[0].samples["wall"]),
         "base": base.name,
-        "contenders": {each.name: each.figures(base, *probes) for each in candidates},
+        "candidates": {each.name: each.figures(base, *probes) for each in candidates},
         "probes": {probe.name: probe.gb_per_s() for probe in probes},
     }
 

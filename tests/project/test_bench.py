@@ -79,14 +79,14 @@ def test_every_candidate_runs_once_a_round_and_not_always_after_the_same() -> No
 
 
 def test_another_update_is_seen() -> None:
-    from lib.baselines import BASELINES, Baseline, verify_equivalent
+    from lib.baselines import BASELINES, Baseline, who_can_take_part
 
     def without_decay(groups: list[dict[str, Any]], _: str) -> Any:
         return torch.optim.SGD(groups, momentum=0.8).step
 
     wrong, right = Baseline("wrong", without_decay), BASELINES["fusedopt"]
     elsewhere = BASELINES["torch-graph"]
-    notes, skipped = verify_equivalent([wrong, right, elsewhere], "SGD", torch.float32, CPU)
+    notes, skipped = who_can_take_part([wrong, right, elsewhere], "SGD", torch.float32, CPU)
     assert "NOT the same update" in notes[wrong]
     assert notes[right] == ""
     assert skipped == {"torch-graph": "runs on cuda only"}
@@ -94,9 +94,9 @@ def test_another_update_is_seen() -> None:
 
 @pytest.mark.parametrize(("options", "same"), [({"max_grad_norm": 1.0}, True), ({}, False)])
 def test_another_configuration_is_seen(options: dict[str, float], same: bool) -> None:
-    from lib.configs import ours, theirs, verify_equivalent
+    from lib.configs import difference_between, ours, theirs
 
-    assert (verify_equivalent(ours(**options), theirs(clip=1.0), CPU) == "") is same
+    assert (difference_between(ours(**options), theirs(clip=1.0), CPU) == "") is same
 
 
 def test_only_some_grads_are_unusual() -> None:
@@ -129,9 +129,9 @@ def test_targets_of_cases() -> None:
 
     def case(workload: str, fused: float) -> dict[str, Any]:
         rows = {"fusedopt": 1.0, "torch-fused": fused, "torch-foreach": 24.0}
-        contenders = {name: {"ratio": {"median": value}} for name, value in rows.items()}
+        candidates = {name: {"ratio": {"median": value}} for name, value in rows.items()}
         key = {"optimizer": "AdamW", "dtype": "float32", "workload": workload}
-        return key | {"base": "fusedopt", "contenders": contenders}
+        return key | {"base": "fusedopt", "candidates": candidates}
 
     cases = [case("many-1000x1000", 8.0), case("many-1000x64", 9.9)]
     lines, good = TARGETS["cpu"].compare(cases)
@@ -145,12 +145,12 @@ def test_targets_of_cases() -> None:
 def test_results_say_how_they_were_measured(tmp_path: Path) -> None:
     shapes = ("--quick", "--threads", "1", "--shapes", "many-1000x64")
     axes = ("--grads", "kept", "--cache", "cold")
-    contenders = ("--contenders", "fusedopt", "torch-fused")
+    candidates = ("--candidates", "fusedopt", "torch-fused")
     file = tmp_path / "step.json"
-    run_fork(ROOT / "bench/step.py", *shapes, *axes, *contenders, "--json", file)
+    run_fork(ROOT / "bench/step.py", *shapes, *axes, *candidates, "--json", file)
     (case,) = json.loads(file.read_text())["cases"]
     assert (case["grads"], case["cache"], case["rounds"]) == ("kept", "cold", 5)
-    assert list(case["contenders"]) == ["fusedopt", "torch-fused"]
+    assert list(case["candidates"]) == ["fusedopt", "torch-fused"]
 
 
 def test_all_that_a_gpu_run_starts_exists() -> None:

@@ -75,7 +75,7 @@ def test_sentences_about_the_cpu() -> None:
     cases = results("step-cpu")["cases"]
     fp32 = {c["workload"]: c for c in cases if (c["optimizer"], c["dtype"]) == ADAMW}
     large, groups, host = (
-        fp32[work]["contenders"] for work in ("one-64Mi", "groups-400x5000", "host-1000x1")
+        fp32[work]["candidates"] for work in ("one-64Mi", "groups-400x5000", "host-1000x1")
     )
     missed = [line.split()[1:4] for line in TARGETS["cpu"].compare(cases)[0] if "MISS" in line]
     assert Counter(work for *_, work in missed) == {
@@ -135,7 +135,7 @@ def test_sentences_about_the_demo() -> None:
 @pytest.mark.cpu_only
 def test_launches_and_traffic_on_the_gpu() -> None:
     content = results("launches-ncu-cuda")
-    rows = {row["workload"]: row["contenders"] for row in content["parts"]["launches"]["launches"]}
+    rows = {row["workload"]: row["candidates"] for row in content["parts"]["launches"]["launches"]}
 
     def kernels(work: str) -> list[int]:
         return [
@@ -166,14 +166,14 @@ def test_sentences_about_the_gpu() -> None:
     from lib.targets import TARGETS
 
     cases = gpu_cases()
-    rows = {(c["optimizer"], c["dtype"], c["workload"]): c["contenders"] for c in cases}
+    rows = {(c["optimizer"], c["dtype"], c["workload"]): c["candidates"] for c in cases}
 
     def host(work: str, unit: str) -> list[float]:
         row = rows["AdamW", "float32", work]
         return [row[name]["host"][unit] for name in ("fusedopt", "torch-fused")]
 
     def over_all(name: str) -> str:
-        us = [c["contenders"][name]["host"]["us"] for c in cases if c["workload"] == ONE_TENSOR]
+        us = [c["candidates"][name]["host"]["us"] for c in cases if c["workload"] == ONE_TENSOR]
         return f"{min(us):.0f} to {max(us):.0f}"
 
     one = host(ONE_TENSOR, "us")

@@ -25,15 +25,15 @@ constexpr int scale_of_state(int operand) { return kFirstScale + (operand - kFir
 // A number of writes that no tensor has.
 inline constexpr int64_t kNotCounted = -2;
 
-// What is kept of a parameter from one step to the next, beside its ParamUpdate.
+// What is known of a parameter beside its ParamUpdate.
 struct ParamCache {
   enum class StepType : uint8_t { kFloat32, kFloat64, kInt64 };
 
+  // Kept from one step to the next, and found out anew when a fingerprint has changed.
   uint64_t fingerprint = kNoFingerprint;  // of the param, its states and step together
   uint64_t grad_form = kNoFingerprint;    // of the grad
   int64_t grad_offset = 0;                // bytes from the grad's storage to its memory
   void* step = nullptr;  // the count, or for optimizers without one its stand-in on a GPU
-  double next_step = 0;
   // To a param with a float32 master, counted when the last step had been made.
   int64_t writes = kNotCounted;
   const void* checked_grad = nullptr;  // the grad's memory, when it was compared with all others'
@@ -42,12 +42,15 @@ struct ParamCache {
   bool counts_steps = false;
   StochasticRounding rounding = StochasticRounding::kNone;  // as its group has it
   uint8_t device = kIdle;     // as in ParamUpdate, whether there is a grad or not
-  bool is_complete = false;   // in this step, its state lacks nothing
-  bool is_first = false;      // its state is new
   bool is_fresh = false;      // its first state was created here, and not loaded
   bool recognizable = false;  // equal fingerprints mean that the update stands
   bool is_disjoint = false;   // what the update writes has been compared with all others'
   bool reads_others = false;  // the grad is memory of another parameter
+
+  // Of the step that is being made.
+  bool is_complete = false;  // its state lacks nothing
+  bool is_first = false;     // its state is new
+  double next_step = 0;      // the count after it
 };
 
 // The rows that an update is of, as Layout has them.

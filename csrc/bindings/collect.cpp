@@ -202,7 +202,8 @@ void Collector::check_param(StepContext& context, const Group& group, Operands& 
     const bool is_moved =
         update.data[kParam] != param_before || update.data[kMaster] != master_before;
     if (is_moved) cache.writes = kNotCounted;  // until a step has been made
-    if (count_writes(operands.tensors[kParam], held_) != cache.writes)
+    const int64_t writes = count_writes(operands.tensors[kParam], held_);
+    if (writes < 0 || writes != cache.writes)
       context.maybe_written.append(py::make_tuple(id.group_index, id.index));
   }
   if (!context.is_second) {
@@ -227,7 +228,7 @@ void Collector::check_param(StepContext& context, const Group& group, Operands& 
 // rule, so following the dict's order saves hashing (a Python call).
 void Collector::find_state_dict(const Group& group, StateWalk& walk, bool is_active,
                                 Operands& operands) const {
-  if (!group.options.has_state) return;
+  if (!group.options.has_state && walk.is_plain && PyDict_GET_SIZE(walk.state) == 0) return;
   PyObject* const param = operands.tensors[kParam];
   py::object state;
   if (!walk.is_plain) {

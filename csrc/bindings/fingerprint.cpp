@@ -91,7 +91,7 @@ bool increment_version(PyObject* tensor) {
 
 int64_t find_version(PyObject* tensor) {
   const std::atomic<uint32_t>* const version = version_of(tensor);
-  return version != nullptr ? version->load(std::memory_order_relaxed) : -1;
+  return version != nullptr ? int64_t{version->load(std::memory_order_relaxed)} : -1;
 }
 
 uint64_t form_fingerprint(PyObject* tensor) {

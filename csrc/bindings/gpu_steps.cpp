@@ -18,11 +18,17 @@ void for_each_gpu(const StepContext& context, const Visit& visit) {
 }  // namespace
 
 bool Gpus::is_captured(const StepContext& context) {
-  bool is_captured = false;
+  bool is_captured = false, are_all = true;
   for_each_gpu(context, [&](int gpu) {
-    is_captured = is_captured || cuda::is_capturing(gpu, current_stream(gpu));
+    const bool is_this = cuda::is_capturing(gpu, current_stream(gpu));
+    is_captured = is_captured || is_this;
+    are_all = are_all && is_this;
   });
   if (!is_captured) return false;
+  if (!are_all)
+    throw std::runtime_error(
+        "step() is captured into a CUDA graph on some of its GPUs only; let the current streams of "
+        "the others wait for the one that is captured (Stream.wait_stream) first");
   for (size_t g = 0; g < context.groups.size(); ++g) {
     if (!context.groups[g].options.capturable)
       throw std::runtime_error(

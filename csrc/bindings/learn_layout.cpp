@@ -1,7 +1,3 @@
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdlib>
@@ -10,6 +6,10 @@
 #include <initializer_list>
 #include <string>
 #include <vector>
+
+#if defined(__GLIBC__)  // which the headers above define
+#include <malloc.h>
+#endif
 
 #include "bindings/fingerprint.h"
 #include "bindings/torch_layout.h"

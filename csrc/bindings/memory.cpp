@@ -5,11 +5,14 @@
 #include <unordered_map>
 
 #include "bindings/fingerprint.h"
+#include "bindings/options.h"
 
 namespace py = pybind11;
 
 namespace fusedopt {
 namespace {
+
+const Key kMesh("mesh"), kPlacements("placements");
 
 // How to get from a tensor of some type to what it wraps.
 struct Wrapping {
@@ -103,13 +106,11 @@ Shard find_shard(PyObject* tensor, References& held) {
 bool are_alike(PyObject* spec, PyObject* other) {
   if (spec == other) return true;
   if (spec == nullptr || other == nullptr) return false;
-  static PyObject* const mesh = PyUnicode_InternFromString("mesh");
-  static PyObject* const placements = PyUnicode_InternFromString("placements");
-  const auto read = [](PyObject* from, PyObject* name) {
-    return py::object(py::handle(from).attr(py::handle(name)));
+  const auto read = [](PyObject* from, const Key& name) {
+    return py::object(py::handle(from).attr(py::handle(name.object())));
   };
-  return read(spec, mesh).is(read(other, mesh)) &&
-         read(spec, placements).equal(read(other, placements));
+  return read(spec, kMesh).is(read(other, kMesh)) &&
+         read(spec, kPlacements).equal(read(other, kPlacements));
 }
 
 Contents contents_of(PyObject* memory, const TensorView& view) {

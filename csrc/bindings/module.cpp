@@ -79,6 +79,7 @@ bool is_on_gpu(const py::object& tensor) {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   fusedopt::connect_to_torch();
   fusedopt::learn_layout();
+  fusedopt::all_optimizers();  // made here, where no other thread waits for it
   py::class_<fusedopt::Plan>(m, "Plan")
       .def(py::init<const std::string&, const std::string&, int64_t>(), py::arg("optimizer"),
            py::arg("isa"), py::arg("chunk_elements") = 0)

@@ -43,7 +43,7 @@ void read_additions(GroupReader& group, HyperParams& hyper) {
   const double seed = group.number_or(kRoundingSeed, 0);
   group.require(seed >= 0 && seed <= UINT32_MAX && seed == std::floor(seed),
                 "rounding_seed must be a whole number from 0 to 2**32 - 1", seed);
-  hyper.rounding_seed = static_cast<uint32_t>(seed);
+  hyper.rounding_seed = seed >= 0 && seed <= UINT32_MAX ? static_cast<uint32_t>(seed) : 0;
   group.check_precision();
 }
 

@@ -61,7 +61,10 @@ PyCFunction method_of(const py::object& type, const char* name) {
   const py::object method = type.attr(name);
   if (!PyObject_TypeCheck(method.ptr(), &PyMethodDescr_Type))
     throw std::runtime_error(std::string("torch's Tensor.") + name + " is not a C method");
-  return reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method->ml_meth;
+  const PyMethodDef& found = *reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method;
+  if ((found.ml_flags & METH_NOARGS) == 0)
+    throw std::runtime_error(std::string("torch's Tensor.") + name + " takes arguments");
+  return found.ml_meth;
 }
 
 PyObject* keep(py::object object) { return object.release().ptr(); }
@@ -74,6 +77,7 @@ bool call_flag(PyCFunction method, PyObject* tensor) {
 
 bool read_dtype(DLDataType dtype, TensorView& view) {
   view.is_complex = dtype.code == kDlComplex;
+  view.dtype = DType::kAbsent;
   view.is_int64 = dtype.code == kDlInt && dtype.bits == 64 && dtype.lanes == 1;
   const int bits = view.is_complex ? dtype.bits / 2 : dtype.bits;
   if (dtype.lanes != 1) return false;
@@ -322,7 +326,8 @@ int64_t count_elements(const TensorView& view) {
 int64_t count_writes(PyObject* tensor, References& held) {
   if (!has_versions()) return py::handle(g_torch.count_writes)(py::handle(tensor)).cast<int64_t>();
   PyObject* const inner = is_plain(tensor) ? tensor : unwrap(tensor, held);
-  return find_version(tensor) + (inner != tensor ? find_version(inner) : 0);
+  const int64_t own = find_version(tensor), of_inner = inner != tensor ? find_version(inner) : 0;
+  return own < 0 || of_inner < 0 ? -1 : own + of_inner;
 }
 
 void increment_versions(PyObject* list_of_tensors) {

@@ -56,6 +56,7 @@ inline bool has_distinct_elements(const Region& region) {
   std::sort(dims.begin(), dims.end());
   int64_t inner = 1;  // extent of the dims with smaller strides
   for (const auto& [stride, size] : dims) {
+    if (size == 1) continue;  // its stride says nothing
     if (stride < inner) return false;
     inner += (size - 1) * stride;
   }

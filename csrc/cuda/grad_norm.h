@@ -53,7 +53,9 @@ FUSEDOPT_HD int64_t find_grad(const Layout& layout, int64_t element, bool is_sma
   for (int d = layout.num_dims - 1; d >= 0; --d) {
     const Dim* const dim = layout.dims + d;
     const int64_t size = load_item(&dim->size);
-    const int64_t outer = divide(element, size, is_small);
+    // All that is left is along the outermost dim, which is longer than the walk if that is of
+    // rows.
+    const int64_t outer = d == 0 ? 0 : divide(element, size, is_small);
     at += (element - outer * size) * load_item(dim->strides + kGrad);
     element = outer;
   }

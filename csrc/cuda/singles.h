@@ -57,7 +57,9 @@ class Singles {
     for (int d = layout.num_dims - 1; d >= 0; --d) {
       const Dim* const dim = layout.dims + d;
       const int64_t size = load_item(&dim->size);
-      const int64_t outer = divide(left, size, is_small);
+      // All that is left is along the outermost dim, which is longer than the walk if that is of
+      // rows.
+      const int64_t outer = d == 0 ? 0 : divide(left, size, is_small);
       const int64_t index = left - outer * size;
       const int64_t row = d == 0 && layout.rows != nullptr ? load_item(layout.rows + index) : index;
 #pragma unroll

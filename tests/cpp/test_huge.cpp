@@ -3,8 +3,10 @@
 #include "check.h"
 #include "problem.h"
 
+#include "cuda/grad_norm.h"
 #include "cuda/grid.h"
 #include "cuda/runtime.h"
+#include "cuda/update.h"
 
 #include <sys/mman.h>
 
@@ -197,9 +199,33 @@ void test_strided() {
   check_chunks(with_dims(problem, expanded), {0, 2 * kTwo30, 4 * kTwo30, 4 * kTwo30 + 4});
 }
 
+// Of a table that has more rows than 32 bits can count, only those that are listed are walked.
+void test_rows() {
+  float param[4] = {10, 11, 12, 13}, grad[4] = {0, 1, 2, 3};
+  const int64_t rows[4] = {3, 2, 1, 0};
+  for (const int64_t more : {0, 1, 2}) {
+    const Dim dims[2] = {{4 * kTwo30 + more, {1, 1, 1, 1, 1, 1, 1, 1}}, {1, {}}};
+    const Layout layout = {dims, 2, rows, 4};
+    ParamUpdate update = {};
+    update.data[kParam] = param;
+    update.data[kGrad] = grad;
+    update.numel = 4;
+    update.formats.dtypes[kParam] = update.formats.dtypes[kGrad] = DType::kFloat32;
+    for (int64_t i = 0; i < 4; ++i) {
+      CHECK(find_grad(layout, i, /*is_small=*/true) == i);
+      Singles<float, 1, PlainStep> single(&update, &layout);
+      single.place(0, i);
+      Pack<float, 1> value;
+      single.load<float, false>(kParam, value);
+      CHECK(value[0] == param[rows[i]]);
+    }
+  }
+}
+
 }  // namespace
 
 void test_huge() {
   test_dense();
   test_strided();
+  test_rows();
 }

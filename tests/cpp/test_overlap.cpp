@@ -132,6 +132,13 @@ void test_expanded_tensor() {
   CHECK(!sparse.find());
 }
 
+// A dim of one element has any stride: what is known to be distinct is not marked byte for byte.
+void test_dims_of_one_element() {
+  const Dims rows = {{1000, {1}}, {1, {0}}}, expanded = {{1, {1}}, {4, {0}}};
+  CHECK(has_distinct_elements({0, 4, 4000, &rows, 0, 0}));
+  CHECK(!has_distinct_elements({0, 4, 4, &expanded, 0, 0}));
+}
+
 void test_clusters() {
   const Dims keys = {{6, {40}}, {4, {1}}};
   Regions regions;
@@ -173,6 +180,7 @@ void test_overlap() {
   test_column_slices();
   test_dense_region_in_a_gap();
   test_expanded_tensor();
+  test_dims_of_one_element();
   test_clusters();
   test_random_regions();
 }

@@ -1,6 +1,7 @@
 """Master weights: the float32 weights of 16-bit params, whole or as what the param's bits lack."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -337,6 +338,37 @@ def test_masters_switched_off_and_on(kind: str, dtype: torch.dtype) -> None:
         before = param.detach().clone()
         step_with(optimizer, [torch.ones_like(param)] * 4)
         assert torch.equal(param, before) == (lr == 0)
+
+
+def test_writes_to_inference_tensors_count() -> None:
+    # torch does not count writes to these.
+    with torch.inference_mode():
+        param = torch.ones(5, dtype=BFLOAT16)
+        optimizer = fusedopt.SGD([param], lr=0.5, master_weights="float32")
+        step_with(optimizer, [torch.ones_like(param)])
+        param.fill_(100)
+        step_with(optimizer, [torch.zeros_like(param)])
+    assert (param == 100).all()
+
+
+# SGD without momentum needs no state, and has to look for what is left of it all the same.
+LEFT_IN_STATE: dict[str, dict[str, Any]] = {
+    "ema": {"ema_decay": 0.9},
+    "float32": {"master_weights": "float32"},
+    "split": {"master_weights": "split"},
+}
+
+
+@pytest.mark.parametrize("options", **by_id(LEFT_IN_STATE))
+def test_state_that_a_copy_does_not_need_is_dropped(options: dict[str, Any]) -> None:
+    param = Parameter(torch.ones(5, dtype=BFLOAT16))
+    optimizer = fusedopt.SGD([param], lr=0.1, **options)
+    step_with(optimizer, [torch.ones_like(param)] * 2)
+    copy = deepcopy(optimizer)
+    (group,) = copy.param_groups
+    group.update(dict.fromkeys(options))
+    step_with(copy, [torch.ones_like(param)])
+    assert not any(copy.state.values())
 
 
 # What a user might put there by hand, for a param of four elements.

@@ -27,7 +27,7 @@ from ._state_dict import export_all_states
 from ._steps import step_device, to_step
 from ._tensors import bytes_of, is_dtensor, memory_of, why_unreadable
 from ._types import NormGroup, ParamGroup, Params, State
-from ._weights import MASTERS, check_written, read_weight, swapped, write_weight
+from ._weights import MASTERS, Swap, check_written, read_weight, write_weight
 
 if TYPE_CHECKING:
     from ._step_in_backward import StepInBackward
@@ -437,14 +437,24 @@ class FusedOptimizer(torch.optim.Optimizer):
         initial = self._shared.initial_averages
         if initial is not None:
             pairs = [pair for pair in pairs if not initial.is_outdated(self, pair[0])]
-        self._shared.is_swapped = True
-        try:
-            with swapped(pairs):
-                yield
-        finally:
-            self._shared.is_swapped = False
+        swap = Swap(pairs)
+
+        def end() -> None:
+            swap.put_back()
             if initial is not None:
                 initial.count_swaps([param for param, _ in pairs])
+            self._shared.is_swapped = False
+
+        try:
+            self._shared.is_swapped = True
+            swap.put_in()
+            yield
+        finally:
+            try:
+                end()
+            except BaseException:  # Ctrl-C, after which params may hold averages
+                end()
+                raise
 
     def _averages(self) -> list[tuple[Tensor, Tensor]]:
         """Params and the averages of their weights, where there are any."""

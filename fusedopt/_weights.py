@@ -1,7 +1,6 @@
 """Weights and their averages outside of steps: masters and swaps."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -146,17 +145,20 @@ def write_weight(param: Tensor, weight: Tensor, state: State, spec: _C.StateSpec
     param.copy_(weight)
 
 
-@contextmanager
-def swapped(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Params hold the values of their partners inside, and afterwards exactly their own again."""
-    pairs = list(pairs)
-    kept = [(param, param.detach().clone()) for param, _ in pairs]
-    try:
-        with torch.no_grad():
-            for param, average in pairs:
-                param.copy_(average)
-        yield
-    finally:
-        with torch.no_grad():
-            for param, own in kept:
-                param.copy_(own)
+class Swap:
+    """Params that are to hold the values of their partners for a while, and then their own."""
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self._pairs = pairs
+        self._kept = [(param, param.detach().clone()) for param, _ in pairs]
+
+    @torch.no_grad()
+    def put_in(self) -> None:
+        for param, average in self._pairs:
+            param.copy_(average)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Exactly what they held before; may be called again where it was interrupted."""
+        for param, own in self._kept:
+            param.copy_(own)

@@ -1,6 +1,7 @@
 """ema_decay: the average of the weights in the same pass, and swap_ema() to evaluate with it."""
 
 import copy
+import itertools
 import math
 import pickle
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.overrides import TorchFunctionMode
 
 import fusedopt
 from support import oracles
@@ -229,6 +231,47 @@ def test_swap_that_fails_on_entry(setting: Any) -> None:
         pass
     assert same_bits(record(optimizer), before)
     optimizer.state_dict()
+
+
+class InterruptedCopies(TorchFunctionMode):
+    """Ctrl-C in the place of some of the calls of ``Tensor.copy_``, which are counted from 0."""
+
+    def __init__(self, at: set[int]) -> None:
+        super().__init__()
+        self.at, self.calls = at, itertools.count()
+
+    def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.copy_ and next(self.calls) in self.at:
+            raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("at", range(2 * len(SIZES)))
+@main_settings
+def test_swap_that_is_interrupted(setting: Any, at: int) -> None:
+    """Wherever it is, the params hold their own values afterwards."""
+    optimizer = trained(CASES["momentum"], setting)
+    before = record(optimizer)
+    with InterruptedCopies({at}), pytest.raises(KeyboardInterrupt), optimizer.swap_ema():
+        pass
+    assert same_bits(record(optimizer), before)
+    with optimizer.swap_ema():
+        pass
+    assert same_bits(record(optimizer), before)
+
+
+def test_swap_that_cannot_be_ended() -> None:
+    """Params that hold averages are not passed off as weights."""
+    optimizer = trained(CASES["momentum"], SETTINGS["float32"])
+    first = len(SIZES)
+    with (
+        InterruptedCopies({first, first + 1}),
+        pytest.raises(KeyboardInterrupt),
+        optimizer.swap_ema(),
+    ):
+        pass
+    with pytest.raises(RuntimeError, match="swap_ema"):
+        optimizer.state_dict()
 
 
 def test_swap_is_known_to_autograd() -> None:

@@ -77,6 +77,9 @@ class GradScaler(torch.amp.GradScaler):
 
 def _reads_grads_elsewhere(optimizer: FusedOptimizer) -> bool:
     """Whether code of the user's runs in a step, which expects grads without the scale."""
-    overridden = inspect.unwrap(type(optimizer).step) is not inspect.unwrap(FusedOptimizer.step)
+    # Of the class, or set on the instance; LR schedulers do that with a wrapper, which names ours.
+    step: Any = optimizer.step
+    own = inspect.unwrap(getattr(step, "__func__", step))
+    overridden = own is not inspect.unwrap(FusedOptimizer.step)
     hooks = optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks
     return overridden or bool(hooks)

@@ -7,7 +7,9 @@ said of optimizers made with fused=True alone, as in torch.
 
 import contextlib
 import copy
+import functools
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -313,10 +315,29 @@ def with_subclass(optimizer: Any) -> Callable[[], None]:
     return lambda: None
 
 
+def with_method(optimizer: Any) -> Callable[[], None]:
+    original = optimizer.step
+
+    def step(self: Any, closure: Any = None) -> Any:
+        clip(self)
+        return original(closure)
+
+    optimizer.step = types.MethodType(step, optimizer)
+    return lambda: None
+
+
+def with_function(optimizer: Any) -> Callable[[], None]:
+    with_method(optimizer)
+    optimizer.step = functools.partial(optimizer.step)
+    return lambda: None
+
+
 READERS: dict[str, Callable[[Any], Callable[[], None]]] = {
     "hook": with_hook,
     "global hook": with_global_hook,
     "subclass": with_subclass,
+    "method of the instance": with_method,
+    "function of the instance": with_function,
 }
 
 
@@ -338,6 +359,16 @@ def test_code_in_a_step_sees_unscaled_grads(
     finally:
         remove()
     return params_of(optimizer), scaler.get_scale()
+
+
+def test_a_scheduler_leaves_the_unscaling_to_the_step() -> None:
+    """It sets a step of its own on the instance, which reads no grads."""
+    optimizer, seen = fusedopt.SGD(make_params(), lr=0.1), []
+    ExponentialLR(optimizer, 0.5)
+    assert "step" in vars(optimizer)
+    optimizer.register_step_post_hook(lambda o, *_: seen.append(o._step_supports_amp_scaling))
+    scaled_step(new_scaler(), optimizer, 0)
+    assert seen == [True]
 
 
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}, {"max_grad_norm": torch.inf}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -95,11 +96,19 @@ class NAdam(FusedOptimizer):
 
     def _derived_state(self, group: ParamGroup, step: float, /) -> dict[str, float]:
         beta1, decay = float(group["betas"][0]), float(group["momentum_decay"])
-        product, end, part = 1.0, int(step) + 1, 1 << 16
-        for first in range(1, end, part):
-            upto = min(first + part, end)
-            steps = torch.arange(first, upto, dtype=torch.float64, device="cpu")
-            product *= float((beta1 * (1 - 0.5 * 0.96 ** (steps * decay))).prod())
-            if abs(product) < 1e-30:  # 0 beside 1, as csrc/core/rules/nadam.h has it
-                return {"mu_product": 0.0}
-        return {"mu_product": product}
+        return {"mu_product": _product_of_momenta(beta1, decay, max(int(step), 0))}
+
+
+@functools.lru_cache
+def _product_of_momenta(beta1: float, decay: float, steps: int) -> float:
+    """Of as many momenta as steps, or 0 if it is as good as that."""
+    if 0 <= beta1 < 1 and decay >= 0 and beta1**steps < 1e-31:
+        return 0.0  # as below: no momentum is larger than beta1
+    product, end, part = 1.0, steps + 1, 1 << 16
+    for first in range(1, end, part):
+        upto = min(first + part, end)
+        numbers = torch.arange(first, upto, dtype=torch.float64, device="cpu")
+        product *= float((beta1 * (1 - 0.5 * 0.96 ** (numbers * decay))).prod())
+        if abs(product) < 1e-30:  # 0 beside 1, as csrc/core/rules/nadam.h has it
+            return 0.0
+    return product

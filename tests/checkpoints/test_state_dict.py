@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 
 import fusedopt
+from fusedopt.nadam import _product_of_momenta
 from support.device import DEVICE, on_host
 from support.equality import assert_close, assert_equal, assert_same_math
 from support.optimizers import (
@@ -169,6 +171,43 @@ def test_after_more_steps_than_memory_has_room_for() -> None:
     step_with(optimizer, [torch.ones_like(param)])
     optimizer.state[param]["step"].fill_(1e12)
     assert optimizer.state_dict()["state"][0]["mu_product"] == 0
+
+
+class CountedMomenta(TorchFunctionMode):
+    """How many numbers ``torch.arange`` makes inside, by calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.arange:
+            self.sizes.append(found.numel())
+        return found
+
+
+@pytest.mark.parametrize(
+    ("beta1", "steps", "sizes"),
+    [(0.9, 300, [300]), (0.9, 1e5, []), (0.9999, 65537, [65536, 1]), (0.0, 1, [])],
+)
+def test_groups_share_the_product_of_their_momenta(
+    beta1: float, steps: float, sizes: list[int]
+) -> None:
+    """Numbers are made once, and none where the power of ``beta1`` says that it is 0."""
+    params = [torch.zeros(1, device=DEVICE) for _ in range(200)]
+    options: dict[str, Any] = {"betas": (beta1, 0.999), "momentum_decay": 1.23}
+    optimizer = fusedopt.NAdam([{"params": [param]} for param in params], **options)
+    step_with(optimizer, [torch.ones_like(params[0])])
+    for param in params:
+        optimizer.state[param]["step"].fill_(steps)
+    _product_of_momenta.cache_clear()
+    with CountedMomenta() as counted:
+        states = optimizer.state_dict()["state"].values()
+    assert counted.sizes == sizes
+    momenta = [beta1 * (1 - 0.5 * 0.96 ** (t * 1.23)) for t in range(1, int(steps) + 1)]
+    expected = pytest.approx(math.prod(momenta), rel=1e-6, abs=1e-30)
+    assert [float(entries["mu_product"]) for entries in states] == [expected] * 200
 
 
 @pytest.mark.filterwarnings("error")

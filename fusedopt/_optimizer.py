@@ -332,10 +332,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             for param in each["params"]:
                 found["params"] += bytes_of(param)
                 found["grads"] += 0 if param.grad is None else bytes_of(param.grad)
-                for name, entry in self.state.get(param, {}).items():
+                for name, entry in self._own_entries(param).items():
                     if isinstance(entry, Tensor):
                         found[kinds.get(name, "states")] += bytes_of(entry)
         return {**found, "total": sum(found.values())}
+
+    def _own_entries(self, param: Tensor) -> State:
+        """Those of a param's state that have memory of their own."""
+        entries: State = self.state.get(param, {})
+        return entries
 
     def fp32_params(self) -> list[Tensor]:
         """Copies of all weights, in the order of the param groups.

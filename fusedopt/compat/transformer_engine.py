@@ -255,6 +255,15 @@ class FusedAdam(DropIn, Adam):
         elif param.dtype == torch.float32:
             state[MASTER] = param.detach()
 
+    def _own_entries(self, param: Tensor) -> State:
+        entries = super()._own_entries(param)
+        if MASTER not in entries:
+            return entries
+        others = (param, entries.get(REMAINDER))
+        if all(not is_same_memory(entries[MASTER], other) for other in others):
+            return entries
+        return {name: entry for name, entry in entries.items() if name != MASTER}
+
     def _state_of(self, param: Tensor, name: str) -> Tensor:
         is_master = name == MASTER and param.dtype == torch.float32
         if is_master:
@@ -362,6 +371,13 @@ class FusedAdam(DropIn, Adam):
             steps = group_count(saved, index) if count is None else count
             if steps is not None:
                 group["step"] = steps
+
+
+def is_same_memory(first: Any, second: Any) -> bool:
+    """Whether both are tensors that begin in the same place."""
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+        return False
+    return local(first).data_ptr() == local(second).data_ptr()
 
 
 @contextmanager

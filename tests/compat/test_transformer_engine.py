@@ -356,6 +356,25 @@ def test_masters_have_their_name_whatever_they_are() -> None:
     assert not optimizer.master_weights
 
 
+@pytest.mark.parametrize(
+    ("dtype", "remainders", "expected"),
+    [(BFLOAT16, True, 600), (BFLOAT16, False, 1200), (FLOAT32, True, 0), (FLOAT32, False, 0)],
+)
+def test_masters_are_counted_once(dtype: torch.dtype, remainders: bool, expected: int) -> None:
+    """A remainder and a float32 parameter have two names, but take no memory twice."""
+    optimizer = FusedAdam(
+        [Parameter(values(300, dtype=dtype))],
+        master_weights=True,
+        store_param_remainders=remainders,
+    )
+    assert optimizer.memory()["masters"] == 0
+    train(optimizer, steps=1)
+    assert "master_param" in optimizer.state[params_of(optimizer)[0]]
+    found = optimizer.memory()
+    assert found["masters"] == expected
+    assert found["total"] == sum(count for name, count in found.items() if name != "total")
+
+
 def test_a_first_moment_that_is_left_out_is_saved_as_zeros() -> None:
     """For torch, as fusedopt.Adam does it."""
     optimizer = FusedAdam(bfloat16_params(4), betas=(0.0, 0.9), **SPLIT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -189,6 +189,11 @@ class FusedAdam(DropIn, Adam):
 
     def _forget(self, *kinds: str) -> None:
         super()._forget(*kinds)
+        self._name_all_masters()
+
+    def load_fp32_params(self, weights: Iterable[Tensor]) -> None:
+        """As ``fusedopt.Adam``'s."""
+        super().load_fp32_params(weights)  # which makes remainders that are missing
         self._name_all_masters()
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:

@@ -350,6 +350,11 @@ def test_masters_have_their_name_whatever_they_are() -> None:
     optimizer.reset_masters()
     train(optimizer, steps=1)
     assert_named()
+    optimizer.reset_masters()
+    optimizer.load_fp32_params([values(5, seed=7), values(4, seed=8)])
+    assert_named()
+    train(optimizer, steps=2)
+    assert_named()
     optimizer.master_weights = False  # as Megatron-FSDP does
     train(optimizer, steps=1)
     assert {*optimizer.state[low]} == {"step", "exp_avg", "exp_avg_sq"}

@@ -234,9 +234,15 @@ class FusedAdam(DropIn, Adam):
         return None
 
     def _complete(self, step: _C.PendingStep) -> list[tuple[int, int]] | None:
-        changed = super()._complete(step)
-        self._name_masters(step.missing)
-        return changed
+        try:
+            return super()._complete(step)
+        finally:
+            if step.has_run:  # even if Ctrl-C has come since
+                try:
+                    self._name_masters(step.missing)
+                except BaseException:  # Ctrl-C
+                    self._name_masters(step.missing)
+                    raise
 
     def __setstate__(self, state: State) -> None:
         super().__setstate__(state)
@@ -273,6 +279,8 @@ class FusedAdam(DropIn, Adam):
         is_master = name == MASTER and param.dtype == torch.float32
         if is_master:
             return param.detach()
+        if name == MASTER:
+            self._name_master(param)  # a step that was interrupted may not have done so
         state = self.state.get(param, {}).get(name)
         if not isinstance(state, Tensor):
             raise ValueError(f"there is no {name!r} in the state of this tensor")

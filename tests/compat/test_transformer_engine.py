@@ -1,6 +1,7 @@
 """The stand-in for TransformerEngine's FusedAdam: its grads and states, and what Megatron does."""
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -359,6 +360,39 @@ def test_masters_have_their_name_whatever_they_are() -> None:
     train(optimizer, steps=1)
     assert {*optimizer.state[low]} == {"step", "exp_avg", "exp_avg_sq"}
     assert not optimizer.master_weights
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("name", ["create_state", "_name_masters"])
+def test_masters_have_their_name_after_an_interrupt(name: str) -> None:
+    """Of a first step, which is made as a whole with it, or not at all."""
+    optimizer = FusedAdam(bfloat16_params(5, 6), **SPLIT)
+
+    def interrupt(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_name == name:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+    for param in params_of(optimizer):
+        param.grad = torch.ones_like(param)
+    sys.settrace(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    finally:
+        sys.settrace(None)
+    assert len(optimizer.state) == (2 if name == "_name_masters" else 0)
+    for state in optimizer.state.values():
+        assert state["master_param"] is state["param_remainder"]
+
+
+def test_a_master_without_its_name_is_found() -> None:
+    optimizer = FusedAdam(bfloat16_params(5), **SPLIT)
+    train(optimizer, steps=1)
+    (param,) = params_of(optimizer)
+    del optimizer.state[param]["master_param"]  # an interrupt came before it had it
+    found = optimizer.get_unscaled_state(param, "master_param")
+    assert found is optimizer.state[param]["param_remainder"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 
 def wrapping(tensor_type: type[torch.Tensor]) -> tuple[str | None, bool, str | None]:
@@ -108,7 +109,12 @@ def memory_of(tensor: torch.Tensor) -> int:
 
 
 def bytes_of(tensor: torch.Tensor) -> int:
-    """Of a tensor's elements; of a DTensor's shard; of a sparse tensor's indices and values."""
+    """Of a tensor's elements; of a DTensor's shard; of a sparse tensor's indices and values.
+
+    Parameters of lazy modules have none before the first forward.
+    """
+    if is_lazy(tensor):
+        return 0
     own = local(tensor)
     if own.layout == torch.sparse_coo:
         return bytes_of(own._indices()) + bytes_of(own._values())

@@ -223,3 +223,13 @@ def test_bytes_of_sparse_grads() -> None:
     optimizer = fusedopt.SparseAdam(embedding.parameters())
     embedding(torch.tensor([3, 7], device=DEVICE)).sum().backward()
     assert optimizer.memory()["grads"] == 2 * 8 * 4 + 2 * 8
+
+
+def test_bytes_of_parameters_that_are_not_there_yet() -> None:
+    module = torch.nn.LazyLinear(4, device=DEVICE)
+    optimizer = fusedopt.AdamW(module.parameters())
+    assert set(optimizer.memory().values()) == {0}
+    module(torch.ones(2, 3, device=DEVICE)).sum().backward()
+    optimizer.step()
+    found = optimizer.memory()
+    assert found["params"] == found["grads"] == 4 * (3 + 1) * 4

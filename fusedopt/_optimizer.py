@@ -181,6 +181,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._refuse_swapped("step()")
         shared = self._shared
         if shared.compares_ranks:
+            self._note_shards()  # FSDP1 may have wrapped the model since the params were added
             compare_ranks(self, shared, grad_norm is not None)
         if grad_norm is not None:
             grad_norm = given_norm(grad_norm)

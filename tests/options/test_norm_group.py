@@ -112,6 +112,20 @@ for use_orig in (False, True):
         want, found = [torch.cat(want)], [torch.cat(found)[: sum(p.numel() for p in want)]]
     report(f"fsdp1 {use_orig}", found, want, float(optimizer.grad_norm), expected_norm)
 
+for checks in (False, True):  # made before the model is wrapped, whose parameters stay the same
+    model = build()
+    optimizer = fusedopt.AdamW(model.parameters(), lr=1e-2, max_grad_norm=None if checks else CLIP)
+    model = FSDP(model, use_orig_params=True, device_id=torch.device("cpu"))
+    scaler = fusedopt.GradScaler("cpu", init_scale=2.0, enabled=checks)
+    backward(model, 0)
+    scaler.scale(torch.zeros(()))
+    try:
+        scaler.step(optimizer)
+        print(f"wrapped later {checks} refused: no")
+    except ValueError as error:
+        is_right = "FSDP1" in str(error) and not optimizer.state
+        print(f"wrapped later {checks} refused: {'right' if is_right else error}")
+
 for use_orig in (False, True):
     model = FSDP(build(), use_orig_params=use_orig, device_id=torch.device("cpu"),
                  sharding_strategy=ShardingStrategy.NO_SHARD)
@@ -159,7 +173,7 @@ os._exit(0)  # gloo's threads may abort a process that ends while they do
 def test_norm_over_processes(tmp_path: Path) -> None:
     for out in run_ranks(tmp_path, RANKS, world=2):
         verdicts = dict(line.rsplit(": ", 1) for line in out.splitlines())
-        assert len(verdicts) == 16, out
+        assert len(verdicts) == 18, out
         assert set(verdicts.values()) == {"right"}, out
 
 

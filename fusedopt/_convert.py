@@ -10,7 +10,7 @@ from . import _C
 from ._codes import Codes, decode, encode, shape_of_scales
 from ._tensors import local, why_unreadable
 from ._types import State
-from ._weights import MASTERS, OF_8_BITS, REMAINDERS, join, split
+from ._weights import MASTERS, OF_8_BITS, REMAINDERS, join, split, weight_of
 
 
 def convert(entries: State, param: Tensor, spec: _C.StateSpec, place: str) -> Tensor | None:
@@ -67,16 +67,24 @@ def _convert_numbers(
 
 
 def _saved_weight(saved: dict[str, Any], param: Tensor, place: str) -> Tensor | None:
-    """The float32 weights that a saved master weight of any kind stands for, if there is one."""
+    """The float32 weights that a saved master weight of any kind stands for, if there is one.
+
+    A float32 master counts only where the parameter is what it rounds to, as in steps.
+    """
     weight = _of(saved["master"], torch.float32)
-    if weight is None and param.dtype == torch.bfloat16:
+    if weight is not None:
+        is_apart = local(param).shape != local(weight).shape  # refused where they meet
+        if is_apart or why_unreadable(param) is not None:
+            return weight
+        return weight_of(param.detach(), weight)
+    if param.dtype == torch.bfloat16:
         for kind, dtype in REMAINDERS.items():
             remainder = _of(saved[kind], dtype)
             if remainder is not None:
                 if (why := why_unreadable(param)) is not None:
                     raise ValueError(f"{place} is {why}")
                 return join(param.detach(), remainder)
-    return weight
+    return None
 
 
 def _whole(entry: Tensor, dtype: torch.dtype, what: str) -> Tensor:

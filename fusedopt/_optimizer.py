@@ -516,12 +516,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         - state tensors get the group's ``state_dtype``, or keep the dtype they were saved with if
           that is None, where torch casts them to the parameter's;
         - of the options, those of torch are loaded, those that torch lacks stay as they are set
-          here. Master weights of another kind are converted, which sets the parameters to
-          the nearest values of their dtype (load the model first), and for ``"split8"`` the weights
-          to the nearest of 24 bits; without any, the next step
-          makes them from the parameters, as it does averages. A float32 master counts only where
-          the parameter is what it rounds to, so load the model, too. What the options have no use
-          for is dropped;
+          here. Master weights of another kind are converted together with the parameters (load
+          the model first), for ``"split8"`` to the nearest weights of 24 bits; without any, the
+          next step makes them from the parameters, as it does averages. A float32 master counts
+          only where the parameter is what it rounds to, so load the model, too. What the options
+          have no use for is dropped;
         - the state of a parameter is there as a whole or not at all. Only what an option needs that
           was switched on since may be missing, and is made by the next step: ``max_exp_avg_sq``
           (from zeros), ``momentum_buffer``, a master weight, ``ema_param`` and SGD's ``step``.

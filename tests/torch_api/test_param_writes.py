@@ -248,6 +248,31 @@ def test_checkpoint_of_a_model_that_was_written_to() -> None:
     assert torch.equal(there.detach(), best)
 
 
+@pytest.mark.parametrize("other", ["split", "split8"])
+def test_a_conversion_of_masters_keeps_what_was_written(other: str) -> None:
+    """And the lower bits of what was not; a parameter of another model counts as written, too."""
+    optimizer, param = trained("float32", BFLOAT16)
+    (before,) = optimizer.fp32_params()
+    with torch.no_grad():
+        param.clamp_(-0.5, 0.5)
+    inside = param.detach() == before.to(BFLOAT16)
+    assert inside.any()
+    assert not inside.all()
+    saved, clamped = copy.deepcopy(optimizer.state_dict()), param.detach().clone()
+    optimizer.param_groups[0]["master_weights"] = other
+    optimizer.load_state_dict(saved)
+    (after,) = optimizer.fp32_params()
+    assert torch.equal(after[~inside].to(BFLOAT16), clamped[~inside])
+    off = 0.0 if other == "split" else 2.0**-16
+    torch.testing.assert_close(after[inside], before[inside], rtol=off, atol=0.0)
+    assert (param.detach().abs() <= 0.5).all()
+
+    another = Parameter(values(SIZE, dtype=BFLOAT16, seed=7))
+    loaded = fusedopt.AdamW([another], master_weights=other)
+    loaded.load_state_dict(saved)
+    assert torch.equal(another.detach(), values(SIZE, dtype=BFLOAT16, seed=7))
+
+
 @each_kind
 def test_unnoticed_writes_are_taken_over_on_request(kind: str, dtype: torch.dtype) -> None:
     optimizer, param = trained(kind, dtype)

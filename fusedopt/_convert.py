@@ -49,29 +49,30 @@ def _convert_numbers(
         is_state = spec.state_dtype is not None and name != "step" and isinstance(entry, Tensor)
         if is_state and entry.is_floating_point():
             entries[name] = entry.to(spec.state_dtype)
-    are_kept = [
-        _of(saved[kind], dtype) is not None for _, kind, dtype in spec.entries if kind in MASTERS
-    ]
-    weight = None if all(are_kept) else _saved_weight(saved, param, place)
+    # Where several kinds are there, one is what torch.distributed.checkpoint has found in this
+    # optimizer and filled up with: that which settings do not ask for comes from the checkpoint.
+    wanted = [kind for _, kind, _ in spec.entries if kind in MASTERS]
+    others = {kind: entry for kind, entry in saved.items() if kind not in wanted}
+    weight = _saved_weight(others, param, place) if wanted else None
     values = None
     for name, kind, dtype in spec.entries:
         if kind == "average" and isinstance(saved["average"], Tensor):
             entries[name] = saved["average"].to(dtype)
-        elif kind in MASTERS and (kept := _of(saved[kind], dtype)) is not None:
-            entries[name] = kept
         elif kind == "master" and weight is not None:
             entries[name] = values = weight
         elif kind in REMAINDERS and weight is not None:
             values, entries[name] = split(weight, dtype)
+        elif kind in MASTERS and (kept := _of(saved[kind], dtype)) is not None:
+            entries[name] = kept
     return values
 
 
 def _saved_weight(saved: dict[str, Any], param: Tensor, place: str) -> Tensor | None:
-    """The float32 weights that a saved master weight of any kind stands for, if there is one.
+    """The float32 weights that a saved master weight stands for, if there is one of these kinds.
 
     A float32 master counts only where the parameter is what it rounds to, as in steps.
     """
-    weight = _of(saved["master"], torch.float32)
+    weight = _of(saved.get("master"), torch.float32)
     if weight is not None:
         is_apart = local(param).shape != local(weight).shape  # refused where they meet
         if is_apart or why_unreadable(param) is not None:
@@ -79,7 +80,7 @@ def _saved_weight(saved: dict[str, Any], param: Tensor, place: str) -> Tensor | 
         return weight_of(param.detach(), weight)
     if param.dtype == torch.bfloat16:
         for kind, dtype in REMAINDERS.items():
-            remainder = _of(saved[kind], dtype)
+            remainder = _of(saved.get(kind), dtype)
             if remainder is not None:
                 if (why := why_unreadable(param)) is not None:
                     raise ValueError(f"{place} is {why}")

@@ -132,6 +132,8 @@ def test_what_a_checkpoint_lacks_begins_with_its_weights(
     model, optimizer = model_with(0, SETTINGS[old])
     train(optimizer, 1, 2, 3)
     trained = [param.detach().to(FLOAT32) for param in model.parameters()]
+    if load is through_copies and "master_weights" in SETTINGS[new]:  # converted, if there are any
+        trained = optimizer.fp32_params()
     other, its = model_with(9, SETTINGS[new])
     load(model, optimizer, other, its, tmp_path)
     its.param_groups[0]["lr"] = 1e-7
@@ -338,3 +340,25 @@ def test_without_averages_nothing_is_remembered() -> None:
     optimizer.param_groups[0]["lr"] = 0.0
     train(optimizer, 1)
     assert optimizer._shared.initial_averages is None
+
+
+MASTERS = ("float32", "split", "split8")
+
+
+@pytest.mark.parametrize("is_full", [False, True], ids=["sharded", "full"])
+@pytest.mark.parametrize(
+    ("old", "new"), [(old, new) for old in MASTERS for new in MASTERS if old != new]
+)
+def test_masters_of_another_kind_are_converted(old: str, new: str, is_full: bool) -> None:
+    """torch fills a full state dict up with the masters that the step has made."""
+    options = state_dicts.StateDictOptions(full_state_dict=is_full)
+    model, optimizer = model_with(0, {"master_weights": old})
+    train(optimizer, 1, 2, 3)
+    saved = copy.deepcopy(state_dicts.get_optimizer_state_dict(model, optimizer, options=options))
+    other, its = model_with(9, {"master_weights": new})
+    state_dicts.set_model_state_dict(other, model.state_dict())
+    state_dicts.set_optimizer_state_dict(other, its, saved, options=options)
+    assert len(its.state) == 4
+    off = 2.0**-16 if new == "split8" else 0.0
+    for weight, want in zip(its.fp32_params(), optimizer.fp32_params(), strict=True):
+        torch.testing.assert_close(weight, want, rtol=off, atol=0.0)

@@ -1,14 +1,18 @@
 """What ``state_dict()`` returns: torch's, with what torch's twin and others can take."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from . import _C
 from ._codes import has_state
+from ._norms import are_marked
 from ._options import name_state_dtype
 from ._state import Specs, new_entry
 from ._types import ParamGroup
-from ._weights import SAVED, with_remainder_as
+from ._weights import OF_8_BITS, SAVED, with_remainder_as
 
 if TYPE_CHECKING:
     from ._optimizer import FusedOptimizer
@@ -39,6 +43,8 @@ def _make_portable(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> N
         for param, key in zip(group["params"], packed["params"], strict=True):
             if key in state:
                 state[key] = with_remainder_as(SAVED, state[key])
+                if are_marked([param]):
+                    state[key] = _without_integers(state[key])
                 state[key] = derived.added_to(state[key], group)
             entries = state.get(key)
             spec = specs.of(param, group) if entries else None
@@ -54,6 +60,15 @@ def _make_portable(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> N
                 }
                 if zeros:
                     state[key] = {**entries, **zeros}
+
+
+def _without_integers(entries: Any) -> Any:
+    """The entries of a state as FSDP1 takes them: a remainder of 8 bits as bfloat16 numbers."""
+    name = _C.WEIGHTS_IN_STATE["remainder8"]
+    remainder = entries.get(name) if isinstance(entries, Mapping) else None
+    if not isinstance(remainder, Tensor) or remainder.dtype != OF_8_BITS:
+        return entries
+    return {**entries, name: remainder.to(torch.bfloat16)}  # exactly
 
 
 class DerivedStates:

@@ -334,6 +334,38 @@ def test_fsdp1(adamw: Any, strategy: str, original: bool) -> Any:
 
 
 @on_ranks(2)
+@pytest.mark.parametrize("masters", ["float32", "split", "split8"])
+def test_fsdp1_saves_masters(masters: str) -> None:
+    """Of flat params. Also those of 8 bits, although FSDP1 takes no integers."""
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP  # noqa: N817
+    from torch.distributed.fsdp import MixedPrecision
+
+    def made(seed: int) -> Any:
+        torch.manual_seed(seed)
+        casts = MixedPrecision(BFLOAT16)  # what goes in
+        model = tiny(UNEVEN).to(BFLOAT16)
+        model = wrap(model, "FULL_SHARD", mixed_precision=casts)
+        options = {"master_weights": masters, "state_dtype": "bfloat16"}
+        return model, fusedopt.AdamW(model.parameters(), lr=LR, **options)
+
+    def advanced(model: Any, optimizer: Any) -> list[Any]:
+        for step in range(3):
+            loss_of(model, step, dist.get_rank()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer.fp32_params()
+
+    model, optimizer = made(0)
+    before = advanced(model, optimizer)
+    other, its = made(1)
+    other.load_state_dict(model.state_dict())
+    saved = FSDP.optim_state_dict(model, optimizer)
+    its.load_state_dict(FSDP.optim_state_dict_to_load(other, its, saved))
+    assert all(map(torch.equal, its.fp32_params(), before))
+    assert all(map(torch.equal, advanced(other, its), advanced(model, optimizer)))
+
+
+@on_ranks(2)
 @mixed_twins
 def test_fsdp1_mixed_precision(adamw: Any) -> Any:
     from torch.distributed.fsdp import MixedPrecision

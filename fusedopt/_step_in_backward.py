@@ -73,8 +73,9 @@ def step_in_backward(
             DistributedDataParallel, of FSDP1, of plain tensors in a program of several processes,
             of groups with ``max_grad_norm``.
         RuntimeError: the optimizer steps in the backward already. Later, in the backward: a grad
-            arrives for the second time since the last ``optimizer.step()``, or the step fails, as
-            ``optimizer.step()`` would; then buckets before it have been stepped. In
+            arrives for the second time since the last ``optimizer.step()`` (as of a module in
+            several segments of torch.utils.checkpoint with ``use_reentrant=True``), or the step
+            fails, as ``optimizer.step()`` would; then buckets before it have been stepped. In
             ``optimizer.step()``: a GradScaler is in use, whose scale is not known in the backward.
     """
     if not isinstance(optimizer, FusedOptimizer):
@@ -182,7 +183,9 @@ class StepInBackward:
                     "a grad has arrived twice and was stepped, or would be, after the first time: "
                     "call optimizer.step() after each backward (after one that has failed, "
                     "optimizer.zero_grad()), or have all backwards of a step but the last inside "
-                    "accumulate()"
+                    "accumulate(). torch.utils.checkpoint with use_reentrant=True has a backward "
+                    "of its own for each segment: of a module that is in several of them, grads "
+                    "arrive several times in any backward, so use_reentrant=False"
                 )
             self._arrived.add(param)
             bucket = self._bucket_of[param]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fusedopt
 from support.device import DEVICE
@@ -363,6 +364,26 @@ def test_a_second_backward_is_refused() -> None:
         with pytest.raises(RuntimeError, match=r"optimizer\.step\(\) after each backward"):
             model(batch(model, 1)).backward()
         assert torch.equal(bits(model.last.weight), before)
+
+
+def test_segments_that_share_a_module() -> None:
+    """Checkpointing that is reentrant has a backward for each, the other kind has one for all."""
+    module = nn.Linear(8, 8, device=DEVICE)
+    x = values(4, 8).requires_grad_()
+
+    def backward(is_reentrant: bool) -> None:
+        once = checkpoint(module, x, use_reentrant=is_reentrant)
+        checkpoint(module, once, use_reentrant=is_reentrant).square().mean().backward()
+
+    optimizer = fusedopt.AdamW(module.parameters(), lr=0.01)
+    with fusedopt.step_in_backward(module, optimizer):
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            backward(is_reentrant=True)
+        optimizer.zero_grad()
+        before = bits(module.weight).clone()
+        backward(is_reentrant=False)
+        optimizer.step()
+        assert not torch.equal(bits(module.weight), before)
 
 
 @each_bucket

@@ -236,7 +236,8 @@ class StepInBackward:
         scale: float | Tensor = 1.0
         if limit is not None and self._norm is not None:
             # As clipping has it: grads are multiplied by limit / (norm + 1e-6) if that is below 1.
-            scale = ((self._norm + 1e-6) / limit).clamp(min=1.0)
+            # A norm of grads of which none was finite says nothing of these.
+            scale = ((self._norm + 1e-6) / limit).nan_to_num(1.0, posinf=1.0).clamp(min=1.0)
             scale = scale.float() if _C.is_on_gpu(scale) else float(scale)
         shared.found_inf, shared.grad_status, shared.counts_nonfinite = None, None, True
         stepping = part.prepared(params, {} if limit is None else {"max_grad_norm": math.inf})

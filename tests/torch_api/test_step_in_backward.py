@@ -303,6 +303,24 @@ def test_grads_that_are_not_finite_are_skipped_where_they_are() -> None:
         assert all(bool(param.isfinite().all()) for param in model.parameters())
 
 
+@each_bucket
+def test_no_grad_of_the_first_step_is_finite(bucket_bytes: int) -> None:
+    """All is skipped, and the next step is the first one that is made."""
+    model = Net()
+    optimizer = fusedopt.SGD(model.parameters(), lr=0.05, max_grad_norm=0.3)
+    with fusedopt.step_in_backward(
+        model, optimizer, bucket_bytes=bucket_bytes, clip_by_previous_norm=True
+    ) as stepping:
+        before = [param.detach().clone() for param in model.parameters()]
+        (model(batch(model, 0)) * torch.nan).backward()
+        optimizer.step()
+        assert all(map(torch.equal, model.parameters(), before))
+        model(batch(model, 1)).backward()
+        optimizer.step()
+        assert not all(map(torch.equal, model.parameters(), before))
+        assert 0 < float(stepping.grad_norm) < torch.inf
+
+
 def test_checkpoints_and_closing() -> None:
     """State dicts are ordinary ones; after close() steps are, too."""
     model = Net()

@@ -115,30 +115,30 @@ def new_numbers(device: str, count: int) -> Tensor:
     return torch.empty(count, dtype=torch.int64, device=device)
 
 
-def given_norm(norm: Any) -> float | Tensor:
+def given_norm(norm: Any, name: str = "grad_norm") -> float | Tensor:
     """A norm of grads that is given to a step, whole if it is a DTensor. Raises for what is none.
 
     torch.nn.utils.clip_grad_norm_ returns a DTensor of the shards' norms for params of FSDP2.
     """
     if not isinstance(norm, Tensor):
         if isinstance(norm, bool) or not isinstance(norm, numbers.Real):
-            raise TypeError(f"grad_norm must be a real number or a tensor, got {norm!r}")
-        return _refuse_negative(float(norm))
+            raise TypeError(f"{name} must be a real number or a tensor, got {norm!r}")
+        return _refuse_negative(float(norm), name)
     norm = norm.detach()
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()
     if norm.numel() != 1 or norm.is_complex():
         kind = f"{norm.dtype} of shape {tuple(norm.shape)}"
-        raise ValueError(f"grad_norm must be one real number, got a tensor of {kind}")
+        raise ValueError(f"{name} must be one real number, got a tensor of {kind}")
     whole: Tensor = norm.reshape(())
     if not whole.is_cuda:
-        _refuse_negative(whole.item())
+        _refuse_negative(whole.item(), name)
     return whole
 
 
-def _refuse_negative(norm: float) -> float:
+def _refuse_negative(norm: float, name: str) -> float:
     if norm < 0:
-        raise ValueError(f"grad_norm must not be negative, got {norm}")
+        raise ValueError(f"{name} must not be negative, got {norm}")
     return norm
 
 

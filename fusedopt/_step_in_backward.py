@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
-from ._norms import are_marked
+from ._norms import are_marked, given_norm
 from ._optimizer import FusedOptimizer
 from ._ranks import compare_ranks
-from ._tensors import largest_shard
+from ._tensors import largest_shard, local
 from ._types import ParamGroup
 
 BUCKET_BYTES = 25 * 2**20  # as DistributedDataParallel's
@@ -27,6 +27,7 @@ def step_in_backward(
     *,
     bucket_bytes: int = BUCKET_BYTES,
     clip_by_previous_norm: bool = False,
+    previous_norm: float | Tensor | None = None,
     grads_are_whole: bool = False,
 ) -> "StepInBackward":
     """Have the backward of a model step its parameters as their grads arrive, and free these.
@@ -56,9 +57,11 @@ def step_in_backward(
             on a GPU. A parameter with more is a bucket of its own.
         clip_by_previous_norm (bool): clip by ``max_grad_norm``, which must be the same for all
             groups, and by the norm that the grads had in the backward before, as the whole norm is
-            not known before the last grad is there. The first step is not clipped. A bucket whose
-            grads are not all finite is skipped, and its norm does not count. Without it,
-            ``max_grad_norm`` is refused.
+            not known before the last grad is there. The first step is not clipped, but by
+            ``previous_norm``. A bucket whose grads are not all finite is skipped, and its norm does
+            not count. Without it, ``max_grad_norm`` is refused.
+        previous_norm (float | Tensor | None): what ``grad_norm`` of the returned object was when a
+            checkpoint was saved, so that a run that resumes from it goes on with the same bits.
         grads_are_whole (bool): that no other process has a part in the grads of parameters that are
             plain tensors. In a program of several processes it has to be said, since nobody could
             tell.
@@ -67,8 +70,10 @@ def step_in_backward(
         What accumulates over several backwards, knows the norm, and ends it all.
 
     Raises:
-        TypeError: the optimizer is not of this package, or ``bucket_bytes`` no int.
-        ValueError: ``bucket_bytes`` is below 1, no parameter is both the model's and the
+        TypeError: the optimizer is not of this package, ``bucket_bytes`` is no int, or
+            ``previous_norm`` no real number or tensor.
+        ValueError: ``bucket_bytes`` is below 1, ``previous_norm`` is negative or not one number, or
+            is given without ``clip_by_previous_norm``, no parameter is both the model's and the
             optimizer's, or grads would be stepped before they are what they are to be: of
             DistributedDataParallel, of FSDP1, of plain tensors in a program of several processes,
             of groups with ``max_grad_norm``.
@@ -89,8 +94,14 @@ def step_in_backward(
         raise ValueError(f"bucket_bytes must be at least 1, got {bucket_bytes}")
     if optimizer._in_backward is not None:
         raise RuntimeError("this optimizer steps in the backward already")
+    if previous_norm is not None:
+        if not clip_by_previous_norm:
+            raise ValueError("previous_norm has no use without clip_by_previous_norm=True")
+        previous_norm = given_norm(previous_norm, "previous_norm")
     _refuse_wrappers(model)
-    return StepInBackward(model, optimizer, bucket_bytes, clip_by_previous_norm, grads_are_whole)
+    return StepInBackward(
+        model, optimizer, bucket_bytes, clip_by_previous_norm, previous_norm, grads_are_whole
+    )
 
 
 class StepInBackward:
@@ -102,6 +113,7 @@ class StepInBackward:
         optimizer: FusedOptimizer,
         bucket_bytes: int,
         clips: bool,
+        previous_norm: float | Tensor | None,
         grads_are_whole: bool,
     ) -> None:
         self._optimizer, self._clips, self._are_whole = optimizer, clips, grads_are_whole
@@ -121,6 +133,9 @@ class StepInBackward:
             raise ValueError("the optimizer has no parameter of this model that needs a grad")
         self._refuse_parts(params)
         self._limit()
+        if previous_norm is not None:
+            norm = torch.as_tensor(previous_norm, dtype=torch.float64)
+            self._norm = norm.to(local(params[0]).device)
         # The last ones get their grads first.
         self._buckets = [_Part(optimizer, part) for part in _cut(reversed(params), bucket_bytes)]
         self._rest = _Part(optimizer, [])
@@ -153,7 +168,7 @@ class StepInBackward:
     def grad_norm(self) -> Tensor | None:
         """L2 norm of all grads of the latest step, before clipping.
 
-        A float64 tensor of one element; None before the first step, and without
+        A float64 tensor of one element; before the first step ``previous_norm``; None without
         ``clip_by_previous_norm``.
         """
         return self._norm

@@ -321,6 +321,48 @@ def test_no_grad_of_the_first_step_is_finite(bucket_bytes: int) -> None:
         assert 0 < float(stepping.grad_norm) < torch.inf
 
 
+@pytest.mark.parametrize("kind", [float, Tensor.clone, Tensor.float], ids=["number", "64", "32"])
+def test_a_run_that_resumes_clips_by_the_norm_of_its_checkpoint(kind: Any) -> None:
+    def build() -> tuple[Net, Any]:
+        model = Net()
+        return model, fusedopt.AdamW(model.parameters(), lr=0.05, max_grad_norm=0.01)
+
+    def steps(model: Net, optimizer: Any, *seeds: int) -> list[Tensor]:
+        for seed in seeds:
+            model(batch(model, seed)).backward()
+            optimizer.step()
+        return list(model.parameters())
+
+    first, second = build(), build()
+    clips = {"bucket_bytes": 600, "clip_by_previous_norm": True}
+    with fusedopt.step_in_backward(*first, **clips) as stepping:
+        steps(*first, 0, 1)
+        second[0].load_state_dict(first[0].state_dict())
+        second[1].load_state_dict(copy.deepcopy(first[1].state_dict()))
+        assert stepping.grad_norm is not None
+        norm = kind(stepping.grad_norm)
+        expected = steps(*first, 2, 3)
+    with fusedopt.step_in_backward(*second, previous_norm=norm, **clips) as stepping:
+        assert float(stepping.grad_norm) == norm
+        found = steps(*second, 2, 3)
+    rtol = 1e-6 if kind is Tensor.float else 0.0
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"previous_norm": 1.0}, ValueError, "without clip_by_previous_norm"),
+        ({"previous_norm": -1.0, "clip_by_previous_norm": True}, ValueError, "must not be neg"),
+        ({"previous_norm": "1", "clip_by_previous_norm": True}, TypeError, "^previous_norm must"),
+    ],
+)
+def test_no_previous_norm(given: Any, error: Any, words: str) -> None:
+    model = Net()
+    with pytest.raises(error, match=words):
+        fusedopt.step_in_backward(model, fusedopt.SGD(model.parameters()), **given)
+
+
 def test_checkpoints_and_closing() -> None:
     """State dicts are ordinary ones; after close() steps are, too."""
     model = Net()

@@ -69,10 +69,11 @@ struct Block {
   Formats stored_as;
   DType format;           // as Formats::one_format()
   const uint32_t* draws;  // of the elements; nullptr if they follow from `at` and `first_element`
-  NewValues* kept = nullptr;       // of each state that becomes codes, until encode() is called
+  CodeGroup* groups = nullptr;     // where new states go until a group of codes is complete
   void* const* data = nullptr;     // of each operand
   float* const* scales = nullptr;  // of each state that is codes
   int64_t at = 0;                  // elements from there to the block
+  int64_t end = 0;                 // elements from there to the end, which may be in a group
   int64_t first_element = 0;       // as ParamUpdate's
   int64_t ahead = 0;               // how far ahead to ask for memory, in elements
 
@@ -149,7 +150,9 @@ struct Block {
   template <int kByte>
   FUSEDOPT_HD void store_bytes(int operand, const Bits& from) const {
     char* const to = place<uint8_t>(operand);
-    write_byte<kByte>(to, from.values);
+    unroll<kCount>([&](auto j) __attribute__((always_inline)) {
+      write_bytes(to + j * kLanes, from[j] >> 8 * kByte);
+    });
   }
 
   template <class Float>
@@ -172,24 +175,16 @@ struct Block {
 
   template <class Code, class Float>
   FUSEDOPT_HD void store_codes(int operand, const Float& from, const Bits& fractions) const {
-    NewValues& to = kept[operand - kFirstState];
-    const int64_t place = at % kEncodedAtOnce;
+    const int64_t in_group = at % kGroup, begin = at - in_group;
+    CodeGroup& to = groups[operand - kFirstState];
     unroll<kCount>([&](auto j) __attribute__((always_inline)) {
-      write(to.values + place + j * kLanes, from[j].raw);
-      write(to.fractions + place + j * kLanes, fractions[j].raw);
+      write(to.values + in_group + j * kLanes, from[j].raw);
+      write(to.fractions + in_group + j * kLanes, fractions[j].raw);
     });
-  }
-
-  // Makes the codes of what has been kept, elements [from, to).
-  void encode(int64_t from, int64_t to) const {
-    for (int s = 0; s < kMaxStates; ++s) {
-      const DType dtype = stored_as.dtypes[kFirstState + s];
-      char* const codes = static_cast<char*>(data[kFirstState + s]);
-      if (is(dtype, DType::kSignedCodes))
-        cpu::encode<SignedCode>(kept[s], from, to, scales[s], codes);
-      if (is(dtype, DType::kPositiveCodes))
-        cpu::encode<PositiveCode>(kept[s], from, to, scales[s], codes);
-    }
+    if (in_group + kBlock<T> < kGroup) return;
+    float* const scale = scales[operand - kFirstState] + begin / kGroup;
+    encode_group<Code>(to, scale, static_cast<uint8_t*>(data[operand]) + begin,
+                       end - begin < kGroup ? end - begin : kGroup);
   }
 
   FUSEDOPT_HD void find_draws(uint32_t rounding_key, Bits& to) const {
@@ -288,11 +283,9 @@ __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
     block.data = piece.data;
     block.scales = piece.scales;
     block.first_element = piece.first_element;
-    const bool has_codes = block.kept != nullptr;
-    const int64_t whole = has_codes ? (piece.end + kGroup - 1) & -kGroup : piece.end;
-    int64_t encoded = piece.begin;
-    block.at = piece.begin;
-    while (block.at < whole) {
+    block.end = piece.end;
+    const int64_t whole = block.groups != nullptr ? (piece.end + kGroup - 1) & -kGroup : piece.end;
+    for (block.at = piece.begin; block.at < whole; block.at += kBlock<T>) {
       // No prefetch beyond the end: those cache lines may be another thread's.
       block.ahead = block.at + kPrefetchAhead + kBlock<T> <= piece.end ? kPrefetchAhead : 0;
       Elements<Rule, T, typename Block<T>::Values, Block<T>> elements(block);
@@ -300,12 +293,6 @@ __attribute__((noinline)) void update_blocks(typename Rule::Variant variant,
       elements.load();
       elements.apply(variant, scalars.rule, math);
       elements.finish(scalars.common);
-      block.at += kBlock<T>;
-      if (has_codes && (block.at % kEncodedAtOnce == 0 || block.at >= whole)) {
-        const int64_t to = block.at < piece.end ? block.at : piece.end;
-        block.encode(encoded, to);
-        encoded = to;
-      }
     }
   }
 }
@@ -380,9 +367,9 @@ class Tile {
     });
   }
 
-  Block<T> block(NewValues* kept) const {
+  Block<T> block(CodeGroup* groups) const {
     // kAbsent: the elements are in order in the registers, as the draws are.
-    return {formats_, formats_.stochastic == 0 ? one_format_ : DType::kAbsent, draws_, kept};
+    return {formats_, formats_.stochastic == 0 ? one_format_ : DType::kAbsent, draws_, groups};
   }
   Piece piece(int64_t n) const { return {data_, scales_, 0, n}; }
 
@@ -505,13 +492,13 @@ __attribute__((noinline)) Parts update_alike(const Step& step, Parts parts) {
   const StepScalars<Rule, T> scalars =
       step.scalars[first.scalars].template of<Rule>().template as<T>();
   const DType one_format = first.formats.one_format(Block<T>::kSplitIsOneFormat);
-  NewValues of_states[kMaxStates];
-  NewValues* const kept = first.formats.has_codes() ? of_states : nullptr;
-  const Block<T> block = {first.formats, one_format, nullptr, kept};
+  CodeGroup group_of_state[kMaxStates];
+  CodeGroup* const groups = first.formats.has_codes() ? group_of_state : nullptr;
+  const Block<T> block = {first.formats, one_format, nullptr, groups};
   Tile<T> tile(first.formats, one_format, scalars.common.rounding_key);
   const auto update_tile = [&](int64_t n) {
     const Piece piece = tile.piece(n);
-    update_blocks<Rule, T>(variant, scalars, tile.block(kept), &piece, 1);
+    update_blocks<Rule, T>(variant, scalars, tile.block(groups), &piece, 1);
   };
   Pieces whole, rests;  // of blocks, and what is left
   const auto update_pieces = [&] {
@@ -534,12 +521,12 @@ __attribute__((noinline)) Parts update_alike(const Step& step, Parts parts) {
     if (update.layout == kDense) {
       static_assert(kChunkAlignment % kBlock<T> == 0, "`begin` is a multiple of a block");
       static_assert(kChunkAlignment % kGroup == 0, "and of a group");
-      const int64_t rest = end & -(kept != nullptr ? kGroup : kBlock<T>);
+      const int64_t rest = end & -(groups != nullptr ? kGroup : kBlock<T>);
       if (begin < rest) whole.add({update.data, update.scales, begin, rest, update.first_element});
       if (rest < end) rests.add({update.data, update.scales, rest, end, update.first_element});
       const bool is_full = whole.count == kMaxPieces || rests.count == kMaxPieces ||
                            rests.elements > kTileElements - kBlock<T> ||
-                           (kept != nullptr && rests.count > 0);
+                           (groups != nullptr && rests.count > 0);
       if (is_full || step.in_order) update_pieces();
       continue;
     }

@@ -214,7 +214,7 @@ def test_loops_are_vectorised(emulated_build: Path, isa: str, register: str) -> 
         name = re.search(
             r"<.*\bupdate\w*<fusedopt::(Adam|OneOf)(?:<[^()]*>)?, (float|double)>\(.*>:", function
         )
-        codes = re.search(r"<.*\bencode<fusedopt::(\w+)>\(.*>:", function)
+        codes = re.search(r"<.*\bencode_group<fusedopt::(\w+)>\(.*>:", function)
         found = re.findall(r"\bv?sqrt([ps][sd])\s.*%([xyz]mm)", function)
         assert name or not found, function[:300]
         if name:

@@ -1,4 +1,4 @@
-// States in 8 bits on the CPU: a group's new values are kept until all are known, and then encoded.
+// States in 8 bits on the CPU: the new values of some groups are kept, and then encoded together.
 // Part of isa_kernels.h, which says what must not be used here.
 #pragma once
 
@@ -9,10 +9,15 @@
 namespace fusedopt::cpu {
 namespace {
 
-// The new values of a state in a group, and what is added to the code of each before it is cut.
-struct CodeGroup {
-  alignas(64) float values[kGroup];
-  alignas(64) uint32_t fractions[kGroup];
+// Elements whose codes are made at once: several groups, since one has to wait for its scale, and
+// few enough that all of it stays in the first cache.
+constexpr int64_t kEncodedAtOnce = 4 * kGroup;
+
+// The new values of a state, and what is added to the code of each before it is cut. An element has
+// the place of its number, modulo how many there are.
+struct NewValues {
+  alignas(64) float values[kEncodedAtOnce];
+  alignas(64) uint32_t fractions[kEncodedAtOnce];
 };
 
 // Two registers of values from their codes. Places fit 16 bits, so twice as many as there are
@@ -31,36 +36,59 @@ FUSEDOPT_HD void read_codes(const void* from, float scale, Vec<float, kLanes> (&
                             words[j], scale);
 }
 
-// Finds the scale and the codes of a group, which may have fewer elements than a whole one: the
-// values behind the last do not count. Not inlined, so that there is one copy for all rules.
+// The bits of the largest magnitude of a group, of which `count` elements count.
+inline uint32_t largest_magnitude(float* values, int64_t count) {
+  constexpr int kLanes = kRegisterBytes / 4;
+  using Bits = Vec<uint32_t, kLanes>;
+  for (int64_t i = count; i < kGroup; ++i) values[i] = 0;
+  Bits largest(0u);
+  for (int i = 0; i < kGroup; i += kLanes)
+    largest = larger(largest, Bits(read<typename Bits::Raw>(values + i)) & 0x7fffffffu);
+  uint32_t most = 0;
+  for (int i = 0; i < kLanes; ++i) most = larger(most, uint32_t{largest.raw[i]});
+  return most;
+}
+
+// The codes of a whole group.
 template <class Code>
-__attribute__((noinline)) void encode_group(CodeGroup& group, float* scale_at, uint8_t* codes,
-                                            int64_t count) {
+void encode_group(const float* values, const uint32_t* fractions, float scale, float units,
+                  char* codes) {
   constexpr int kLanes = kRegisterBytes / 4;
   using Float = Vec<float, kLanes>;
   using Bits = Vec<uint32_t, kLanes>;
-  for (int64_t i = count; i < kGroup; ++i) group.values[i] = 0;
-  Bits largest(0u);
-  for (int i = 0; i < kGroup; i += kLanes)
-    largest = larger(largest, Bits(read<typename Bits::Raw>(group.values + i)) & 0x7fffffffu);
-  uint32_t most = 0;
-  for (int i = 0; i < kLanes; ++i) most = larger(most, uint32_t{largest.raw[i]});
-  const float scale = scale_of(most);
-  *scale_at = scale;
   if (!(scale > 0)) {  // all are 0, or one is not finite
-    __builtin_memset(codes, 0, static_cast<size_t>(count));
+    __builtin_memset(codes, 0, kGroup);
     return;
   }
+  Bits words[kGroup / kLanes];
+  for (int i = 0; i < kGroup / kLanes; ++i)
+    words[i] = encoded<Code>(Float(read<typename Float::Raw>(values + i * kLanes)), units,
+                             Bits(read<typename Bits::Raw>(fractions + i * kLanes)));
+  write_byte<3>(codes, words);
+}
+
+// Finds the scales and the codes of elements [begin, end), where `begin` is the first of a group
+// and the last group may be a part of one. All have places in `from`. Not inlined, so that there is
+// one copy for all rules.
+template <class Code>
+__attribute__((noinline)) void encode(NewValues& from, int64_t begin, int64_t end, float* scales,
+                                      char* codes) {
+  float units[kEncodedAtOnce / kGroup];
   Ieee math;
-  const float units = units_in<Code>(scale, math);
-  alignas(64) uint8_t found[kGroup];
-  uint8_t* const to = count < kGroup ? found : codes;
-  for (int i = 0; i < kGroup; i += kLanes) {
-    const Float values = read<typename Float::Raw>(group.values + i);
-    const Bits fractions = read<typename Bits::Raw>(group.fractions + i);
-    write_bytes(to + i, encoded<Code>(values, units, fractions) >> 24);
+  for (int64_t at = begin; at < end; at += kGroup) {
+    const int64_t place = at % kEncodedAtOnce, count = end - at < kGroup ? end - at : kGroup;
+    const float scale = scale_of(largest_magnitude(from.values + place, count));
+    scales[at / kGroup] = scale;
+    units[place / kGroup] = units_in<Code>(scale, math);
   }
-  if (count < kGroup) __builtin_memcpy(codes, found, static_cast<size_t>(count));
+  for (int64_t at = begin; at < end; at += kGroup) {
+    const int64_t place = at % kEncodedAtOnce;
+    const bool is_whole = end - at >= kGroup;
+    char found[kGroup];
+    encode_group<Code>(from.values + place, from.fractions + place, scales[at / kGroup],
+                       units[place / kGroup], is_whole ? codes + at : found);
+    if (!is_whole) __builtin_memcpy(codes + at, found, static_cast<size_t>(end - at));
+  }
 }
 
 }  // namespace

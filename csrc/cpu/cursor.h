@@ -3,11 +3,10 @@
 
 #include "core/layout.h"
 #include "core/step.h"
+#include "cpu/vec.h"
 
 namespace fusedopt::cpu {
 namespace {
-
-constexpr int64_t kCacheLine = 64;
 
 // A position in a walk over strided operands, which goes on by runs along the innermost dim. Within
 // a run, each operand has one stride.

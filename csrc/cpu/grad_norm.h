@@ -6,9 +6,10 @@
 #include "core/flush.h"
 #include "core/norm.h"
 #include "core/step.h"
+#include "cpu/block.h"
 #include "cpu/cursor.h"
 #include "cpu/isa.h"
-#include "cpu/update.h"
+#include "cpu/parts.h"
 
 namespace fusedopt::cpu {
 namespace {

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "core/dtypes.h"
 #include "core/lanes.h"
@@ -24,6 +23,8 @@ constexpr int kRegisterBytes = 32;
 #else
 constexpr int kRegisterBytes = 16;
 #endif
+
+constexpr int64_t kCacheLine = 64;
 
 // Whether fma() is an instruction, and not a function of the C library for each number.
 #if defined(__FMA__) || defined(__aarch64__)
@@ -221,23 +222,6 @@ FUSEDOPT_HD Vec<uint32_t, kLanes> read_signed_bytes(const void* from) {
   return (bytes ^ 0x80u) - 0x80u;
 }
 
-template <int kLanes>
-FUSEDOPT_HD void write_bytes(void* to, Vec<uint32_t, kLanes> words) {
-#if defined(__AVX512F__)
-  if constexpr (kLanes == 16)
-    return write(to, _mm512_maskz_cvtepi32_epi8(0xffff, __m512i(words.raw)));
-#elif defined(__AVX2__)
-  if constexpr (kLanes == 8) {
-    // The lowest byte of each word to the front of its half, and the halves' fronts together.
-    const __m256i lowest = _mm256_set1_epi32(0x0c080400);
-    const __m256i fronts = _mm256_shuffle_epi8(__m256i(words.raw), lowest);
-    const __m128i upper = _mm256_extracti128_si256(fronts, 1);
-    return write(to, _mm_unpacklo_epi32(_mm256_castsi256_si128(fronts), upper)[0]);
-  }
-#endif
-  write(to, __builtin_convertvector(words.raw, typename RawVec<uint8_t, kLanes>::Type));
-}
-
 // Loads two registers of numbers from what is stored as `Storage`, and stores them.
 template <class V, class Storage>
 struct Stored;
@@ -278,6 +262,39 @@ FUSEDOPT_HD __m512i halves_of(Vec<uint32_t, 16> low, Vec<uint32_t, 16> high, uin
   return _mm512_permutex2var_epi16(__m512i(low.raw), __m512i(lower + is_upper), __m512i(high.raw));
 }
 #endif
+
+// Stores the lowest byte of each word.
+template <int kLanes>
+FUSEDOPT_HD void write_bytes(void* to, Vec<uint32_t, kLanes> words) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16)
+    return write(to, _mm512_maskz_cvtepi32_epi8(0xffff, __m512i(words.raw)));
+#elif defined(__AVX2__)
+  if constexpr (kLanes == 8) {
+    // The lowest byte of each word to the front of its half, and the halves' fronts together.
+    const __m256i lowest = _mm256_set1_epi32(0x0c080400);
+    const __m256i fronts = _mm256_shuffle_epi8(__m256i(words.raw), lowest);
+    const __m128i upper = _mm256_extracti128_si256(fronts, 1);
+    return write(to, _mm_unpacklo_epi32(_mm256_castsi256_si128(fronts), upper)[0]);
+  }
+#endif
+  write(to, __builtin_convertvector(words.raw, typename RawVec<uint8_t, kLanes>::Type));
+}
+
+// Stores that byte of each word of some registers.
+template <int kByte, int kLanes, int kRegisters>
+FUSEDOPT_HD void write_byte(char* to, const Vec<uint32_t, kLanes> (&words)[kRegisters]) {
+#if defined(__AVX512F__)
+  if constexpr (kLanes == 16 && kRegisters == 4 && kByte % 2 == 1) {
+    const __m512i low = _mm512_srli_epi16(halves_of(words[0], words[1], kByte / 2), 8);
+    const __m512i high = _mm512_srli_epi16(halves_of(words[2], words[3], kByte / 2), 8);
+    const RawVec<uint64_t, 8>::Type in_order = {0, 2, 4, 6, 1, 3, 5, 7};
+    const __m512i packed = _mm512_packus_epi16(low, high);
+    return write(to, _mm512_permutexvar_epi64(__m512i(in_order), packed));
+  }
+#endif
+  for (int j = 0; j < kRegisters; ++j) write_bytes(to + j * kLanes, words[j] >> 8 * kByte);
+}
 
 // Of two registers: the first word of each, then the second of each, and so on.
 template <int kLanes>

@@ -212,9 +212,10 @@ def test_loops_are_vectorised(emulated_build: Path, isa: str, register: str) -> 
     shifts = {}
     for function in re.split(r"\n\n", code):
         name = re.search(
-            r"<.*\bupdate\w*<fusedopt::(Adam|OneOf)(?:<[^()]*>)?, (float|double)>\(.*>:", function
+            r"<.*\bupdate\w*<fusedopt::(Adam|OneOf)(?:<[^()]*>)?, (float|double)(?:, \w+)?>\(.*>:",
+            function,
         )
-        codes = re.search(r"<.*\bencode_group<fusedopt::(\w+)>\(.*>:", function)
+        codes = re.search(r"<.*\bencode<fusedopt::(\w+)>\(.*>:", function)
         found = re.findall(r"\bv?sqrt([ps][sd])\s.*%([xyz]mm)", function)
         assert name or not found, function[:300]
         if name:

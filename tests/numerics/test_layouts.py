@@ -23,7 +23,7 @@ BOUNDARIES = {
     "vector-of-32": 32,
     "two-vectors-of-32": 64,
     "alignment": constant("core/chunks.h", "kChunkAlignment"),
-    "tile": constant("cpu/update.h", "kTileElements"),
+    "tile": constant("cpu/tile.h", "kTileElements"),
     "first-chunk": CHUNK - constant("core/chunks.h", "kTensorCost"),
     "chunk": CHUNK,
 }

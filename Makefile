@@ -195,7 +195,7 @@ $(VENV)/built: $(VENV)/torch $(SOURCES)
 	$(PIP) -e ".[test,bench]"
 	touch $@
 
-build/emulated/built: $(VENV)/torch $(SOURCES) $(wildcard fusedopt/*.py)
+build/emulated/built: $(VENV)/torch $(SOURCES) $(shell find fusedopt -name '*.py')
 	FUSEDOPT_CUDA=emulated $(BIN)/python setup.py -q build \
 	    --build-base build/emulated --build-lib build/emulated/lib
 	touch $@

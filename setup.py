@@ -30,12 +30,12 @@ MACOS = sys.platform == "darwin"
 STRICT = os.environ.get("FUSEDOPT_STRICT") == "1"
 SANITIZE = os.environ.get("FUSEDOPT_SANITIZE")
 
-# Results must not depend on the compiler's mood: no contraction, no fast-math. The two flags after
-# it change no value; they let square roots and selections be vectorised.
-# Unknown are nvcc's pragmas.
+# Results must not depend on the compiler: no contraction, no fast-math. The pragmas that host
+# compilers do not know are nvcc's.
 COMMON = ["-std=c++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
           "-Wno-unknown-pragmas", "-Wno-psabi", "-Icsrc"]  # fmt: skip
-# Operands that are not there are not loaded and then not used, which GCC does not see.
+# The two flags about mathematics change no value; they let square roots and selections be
+# vectorised. GCC does not see that operands which are not there are neither loaded nor used.
 EXACT = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-uninitialized"]
 ISA = ["-fno-exceptions"]  # whose symbols could be those of another instruction set
 OPENMP = [] if MACOS else ["-fopenmp"]  # Apple's clang has none; the driver then uses one thread

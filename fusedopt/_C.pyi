@@ -55,6 +55,7 @@ WEIGHTS_IN_STATE: dict[str, str]
 CODES_SUFFIX: str
 SCALES_SUFFIX: str
 GROUP_OF_CODES: int
+TOO_MANY_STEPS: float
 GRAD_STATUS: dict[str, tuple[int, str]]
 
 def check_group(

@@ -62,7 +62,7 @@ def _convert_numbers(
             entries[name] = values = weight
         elif kind in REMAINDERS and weight is not None:
             values, entries[name] = split(weight, dtype)
-        elif kind in MASTERS and (kept := _of(saved[kind], dtype)) is not None:
+        elif kind in MASTERS and (kept := _if_of_dtype(saved[kind], dtype)) is not None:
             entries[name] = kept
     return values
 
@@ -72,7 +72,7 @@ def _saved_weight(saved: dict[str, Any], param: Tensor, place: str) -> Tensor | 
 
     A float32 master counts only where the parameter is what it rounds to, as in steps.
     """
-    weight = _of(saved.get("master"), torch.float32)
+    weight = _if_of_dtype(saved.get("master"), torch.float32)
     if weight is not None:
         is_apart = local(param).shape != local(weight).shape  # refused where they meet
         if is_apart or why_unreadable(param) is not None:
@@ -80,7 +80,7 @@ def _saved_weight(saved: dict[str, Any], param: Tensor, place: str) -> Tensor | 
         return weight_of(param.detach(), weight)
     if param.dtype == torch.bfloat16:
         for kind, dtype in REMAINDERS.items():
-            remainder = _of(saved.get(kind), dtype)
+            remainder = _if_of_dtype(saved.get(kind), dtype)
             if remainder is not None:
                 if (why := why_unreadable(param)) is not None:
                     raise ValueError(f"{place} is {why}")
@@ -102,7 +102,7 @@ def _whole(entry: Tensor, dtype: torch.dtype, what: str) -> Tensor:
     return numbers
 
 
-def _of(entry: Any, dtype: torch.dtype) -> Tensor | None:
+def _if_of_dtype(entry: Any, dtype: torch.dtype) -> Tensor | None:
     return entry if isinstance(entry, Tensor) and entry.dtype == dtype else None
 
 

@@ -95,12 +95,7 @@ class InitialAverages:
         They are there as before if the step is skipped or fails. Params that the optimizer does not
         have, as the rest of those that are stepped in the backward, are left for their own step.
         """
-        known = [
-            param
-            for group in optimizer.param_groups
-            for param in group["params"]
-            if param in self._averages
-        ]
+        known = [param for param in optimizer._params() if param in self._averages]
         params = [param for param in known if self._is_initial(optimizer, param)]
         self._forget(optimizer, set(known).difference(params))  # others have been loaded
         trains = not trains_nothing(optimizer)

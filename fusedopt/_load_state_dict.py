@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _C
 from ._convert import convert
 from ._state import Specs, place_of
-from ._steps import to_step
+from ._steps import to_step, whole_count
 from ._tensors import is_dtensor, why_unreadable, why_unwritable
 from ._types import ParamGroup
 from ._weights import REMAINDERS, STEPPED, with_remainder_as
@@ -54,8 +54,8 @@ def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> 
     new_values: list[tuple[Tensor, Tensor]] = []
     specs = Specs(optimizer)
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        _complete(optimizer, group, saved)
-        completed = optimizer._completed(saved)
+        _keep_own_options(optimizer, group, saved)
+        completed = optimizer._with_defaults(saved)
         _C.check_group(optimizer._row, completed, index)
         for at, param in enumerate(group["params"]):
             if param in state:
@@ -106,7 +106,7 @@ def _check_form(state_dict: Any) -> None:
             )
 
 
-def _complete(optimizer: "FusedOptimizer", group: ParamGroup, saved: ParamGroup) -> None:
+def _keep_own_options(optimizer: "FusedOptimizer", group: ParamGroup, saved: ParamGroup) -> None:
     """Give a saved group the params, and what torch does not save or has no name for."""
     saved["params"] = group["params"]
     for key in ("param_names", "capturable", "decoupled_weight_decay"):  # torch may lack them
@@ -128,10 +128,14 @@ def _fit(entries: dict[str, Any], param: Tensor, spec: _C.StateSpec, place: str)
     for name in spec.unused:
         entries.pop(name, None)
     if entries.get("step") is not None:
-        entries["step"] = _checked_step(entries["step"], place)
+        whole_count(entries["step"], f"step of {place} in the loaded state dict")
+        entries["step"] = to_step(entries["step"], torch.device("cpu"))
     if values is not None:
         if is_dtensor(type(values)) != is_dtensor(type(param)):
-            raise TypeError(f"of the loaded master weight of {place} and it, one is a DTensor")
+            raise TypeError(
+                f"the loaded master weight of {place} and the parameter must both be DTensors, or "
+                "neither of them"
+            )
         if (why := why_unwritable(param)) is not None:
             raise ValueError(f"{place} is {why}")
     return values
@@ -203,26 +207,6 @@ def _check_numbers(
         raise TypeError(
             f"{name} of {place} is {entry.dtype} in the loaded state dict, but must be {expected}"
         )
-
-
-def _checked_step(step: Any, place: str) -> Tensor:
-    """A step count as a step takes it; TypeError or ValueError for what it would refuse."""
-
-    def what() -> str:
-        return f"step of {place} is {step!r} in the loaded state dict, but must be"
-
-    if isinstance(step, Tensor) and why_unreadable(step) is not None:
-        raise TypeError(f"{what()} a number")
-    is_one = not isinstance(step, Tensor) or step.numel() == 1
-    try:
-        count = to_step(step if is_one else -1.0, torch.device("cpu"))
-        number = float(count)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise TypeError(f"{what()} a number") from None
-    if not 0 <= number < 9.2e18 or number % 1 != 0:
-        advice = "; round it" if number > 0 and number % 1 > 0 else ""
-        raise ValueError(f"{what()} one whole number that is not negative{advice}")
-    return count
 
 
 def check_groups(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:

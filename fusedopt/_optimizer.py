@@ -25,9 +25,9 @@ from ._ranks import compare_ranks
 from ._state import Specs, create_state, drop_unused, new_entry, place_of
 from ._state_dict import export_all_states
 from ._steps import step_device, to_step
-from ._tensors import bytes_of, is_dtensor, memory_of, why_unreadable
+from ._tensors import bytes_of, memory_of
 from ._types import NormGroup, ParamGroup, Params, State
-from ._weights import MASTERS, Swap, check_written, read_weight, write_weight
+from ._weights import MASTERS, Swap, check_weight, check_written, read_weight, write_weight
 
 if TYPE_CHECKING:
     from ._step_in_backward import StepInBackward
@@ -253,13 +253,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.param_groups, self.state, grad_scale, found_inf, threads, self._checks_grads,
                 norm_groups, grad_norm,
             )  # fmt: skip
-            return self._complete(found) if isinstance(found, _C.PendingStep) else found
+            return self._create_and_run(found) if isinstance(found, _C.PendingStep) else found
         finally:
             if isinstance(found, _C.PendingStep):
                 found.close()
             self._shared.grad_status = plan.grad_status
 
-    def _complete(self, step: _C.PendingStep) -> list[tuple[int, int]] | None:
+    def _create_and_run(self, step: _C.PendingStep) -> list[tuple[int, int]] | None:
         """The rest of a step that has found state missing; without it, none is created."""
         new_averages = without_average(self, step.missing) if trains_nothing(self) else []
         discard = create_state(self, step.missing, step.maybe_written, step.counts_on_gpu)
@@ -372,27 +372,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         weights = list(weights)
         if len(weights) != len(entries):
             raise ValueError(f"{len(weights)} tensors for {len(entries)} parameters")
-        for index, ((param, _), weight) in enumerate(zip(entries, weights, strict=True)):
-            if not isinstance(weight, Tensor):
-                raise TypeError(f"tensor {index} is {weight!r}")
-            if (why := why_unreadable(weight)) is not None:
-                raise TypeError(f"tensor {index} is {why}")
-            if is_dtensor(type(weight)) != is_dtensor(type(param)):
-                raise TypeError(f"of tensor {index} and its parameter, one is a DTensor")
-            if weight.is_complex() != param.is_complex():
-                raise ValueError(f"tensor {index} is {weight.dtype}, its parameter {param.dtype}")
-            if weight.shape != param.shape:
-                raise ValueError(
-                    f"tensor {index} is of shape {tuple(weight.shape)}, but its parameter of shape "
-                    f"{tuple(param.shape)}"
-                )
-        specs = Specs(self)
-        all_specs = [specs.of(param, group) for param, group in entries]  # it may refuse some
         places = [
             place_of(group, at, index)
             for at, group in enumerate(self.param_groups)
             for index in range(len(group["params"]))
         ]
+        for index, ((param, _), weight) in enumerate(zip(entries, weights, strict=True)):
+            check_weight(weight, param, f"tensor {index} (for {places[index]})")
+        specs = Specs(self)
+        all_specs = [specs.of(param, group) for param, group in entries]  # it may refuse some
         written: set[int] = set()
         for (param, _), spec, place in zip(entries, all_specs, places, strict=True):
             targets = check_written(param, self.state.get(param, {}), spec, place)
@@ -471,13 +459,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             if group.get("ema_decay") is not None and AVERAGE in self.state.get(param, {})
         ]
 
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _clips(self) -> bool:
+        """Whether it measures its grads and clips some of them itself."""
+        return any(group.get("max_grad_norm") is not None for group in self.param_groups)
+
+    def _needs_norm(self) -> bool:
+        return self._clips() or self._checks_grads
+
     def _note_shards(self) -> None:
-        params = [param for group in self.param_groups for param in group["params"]]
-        self._has_shards = are_shards(params)
+        self._has_shards = are_shards(self._params())
 
     def _refuse_norm_of_shards(self) -> None:
-        clips = any(group.get("max_grad_norm") is not None for group in self.param_groups)
-        if self._norm_processes is None and (clips or self._checks_grads):
+        if self._norm_processes is None and self._needs_norm():
             refuse_shards()
 
     def _refuse_swapped(self, what: str) -> None:
@@ -553,7 +549,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Numbers that torch's twin has in a state after so many steps, for state dicts."""
         raise NotImplementedError
 
-    def _completed(self, saved: ParamGroup) -> ParamGroup:
+    def _with_defaults(self, saved: ParamGroup) -> ParamGroup:
         """A param group of a checkpoint with the options that it may lack."""
         return {**self._switches(), **saved, **self._fixed_options}
 

@@ -147,9 +147,8 @@ def _meetings(optimizer: "FusedOptimizer", is_norm_given: bool) -> list[_Meeting
     each other in a circle.
     """
     groups = optimizer.param_groups
-    clips = any(group.get("max_grad_norm") is not None for group in groups)
-    takes_norm = clips or optimizer._checks_grads
-    errs = clips and any(group.get("error_if_nonfinite") for group in groups)
+    takes_norm = optimizer._needs_norm()
+    errs = optimizer._clips() and any(group.get("error_if_nonfinite") for group in groups)
     norm_facts = {
         "the norm of the grads (for max_grad_norm or fusedopt.GradScaler)": (
             "given to step()" if is_norm_given else "taken" if takes_norm else "not asked for"
@@ -160,7 +159,7 @@ def _meetings(optimizer: "FusedOptimizer", is_norm_given: bool) -> list[_Meeting
     for meeting in meetings:
         meeting.facts.update(norm_facts)
     if optimizer._norm_processes is not None:
-        params = [param for group in groups for param in group["params"]]
+        params = optimizer._params()
         device = params[0].device if params else torch.device("cpu")
         of_norm = _Meeting("norm_group", optimizer._norm_processes.groups(), device)
         of_norm.facts, of_norm.limit = norm_facts, _limit(groups)

@@ -11,6 +11,7 @@ from ._codes import has_state
 from ._norms import are_marked
 from ._options import name_state_dtype
 from ._state import Specs, new_entry
+from ._steps import number_dtype
 from ._types import ParamGroup
 from ._weights import OF_8_BITS, SAVED, with_remainder_as
 
@@ -87,9 +88,7 @@ class DerivedStates:
         if key not in self._known:
             self._known[key] = self._optimizer._derived_state(group, key[1])
         found = self._known[key].items()
-        is_double = torch.get_default_dtype() == torch.float64
-        dtype = torch.float64 if is_double else torch.float32  # as torch keeps numbers
-        kind = {"dtype": dtype, "device": step.device}
+        kind = {"dtype": number_dtype(), "device": step.device}
         as_kept = {
             name: value if isinstance(value, int) else torch.tensor(value, **kind)
             for name, value in found

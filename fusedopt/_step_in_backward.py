@@ -123,11 +123,8 @@ class StepInBackward:
         self._squares: list[Tensor] = []  # of the norms of what has been stepped since then
         self._norm: Tensor | None = None  # of the backward before
         in_model = set(model.parameters())
-        params = [
-            param
-            for group in optimizer.param_groups
-            for param in group["params"]
-            if param.requires_grad and param in in_model
+        params: list[Any] = [
+            param for param in optimizer._params() if param.requires_grad and param in in_model
         ]
         if not params:
             raise ValueError("the optimizer has no parameter of this model that needs a grad")
@@ -219,8 +216,7 @@ class StepInBackward:
             raise ValueError("grad_norm= comes too late where the backward has stepped")
         with self._lock:
             optimizer = self._optimizer
-            left = [p for group in optimizer.param_groups for p in group["params"]]
-            left = [param for param in left if param.grad is not None]
+            left = [param for param in optimizer._params() if param.grad is not None]
             if left:
                 self._step(self._rest, left)
             optimizer._shared.grad_status = None  # of a part

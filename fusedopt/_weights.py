@@ -1,12 +1,13 @@
 """Weights and their averages outside of steps: masters and swaps."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _C
-from ._tensors import local, on_cpu, why_unwritable
+from ._tensors import is_dtensor, local, on_cpu, why_unreadable, why_unwritable
 from ._types import State
 
 
@@ -107,6 +108,23 @@ def are_rewritten(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
         at = [index for index, each in enumerate(found) if each.device == device]
         flags |= zip(at, torch.stack([found[index] for index in at]).tolist(), strict=True)
     return [flags[index] for index in range(len(pairs))]
+
+
+def check_weight(weight: Any, param: Tensor, what: str) -> None:
+    """Raise where a parameter cannot be set to this; ``what`` says in the text what it is."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{what} is {weight!r}, but must be a tensor")
+    if (why := why_unreadable(weight)) is not None:
+        raise TypeError(f"{what} is {why}")
+    if is_dtensor(type(weight)) != is_dtensor(type(param)):
+        raise TypeError(f"{what} and the parameter must both be DTensors, or neither of them")
+    if weight.is_complex() != param.is_complex():
+        raise ValueError(f"{what} is {weight.dtype}, but the parameter {param.dtype}")
+    if weight.shape != param.shape:
+        raise ValueError(
+            f"{what} is of shape {tuple(weight.shape)}, but the parameter of shape "
+            f"{tuple(param.shape)}"
+        )
 
 
 def check_written(param: Tensor, state: State, spec: _C.StateSpec, place: str) -> list[Tensor]:

@@ -86,9 +86,10 @@ class Adagrad(FusedOptimizer):
     _option_defaults = option_defaults(__init__)
 
     def share_memory(self) -> None:
-        """Move the states to shared memory, for processes that step the same parameters.
+        """Move ``sum`` to shared memory, for processes that step the same parameters.
 
         As ``torch.optim.Adagrad.share_memory``. States that no step has made yet are made.
+        Averages and master weights stay private.
         """
         missing = [
             (at, index)

@@ -3,7 +3,7 @@
 torch's profiler counts a step after two others, when states exist and nothing has moved since.
 With --for-ncu it is Nsight Compute that watches fusedopt's step, with a mark before each case:
 
-    ncu --profile-from-start off --kernel-name "regex:update_kernel|spin_kernel" ... \\
+    ncu --profile-from-start off --kernel-name "regex:usual_kernel|spin_kernel" ... \\
         python bench/gpu/launches.py --for-ncu --json cases.json
 
 The mark is torch's spin_kernel, so that the launches of a case can be told apart in ncu's table.

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 OURS = "fusedopt"  # is in the name of every kernel of this package
+UPDATES = ("update_kernel", "codes_kernel", "usual_kernel")  # those of kernels.cuh that update
 MARK = "spin_kernel"  # of launches.py --for-ncu
 MAX_NAMES = 40
 
@@ -91,12 +92,16 @@ def _number(text: str) -> float | None:
         return None
 
 
+def is_update(kernel: str) -> bool:
+    return any(name in kernel for name in UPDATES)
+
+
 def ncu_cases(cases: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
     """Each case with what it had to move beside what it moved."""
     rows = []
     for case, launches in zip(cases, ncu_launches(text), strict=False):
         row = case | {"launches": launches}
-        updates = [launch for launch in launches if "update" in launch["kernel"]]
+        updates = [launch for launch in launches if is_update(launch["kernel"])]
         for moved in ("read", "written"):
             row[moved] = sum(launch.get(moved) or 0 for launch in updates)
         seconds = 1e-9 * sum(launch.get("ns") or 0 for launch in updates)

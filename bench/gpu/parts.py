@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from logs import METRICS, ncu_cases, pytest_counts, sanitizer_findings
+from logs import MARK, METRICS, UPDATES, ncu_cases, pytest_counts, sanitizer_findings
 from training import target_lines
 
 from lib.configs import COMPARISONS, SETTINGS
@@ -289,7 +289,7 @@ def ncu(runner: Runner) -> Result:
     under = [
         program, "--csv", "--print-units", "base", "--clock-control", "none",
         "--profile-from-start", "off", "--log-file", str(table), "--metrics", ",".join(METRICS),
-        "--kernel-name", "regex:update_kernel|schedule_kernel|spin_kernel",
+        "--kernel-name", "regex:" + "|".join((*UPDATES, MARK)),
     ]  # fmt: skip
     run = runner.python("bench/gpu/launches.py", "--for-ncu", "--json", cases, under=under)
     text = table.read_text(errors="replace") if table.exists() else ""

@@ -184,8 +184,8 @@ bool AliasCheck::reads_others(const StepContext& context, size_t at) {
     const auto owner = static_cast<size_t>(written.owner) / kMaxTensors;
     const Region region = region_of(owner, static_cast<int>(written.owner % kMaxTensors));
     if (!have_common_bytes(grad, region)) continue;
-    if (table_.updates[owner].device ==
-        kIdle) {  // not written to; its memory may be the grad's by now
+    if (table_.updates[owner].device == kIdle) {
+      // Not written to; its memory may be the grad's by now.
       table_.is_disjoint = table_.caches[owner].is_disjoint = false;
       continue;
     }

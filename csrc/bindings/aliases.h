@@ -1,3 +1,4 @@
+// Finds memory that one step would write twice, or read for one element and write for another.
 #pragma once
 
 #include <string>
@@ -6,7 +7,6 @@
 #include "bindings/param_table.h"
 #include "bindings/step_call.h"
 
-// Finds memory that one step would write twice, or read for one element and write for another.
 namespace fusedopt {
 
 class AliasCheck {

@@ -1,9 +1,9 @@
+// Codes of 8 bits (core/codes.h), outside of steps: all of a tensor at once, contiguous and in
+// memory of the CPU. Signed codes are int8, the others uint8; there is a float32 scale for each 64.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-// Codes of 8 bits (core/codes.h), outside of steps: all of a tensor at once, contiguous and in
-// memory of the CPU. Signed codes are int8, the others uint8; there is a float32 scale for each 64.
 namespace fusedopt {
 
 // codes, scales <- the nearest codes of float32 values.

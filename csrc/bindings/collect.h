@@ -1,3 +1,6 @@
+// Goes through the param groups and the state, checks all that it finds and enters it into the
+// table. Every tensor is looked at in every step: what the table has of it is used only if its
+// fingerprint shows that it is what it was. Nothing that Python can see is changed.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,9 +13,6 @@
 #include "bindings/state_spec.h"
 #include "bindings/step_call.h"
 
-// Goes through the param groups and the state, checks all that it finds and enters it into the
-// table. Every tensor is looked at in every step: what the table has of it is used only if its
-// fingerprint shows that it is what it was. Nothing that Python can see is changed.
 namespace fusedopt {
 
 class Collector {

@@ -1,9 +1,9 @@
+// The part of DLPack's stable C ABI (https://dmlc.github.io/dlpack, version 1.x) that reading torch
+// tensors takes: the exchange table of functions and the tensor it describes.
 #pragma once
 
 #include <cstdint>
 
-// The part of DLPack's stable C ABI (https://dmlc.github.io/dlpack, version 1.x) that reading torch
-// tensors takes: the exchange table of functions and the tensor it describes.
 extern "C" {
 
 typedef struct {

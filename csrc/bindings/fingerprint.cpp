@@ -8,10 +8,10 @@ namespace {
 constexpr size_t kCacheLine = 64;
 
 // An odd constant for each word, so that exchanged or shifted words do not cancel out.
-struct Weights {
+struct Multipliers {
   uint64_t of[3 * kMaxWords] = {};
 
-  constexpr Weights() {
+  constexpr Multipliers() {
     for (uint64_t i = 0; i < 3 * kMaxWords; ++i) {
       uint64_t z = (i + 1) * 0x9e3779b97f4a7c15u;
       z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -20,13 +20,13 @@ struct Weights {
     }
   }
 };
-constexpr Weights kWeights;
+constexpr Multipliers kMultipliers;
 
 // Mixes words, two at a time.
 class Mixer {
  public:
   void add(uint64_t first, uint64_t second) {
-    sum_ += (first + kWeights.of[next_]) * (second + kWeights.of[next_ + 1]);
+    sum_ += (first + kMultipliers.of[next_]) * (second + kMultipliers.of[next_ + 1]);
     next_ += 2;
   }
   uint64_t result() const { return sum_ != kNoFingerprint ? sum_ : 1; }

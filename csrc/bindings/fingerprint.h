@@ -1,9 +1,3 @@
-#pragma once
-
-#include <pybind11/pybind11.h>
-
-#include <cstdint>
-
 // Tells cheaply whether a tensor is what it was in the step before, and where its memory is now.
 // DLPack's answer costs a hundred nanoseconds for each tensor, which is most of a step when there
 // are thousands of small ones.
@@ -11,6 +5,12 @@
 // The words of torch's own description of a tensor are read where they lie (torch_layout.h). If
 // that is not as expected, or with FUSEDOPT_FINGERPRINTS=0 in the environment, all fingerprints are
 // kNoFingerprint, which equals nothing, and every tensor is read through DLPack in every step.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
 namespace fusedopt {
 
 inline constexpr uint64_t kNoFingerprint = 0;

@@ -85,8 +85,19 @@ GpuStep Gpus::prepare(const StepCall& call, ParamTable& table, const StepContext
   return step;
 }
 
+// A full queue makes a launch wait, so other threads of Python may run.
+void Gpus::sum_squares(const cuda::DeviceStep& device_step) {
+  const py::gil_scoped_release release;
+  driver_->sum_squares(device_step);
+}
+
+void Gpus::finalize_norm(const cuda::DeviceStep& device_step) {
+  const py::gil_scoped_release release;
+  driver_->finalize_norm(device_step);
+}
+
 void Gpus::launch(const GpuStep& step) {
-  const py::gil_scoped_release release;  // a full queue makes a launch wait
+  const py::gil_scoped_release release;
   for (const cuda::DeviceStep& device : step.devices) driver_->launch(device);
 }
 

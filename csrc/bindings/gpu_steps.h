@@ -1,3 +1,4 @@
+// A step's part on GPUs: what the CUDA driver is handed, and what holds the memory of that.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,7 +10,6 @@
 #include "bindings/step_call.h"
 #include "core/gpu.h"
 
-// A step's part on GPUs: what the CUDA driver is handed, and what holds the memory of that.
 namespace fusedopt {
 
 // One step on all GPUs.
@@ -28,9 +28,11 @@ class Gpus {
   GpuStep prepare(const StepCall& call, ParamTable& table, const StepContext& context,
                   const std::vector<Layout>& layouts, bool reads_grads);
 
-  void launch(const GpuStep& step);
+  // What reads the grads before the launch, on one GPU (core/gpu.h).
+  void sum_squares(const cuda::DeviceStep& device_step);
+  void finalize_norm(const cuda::DeviceStep& device_step);
 
-  cuda::Driver& driver() { return *driver_; }
+  void launch(const GpuStep& step);
 
   // Holds a tensor that a GPU reads or writes: for the step, or for good if the step is captured
   // and may be replayed.

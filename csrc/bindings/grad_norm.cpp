@@ -79,7 +79,7 @@ bool GradNorm::measure(const ParamTable& table, const Step& on_cpu, const Pass& 
     device.status = add_device(device.gpu);
     device.norm_sums = sums.back();
     device.num_classes = num_classes;
-    pass.gpus.driver().sum_squares(device);
+    pass.gpus.sum_squares(device);
   }
   if (!is_alone) combine(table, pass, numbers, sums);
   if (status_on_cpu != nullptr)
@@ -88,7 +88,7 @@ bool GradNorm::measure(const ParamTable& table, const Step& on_cpu, const Pass& 
                       /*found_inf=*/false, pass.context.clips);
   for (size_t i = 0; i < devices.size(); ++i) {
     devices[i].norm_sums = sums[numbers.size() - devices.size() + i];
-    pass.gpus.driver().finalize_norm(devices[i]);
+    pass.gpus.finalize_norm(devices[i]);
   }
   return conclude(pass, numbers);
 }

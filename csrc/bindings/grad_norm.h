@@ -1,3 +1,4 @@
+// Finds out about the grads before a step: their global norm, and whether all of them are finite.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,7 +11,6 @@
 #include "bindings/step_call.h"
 #include "core/norm.h"
 
-// Finds out about the grads before a step: their global norm, and whether all of them are finite.
 namespace fusedopt {
 
 class GradNorm {

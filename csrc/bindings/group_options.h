@@ -1,3 +1,4 @@
+// What the options of a param group come to: the rule and its numbers, and what a state holds then.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,7 +9,6 @@
 #include "bindings/optimizers.h"
 #include "core/layout.h"
 
-// What the options of a param group come to: the rule and its numbers, and what a state holds then.
 namespace fusedopt {
 
 // What a state may have whatever the optimizer.

@@ -224,11 +224,13 @@ bool every_change_shows(const py::module_& torch) {
 // tensor of the same storage that is no view nor any other tensor; in the counter, the number that
 // torch says is the tensor's version.
 bool find_version_counter() {
+  constexpr size_t kWrites = 41;  // a count that no other word of a description has
+  constexpr uint64_t kPage = 4096;
   std::vector<py::object> tensors, views, same_storage;
   for (const int byte : {0x00, 0xff, 0x5a, 0x00}) {
     litter(g_layout.num_words * kWord, byte);  // words that torch leaves as they are differ
     const py::object tensor = zeros({6, 4});
-    for (size_t i = 0; i < 41 + tensors.size(); ++i) tensor.attr("zero_")();
+    for (size_t i = 0; i < kWrites + tensors.size(); ++i) tensor.attr("zero_")();
     litter(g_layout.num_words * kWord, ~byte);
     views.push_back(tensor.attr("view")(4, 6));
     same_storage.push_back(tensor.attr("data"));
@@ -240,7 +242,7 @@ bool find_version_counter() {
     };
     for (size_t i = 0; i < tensors.size(); ++i) {
       const uint64_t mine = word(tensors[i]);
-      const bool is_address = mine > 4096 && mine % alignof(std::max_align_t) == 0;
+      const bool is_address = mine > kPage && mine % alignof(std::max_align_t) == 0;
       if (!is_address || mine != word(views[i]) || mine == word(same_storage[i]) ||
           (i > 0 && mine == word(tensors[i - 1])))
         return false;
@@ -323,8 +325,8 @@ class PlainTorch {
   void begin() {
     const auto torch = py::module_::import("torch");
     const py::object library = torch.attr("_C");
-    if (library.attr("_len_torch_dispatch_stack")().cast<int>() >
-        0)  // for it imports more of torch
+    // Only then, as it imports more of torch.
+    if (library.attr("_len_torch_dispatch_stack")().cast<int>() > 0)
       enter(py::module_::import("torch.utils._python_dispatch").attr("_disable_current_modes")());
     enter(library.attr("DisableTorchFunction")());
     enter(torch.attr("inference_mode")(false));

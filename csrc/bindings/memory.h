@@ -1,3 +1,6 @@
+// The one place that decides whether a tensor's memory may be read as it stands. A tensor may wrap
+// another at any depth (a DTensor, a collective that is still under way), its memory may hold the
+// negatives or conjugates of its values, or it may have none at all.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,9 +10,6 @@
 #include "bindings/python.h"
 #include "bindings/torch_api.h"
 
-// The one place that decides whether a tensor's memory may be read as it stands. A tensor may wrap
-// another at any depth (a DTensor, a collective that is still under way), its memory may hold the
-// negatives or conjugates of its values, or it may have none at all.
 namespace fusedopt {
 
 // A tensor subclass without memory of its own.

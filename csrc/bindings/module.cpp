@@ -2,11 +2,12 @@
 
 #include "bindings/codes.h"
 #include "bindings/fingerprint.h"
-#include "bindings/torch_layout.h"
 #include "bindings/operands.h"
 #include "bindings/plan.h"
+#include "bindings/scalars.h"
 #include "bindings/state_spec.h"
 #include "bindings/torch_api.h"
+#include "bindings/torch_layout.h"
 #include "bindings/weights.h"
 #include "core/codes.h"
 #include "core/gpu.h"
@@ -128,13 +129,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::list names;
         const fusedopt::OptimizerRow& row = fusedopt::find_optimizer(optimizer);
         for (size_t s = 0; s < row.scale_names.size(); ++s)
-          if (row.can_be_codes(static_cast<int>(s))) names.append(row.scale_names[s].str());
+          if (row.can_be_codes(s)) names.append(row.scale_names[s].str());
         return names;
       },
       py::arg("optimizer"));
   m.attr("CODES_SUFFIX") = fusedopt::kCodesSuffix;
   m.attr("SCALES_SUFFIX") = fusedopt::kScalesSuffix;
   m.attr("GROUP_OF_CODES") = fusedopt::kGroup;
+  m.attr("TOO_MANY_STEPS") = fusedopt::kTooManySteps;
   m.def("build_info", &build_info);
   m.def("is_on_gpu", &is_on_gpu, py::arg("tensor"));
 #if defined(FUSEDOPT_EMULATED)

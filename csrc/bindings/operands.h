@@ -1,11 +1,12 @@
+// The tensors of one parameter's update, their checks, and the words for what is wrong with them.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <string>
 
-#include "bindings/memory.h"
 #include "bindings/group_options.h"
+#include "bindings/memory.h"
 #include "bindings/options.h"
 #include "bindings/param_table.h"
 #include "bindings/torch_api.h"
@@ -13,7 +14,6 @@
 #include "core/layout.h"
 #include "core/weight.h"
 
-// The tensors of one parameter's update, their checks, and the words for what is wrong with them.
 namespace fusedopt {
 
 // Where a parameter stands in its optimizer, for messages.

@@ -362,7 +362,7 @@ RuleChoice rule_for(const OptimizerRow& row, const HyperParams& hyper) {
 double read_max_grad_norm(GroupReader& group) {
   const double norm = group.number_or(kMaxGradNorm, 0);
   if (!(norm > 0) && group.has(kMaxGradNorm))
-    group.fail("max_grad_norm must be above 0, or None: " + std::to_string(norm));
+    group.fail("max_grad_norm must be above 0, or None: " + std::string(py::str(py::float_(norm))));
   return norm;
 }
 

@@ -1,3 +1,5 @@
+// The table of optimizers: for each, the names torch gives to its state and how a param group's
+// options become the rule's numbers. One row is what adding an optimizer takes here.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,8 +12,6 @@
 #include "core/layout.h"
 #include "core/rules.h"
 
-// The table of optimizers: for each, the names torch gives to its state and how a param group's
-// options become the rule's numbers. One row is what adding an optimizer takes here.
 namespace fusedopt {
 
 // What the names of codes and of their scales add to the name of a state.

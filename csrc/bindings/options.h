@@ -1,3 +1,4 @@
+// Reads the options of a param group, which users may set to anything, and checks every value.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,7 +12,6 @@
 #include "core/stochastic.h"
 #include "core/weight.h"
 
-// Reads the options of a param group, which users may set to anything, and checks every value.
 namespace fusedopt {
 
 // A string that is looked up in dicts again and again.

@@ -1,11 +1,10 @@
+// What a step works on, as plain data. Collector (collect.h) fills it in; the other passes of a
+// step (scalars.h, aliases.h, grad_norm.h, gpu_steps.h) read it and add what they find out.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <array>
-#include <map>
-#include <utility>
 #include <vector>
 
 #include "bindings/fingerprint.h"
@@ -13,8 +12,6 @@
 #include "core/overlap.h"
 #include "core/step.h"
 
-// What a step works on, as plain data. Collector (collect.h) fills it in; the other passes of a
-// step (scalars.h, aliases.h, grad_norm.h, gpu_steps.h) read it and add what they find out.
 namespace fusedopt {
 
 // The tensors of an update: the operands, and the scales of states that are codes (core/codes.h).

@@ -1,3 +1,5 @@
+// One optimizer's steps: collects its tensors, checks all of them, then hands the work to the
+// drivers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -15,8 +17,6 @@
 #include "bindings/step_call.h"
 #include "core/chunks.h"
 
-// One optimizer's steps: collects its tensors, checks all of them, then hands the work to the
-// drivers.
 namespace fusedopt {
 
 class PendingStep;

@@ -1,3 +1,5 @@
+// CPython's containers as a step reads them. Other threads may change them meanwhile (a step gives
+// up the GIL, and free-threaded builds of Python have none), so whatever is read is held.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -5,8 +7,6 @@
 #include <utility>
 #include <vector>
 
-// CPython's containers as a step reads them. Other threads may change them meanwhile (a step gives
-// up the GIL, and free-threaded builds of Python have none), so whatever is read is held.
 namespace fusedopt {
 
 // References that a step keeps until it ends: to all that it reads and writes.

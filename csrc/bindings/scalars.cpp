@@ -30,10 +30,13 @@ void read_step(const ParamId& id, ParamCache& cache) {
                       : cache.step_type == StepType::kFloat64
                           ? *static_cast<double*>(cache.step)
                           : static_cast<double>(*static_cast<int64_t*>(cache.step));
-  constexpr double kTooLarge = 9.2e18;  // for the integers it becomes
-  if (!(step >= 0 && step < kTooLarge) || step != std::floor(step))
-    throw py::value_error("step of " + id.text() + " is " + std::to_string(step) +
-                          ", but must be a whole number that is not negative; round it");
+  const bool is_count = step >= 0 && step < kTooManySteps;
+  if (!is_count || step != std::floor(step))
+    throw py::value_error("step of " + id.text() + " is " + std::string(py::str(py::float_(step))) +
+                          ", but must be a whole number that is not negative" +
+                          (is_count                ? "; round it"
+                           : step >= kTooManySteps ? " and below 9.2e18"
+                                                   : ""));
   cache.next_step = step + 1;
 }
 

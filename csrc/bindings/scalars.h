@@ -1,3 +1,6 @@
+// The numbers of a step: how often each parameter has been stepped, and the scalars of its rule
+// that follow from that. Parameters on a GPU are counted there if the host cannot know their
+// counts.
 #pragma once
 
 #include <memory>
@@ -6,10 +9,10 @@
 #include "bindings/param_table.h"
 #include "bindings/step_call.h"
 
-// The numbers of a step: how often each parameter has been stepped, and the scalars of its rule
-// that follow from that. Parameters on a GPU are counted there if the host cannot know their
-// counts.
 namespace fusedopt {
+
+// The least number of steps that cannot be counted, as counts become integers.
+inline constexpr double kTooManySteps = 9.2e18;
 
 // Finds the scalars of all parameters that are stepped, or what GPUs need to compute them. Params
 // whose count is on the host but belongs on a GPU join `context.missing`. Raises ValueError for

@@ -1,3 +1,5 @@
+// What a parameter's state is to hold, and what is wrong with one that holds other things. It is
+// the only source of that: fusedopt/_state.py asks for a StateSpec.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -6,8 +8,6 @@
 
 #include "bindings/group_options.h"
 
-// What a parameter's state is to hold, and what is wrong with one that holds other things. It is
-// the only source of that: fusedopt/_state.py asks for a StateSpec.
 namespace fusedopt {
 
 // What the state of a parameter of a dtype (a torch.dtype) is to hold.

@@ -1,3 +1,5 @@
+// What the passes of a step hand to each other, beside the table: the call, and what has been found
+// out of the param groups. Nothing of it is kept.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,8 +12,6 @@
 #include "bindings/group_options.h"
 #include "core/step_scalars.h"
 
-// What the passes of a step hand to each other, beside the table: the call, and what has been found
-// out of the param groups. Nothing of it is kept.
 namespace fusedopt {
 
 // A param group in one step.

@@ -1,3 +1,5 @@
+// What the bindings know of torch: tensors as seen through DLPack, and functions of torch, of which
+// a step calls a few for every parameter. No torch header and no torch library is involved.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,8 +11,6 @@
 #include "core/dtypes.h"
 #include "core/gpu.h"
 
-// What the bindings know of torch: tensors as seen through DLPack, and functions of torch, of which
-// a step calls a few for every parameter. No torch header and no torch library is involved.
 namespace fusedopt {
 
 struct TensorView {

@@ -1,3 +1,5 @@
+// Where things lie in torch's own description of a tensor, which torch promises nobody. It is found
+// out at import, from what torch says of probe tensors (learn_layout.cpp).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -6,15 +8,13 @@
 #include <cstdint>
 #include <cstring>
 
-// Where things lie in torch's own description of a tensor, which torch promises nobody. It is found
-// out at import, from what torch says of probe tensors (learn_layout.cpp).
 namespace fusedopt {
 
 inline constexpr size_t kWord = sizeof(uint64_t);
-inline constexpr size_t kMaxWords =
-    23;  // of a description, in the versions of torch that are known
-inline constexpr size_t kDataWords =
-    3;  // of a storage: data, and who frees it, which a snapshot changes
+// Words of a description, in the versions of torch that are known.
+inline constexpr size_t kMaxWords = 23;
+// Words of a storage: data, and who frees it, which a snapshot changes.
+inline constexpr size_t kDataWords = 3;
 inline constexpr uint64_t kMaxNearDims = 5;  // sizes and strides of more lie elsewhere
 
 // Byte offsets in a description, unless said otherwise; 0 for what has not been found.

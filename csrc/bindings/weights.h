@@ -1,11 +1,11 @@
+// Weights in two parts (core/weight.h), outside of steps: all of a tensor at once, contiguous and
+// in memory of the CPU.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include "bindings/torch_api.h"
 
-// Weights in two parts (core/weight.h), outside of steps: all of a tensor at once, contiguous and
-// in memory of the CPU.
 namespace fusedopt {
 
 // Raises ValueError for a tensor that is not as said above, or of another dtype.

@@ -8,17 +8,17 @@
 //   codes 32 to  64:  16 in each of the next 2
 //   codes 64 to 255:  32 in each of those above
 //
-// The value is the distance from the first place, in units of which the scale, the group's largest
-// magnitude, is as many as the last place is away. So 0 is exact, and values near it are evenly
-// spaced, as subnormal numbers are. What is never negative, as second moments, has codes to 255;
+// A value is scale * (place - first place) / (last place - first place), where the scale is the
+// group's largest magnitude. So 0 is exact, and values near it are evenly spaced, as subnormal
+// numbers are. What is never negative, as second moments, has codes to 255;
 // what has a sign has it in the upper bit and codes to 127 in the others. The scale is a float32,
 // because a narrower one could not follow a decay of 0.1 % a step. A second moment above 0 has
 // code 1 at least, which stands for 3.1e-5 of its group's largest: 0 would make its update explode.
 //
-// The bits of a float, as a number, grow evenly within a binade. So they and codes follow from each
-// other by one line for each density, of which the largest code or the smallest place is right, as
-// lines are steeper further up. This takes neither roots nor tables nor branches, and is the same
-// on all devices.
+// Read as an integer, the bits of a float grow linearly within a binade. So a code is a linear
+// function of the bits of its place, with a slope for each density, and the slopes grow: the code
+// is the largest of the three lines, and the bits of a place are the smallest of the three inverse
+// lines. This takes neither roots nor tables nor branches, and is the same on all devices.
 //
 // A code is rounded by adding a fraction of one and cutting off: a half, for the nearest value, or
 // one that is drawn, so that the mean of the two values is right. Moments are drawn as a rule: to

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "core/two_float.h"
 #include "core/macros.h"
+#include "core/two_float.h"
 
 namespace fusedopt {
 

@@ -32,13 +32,6 @@ struct Dim {
   }
 };
 
-// The dim of operands whose elements are consecutive.
-inline Dim consecutive(int64_t size) {
-  Dim dim = {size, {}};
-  for (int64_t& stride : dim.strides) stride = 1;
-  return dim;
-}
-
 // All dims, outermost first. An empty list stands for a single element.
 using Dims = std::vector<Dim>;
 

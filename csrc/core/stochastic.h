@@ -51,21 +51,23 @@ FUSEDOPT_HD Bits second_of_pair(Bits pair_draw) {
   return (pair_draw << 16) | (pair_draw >> 16);
 }
 
-// Whether the elements of a part of a tensor, which begins with the tensor's element number
-// `first`, can be drawn for by blocks: pairs have both their elements in one block, and the
-// elements of a block one key. The pairs of larger blocks than that are not looked at together.
-inline constexpr int64_t kMaxDrawBlock = 64;
-inline bool has_whole_draw_blocks(int64_t first, int64_t numel) {
-  constexpr int64_t kOneKey = int64_t{2} << 32;  // so many elements have the same
-  if (numel == 0 || first % kMaxDrawBlock == 0) return true;
-  return first % 2 == 0 && first / kOneKey == (first + numel - 1) / kOneKey;
-}
-
-// The same for a single element, by its number in its tensor.
+// The draw of a single element, by its number in its tensor.
 FUSEDOPT_HD uint32_t own_draw(uint32_t rounding_key, uint64_t element) {
   const uint64_t pair = element / 2;
   const uint32_t draw = pair_draw(draw_key(rounding_key, pair), static_cast<uint32_t>(pair));
   return (element & 1) != 0 ? second_of_pair(draw) : draw;
+}
+
+// Drivers draw for at most so many elements at once.
+inline constexpr int64_t kMaxDrawBlock = 64;
+
+// Whether the elements of a part of a tensor, which begins with the tensor's element number
+// `first`, can be drawn for by blocks: pairs have both their elements in one block, and the
+// elements of a block one key.
+inline bool has_whole_draw_blocks(int64_t first, int64_t numel) {
+  constexpr int64_t kOneKey = int64_t{2} << 32;  // so many elements have the same
+  if (numel == 0 || first % kMaxDrawBlock == 0) return true;
+  return first % 2 == 0 && first / kOneKey == (first + numel - 1) / kOneKey;
 }
 
 // Mixes in the element's new weight. The draws of all its operands are made of this, but for those

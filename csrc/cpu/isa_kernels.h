@@ -5,8 +5,8 @@
 
 #include "core/flush.h"
 #include "core/step.h"
-#include "cpu/isa.h"
 #include "cpu/grad_norm.h"
+#include "cpu/isa.h"
 #include "cpu/update.h"
 
 namespace fusedopt::cpu {

@@ -83,9 +83,9 @@ class Device {
   void launch(const DeviceStep& device_step) {
     try {
       send(device_step);
-      for (const Rows& rows : partition_.keys()) {
-        if (device_step.counters != nullptr) step_scalars(device_step, rows);
-        update(device_step, rows);
+      for (const Launch& launch : partition_.launches()) {
+        if (device_step.counters != nullptr) step_scalars(device_step, launch);
+        update(device_step, launch);
       }
     } catch (...) {
       table_.reset();  // the device may not have what the mirror says
@@ -113,17 +113,17 @@ class Device {
     runtime::clear(device_step.norm_sums,
                    device_step.num_classes * static_cast<int64_t>(sizeof(NormSums)),
                    device_step.stream);
-    for (const Rows& rows : partition_.keys()) {
+    for (const Launch& launch : partition_.launches()) {
       SumSquaresCall call = {};
       call.stream = device_step.stream;
       call.arguments.updates =
-          reinterpret_cast<const ParamUpdate*>(current_->at(parts.updates)) + rows.first_row;
+          reinterpret_cast<const ParamUpdate*>(current_->at(parts.updates)) + launch.first_row;
       call.arguments.leaves =
-          reinterpret_cast<const ChunkStart*>(current_->at(parts.leaves)) + rows.first_leaf;
+          reinterpret_cast<const ChunkStart*>(current_->at(parts.leaves)) + launch.first_leaf;
       call.arguments.layouts = reinterpret_cast<const Layout*>(current_->at(parts.layouts));
       call.arguments.sums = device_step.norm_sums;
-      call.num_leaves = rows.num_leaves;
-      call.in_double = rows.key.formats.dtypes[kGrad] == DType::kFloat64;
+      call.num_leaves = launch.num_leaves;
+      call.in_double = launch.key.formats.dtypes[kGrad] == DType::kFloat64;
       runtime::sum_squares(call);
     }
   }
@@ -184,46 +184,46 @@ class Device {
   }
 
   // Where the device computes the scalars of a launch.
-  void* computed(const Rows& rows) const {
+  void* computed(const Launch& launch) const {
     return current_->at(current_->parts().computed +
-                        rows.first_row * static_cast<int64_t>(sizeof(Scalars)));
+                        launch.first_row * static_cast<int64_t>(sizeof(Scalars)));
   }
 
-  void step_scalars(const DeviceStep& device_step, const Rows& rows) const {
+  void step_scalars(const DeviceStep& device_step, const Launch& launch) const {
     const TableLayout& parts = current_->parts();
     StepScalarsArguments arguments = {};
     arguments.counters =
-        reinterpret_cast<const StepCounter*>(current_->at(parts.counters)) + rows.first_row;
+        reinterpret_cast<const StepCounter*>(current_->at(parts.counters)) + launch.first_row;
     arguments.groups = reinterpret_cast<const HyperParamsRef*>(current_->at(parts.groups));
-    arguments.scalars = computed(rows);
+    arguments.scalars = computed(launch);
     arguments.grad_scale = device_step.grad_scale;
     arguments.host_grad_scale = device_step.host_grad_scale;
     arguments.skip = skip_flag(device_step);
     arguments.grad_norm = device_step.reads_grads ? &device_step.status->grad_norm : nullptr;
-    arguments.num_rows = rows.num_rows;
-    arguments.in_double = rows.key.formats.in_double();
-    runtime::step_scalars(rows.key.rule, arguments, device_step.stream);
+    arguments.num_rows = launch.num_rows;
+    arguments.in_double = launch.key.formats.in_double();
+    runtime::step_scalars(launch.key.rule, arguments, device_step.stream);
   }
 
-  void update(const DeviceStep& device_step, const Rows& rows) const {
+  void update(const DeviceStep& device_step, const Launch& launch) const {
     const TableLayout& parts = current_->parts();
     UpdateCall call = {};
-    call.key = rows.key;
+    call.key = launch.key;
     call.stream = device_step.stream;
     call.updates =
-        reinterpret_cast<const ParamUpdate*>(current_->at(parts.updates)) + rows.first_row;
+        reinterpret_cast<const ParamUpdate*>(current_->at(parts.updates)) + launch.first_row;
     call.chunks =
-        reinterpret_cast<const ChunkStart*>(current_->at(parts.chunks)) + rows.first_chunk;
+        reinterpret_cast<const ChunkStart*>(current_->at(parts.chunks)) + launch.first_chunk;
     call.layouts = reinterpret_cast<const Layout*>(current_->at(parts.layouts));
     call.skip = skip_flag(device_step);
-    call.num_chunks = rows.num_chunks;
+    call.num_chunks = launch.num_chunks;
     if (device_step.counters != nullptr) {
-      call.scalars = computed(rows);
+      call.scalars = computed(launch);
     } else if (has_few_scalars(device_step)) {
       call.few_scalars = device_step.scalars;
       call.num_few_scalars = device_step.num_scalars;
     } else {
-      call.scalars = current_->at(current_->scalars_of(rows));
+      call.scalars = current_->at(current_->scalars_of(launch));
     }
     runtime::update(call);
   }

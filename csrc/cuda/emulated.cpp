@@ -1,6 +1,7 @@
 // Takes the place of runtime.cu in builds for tests: runs the code of the kernels on the host, one
 // thread after the other, with host memory as device memory. It works because no thread of a kernel
-// waits for another; only where the sums of squares are put together do threads of a block.
+// waits for another, with two exceptions: the threads of a block where sums of squares are put
+// together, and the lanes of a warp for the scale of a group of codes (LaneTalk).
 
 #include <atomic>
 #include <cstdlib>

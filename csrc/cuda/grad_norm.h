@@ -50,15 +50,9 @@ FUSEDOPT_HD Leaf load_leaf(const SumSquaresArguments& arguments, int64_t leaf) {
 // The offset of the element that a strided layout visits as number `element`.
 FUSEDOPT_HD int64_t find_grad(const Layout& layout, int64_t element, bool is_small) {
   int64_t at = 0;
-  for (int d = layout.num_dims - 1; d >= 0; --d) {
-    const Dim* const dim = layout.dims + d;
-    const int64_t size = load_item(&dim->size);
-    // All that is left is along the outermost dim, which is longer than the walk if that is of
-    // rows.
-    const int64_t outer = d == 0 ? 0 : divide(element, size, is_small);
-    at += (element - outer * size) * load_item(dim->strides + kGrad);
-    element = outer;
-  }
+  for_each_index(layout, element, is_small, [&](int, const Dim* dim, int64_t index) {
+    at += index * load_item(dim->strides + kGrad);
+  });
   return at;
 }
 

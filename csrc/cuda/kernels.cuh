@@ -1,5 +1,5 @@
-// The large kernels, which are compiled in files of their own with flags of their own (float.cu,
-// double.cu, usual.cu, grad_norm.cu).
+// The large kernels, which are compiled in files of their own with flags of their own (the other
+// .cu files of this folder but runtime.cu).
 #pragma once
 
 #include "cuda/grad_norm.h"

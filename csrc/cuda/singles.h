@@ -52,21 +52,12 @@ class Singles {
     if (number == kDense) return;
     const Layout layout = layouts_[number];
     const bool is_small = load_item(&update_->numel) <= INT32_MAX;
-    int64_t left = element;
-#pragma unroll 1
-    for (int d = layout.num_dims - 1; d >= 0; --d) {
-      const Dim* const dim = layout.dims + d;
-      const int64_t size = load_item(&dim->size);
-      // All that is left is along the outermost dim, which is longer than the walk if that is of
-      // rows.
-      const int64_t outer = d == 0 ? 0 : divide(left, size, is_small);
-      const int64_t index = left - outer * size;
+    for_each_index(layout, element, is_small, [&](int d, const Dim* dim, int64_t index) {
       const int64_t row = d == 0 && layout.rows != nullptr ? load_item(layout.rows + index) : index;
 #pragma unroll
       for (int k = 0; k <= kIndex; ++k)
         at_[j][k] += (k == kGrad ? index : row) * load_item(dim->strides + k);
-      left = outer;
-    }
+    });
   }
 
   template <class Storage, bool>

@@ -46,7 +46,7 @@ inline constexpr uint32_t kUncommon = ~(only(kFirstState + 2) - 1);
 // conflicts.
 inline constexpr uint32_t kNextPiece = 16 * kBlockThreads;
 static_assert(kStages * kMaxOperands * 2 * kNextPiece <= kMaxSharedBytes,
-              "every work must have room for all stages");
+              "every update must have room for all stages");
 
 // How the operands of a launch are staged. The host finds it out once for each launch, from the
 // formats and the alignment, and passes it among the kernel's arguments. The compiler knows that

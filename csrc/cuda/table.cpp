@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <limits>
 
 #include "cuda/grid.h"
 
@@ -50,28 +51,31 @@ std::vector<uint8_t> converted(const DeviceStep& device_step, const LaunchKey& k
 
 bool Partition::update(const DeviceStep& device_step) {
   const auto own_device = static_cast<uint8_t>(kFirstGpu + device_step.gpu);
-  bool changed = members_.size() != static_cast<size_t>(device_step.num_updates);
-  if (changed) members_.assign(static_cast<size_t>(device_step.num_updates), Member());
-  for (size_t w = 0; w < members_.size(); ++w) {
-    const ParamUpdate& update = device_step.updates[w];
+  const auto size = static_cast<size_t>(device_step.num_updates);
+  bool changed = !is_current_ || members_.size() != size;
+  is_current_ = false;  // and stays so if memory runs out below
+  if (changed) members_.assign(size, Member());
+  for (size_t index = 0; index < members_.size(); ++index) {
+    const ParamUpdate& update = device_step.updates[index];
     // Without a grad in this step, an update keeps its row and its chunks, and the kernel skips
     // them. So freezing and unfreezing a parameter sends its row and nothing else.
     if (update.device == kIdle) continue;
     const bool is_here = update.device == own_device;
     const Member found = is_here ? Member{true, launch_key_of(update), update.numel} : Member();
-    Member& member = members_[w];
+    Member& member = members_[index];
     changed = changed || found.is_here != member.is_here || found.numel != member.numel ||
               !(found.key == member.key);
     member = found;
   }
   if (changed) divide_up();
+  is_current_ = true;
   return changed;
 }
 
 // Rows, chunks and leaves of every launch, in the order in which their first parameters come.
 void Partition::divide_up() {
   rows_.clear();
-  keys_.clear();
+  launches_.clear();
   num_scalars_tables_ = 0;
   chunks_.clear();
   leaves_.clear();
@@ -82,33 +86,39 @@ void Partition::divide_up() {
   for (const LaunchKey& key : found) {
     std::vector<int64_t> sizes;
     const auto first_row = static_cast<int64_t>(rows_.size());
-    for (size_t w = 0; w < members_.size(); ++w) {
-      if (!members_[w].is_here || !(members_[w].key == key)) continue;
-      rows_.push_back(static_cast<int64_t>(w));
-      sizes.push_back(members_[w].numel);
+    for (size_t index = 0; index < members_.size(); ++index) {
+      if (!members_[index].is_here || !(members_[index].key == key)) continue;
+      rows_.push_back(static_cast<int64_t>(index));
+      sizes.push_back(members_[index].numel);
     }
     const std::vector<ChunkStart> chunks = plan_grid(sizes), leaves = plan_leaves(sizes);
-    const auto same = std::find_if(keys_.begin(), keys_.end(), [&](const Rows& rows) {
-      return rows.key.rule == key.rule && rows.key.formats.in_double() == key.formats.in_double();
+    const auto same = std::find_if(launches_.begin(), launches_.end(), [&](const Launch& launch) {
+      return launch.key.rule == key.rule &&
+             launch.key.formats.in_double() == key.formats.in_double();
     });
-    keys_.push_back({key, first_row, static_cast<int64_t>(sizes.size()),
-                     static_cast<int64_t>(chunks_.size()), static_cast<int64_t>(chunks.size()) - 1,
-                     static_cast<int64_t>(leaves_.size()), static_cast<int64_t>(leaves.size()) - 1,
-                     same != keys_.end() ? same->scalars : num_scalars_tables_++});
+    launches_.push_back(
+        {key, first_row, static_cast<int64_t>(sizes.size()), static_cast<int64_t>(chunks_.size()),
+         static_cast<int64_t>(chunks.size()) - 1, static_cast<int64_t>(leaves_.size()),
+         static_cast<int64_t>(leaves.size()) - 1,
+         same != launches_.end() ? same->scalars : num_scalars_tables_++});
     chunks_.insert(chunks_.end(), chunks.begin(), chunks.end());
     leaves_.insert(leaves_.end(), leaves.begin(), leaves.end());
   }
 }
 
-// The smallest room among all kernels decides, so that the answer depends on their number alone.
 bool has_few_scalars(const DeviceStep& device_step) {
-  int64_t few = device_step.num_scalars;
-  for (int rule = 0; rule < Rules::kSize; ++rule)
-    for (const bool in_double : {false, true})
-      with_types(static_cast<RuleId>(rule), in_double, [&](auto known, auto type) {
-        few = std::min<int64_t>(few, UpdateArguments<decltype(known), decltype(type)>::kFew);
-      });
-  return device_step.counters == nullptr && device_step.num_scalars == few;
+  // The smallest room among all kernels decides, so that the answer depends on their number alone.
+  static const int64_t most = [] {
+    int64_t least_room = std::numeric_limits<int64_t>::max();
+    for (int rule = 0; rule < Rules::kSize; ++rule)
+      for (const bool in_double : {false, true})
+        with_types(static_cast<RuleId>(rule), in_double, [&](auto known, auto type) {
+          constexpr int64_t kRoom = UpdateArguments<decltype(known), decltype(type)>::kFew;
+          least_room = std::min(least_room, kRoom);
+        });
+    return least_room;
+  }();
+  return device_step.counters == nullptr && device_step.num_scalars <= most;
 }
 
 TableLayout plan_table(const DeviceStep& device_step, const Partition& partition) {
@@ -143,8 +153,8 @@ TableLayout plan_table(const DeviceStep& device_step, const Partition& partition
   return parts;
 }
 
-int64_t DeviceTable::scalars_of(const Rows& rows) const {
-  return parts_.scalars + rows.scalars * scalars_bytes(parts_.max_scalars);
+int64_t DeviceTable::scalars_of(const Launch& launch) const {
+  return parts_.scalars + launch.scalars * scalars_bytes(parts_.max_scalars);
 }
 
 bool DeviceTable::fits(const DeviceStep& device_step) const {
@@ -175,10 +185,10 @@ void DeviceTable::fill(const DeviceStep& device_step, const Partition& partition
                   &device_step.groups[g], sizeof(HyperParamsRef));
   int64_t done = 0;
   if (device_step.counters == nullptr && !has_few_scalars(device_step))
-    for (const Rows& rows : partition.keys()) {
-      if (rows.scalars < done) continue;  // an earlier launch of the same types has filled it
-      const std::vector<uint8_t> bytes = converted(device_step, rows.key);
-      mirror_.put(scalars_of(rows), bytes.data(), static_cast<int64_t>(bytes.size()));
+    for (const Launch& launch : partition.launches()) {
+      if (launch.scalars < done) continue;  // an earlier launch of the same types has filled it
+      const std::vector<uint8_t> bytes = converted(device_step, launch.key);
+      mirror_.put(scalars_of(launch), bytes.data(), static_cast<int64_t>(bytes.size()));
       ++done;
     }
 }
@@ -204,15 +214,15 @@ void DeviceTable::fill_layouts(const DeviceStep& device_step) {
 }
 
 void DeviceTable::fill_updates(const DeviceStep& device_step, const Partition& partition) {
-  for (const Rows& rows : partition.keys())
-    for (int64_t row = rows.first_row; row < rows.first_row + rows.num_rows; ++row) {
-      const int64_t w = partition.rows()[static_cast<size_t>(row)];
-      ParamUpdate update = device_step.updates[w];
+  for (const Launch& launch : partition.launches())
+    for (int64_t row = launch.first_row; row < launch.first_row + launch.num_rows; ++row) {
+      const int64_t index = partition.rows()[static_cast<size_t>(row)];
+      ParamUpdate update = device_step.updates[index];
       if (device_step.counters != nullptr) {
         // The device computes scalars for each row, so a row finds its own at its own place.
-        update.scalars = static_cast<int32_t>(row - rows.first_row);
+        update.scalars = static_cast<int32_t>(row - launch.first_row);
         mirror_.put(parts_.counters + row * static_cast<int64_t>(sizeof(StepCounter)),
-                    &device_step.counters[w], sizeof(StepCounter));
+                    &device_step.counters[index], sizeof(StepCounter));
       }
       mirror_.put(parts_.updates + row * static_cast<int64_t>(sizeof(ParamUpdate)), &update,
                   sizeof(ParamUpdate));

@@ -13,9 +13,8 @@
 
 namespace fusedopt::cuda {
 
-// One launch: the updates with the same key, which are neighbouring rows of the table, and their
-// chunks.
-struct Rows {
+// The updates with the same key, which are neighbouring rows of the table, and their chunks.
+struct Launch {
   LaunchKey key;
   int64_t first_row, num_rows;
   int64_t first_chunk, num_chunks;  // one more start follows, the end
@@ -32,7 +31,7 @@ class Partition {
   bool update(const DeviceStep& device_step);
 
   const std::vector<int64_t>& rows() const { return rows_; }  // indices into DeviceStep::updates
-  const std::vector<Rows>& keys() const { return keys_; }
+  const std::vector<Launch>& launches() const { return launches_; }
   int64_t num_scalars_tables() const { return num_scalars_tables_; }
   // Starts of all launches' chunks. ChunkStart::update counts rows from the launch's first_row.
   const std::vector<ChunkStart>& chunks() const { return chunks_; }
@@ -47,8 +46,9 @@ class Partition {
     int64_t numel = 0;
   };
   std::vector<Member> members_;  // one for each update of the optimizer
+  bool is_current_ = false;      // whether all below follows from them
   std::vector<int64_t> rows_;
-  std::vector<Rows> keys_;
+  std::vector<Launch> launches_;
   int64_t num_scalars_tables_ = 0;
   std::vector<ChunkStart> chunks_;
   std::vector<ChunkStart> leaves_;
@@ -58,7 +58,7 @@ class Partition {
 // is one range, from the first to the last byte that changed.
 struct TableLayout {
   int64_t chunks, leaves, dims, layouts, groups, counters, updates;
-  int64_t scalars;       // one table after the other, by Rows::scalars
+  int64_t scalars;       // one table after the other, by Launch::scalars
   int64_t mirror_bytes;  // size of all parts above, which the host writes
   int64_t computed;      // scalars that the device computes, sizeof(Scalars) for each row
   int64_t bytes;
@@ -81,7 +81,7 @@ class DeviceTable {
   HostMirror& mirror() { return mirror_; }
   uint8_t* at(int64_t offset) const { return static_cast<uint8_t*>(memory_.get()) + offset; }
   const TableLayout& parts() const { return parts_; }
-  int64_t scalars_of(const Rows& rows) const;  // offset of the table of scalars of a launch
+  int64_t scalars_of(const Launch& launch) const;  // offset of the table of scalars of a launch
 
   // Writes a step into the mirror. What changes by it is then to be sent.
   void fill(const DeviceStep& device_step, const Partition& partition);

@@ -1,14 +1,14 @@
-// Stands in for the CUDA driver in builds without it; the build chooses one of the two. It says why
-// CUDA tensors cannot be stepped.
+// Stands in for the CUDA driver in builds without it; the build chooses one of three (core/gpu.h).
+// It says why CUDA tensors cannot be stepped.
 
 #include "core/gpu.h"
 
 namespace fusedopt::cuda {
 
 const char* unavailable_reason() {
-  return "this fusedopt was built without CUDA; with a CUDA toolkit (nvcc) on the machine, rebuild "
-         "it: FUSEDOPT_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir "
-         "--no-binary fusedopt fusedopt";
+  return "this fusedopt was built without CUDA; on a machine with a CUDA toolkit (nvcc), build it "
+         "again from its sources: FUSEDOPT_CUDA=1 pip install --force-reinstall --no-deps "
+         "PATH_OF_THE_SOURCES";
 }
 
 std::unique_ptr<Driver> make_driver(Allocate) { return nullptr; }

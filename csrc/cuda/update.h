@@ -11,10 +11,10 @@
 #include "core/element.h"
 #include "core/rules.h"
 #include "core/step.h"
-#include "cuda/thread_slice.h"
 #include "cuda/singles.h"
 #include "cuda/stage.h"
 #include "cuda/staged.h"
+#include "cuda/thread_slice.h"
 #include "cuda/tuning.h"
 #include "cuda/usual.h"
 
@@ -199,7 +199,6 @@ class ChunkUpdate {
 // All that thread number `thread` of block number `block` does. same_for_warp() tells the compiler
 // which numbers are equal in all threads of a warp: they are then kept in uniform registers, once
 // for the warp, and what branches on them does not diverge.
-// States that are codes have kernels of their own, since the others would pay for it in registers.
 template <class Rule, class T, class Kind>
 FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, SharedPlace shared,
                                uint32_t block, uint32_t thread) {
@@ -207,14 +206,14 @@ FUSEDOPT_HD void update_thread(const UpdateArguments<Rule, T>& arguments, Shared
   const ChunkStart from = arguments.chunks[block], to = arguments.chunks[block + 1];
   // A chunk is a part of one update, for the whole block, or several small ones, for a warp each.
   const bool is_shared = to.update - from.update <= 1;
-  const int64_t w = same_for_warp(from.update + (is_shared ? 0 : thread / kWarp));
-  if (!is_shared && w >= to.update) return;
-  const ParamUpdate update = load_update(arguments.updates + w);
+  const int64_t at = same_for_warp(from.update + (is_shared ? 0 : thread / kWarp));
+  if (!is_shared && at >= to.update) return;
+  const ParamUpdate update = load_update(arguments.updates + at);
   if (update.device == kIdle) return;
   const ThreadSlice slice =
       is_shared ? ThreadSlice{thread, kBlockThreads} : ThreadSlice{thread % kWarp, kWarp};
-  const Chunk chunk = {arguments.updates + w, same_for_warp(w == from.update ? from.element : 0),
-                       same_for_warp(w == to.update ? to.element : update.numel), slice};
+  const Chunk chunk = {arguments.updates + at, same_for_warp(at == from.update ? from.element : 0),
+                       same_for_warp(at == to.update ? to.element : update.numel), slice};
   // A copy: a reference to either of the two places would be into an unknown address space, which
   // would have to be found out at each access.
   const StepScalars<Rule, T> scalars =

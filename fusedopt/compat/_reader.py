@@ -10,7 +10,7 @@ from torch import Tensor
 from .._load_state_dict import check_groups
 from .._optimizer import FusedOptimizer
 from .._state import place_of
-from .._steps import to_step
+from .._steps import to_step, whole_count
 from .._types import ParamGroup, State
 from ._drop_in import NO_UNCORRECTED, refuse
 
@@ -51,7 +51,7 @@ class SavedState:
 
     def count(self, name: str) -> int:
         """An entry that counts steps."""
-        return as_count(self.entries[name], self._of(name))
+        return whole_count(self.entries[name], self._of(name))
 
     def fail(self, name: str, why: str) -> ValueError:
         return ValueError(f"{self._of(name)} {why}")
@@ -61,21 +61,6 @@ class SavedState:
 
     def _found(self) -> str:
         return ", ".join(str(name) for name in self.entries) or "nothing"
-
-
-def as_count(step: Any, what: str) -> int:
-    """A whole number of steps from a number or a tensor of one element."""
-    if isinstance(step, (str, bytes)):
-        raise TypeError(f"{what} is {step!r}, but must be a number")
-    if isinstance(step, Tensor) and step.numel() != 1:
-        raise ValueError(f"{what} is {step!r}, but must be one number")
-    try:
-        count = float(step)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise TypeError(f"{what} is {step!r}, but must be a number") from None
-    if not 0 <= count < 2**63 or count % 1 != 0:
-        raise ValueError(f"{what} is {step!r}, but must be a whole number that is not negative")
-    return int(count)
 
 
 def with_count(state: State) -> State:
@@ -88,7 +73,7 @@ def with_count(state: State) -> State:
 def group_count(group: ParamGroup, index: int) -> int | None:
     """The step count that apex, TransformerEngine and DeepSpeed keep in a param group."""
     step = group.get("step")
-    return None if step is None else as_count(step, f"step of group {index}")
+    return None if step is None else whole_count(step, f"step of group {index}")
 
 
 def convert(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .._optimizer import FusedOptimizer
+from .._steps import whole_count
 from .._types import Params, State
 from ..adam import Adam
 from ._drop_in import NO_AMSGRAD, NO_UNCORRECTED, DropIn, refuse
-from ._reader import FLOATS, SavedState, as_count, convert, with_count
+from ._reader import FLOATS, SavedState, convert, with_count
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NO_AMSGRAD_THERE = f"DeepSpeed ignores it; {NO_AMSGRAD}"
@@ -35,7 +36,7 @@ def convert_state_dict(state_dict: State, optimizer: FusedOptimizer) -> State:
         if group.get("step") is not None:
             saved = [states.get(key) or {} for key in group["params"]]
             counts = [group["step"], *(entries.get("step", 0) for entries in saved)]
-            latest = max(as_count(count, f"a step of group {index}") for count in counts)
+            latest = max(whole_count(count, f"a step of group {index}") for count in counts)
             group = {**group, "step": latest}
         groups.append(group)
     if groups:
@@ -78,7 +79,7 @@ def universal_state_dict(
         FileNotFoundError: there is no file for a parameter.
     """
     found = optimizer.state_dict()
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = optimizer._params()
     keys = [key for group in found["param_groups"] for key in group["params"]]
     names = _names(optimizer) if names is None else list(names)
     if len(names) != len(params):
@@ -112,7 +113,7 @@ def _read_folder(folder: Path, name: str, param: Tensor, step: int | None) -> St
         step = torch.load(counted, map_location="cpu", weights_only=True)
     if step is None:
         raise ValueError(f"there is no step.pt of {place}: give step=")
-    return with_count({"step": as_count(step, f"step of {place}"), **states})
+    return with_count({"step": whole_count(step, f"step of {place}"), **states})
 
 
 class DeepSpeedCPUAdam(DropIn, Adam):

@@ -12,13 +12,13 @@ from torch import Tensor
 from .. import _C
 from .._optimizer import FusedOptimizer
 from .._state import Specs, drop_unused, new_entry, place_of
-from .._steps import step_device, to_step
+from .._steps import step_device, to_step, whole_count
 from .._tensors import local, why_unreadable
 from .._types import ParamGroup, Params, State
 from .._weights import join, split
 from ..adam import Adam
 from ._drop_in import NO_AMSGRAD, NO_UNCORRECTED, DropIn, put_rates_on_device, refuse
-from ._reader import SavedState, as_count, convert, group_count
+from ._reader import SavedState, convert, group_count
 
 MASTER, REMAINDER = _C.WEIGHTS_IN_STATE["master"], _C.WEIGHTS_IN_STATE["remainder"]
 SAME_DTYPES = "the moments have one dtype, torch.float32 or torch.bfloat16 for both"
@@ -201,6 +201,7 @@ class FusedAdam(DropIn, Adam):
         if not self.use_decoupled_grad:
             super().zero_grad(set_to_none)
             return
+        param: Any
         for param in self._params():
             grad = getattr(param, "decoupled_grad", None)
             if grad is not None:
@@ -208,9 +209,6 @@ class FusedAdam(DropIn, Adam):
                     param.decoupled_grad = None
                 else:
                     grad.zero_()
-
-    def _params(self) -> Iterator[Any]:
-        return (param for group in self.param_groups for param in group["params"])
 
     def _run(
         self,
@@ -222,7 +220,7 @@ class FusedAdam(DropIn, Adam):
         for index, count in enumerate(counts):
             if _C.is_on_gpu(count) and count.numel() == 1:
                 continue  # nothing waits for its value
-            counts[index] = as_count(count, f"step of param group {index}")
+            counts[index] = whole_count(count, f"step of param group {index}")
         grads = decoupled_grads(self.param_groups) if self.use_decoupled_grad else nullcontext()
         with grads:
             changed = super()._run(grad_scale, found_inf, grad_norm)
@@ -233,9 +231,9 @@ class FusedAdam(DropIn, Adam):
             self._name_masters(changed)
         return None
 
-    def _complete(self, step: _C.PendingStep) -> list[tuple[int, int]] | None:
+    def _create_and_run(self, step: _C.PendingStep) -> list[tuple[int, int]] | None:
         try:
-            return super()._complete(step)
+            return super()._create_and_run(step)
         finally:
             if step.has_run:  # even if Ctrl-C has come since
                 try:

@@ -23,7 +23,7 @@ def fused_optimizer(optimizer: Any) -> FusedOptimizer | None:
 
 def clips(optimizer: FusedOptimizer) -> bool:
     """Whether the optimizer itself measures its grads and clips some of them."""
-    return any(group.get("max_grad_norm") is not None for group in optimizer.param_groups)
+    return optimizer._clips()
 
 
 def keeps_averages(optimizer: FusedOptimizer) -> bool:

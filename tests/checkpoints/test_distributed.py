@@ -38,7 +38,7 @@ def test_without_processes(setting: str, way: str) -> None:
 @pytest.mark.unsanitized  # what each process steps are ordinary tensors
 def test_two_processes(tmp_path: Path) -> None:
     """Neither gloo nor NCCL sends int16, nor does anything gather a torch.dtype."""
-    for verdicts in sharded.on_ranks(tmp_path / "two", 2, "round_trips(mesh)"):
+    for verdicts in sharded.evaluate_on_ranks(tmp_path / "two", 2, "round_trips(mesh)"):
         assert len(verdicts) == len(sharded.SETTINGS) * len(sharded.WAYS)
         assert {name: text for name, text in verdicts.items() if text != "same bits"} == {}
 
@@ -51,11 +51,11 @@ def test_files_for_other_numbers_of_processes(tmp_path: Path) -> None:
     by_one, by_two = tmp_path / "by one", tmp_path / "by two"
     saved = sharded.save(by_one, mesh=None)
     both = f"[load({str(by_one)!r}, mesh), save({str(by_two)!r}, mesh)]"
-    (loaded, saved_by_two), others = sharded.on_ranks(tmp_path / "two", 2, both)
+    (loaded, saved_by_two), others = sharded.evaluate_on_ranks(tmp_path / "two", 2, both)
     assert loaded == saved
     assert others == [loaded, saved_by_two]
     assert sharded.load(by_two, mesh=None) == saved_by_two
-    for loaded in sharded.on_ranks(tmp_path / "four", 4, f"load({str(by_two)!r}, mesh)"):
+    for loaded in sharded.evaluate_on_ranks(tmp_path / "four", 4, f"load({str(by_two)!r}, mesh)"):
         assert loaded == saved_by_two
 
 

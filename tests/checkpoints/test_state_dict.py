@@ -29,7 +29,7 @@ from support.optimizers import (
     varied_cases,
 )
 from support.snapshots import DERIVED, copy_params, record, refused, resumed, through_a_file
-from support.tensors import by_id, make_params, params_of, set_grads
+from support.tensors import by_id, make_params, params_of, set_grads, values
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -554,3 +554,21 @@ def test_saved_although_no_step_could_be_made() -> None:
     set_grads(list(model.parameters()), 1)
     with pytest.raises(ValueError, match=r"learning rate|split"):
         optimizer.step()
+
+
+def test_momentum_that_was_loaded_is_not_new() -> None:
+    """A checkpoint of torch has a momentum_buffer and no step: its next step is not the first."""
+    saved = values(6)
+    twin = torch.optim.SGD([saved], lr=0.1, momentum=0.5, dampening=0.5)
+    ours = values(6)
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.5, "dampening": 0.5}
+    optimizer = fusedopt.SGD([ours], **options, ema_decay=0.9, max_grad_norm=torch.inf)
+    saved.grad = values(6, seed=1)
+    twin.step()
+    ours.copy_(saved)
+    optimizer.load_state_dict(twin.state_dict())
+    for param, stepped in ((saved, twin), (ours, optimizer)):
+        param.grad = values(6, seed=2)
+        stepped.step()
+    expected = twin.state[saved]["momentum_buffer"]
+    torch.testing.assert_close(optimizer.state[ours]["momentum_buffer"], expected)

@@ -157,7 +157,11 @@ BROKEN: dict[str, tuple[Any, type, str]] = {
         *(ValueError, r"state1 of .* is of shape \(2, 5, 1001\)"),
     ),
     "no-count": (without("step"), ValueError, "step of .* is missing"),
-    "half-a-step": (setting(step=0.5), ValueError, "step of .* is 0.5, but must be a whole number"),
+    "half-a-step": (
+        setting(step=0.5),
+        ValueError,
+        "step of .* is 0.5, but must be one whole number",
+    ),
 }
 
 

@@ -12,8 +12,8 @@
 
 #include "core/dtypes.h"
 #include "core/layout.h"
-#include "core/step_scalars.h"
 #include "core/step.h"
+#include "core/step_scalars.h"
 #include "core/weight.h"
 
 inline constexpr int64_t kGuard = 8;  // elements around an operand that must not change

@@ -14,6 +14,13 @@ using namespace fusedopt;
 
 namespace {
 
+// The dim of operands whose elements are consecutive.
+Dim consecutive(int64_t size) {
+  Dim dim = {size, {}};
+  for (int64_t& stride : dim.strides) stride = 1;
+  return dim;
+}
+
 // Marks what the chunks cover, going through them as a driver does.
 void check_covers_once(const std::vector<int64_t>& sizes, int64_t chunk_elements) {
   const std::vector<ChunkStart> starts = plan_chunks(sizes, chunk_elements);

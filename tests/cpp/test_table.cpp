@@ -6,13 +6,30 @@
 #include "cuda/table.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <utility>
 #include <vector>
 
 using namespace fusedopt;
 using namespace fusedopt::cuda;
+
+namespace {
+
+// Which of this thread's next allocations fails; 0 for none.
+thread_local int failing_allocation = 0;
+
+}  // namespace
+
+void* operator new(size_t bytes) {
+  if (failing_allocation > 0 && --failing_allocation == 0) throw std::bad_alloc();
+  if (void* const memory = std::malloc(bytes)) return memory;
+  throw std::bad_alloc();
+}
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace {
 
@@ -195,8 +212,8 @@ void check_device(const Sender& sender, const Given& step) {
   const TableLayout& parts = sender.table->parts();
   const DeviceStep device_step = step.device_step();
   for (size_t row = 0; row < sender.partition.rows().size(); ++row) {
-    const auto w = static_cast<size_t>(sender.partition.rows()[row]);
-    ParamUpdate expected = step.updates[w];
+    const auto index = static_cast<size_t>(sender.partition.rows()[row]);
+    ParamUpdate expected = step.updates[index];
     if (device_step.counters != nullptr) expected.scalars = -1;
     ParamUpdate found = sender.rows_at<ParamUpdate>(parts.updates)[row];
     if (device_step.counters != nullptr) found.scalars = -1;
@@ -209,12 +226,12 @@ void check_device(const Sender& sender, const Given& step) {
     CHECK(std::equal(layout.dims, layout.dims + layout.num_dims, expected.dims));
   }
   if (device_step.counters == nullptr && !has_few_scalars(device_step))
-    for (const Rows& rows : sender.partition.keys())
-      with_types(rows.key, [&](auto rule, auto number) {
+    for (const Launch& launch : sender.partition.launches())
+      with_types(launch.key, [&](auto rule, auto number) {
         using Rule = decltype(rule);
         using T = decltype(number);
-        check_scalars<Rule, T>(sender.rows_at<StepScalars<Rule, T>>(sender.table->scalars_of(rows)),
-                               device_step);
+        check_scalars<Rule, T>(
+            sender.rows_at<StepScalars<Rule, T>>(sender.table->scalars_of(launch)), device_step);
       });
   const auto& chunks = sender.partition.chunks();
   CHECK(std::memcmp(sender.table->at(parts.chunks), chunks.data(),
@@ -224,23 +241,24 @@ void check_device(const Sender& sender, const Given& step) {
 // The rows of every launch are neighbours, and each update of the device is in one of them.
 void check_partition(const Partition& partition, const Given& step) {
   int64_t row = 0, chunk = 0;
-  for (const Rows& key : partition.keys()) {
-    CHECK(key.first_row == row && key.first_chunk == chunk && key.num_rows > 0);
-    CHECK(partition.chunks()[static_cast<size_t>(chunk + key.num_chunks)].update == key.num_rows);
-    for (; row < key.first_row + key.num_rows; ++row) {
+  for (const Launch& launch : partition.launches()) {
+    CHECK(launch.first_row == row && launch.first_chunk == chunk && launch.num_rows > 0);
+    CHECK(partition.chunks()[static_cast<size_t>(chunk + launch.num_chunks)].update ==
+          launch.num_rows);
+    for (; row < launch.first_row + launch.num_rows; ++row) {
       const ParamUpdate& update =
           step.updates[static_cast<size_t>(partition.rows()[static_cast<size_t>(row)])];
       if (update.device == kIdle) continue;
-      CHECK(update.device == kOwn && launch_key_of(update) == key.key);
+      CHECK(update.device == kOwn && launch_key_of(update) == launch.key);
     }
-    chunk += key.num_chunks + 1;
+    chunk += launch.num_chunks + 1;
   }
   CHECK(row == static_cast<int64_t>(partition.rows().size()));
   CHECK(chunk == static_cast<int64_t>(partition.chunks().size()));
-  for (size_t w = 0; w < step.updates.size(); ++w)
-    CHECK(step.updates[w].device != kOwn ||
-          std::count(partition.rows().begin(), partition.rows().end(), static_cast<int64_t>(w)) ==
-              1);
+  for (size_t index = 0; index < step.updates.size(); ++index)
+    CHECK(step.updates[index].device != kOwn ||
+          std::count(partition.rows().begin(), partition.rows().end(),
+                     static_cast<int64_t>(index)) == 1);
 }
 
 void test_unchanged_steps_send_nothing() {
@@ -267,11 +285,11 @@ void test_changed_pointers() {
   Given step;
   Sender sender;
   sender.send(step);
-  for (const int64_t w : {0, 4, 5, 11}) {
-    step.updates[static_cast<size_t>(w)].data[kGrad] = kElsewhere;
+  for (const int64_t index : {0, 4, 5, 11}) {
+    step.updates[static_cast<size_t>(index)].data[kGrad] = kElsewhere;
     CHECK(sender.send(step) == sizeof(ParamUpdate));
     CHECK(sender.first == sender.table->parts().updates +
-                              row_of(sender, w) * static_cast<int64_t>(sizeof(ParamUpdate)));
+                              row_of(sender, index) * static_cast<int64_t>(sizeof(ParamUpdate)));
     check_device(sender, step);
   }
   step.updates[1].data[kParam] = step.updates[3].data[kParam] = kElsewhere;
@@ -316,14 +334,15 @@ void test_changed_counters() {
   step.counters[2].active = false;
   CHECK(sender.send(step) == sizeof(StepCounter));
   for (size_t row = 0; row < step.updates.size(); ++row) {
-    const auto w = static_cast<size_t>(sender.partition.rows()[row]);
+    const auto index = static_cast<size_t>(sender.partition.rows()[row]);
     const StepCounter& counter = sender.rows_at<StepCounter>(parts.counters)[row];
-    CHECK(counter.step == step.counters[w].step && counter.active == step.counters[w].active);
+    CHECK(counter.step == step.counters[index].step &&
+          counter.active == step.counters[index].active);
   }
   // The device writes the scalars of a row where the update of that row looks for them.
-  for (const Rows& key : sender.partition.keys())
-    for (int64_t row = 0; row < key.num_rows; ++row)
-      CHECK(sender.rows_at<ParamUpdate>(parts.updates)[key.first_row + row].scalars == row);
+  for (const Launch& launch : sender.partition.launches())
+    for (int64_t row = 0; row < launch.num_rows; ++row)
+      CHECK(sender.rows_at<ParamUpdate>(parts.updates)[launch.first_row + row].scalars == row);
   const HyperParamsRef& group = sender.rows_at<HyperParamsRef>(parts.groups)[1];
   CHECK(group.values.lr == 3);
 }
@@ -389,7 +408,29 @@ void test_moving_updates() {
   moves();
   for (ParamUpdate& update : step.updates) update.device = kCpu;  // none is left on this device
   CHECK(sender.send(step) == sender.table->mirror().size());
-  CHECK(sender.partition.rows().empty() && sender.partition.keys().empty());
+  CHECK(sender.partition.rows().empty() && sender.partition.launches().empty());
+}
+
+// A step that memory ran out for leaves nothing behind that the next one would take for its own.
+void test_partition_without_memory() {
+  int failures = 0;
+  for (bool fails = true; fails; ++failures) {
+    Given step;
+    Partition partition;
+    partition.update(step.device_step());
+    step.add(kIdOf<Sgd>, DType::kFloat16, 3);
+    failing_allocation = failures + 1;
+    try {
+      partition.update(step.device_step());
+      fails = false;
+    } catch (const std::bad_alloc&) {
+      failing_allocation = 0;
+      CHECK(partition.update(step.device_step()));
+    }
+    failing_allocation = 0;
+    check_partition(partition, step);
+  }
+  CHECK(failures > 3);
 }
 
 void test_room() {
@@ -477,6 +518,7 @@ void test_table() {
   test_changed_counters();
   test_idle_updates();
   test_moving_updates();
+  test_partition_without_memory();
   test_room();
   test_parts();
 }

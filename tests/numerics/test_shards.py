@@ -19,5 +19,5 @@ def test_bits_do_not_depend_on_the_number_of_processes(world: int, tmp_path: Pat
     rounding draws by an element's place in the whole tensor.
     """
     alone = sharded.bits_of_all(mesh=None)
-    for rank in sharded.on_ranks(tmp_path / "ranks", world, "bits_of_all(mesh)"):
+    for rank in sharded.evaluate_on_ranks(tmp_path / "ranks", world, "bits_of_all(mesh)"):
         assert rank == alone

@@ -43,56 +43,6 @@ def test_a_skipped_step_does_not_hide_a_change_of_settings() -> None:
     assert "step" not in optimizer.state[param]
 
 
-def test_flags_of_two_optimizers_stay_apart() -> None:
-    # torch's update() adds one optimizer's flag to the other's, in place.
-    params = [values(4), values(4, seed=1)]
-    optimizers = [fusedopt.SGD([param]) for param in params]
-    scaler = fusedopt.GradScaler(DEVICE, init_scale=2.0)
-    scaler.scale(torch.zeros((), device=params[0].device))
-    params[0].grad = values(4, seed=2)
-    params[1].grad = torch.full_like(params[1], torch.inf)
-    for optimizer in optimizers:
-        scaler.step(optimizer)
-    scaler.update()
-    assert [bool(optimizer.skipped) for optimizer in optimizers] == [False, True]
-    assert scaler.get_scale() == 1.0
-
-
-def test_infinite_weights_have_infinite_averages() -> None:
-    param = torch.tensor([-torch.inf, 1.0]).to(values(1).device)
-    optimizer = fusedopt.SGD([param], lr=0.5, ema_decay=0.9)
-    param.grad = torch.ones_like(param)
-    optimizer.step()
-    assert torch.equal(optimizer.state[param]["ema_param"], param)
-
-
-def test_copies_inside_swap_ema_are_refused() -> None:
-    param = values(3)
-    optimizer = fusedopt.SGD([param], ema_decay=0.9)
-    param.grad = values(3, seed=1)
-    optimizer.step()
-    with optimizer.swap_ema(), pytest.raises(RuntimeError, match="swap_ema"):
-        optimizer.__getstate__()
-
-
-def test_momentum_that_was_loaded_is_not_new() -> None:
-    # A checkpoint of torch has a momentum_buffer and no step: its next step is not the first.
-    saved = values(6)
-    twin = torch.optim.SGD([saved], lr=0.1, momentum=0.5, dampening=0.5)
-    ours = values(6)
-    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.5, "dampening": 0.5}
-    optimizer = fusedopt.SGD([ours], **options, ema_decay=0.9, max_grad_norm=torch.inf)
-    saved.grad = values(6, seed=1)
-    twin.step()
-    ours.copy_(saved)
-    optimizer.load_state_dict(twin.state_dict())
-    for param, stepped in ((saved, twin), (ours, optimizer)):
-        param.grad = values(6, seed=2)
-        stepped.step()
-    expected = twin.state[saved]["momentum_buffer"]
-    torch.testing.assert_close(optimizer.state[ours]["momentum_buffer"], expected)
-
-
 FAKE_MESH = """
 import sys, torch, torch.distributed as dist, fusedopt
 from torch.distributed.device_mesh import init_device_mesh

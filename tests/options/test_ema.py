@@ -189,6 +189,7 @@ CALLS: dict[str, Any] = {
     "step with a closure": lambda optimizer: optimizer.step(lambda: 1.0),
     "state_dict": lambda optimizer: optimizer.state_dict(),
     "load_state_dict": lambda optimizer: optimizer.load_state_dict(SAVED),
+    "a copy": lambda optimizer: optimizer.__getstate__(),
     "fp32_params": lambda optimizer: optimizer.fp32_params(),
     "load_fp32_params": lambda optimizer: optimizer.load_fp32_params(
         [torch.zeros(param.shape) for param in params_of(optimizer)]
@@ -432,3 +433,11 @@ def test_on_both_drivers(
     with optimizer.swap_ema():
         inside = [param.cpu().clone() for param in params_of(optimizer)]
     return record(optimizer) | {f"inside {i}": value for i, value in enumerate(inside)}
+
+
+def test_infinite_weights_have_infinite_averages() -> None:
+    param = torch.tensor([-torch.inf, 1.0]).to(values(1).device)
+    optimizer = fusedopt.SGD([param], lr=0.5, ema_decay=0.9)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["ema_param"], param)

@@ -153,6 +153,15 @@ def test_results_say_how_they_were_measured(tmp_path: Path) -> None:
     assert list(case["candidates"]) == ["fusedopt", "torch-fused"]
 
 
+def test_ncu_looks_at_all_kernels_that_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench/gpu"))
+    from logs import UPDATES
+
+    kernels = (ROOT / "csrc/cuda/kernels.cuh").read_text()
+    taking_updates = r"(\w+)\(const __grid_constant__ UpdateArguments"
+    assert sorted(re.findall(taking_updates, kernels)) == sorted(UPDATES)
+
+
 def test_all_that_a_gpu_run_starts_exists() -> None:
     shown = run_fork(ROOT / "bench/gpu/run_all.py", "--dry-run")
     programs = set(re.findall(r"python (\S+\.py)", shown))

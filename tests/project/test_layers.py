@@ -123,15 +123,21 @@ def test_where_host_and_device_differ() -> None:
     assert names <= of_core | {"cuda/access.h", "cuda/stage.h"}
 
 
-@pytest.mark.parametrize(
-    ("folder", "section"), [("bindings", "The torch side"), ("cuda", "The CUDA driver")]
-)
+SECTIONS = {
+    "csrc/bindings": "The torch side",
+    "csrc/cuda": "The CUDA driver",
+    "tests/support": "Tests",
+}
+
+
+@pytest.mark.parametrize(("folder", "section"), SECTIONS.items())
 def test_contributing_names_every_file(folder: str, section: str) -> None:
     """And no file that is not there: its tables are how a stranger finds the room for a change."""
     text = (ROOT / "CONTRIBUTING.md").read_text().split(f"## {section}\n")[1].split("\n## ")[0]
     first_cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     named = set(re.findall(r"`(\w+\.(?:\w+|\*))`", "\n".join(first_cells)))
-    files = {path.name for path in (ROOT / "csrc" / folder).iterdir()}
+    files = {path.name for path in (ROOT / folder).iterdir() if path.name != "__init__.py"}
+    files.discard("__pycache__")
     covered = {name: {file for file in files if fnmatch(file, name)} for name in named}
     assert all(covered.values()), covered
     assert set().union(*covered.values()) == files

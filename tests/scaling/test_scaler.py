@@ -32,7 +32,7 @@ from support.scalers import (
 )
 from support.sides import SIZES, Results, Side, on_both_drivers, without_waiting
 from support.snapshots import record, snapshot
-from support.tensors import by_id, draw, make_params, params_of, set_grads, some_dtypes
+from support.tensors import by_id, draw, make_params, params_of, set_grads, some_dtypes, values
 
 # Which of eight steps overflow; the scale grows after two good steps.
 OVERFLOWS = {
@@ -363,3 +363,18 @@ def test_on_both_drivers(side: Side, row: Case, dtype: torch.dtype, bad: Any) ->
     norm = optimizer.grad_norm
     seen |= {"scale": torch.tensor(scaler.get_scale(), device="cpu")}
     return record(optimizer) | seen | ({} if norm is None else {"norm": norm})
+
+
+def test_flags_of_two_optimizers_stay_apart() -> None:
+    # torch's update() adds one optimizer's flag to the other's, in place.
+    params = [values(4), values(4, seed=1)]
+    optimizers = [fusedopt.SGD([param]) for param in params]
+    scaler = fusedopt.GradScaler(DEVICE, init_scale=2.0)
+    scaler.scale(torch.zeros((), device=params[0].device))
+    params[0].grad = values(4, seed=2)
+    params[1].grad = torch.full_like(params[1], torch.inf)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    assert [bool(optimizer.skipped) for optimizer in optimizers] == [False, True]
+    assert scaler.get_scale() == 1.0

@@ -13,8 +13,8 @@ if not dist.is_available():
 
 import fusedopt  # noqa: E402
 from support.equality import assert_equal  # noqa: E402
-from support.fsdp import FSDP2, UNEVEN, each_width, mesh_of, shard  # noqa: E402
 from support.processes import on_ranks  # noqa: E402
+from support.sharded_twins import FSDP2, UNEVEN, each_width, mesh_of, shard  # noqa: E402
 from support.tensors import by_id, values  # noqa: E402
 from support.twins import (  # noqa: E402
     LR,

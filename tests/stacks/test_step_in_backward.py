@@ -11,8 +11,8 @@ if not dist.is_available():
 
 
 import fusedopt  # noqa: E402
-from support.fsdp import FSDP2, each_width  # noqa: E402
 from support.processes import on_ranks  # noqa: E402
+from support.sharded_twins import FSDP2, each_width  # noqa: E402
 from support.twins import LR, loss_of, tiny, whole  # noqa: E402
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.unsanitized]

@@ -135,8 +135,14 @@ STAGED_BYTES = {
     "split8, q8 states, stochastic": 5 * 16,
 }
 
-STAGES = 3
-BLOCK_THREADS = 128
+
+def tuning(name: str) -> int:
+    """A constant of csrc/cuda/tuning.h."""
+    text = (Path(__file__).parents[2] / "csrc/cuda/tuning.h").read_text()
+    return int(re.search(rf"\b{name} = (\d+);", text)[1])
+
+
+STAGES, BLOCK_THREADS = tuning("kStages"), tuning("kBlockThreads")
 # Of an SM: bytes of shared memory and threads.
 SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
@@ -153,7 +159,7 @@ class Block:
 @dataclass
 class Kernel:
     arch: str
-    kind: str  # update, step_scalars, sum_squares or finalize
+    kind: str  # update, codes, usual, step_scalars, sum_squares or finalize
     rule: str
     type: str  # "float32", "float64", empty for kernels that have none
     usual: str  # the number of a usual step

@@ -203,7 +203,7 @@ def load(folder: str | Path, mesh: Any) -> Contents:
     return contents
 
 
-def on_ranks(folder: Path, world: int, expression: str) -> list[Any]:
+def evaluate_on_ranks(folder: Path, world: int, expression: str) -> list[Any]:
     """What an expression of this module's names and of ``mesh`` is in each of so many processes."""
     folder.mkdir()
     code = f"""

@@ -1,8 +1,8 @@
 // Adadelta (Zeiler, arXiv 1212.5701), with torch's learning rate.
 #pragma once
 
-#include "core/state_kind.h"
 #include "core/rules/shared_scalars.h"
+#include "core/state_kind.h"
 
 namespace fusedopt {
 

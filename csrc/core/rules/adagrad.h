@@ -2,8 +2,8 @@
 // Stochastic Optimization", 2011), in torch's form.
 #pragma once
 
-#include "core/state_kind.h"
 #include "core/rules/shared_scalars.h"
+#include "core/state_kind.h"
 
 namespace fusedopt {
 

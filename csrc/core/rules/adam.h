@@ -5,14 +5,14 @@
 
 #include <cmath>
 
-#include "core/state_kind.h"
-#include "core/two_float.h"
 #include "core/hyper.h"
 #include "core/lanes.h"
 #include "core/macros.h"
 #include "core/normal.h"
 #include "core/power.h"
 #include "core/rules/moments.h"
+#include "core/state_kind.h"
+#include "core/two_float.h"
 
 namespace fusedopt {
 

@@ -1,9 +1,9 @@
 // Adamax (Kingma and Ba, arXiv 1412.6980, algorithm 2), with torch's place for eps.
 #pragma once
 
-#include "core/state_kind.h"
 #include "core/power.h"
 #include "core/rules/shared_scalars.h"
+#include "core/state_kind.h"
 
 namespace fusedopt {
 

@@ -2,9 +2,9 @@
 // 1992), in torch's form.
 #pragma once
 
-#include "core/state_kind.h"
 #include "core/power.h"
 #include "core/rules/shared_scalars.h"
+#include "core/state_kind.h"
 
 namespace fusedopt {
 

@@ -2,11 +2,11 @@
 // kernels of Adam and SGD do nothing for it.
 #pragma once
 
-#include "core/state_kind.h"
 #include "core/rules/adam.h"
 #include "core/rules/caution.h"
 #include "core/rules/sgd.h"
 #include "core/rules/shared_scalars.h"
+#include "core/state_kind.h"
 
 namespace fusedopt {
 

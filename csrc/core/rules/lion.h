@@ -1,8 +1,8 @@
 // Lion (Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675).
 #pragma once
 
-#include "core/state_kind.h"
 #include "core/rules/shared_scalars.h"
+#include "core/state_kind.h"
 
 namespace fusedopt {
 

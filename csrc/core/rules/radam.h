@@ -4,9 +4,9 @@
 
 #include <cmath>
 
-#include "core/state_kind.h"
 #include "core/power.h"
 #include "core/rules/shared_scalars.h"
+#include "core/state_kind.h"
 
 namespace fusedopt {
 

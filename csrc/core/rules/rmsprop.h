@@ -2,8 +2,8 @@
 // "Generating Sequences With Recurrent Neural Networks" (arXiv 1308.0850), in torch's form.
 #pragma once
 
-#include "core/state_kind.h"
 #include "core/rules/shared_scalars.h"
+#include "core/state_kind.h"
 
 namespace fusedopt {
 

@@ -4,11 +4,11 @@
 // Weight decay as an L2 penalty, or decoupled (SGDW: Loshchilov and Hutter, arXiv 1711.05101).
 #pragma once
 
-#include "core/state_kind.h"
-#include "core/two_float.h"
 #include "core/hyper.h"
 #include "core/lanes.h"
 #include "core/macros.h"
+#include "core/state_kind.h"
+#include "core/two_float.h"
 
 namespace fusedopt {
 

@@ -139,7 +139,7 @@ def test_a_step_that_was_interrupted_leaves_no_lock() -> None:
             wanted.clear()
             raise KeyboardInterrupt
 
-    for name in ("_complete", "create_state", "place_steps", "new_entry"):
+    for name in ("_create_and_run", "create_state", "place_steps", "new_entry"):
         wanted = {name}
         sys.settrace(interrupt)
         try:

@@ -45,7 +45,7 @@ void check_group(const std::string& optimizer, const py::dict& group, int64_t in
   using fusedopt::Ranges;
   fusedopt::GroupReader reader(group.ptr(), index, /*leave_on_gpu=*/false,
                                is_construction ? Ranges::kOfTorch : Ranges::kSensible);
-  fusedopt::read_hyper(fusedopt::find_optimizer(optimizer), reader);
+  fusedopt::read_options(fusedopt::find_optimizer(optimizer), reader);
 }
 
 double max_grad_norm(const py::dict& group, int64_t index) {

@@ -19,6 +19,10 @@ bool is_iterable(const py::object& object) {
          py::hasattr(object, "__iter__");
 }
 
+bool is_text(py::handle value) {
+  return PyUnicode_Check(value.ptr()) || PyBytes_Check(value.ptr());
+}
+
 }  // namespace
 
 void GroupReader::fail(const std::string& what) const {
@@ -71,14 +75,13 @@ double GroupReader::to_number(py::handle value, const char* name, cuda::DeviceSc
     fail(std::string(name) + " is too large");
   }
   if (leave_on_gpu_ && on_gpu && find_on_gpu(value, name, *on_gpu)) return kUnknownNumber;
-  const bool is_text = PyUnicode_Check(value.ptr()) || PyBytes_Check(value.ptr());
-  if (!is_text && py::hasattr(value, "numel") && value.attr("numel")().cast<int64_t>() != 1)
+  if (!is_text(value) && py::hasattr(value, "numel") && value.attr("numel")().cast<int64_t>() != 1)
     fail(std::string("Tensor ") + name + " must be 1-element");
   // item() and not float(): a tensor that requires grad would warn.
   const py::object item = py::hasattr(value, "item") ? py::object(value.attr("item")())
                                                      : py::reinterpret_borrow<py::object>(value);
-  const double number = is_text ? -1 : PyFloat_AsDouble(item.ptr());
-  if (is_text || PyErr_Occurred()) {
+  const double number = is_text(value) ? -1 : PyFloat_AsDouble(item.ptr());
+  if (is_text(value) || PyErr_Occurred()) {
     PyErr_Clear();
     throw py::type_error(std::string(name) + " must be a number or a tensor of one element, got " +
                          std::string(py::repr(value)) + " (param group " + std::to_string(index_) +
@@ -139,9 +142,10 @@ bool GroupReader::errs_if_nonfinite() const { return flag(kErrorIfNonfinite); }
 bool GroupReader::flag(const Key& key) const {
   const py::object value = find(key);
   if (!value) return false;
-  const int truth = PyObject_IsTrue(value.ptr());
+  // The truth of a text is not what it says.
+  const int truth = is_text(value) ? -1 : PyObject_IsTrue(value.ptr());
   if (truth < 0) {
-    const bool has_none = PyErr_ExceptionMatches(PyExc_RuntimeError) ||
+    const bool has_none = !PyErr_Occurred() || PyErr_ExceptionMatches(PyExc_RuntimeError) ||
                           PyErr_ExceptionMatches(PyExc_ValueError) ||
                           PyErr_ExceptionMatches(PyExc_TypeError);
     if (!has_none) throw py::error_already_set();

@@ -42,6 +42,9 @@ KINDS: dict[str, tuple[Options, str]] = {
         "max_grad_norm": ("1.0", [1.0], 1j),
         "ema_decay": ("0.9", [0.9], 1j),
         "rounding_seed": ("0", [0]),
+        "stochastic_rounding": ("no", b"1"),
+        "error_if_nonfinite": ("False",),
+        "ema_bias_correction": ("",),
     }.items()
     for value in bad
 }
@@ -193,6 +196,9 @@ TORCHS_KINDS: dict[str, tuple[str, Options, str]] = {
     "list t0": ("ASGD", {"t0": [1]}, r"t0 must be a number.*\[1\]"),
     "text eta": ("Rprop", {"etas": (0.5, "x")}, r"etas\[1\] must be a number.*'x'"),
     "two maximize": ("SGD", {"maximize": torch.ones(2)}, "maximize must be True or False.*tensor"),
+    "text maximize": ("SGD", {"maximize": "False"}, "maximize must be True or False.*'False'"),
+    "text nesterov": ("SGD", {"momentum": 0.9, "nesterov": b"1"}, "nesterov must be .*b'1'"),
+    "text capturable": ("Adam", {"capturable": "False"}, "capturable must be .*'False'"),
     "two amsgrad": ("AdamW", {"amsgrad": torch.ones(2)}, "amsgrad must be True or False.*tensor"),
 }
 TORCHS = {

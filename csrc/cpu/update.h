@@ -143,11 +143,10 @@ class AlikeUpdates {
   }
 
   void update_blocks(const BlockSetup& setup, const Piece* pieces, int count) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-      if (has_codes_)
-        return cpu::update_blocks<Rule, T, true>(variant_, scalars_, setup, pieces, count);
-    }
-    cpu::update_blocks<Rule, T, false>(variant_, scalars_, setup, pieces, count);
+    if (has_codes_)
+      cpu::update_blocks<Rule, T, true>(variant_, scalars_, setup, pieces, count);
+    else
+      cpu::update_blocks<Rule, T, false>(variant_, scalars_, setup, pieces, count);
   }
 
   const Step& step_;

@@ -77,9 +77,10 @@ def test_which_params_have_codes() -> None:
     each_narrow,
     pytest.mark.parametrize("rounding", [None, False, True]),
     pytest.mark.parametrize("masters", [None, "float32", "split", "split8"]),
+    pytest.mark.parametrize("in_double", [False, True]),
 )
 def test_a_step_is_that_of_numbers(
-    case: Case, dtype: torch.dtype, rounding: bool | None, masters: str | None
+    case: Case, dtype: torch.dtype, rounding: bool | None, masters: str | None, in_double: bool
 ) -> None:
     """From what the codes stand for; then each new state is rounded to a code beside it."""
     if masters in ("split", "split8") and dtype != BFLOAT16:
@@ -97,8 +98,8 @@ def test_a_step_is_that_of_numbers(
         ours = {"param_remainder", "param_remainder8", "master_param"}
         plain.state[copied] = {k: v.clone().float() for k, v in entries.items() if k not in ours}
     grads = grads_for(params, 7)
-    one_step(optimizer, grads)
-    one_step(plain, [grad.float() for grad in grads])
+    one_step(optimizer, [grad.double() for grad in grads] if in_double else grads)
+    one_step(plain, [grad.double() if in_double else grad.float() for grad in grads])
     for param, copied in zip(params, params_of(plain), strict=True):
         entries, expected = optimizer.state[param], plain.state[copied]
         assert bool(coded_names(entries)) == (
@@ -121,10 +122,11 @@ def test_a_step_is_that_of_numbers(
     each_isa,
     pytest.mark.parametrize("chunk_elements", [64, 1000, MANY]),
     pytest.mark.parametrize("threads", [1, 2]),
+    pytest.mark.parametrize("in_double", [False, True]),
 )
 @pytest.mark.cpu_only
 def test_bits_depend_on_nothing_else(
-    case: Case, dtype: torch.dtype, isa: str, chunk_elements: int, threads: int
+    case: Case, dtype: torch.dtype, isa: str, chunk_elements: int, threads: int, in_double: bool
 ) -> None:
     require(isa)
     runs = []
@@ -134,7 +136,8 @@ def test_bits_depend_on_nothing_else(
         optimizer = of_q8(case, params, stochastic_rounding=True)
         use_plan(optimizer, *plan[:2])
         for step in range(3):
-            one_step(optimizer, grads_for(params, step))
+            grads = grads_for(params, step)
+            one_step(optimizer, [grad.double() for grad in grads] if in_double else grads)
         runs.append(record(optimizer))
     for name, value in runs[0].items():
         assert torch.equal(bits(value), bits(runs[1][name])), name

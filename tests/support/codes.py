@@ -38,6 +38,7 @@ def of_q8(case: Case, params: Any, **more: Any) -> Any:
 
 def one_step(optimizer: Any, grads: list[Tensor]) -> None:
     for param, grad in zip(params_of(optimizer), grads, strict=True):
+        param.grad_dtype = None  # whatever is assigned
         param.grad = grad
     optimizer.step()
 

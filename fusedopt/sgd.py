@@ -65,7 +65,7 @@ class SGD(FusedOptimizer):
     """
 
     _row = "SGD"
-    _own_options = (*FusedOptimizer._own_options, "decoupled_weight_decay")
+    _own_options = (*FusedOptimizer._own_options, "capturable", "decoupled_weight_decay")
 
     @notes_given
     def __init__(

@@ -16,13 +16,18 @@ if not dist.is_available():
 
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch.distributed.checkpoint.state_dict import (  # noqa: E402
+    StateDictOptions,
     get_optimizer_state_dict,
+    get_state_dict,
     set_optimizer_state_dict,
+    set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.tensor import DTensor, Shard  # noqa: E402
 
+import fusedopt  # noqa: E402
 from support import sharded  # noqa: E402
+from support.optimizers import each_name  # noqa: E402
 from support.processes import on_ranks  # noqa: E402
 
 pytestmark = pytest.mark.cpu_only
@@ -57,6 +62,38 @@ def test_files_for_other_numbers_of_processes(tmp_path: Path) -> None:
     assert sharded.load(by_two, mesh=None) == saved_by_two
     for loaded in sharded.evaluate_on_ranks(tmp_path / "four", 4, f"load({str(by_two)!r}, mesh)"):
         assert loaded == saved_by_two
+
+
+def made_by(package: Any, name: str, seed: int) -> Any:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Linear(4, 1))
+    options = {"momentum": 0.9} if name == "SGD" else {}  # torch loads no dict without tensors
+    return model, getattr(package, name)(model.parameters(), lr=0.01, **options)
+
+
+# Said of every file in a process that is alone.
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("way", ["file", "full", "flattened"])
+@pytest.mark.parametrize("to_torch", [False, True], ids=["from torch", "to torch"])
+@each_name
+def test_moves_between_us_and_torch(name: str, to_torch: bool, way: str, tmp_path: Path) -> None:
+    """All keys of the loading optimizer's groups are looked for in what is loaded, or reversely."""
+    packages = (fusedopt, torch.optim) if to_torch else (torch.optim, fusedopt)
+    saved, loaded = (made_by(package, name, seed) for seed, package in enumerate(packages))
+    sharded.train(saved, 1, 2)
+    options = StateDictOptions(**sharded.WAYS[way][0] if way in sharded.WAYS else {})
+    model, optimizer = get_state_dict(*saved, options=options)
+    if way == "file":
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path, no_dist=True)
+        model, optimizer = get_state_dict(*loaded)
+        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path, no_dist=True)
+    else:
+        model, optimizer = copy.deepcopy((model, optimizer))
+    set_state_dict(*loaded, model_state_dict=model, optim_state_dict=optimizer, options=options)
+    for made in (saved, loaded):
+        sharded.train(made, 3, 4)
+    for ours, theirs in zip(loaded[0].parameters(), saved[0].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 # What is wrong with a state dict, and what is said of it.

@@ -9,6 +9,7 @@ from torch import Tensor
 from . import _C
 from ._codes import has_state, new_codes, shape_of_scales
 from ._steps import place_steps
+from ._tensors import without_wrapper
 from ._types import ParamGroup, State
 from ._weights import are_rewritten, overwrite, read_weight, weight_of
 
@@ -63,6 +64,7 @@ def new_entry(
     name: str, kind: str, dtype: torch.dtype, param: Tensor, state: State, spec: _C.StateSpec
 ) -> Tensor:
     """A tensor of a state that is not there yet, as ``_C.StateSpec.entries`` describes it."""
+    param = without_wrapper(param)
     kwargs: dict[str, Any] = {"dtype": dtype, "memory_format": torch.preserve_format}
     if kind in ("master", "average"):
         # In the param's layout: to() would keep it only where it is dense.
@@ -83,7 +85,8 @@ def new_entries(
     if shape is None:
         return {name: new_entry(name, kind, dtype, param, state, spec)}
     code_name, code_dtype, scale_name = spec.codes[name]
-    return dict(zip((code_name, scale_name), new_codes(param, code_dtype, shape), strict=True))
+    codes = new_codes(without_wrapper(param), code_dtype, shape)
+    return dict(zip((code_name, scale_name), codes, strict=True))
 
 
 def create_state(

@@ -7,6 +7,16 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
+# Wrappers of weights that multiply in fewer bits, by the attribute with the weights themselves. An
+# update of these is the update of the wrapper. FSDP2 has them inside its DTensors.
+WEIGHTS_OF = {
+    "torchao.float8.fsdp_utils.WeightWithDynamicFloat8CastTensor": "_tensor",
+    "torchao.prototype.moe_training.tensor.TrainingWeightWrapperBaseTensor": "_data",
+    "torchao.prototype.quantized_training.bitnet.BitNetTrainingLinearWeight": "_data",
+    "torchao.prototype.quantized_training.int8_mixed_precision."
+    "Int8MixedPrecisionTrainingLinearWeight": "_data",
+}
+
 
 def wrapping(tensor_type: type[torch.Tensor]) -> tuple[str | None, bool, str | None]:
     """How tensors of this type wrap others: a name, whether it is that of a method, and another.
@@ -15,20 +25,24 @@ def wrapping(tensor_type: type[torch.Tensor]) -> tuple[str | None, bool, str | N
     (None, False, None) for tensors that wrap nothing: the memory is their own. A ``DTensor``
     (FSDP2) holds this rank's shard in ``_local_tensor``; an element-wise update of the shards is
     the update of the whole. The second name is that of the attribute with its layout over devices.
-    A collective that is still under way is waited for. Raises TypeError for other subclasses that
-    only wrap tensors: they have no memory of their own to write to.
+    A collective that is still under way is waited for. Wrappers of ``WEIGHTS_OF`` hold the weights.
+    Raises TypeError for other subclasses that only wrap tensors: they have no memory of their own
+    to write to.
     """
     if is_dtensor(tensor_type):
         return "_local_tensor", False, "_spec"
     collectives: Any = sys.modules.get("torch.distributed._functional_collectives")
     if collectives is not None and issubclass(tensor_type, collectives.AsyncCollectiveTensor):
         return "trigger_wait", True, None
+    if (weights := _attribute_of_weights(tensor_type)) is not None:
+        return weights, False, None
     # Subclasses with a dispatch of their own (fake, functional, quantized tensors) are not memory.
     if tensor_type.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise TypeError(
             f"{tensor_type.__module__}.{tensor_type.__qualname__}, a tensor subclass with a "
             "__torch_dispatch__ of its own, and may have no memory of its own; fusedopt steps "
-            "plain tensors and DTensors of plain tensors"
+            "plain tensors and DTensors of plain tensors, and torchao's wrappers of weights that "
+            "are trained in float8"
         )
     return None, False, None
 
@@ -37,11 +51,37 @@ def is_dtensor(tensor_type: type[torch.Tensor]) -> bool:
     return all(hasattr(tensor_type, name) for name in ("_local_tensor", "_spec", "to_local"))
 
 
+def _attribute_of_weights(tensor_type: type[torch.Tensor]) -> str | None:
+    if tensor_type in (torch.Tensor, torch.nn.Parameter):
+        return None
+    names = (f"{each.__module__}.{each.__qualname__}" for each in tensor_type.__mro__)
+    return next((WEIGHTS_OF[name] for name in names if name in WEIGHTS_OF), None)
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a DTensor; other tensors are whole."""
+    """This rank's shard of a DTensor; other tensors are whole. The weights of what wraps them."""
     known: Any = tensor
     shard: torch.Tensor = known._local_tensor if is_dtensor(type(tensor)) else tensor
-    return shard
+    weights = _attribute_of_weights(type(shard))
+    return shard if weights is None else getattr(shard, weights).detach()
+
+
+def without_wrapper(tensor: torch.Tensor) -> torch.Tensor:
+    """The weights of a wrapper of ``WEIGHTS_OF``, in its memory; of others, the tensor itself.
+
+    What torch makes in the likeness of a tensor may be such a wrapper, too.
+    """
+    if not is_dtensor(type(tensor)):
+        return local(tensor)
+    sharded: Any = tensor
+    if _attribute_of_weights(type(sharded._local_tensor)) is None:
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local(tensor), sharded.device_mesh, sharded.placements, run_check=False,
+        shape=tensor.shape, stride=tensor.stride(),
+    )  # fmt: skip
 
 
 def largest_shard(tensor: torch.Tensor) -> int:

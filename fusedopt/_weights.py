@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from . import _C
-from ._tensors import is_dtensor, local, on_cpu, why_unreadable, why_unwritable
+from ._tensors import (
+    is_dtensor,
+    local,
+    on_cpu,
+    why_unreadable,
+    why_unwritable,
+    without_wrapper,
+)
 from ._types import State
 
 
@@ -16,7 +23,7 @@ def join(param: Tensor, remainder: Tensor) -> Tensor:
 
     Computed on the CPU, by the text that steps compute with; it takes copies of tensors elsewhere.
     """
-    weight = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+    weight = torch.empty_like(without_wrapper(param), dtype=torch.float32, requires_grad=False)
     joined = torch.empty(local(weight).shape, dtype=torch.float32, device="cpu")
     _C.join_weights(on_cpu(param), on_cpu(remainder), joined)
     local(weight).copy_(joined)
@@ -70,7 +77,7 @@ def master_in(state: State, spec: _C.StateSpec) -> tuple[str, Tensor] | None:
 
 def read_weight(param: Tensor, state: State, spec: _C.StateSpec) -> Tensor:
     """A copy of a parameter's weights, in float32 if the parameter is narrower."""
-    param = param.detach()
+    param = without_wrapper(param.detach())
     master = master_in(state, spec)
     if master is None:
         return param.to(spec.weight_dtype, copy=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
+from ._initial_averages import trains_nothing
 from ._norms import are_marked, given_norm
 from ._optimizer import FusedOptimizer
 from ._ranks import compare_ranks
@@ -166,7 +167,8 @@ class StepInBackward:
         """L2 norm of all grads of the latest step, before clipping.
 
         A float64 tensor of one element; before the first step ``previous_norm``; None without
-        ``clip_by_previous_norm``.
+        ``clip_by_previous_norm``. A step with learning rates of 0 and grads of zeros, by which
+        torch.distributed.checkpoint sets an optimizer up, leaves it as it is.
         """
         return self._norm
 
@@ -222,7 +224,11 @@ class StepInBackward:
             optimizer._shared.grad_status = None  # of a part
             self._forget_arrivals()
             if self._squares:
-                self._norm = self._whole_norm()
+                norm = self._whole_norm()
+                if self._norm is not None and trains_nothing(optimizer):
+                    # torch.distributed.checkpoint steps so to find out what there is to load.
+                    norm = torch.where(norm == 0, self._norm.to(norm.device), norm)
+                self._norm = norm
                 self._squares = []
 
     def restart(self) -> None:

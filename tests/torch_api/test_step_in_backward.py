@@ -349,6 +349,22 @@ def test_a_run_that_resumes_clips_by_the_norm_of_its_checkpoint(kind: Any) -> No
     torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
 
 
+def test_setting_an_optimizer_up_keeps_the_previous_norm() -> None:
+    """torch.distributed.checkpoint does that with grads of zeros and a learning rate of 0."""
+    dcp = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    model = Net()
+    optimizer = fusedopt.AdamW(model.parameters(), lr=0.05, max_grad_norm=0.01)
+    options = {"clip_by_previous_norm": True, "previous_norm": 3.0}
+    with fusedopt.step_in_backward(model, optimizer, **options) as stepping:
+        dcp.get_optimizer_state_dict(model, optimizer)
+        assert len(optimizer.state) == 6  # all but the frozen one
+        assert stepping.grad_norm == 3.0
+        optimizer.param_groups[0]["lr"] = 0.0  # of a schedule that warms up
+        model(batch(model, 0)).backward()
+        optimizer.step()
+        assert stepping.grad_norm not in (0.0, 3.0)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Optional, cast, overload
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from . import _C
 from ._config import cpu_isa
@@ -503,6 +504,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         self._refuse_swapped("state_dict()")
         return super().state_dict()
+
+    def register_state_dict_post_hook(
+        self,
+        hook: Callable[[torch.optim.Optimizer, State], State | None],
+        prepend: bool = False,
+    ) -> RemovableHandle:
+        """As ``torch.optim.Optimizer.register_state_dict_post_hook``."""
+        handle = super().register_state_dict_post_hook(hook, prepend)
+        export_all_states(self)  # before a hook that is put before all others, too
+        return handle
 
     def load_state_dict(self, state_dict: State) -> None:
         """Load a state dict of this class or of its twin in ``torch.optim``.

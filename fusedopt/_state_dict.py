@@ -23,11 +23,10 @@ EXPORT = "fusedopt"  # beside torch's hooks, whose keys are numbers
 
 
 def export_all_states(optimizer: "FusedOptimizer") -> None:
-    """Have ``state_dict()`` return what all can take, before the user's hooks see it."""
+    """Have ``state_dict()`` return what all can take, before any of the user's hooks see it."""
     hooks: Any = optimizer._optimizer_state_dict_post_hooks
-    if EXPORT not in hooks:
-        hooks[EXPORT] = _make_portable
-        hooks.move_to_end(EXPORT, last=False)
+    hooks[EXPORT] = _make_portable
+    hooks.move_to_end(EXPORT, last=False)
 
 
 def _make_portable(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:

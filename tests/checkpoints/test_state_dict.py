@@ -479,6 +479,20 @@ def test_hooks(build: Build) -> Any:
 
 
 @main_cases
+@like_torch
+def test_prepended_hook_may_return_anything(build: Build) -> Any:
+    """A hook that comes before those that are there may leave nothing of torch's form."""
+    optimizer = build(make_params())
+    take_step(optimizer, 0)
+    optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "hooks": ["first"]})
+    optimizer.register_state_dict_post_hook(
+        lambda _, saved: {f"number of {key}": len(saved[key]) for key in saved},
+        prepend=True,
+    )
+    return optimizer.state_dict()
+
+
+@main_cases
 def test_loading_leaves_the_dict_alone(case: Case) -> None:
     """Neither loading nor later steps with other options change what was loaded from."""
     original = case.ours(make_params(), lr=on_host(0.1))

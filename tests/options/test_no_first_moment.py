@@ -128,15 +128,16 @@ def test_zeros_of_the_state_dict_have_the_state_dtype() -> None:
     assert optimizer.state_dict()["state"][0]["exp_avg"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("prepend", [False, True])
 @pytest.mark.parametrize("copies", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_hooks_of_state_dict_see_it(copies: Any) -> None:
-    """In the optimizer and in copies of it; a hook that is there before it, too."""
+def test_hooks_of_state_dict_see_it(copies: Any, prepend: bool) -> None:
+    """In the optimizer and in copies of it; a hook that is put before all others, too."""
     optimizer = ADAMW.ours(make_params())
     train(optimizer)
     for each in (optimizer, copies(optimizer)):
         seen = []
         each.register_state_dict_post_hook(
-            lambda _, saved, seen=seen: seen.append(set(saved["state"][0]))
+            lambda _, saved, seen=seen: seen.append(set(saved["state"][0])), prepend=prepend
         )
         each.load_state_dict(each.state_dict())
         each.state_dict()

@@ -380,8 +380,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         ]
         for index, ((param, _), weight) in enumerate(zip(entries, weights, strict=True)):
             check_weight(weight, param, f"tensor {index} (for {places[index]})")
-        specs = Specs(self)
-        all_specs = [specs.of(param, group) for param, group in entries]  # it may refuse some
+        # Those that steps would refuse are refused here, too; frozen ones are in nobody's way.
+        trained, frozen = Specs(self), Specs(self, is_strict=False)
+        all_specs = [
+            (trained if param.requires_grad else frozen).of(param, group)
+            for param, group in entries
+        ]
         written: set[int] = set()
         for (param, _), spec, place in zip(entries, all_specs, places, strict=True):
             targets = check_written(param, self.state.get(param, {}), spec, place)

@@ -399,3 +399,18 @@ def test_wrong_masters_by_hand(case: Case, name: str, make: Callable[[], Any]) -
     optimizer.state[params[1]][name] = make()
     with refused(optimizer, (ValueError, TypeError), f"'b'.*{name}|{name}.*'b'"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("frozen", [FLOAT32, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("kind", ["split", "split8"])
+def test_weights_beside_frozen_params(kind: Any, frozen: torch.dtype) -> None:
+    """What is frozen needs no master, so it may be of a dtype that cannot have one."""
+    trained = Parameter(torch.ones(3, dtype=BFLOAT16))
+    rests = Parameter(torch.ones(4).to(frozen), requires_grad=False)
+    optimizer = fusedopt.AdamW([trained, rests], master_weights=kind)
+    trained.grad = torch.ones_like(trained)
+    optimizer.step()
+    weights = optimizer.fp32_params()
+    optimizer.load_fp32_params([weights[0] * 2, torch.full((4,), 3.0)])
+    assert torch.equal(optimizer.fp32_params()[0], weights[0] * 2)
+    assert torch.equal(rests, torch.full((4,), 3.0).to(frozen))

@@ -89,6 +89,8 @@ def new_entries(
     return dict(zip((code_name, scale_name), codes, strict=True))
 
 
+# State outlives an inference_mode() around the step, beyond which nobody could write to it.
+@torch.inference_mode(False)
 def create_state(
     optimizer: "FusedOptimizer",
     missing: list[tuple[int, int]],

@@ -414,3 +414,16 @@ def test_weights_beside_frozen_params(kind: Any, frozen: torch.dtype) -> None:
     optimizer.load_fp32_params([weights[0] * 2, torch.full((4,), 3.0)])
     assert torch.equal(optimizer.fp32_params()[0], weights[0] * 2)
     assert torch.equal(rests, torch.full((4,), 3.0).to(frozen))
+
+
+@each_kind
+def test_masters_of_a_step_in_inference_mode(kind: str, dtype: torch.dtype) -> None:
+    """They are to be written to where it has ended, too."""
+    param = Parameter(torch.ones(3, dtype=dtype))
+    optimizer = fusedopt.AdamW([param], master_weights=kind)
+    param.grad = torch.ones_like(param)
+    with torch.inference_mode():
+        optimizer.step()
+    assert not any(entry.is_inference() for entry in optimizer.state[param].values())
+    optimizer.load_fp32_params([torch.full((3,), 1.5)])
+    assert torch.equal(optimizer.fp32_params()[0], torch.full((3,), 1.5))

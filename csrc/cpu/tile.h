@@ -15,7 +15,7 @@ constexpr int kMaxPieces = 64;
 // Elements that do not lie as a block does are gathered in tiles of so many.
 constexpr int64_t kTileElements = 256;
 
-// Some of these at once.
+// Pieces that are updated at once.
 struct Pieces {
   Piece list[kMaxPieces];
   int count = 0;

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import fusedopt
 from fusedopt._tensors import WEIGHTS_OF
-from support.fsdp import FSDP2
 from support.processes import on_ranks
+from support.sharded_twins import FSDP2
 from support.tensors import values
 from support.twins import LR, loss_of, mixed_twins, tiny, whole
 

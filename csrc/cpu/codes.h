@@ -64,7 +64,7 @@ void encode_group(const float* values, const uint32_t* fractions, float scale, f
   for (int i = 0; i < kGroup / kLanes; ++i)
     words[i] = encoded<Code>(Float(read<typename Float::Raw>(values + i * kLanes)), units,
                              Bits(read<typename Bits::Raw>(fractions + i * kLanes)));
-  write_byte<3>(codes, words);
+  write_upper_bytes(codes, words);
 }
 
 // Finds the scales and the codes of elements [begin, end), where `begin` is the first of a group

@@ -281,19 +281,19 @@ FUSEDOPT_HD void write_bytes(void* to, Vec<uint32_t, kLanes> words) {
   write(to, __builtin_convertvector(words.raw, typename RawVec<uint8_t, kLanes>::Type));
 }
 
-// Stores that byte of each word of some registers.
-template <int kByte, int kLanes, int kRegisters>
-FUSEDOPT_HD void write_byte(char* to, const Vec<uint32_t, kLanes> (&words)[kRegisters]) {
+// Stores the uppermost byte of each word of some registers.
+template <int kLanes, int kRegisters>
+FUSEDOPT_HD void write_upper_bytes(char* to, const Vec<uint32_t, kLanes> (&words)[kRegisters]) {
 #if defined(__AVX512F__)
-  if constexpr (kLanes == 16 && kRegisters == 4 && kByte % 2 == 1) {
-    const __m512i low = _mm512_srli_epi16(halves_of(words[0], words[1], kByte / 2), 8);
-    const __m512i high = _mm512_srli_epi16(halves_of(words[2], words[3], kByte / 2), 8);
+  if constexpr (kLanes == 16 && kRegisters == 4) {
+    const __m512i low = _mm512_srli_epi16(halves_of(words[0], words[1], 1), 8);
+    const __m512i high = _mm512_srli_epi16(halves_of(words[2], words[3], 1), 8);
     const RawVec<uint64_t, 8>::Type in_order = {0, 2, 4, 6, 1, 3, 5, 7};
     const __m512i packed = _mm512_packus_epi16(low, high);
     return write(to, _mm512_permutexvar_epi64(__m512i(in_order), packed));
   }
 #endif
-  for (int j = 0; j < kRegisters; ++j) write_bytes(to + j * kLanes, words[j] >> 8 * kByte);
+  for (int j = 0; j < kRegisters; ++j) write_bytes(to + j * kLanes, words[j] >> 24);
 }
 
 // Of two registers: the first word of each, then the second of each, and so on.

@@ -116,6 +116,7 @@ def main() -> None:
     if checkpoint:
         steps = start + STEPS
         dcp.save(state_of(model, optimizer, steps), checkpoint_id=checkpoint / f"step-{steps:06}")
+    dist.barrier()  # gloo's threads may abort a process that ends while they save
     dist.destroy_process_group()
 
 

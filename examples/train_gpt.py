@@ -200,6 +200,7 @@ def main() -> int:
     if not args.no_plot and part == 0:
         draw(args.plot, f"{title}\n{where}", result)
     if args.parallel:
+        dist.barrier()  # gloo's threads may abort a process that ends while they save
         dist.destroy_process_group()
     return 0 if apart is None or apart["good"] else 1
 

@@ -4,9 +4,11 @@
 // Codes number places from 2^33 up. Within a binade, from one power of two to the next, they lie
 // evenly, and the more densely the higher it is:
 //
-//   codes  0 to  32:   8 in each of the first 4 binades
-//   codes 32 to  64:  16 in each of the next 2
-//   codes 64 to 255:  32 in each of those above
+//   with a sign         codes  0 to  64:  16 in each of the first 4 binades
+//                       codes 64 to 127:  32 in each of the next 2
+//   what is never       codes  0 to  32:   8 in each of the first 4 binades
+//   negative            codes 32 to  64:  16 in each of the next 2
+//                       codes 64 to 255:  32 in each of those above
 //
 // A value is scale * (place - first place) / (last place - first place), where the scale is the
 // group's largest magnitude. So 0 is exact, and values near it are evenly spaced, as subnormal
@@ -17,8 +19,8 @@
 //
 // Read as an integer, the bits of a float grow linearly within a binade. So a code is a linear
 // function of the bits of its place, with a slope for each density, and the slopes grow: the code
-// is the largest of the three lines, and the bits of a place are the smallest of the three inverse
-// lines. This takes neither roots nor tables nor branches, and is the same on all devices.
+// is the largest of these lines, and the bits of a place are the smallest of the inverse lines.
+// This takes neither roots nor tables nor branches, and is the same on all devices.
 //
 // A code is rounded by adding a fraction of one and cutting off: a half, for the nearest value, or
 // one that is drawn, so that the mean of the two values is right. Moments are drawn as a rule: to
@@ -53,13 +55,25 @@ FUSEDOPT_HD float scale_of(uint32_t largest) {
 
 inline constexpr float kFirstPlace = 0x1p33f;
 
+// For codes of one density: the upper half of the bits of a place is (code << shift) + offset. The
+// lower half is 0: all places are bfloat16 numbers, too.
+struct Line {
+  int shift;
+  uint32_t offset;
+};
+
 // What codes with a sign and codes without differ in. kRange is how far the last place is from the
 // first, and kUnit what a distance of 1 is of the scale, both rounded down: so whatever rounding
 // makes of a group's largest magnitude, its code is the last one, and its value not above it.
 struct SignedCode {
+  static constexpr int kLines = 2;
+  static FUSEDOPT_HD constexpr Line line(int j) {
+    return j == 0 ? Line{3, 0x5000} : Line{2, 0x5100};
+  }
+
   static constexpr bool kHasSign = true;
-  static constexpr float kRange = 0x1p32f * (502 - 0x1p-15f);
-  static constexpr float kUnit = 1 / (0x1p32f * (502 + 0x1p-14f));
+  static constexpr float kRange = 0x1p32f * (124 - 0x1p-17f);
+  static constexpr float kUnit = 1 / (0x1p32f * (124 + 0x1p-16f));
   static constexpr uint32_t kMagnitudes = 0x7f;
 
   template <class Float>
@@ -77,6 +91,11 @@ struct SignedCode {
 };
 
 struct PositiveCode {
+  static constexpr int kLines = 3;
+  static FUSEDOPT_HD constexpr Line line(int j) {
+    return j == 0 ? Line{4, 0x5000} : j == 1 ? Line{3, 0x5100} : Line{2, 0x5200};
+  }
+
   static constexpr bool kHasSign = false;
   static constexpr float kRange = 0x1p32f * (8062 - 0x1p-11f);
   static constexpr float kUnit = 1 / (0x1p32f * (8062 + 0x1p-10f));
@@ -98,12 +117,14 @@ struct PositiveCode {
   }
 };
 
-// The upper halves of the bits of the places of codes, without their signs. The lower halves are 0:
-// all places are bfloat16 numbers, too. They fit words of 16 bits.
-template <class Bits>
-FUSEDOPT_HD Bits upper_halves_of_places(Bits codes) {
-  return smaller((codes << 4) + Bits(0x5000),
-                 smaller((codes << 3) + Bits(0x5100), (codes << 2) + Bits(0x5200)));
+// The upper halves of the bits of the places of codes, without their signs. They fit words of 16
+// bits.
+template <class Code, class Bits>
+FUSEDOPT_HD Bits upper_halves_of_places(const Bits& codes) {
+  Bits found = (codes << Code::line(0).shift) + Bits(Code::line(0).offset);
+  for (int j = 1; j < Code::kLines; ++j)
+    found = smaller(found, (codes << Code::line(j).shift) + Bits(Code::line(j).offset));
+  return found;
 }
 
 // The values at places. Of `signs` the upper bits count, if codes have signs.
@@ -116,7 +137,7 @@ FUSEDOPT_HD Float values_at(const Float& places, const Bits& signs, float scale)
 // The values of codes, each the lowest byte of a word with zeros above.
 template <class Code, class Float, class Bits>
 FUSEDOPT_HD Float decoded(const Bits& codes, float scale) {
-  const Bits places = upper_halves_of_places(codes & Code::kMagnitudes) << 16;
+  const Bits places = upper_halves_of_places<Code, Bits>(codes & Code::kMagnitudes) << 16;
   return values_at<Code>(as_float(places), codes << 24, scale);
 }
 
@@ -137,12 +158,17 @@ inline constexpr uint32_t kHalf = 1u << 23;
 template <class Code, class Float, class Bits>
 FUSEDOPT_HD Bits encoded(const Float& values, float units, const Bits& fractions) {
   const Bits places = as_bits(Code::places(values, units));
-  // 2^20 of these are one code. All lines are higher by the bits of the first place, 5 * 2^28, so
-  // that none is below 0; times 16, that is gone.
-  const Bits of_8 = places, of_16 = (places << 1) + 0xae000000u,
-             of_32 = (places << 2) + 0x08000000u;
-  const Bits lines = larger(of_8, larger(of_16, of_32));
-  return Code::finished(values, (lines << 4) + fractions);
+  // The lines turned round, times as much as the first one asks for, so that it is the place
+  // itself. All are higher by the bits of the first place, 5 * 2^28, so that none is below 0; where
+  // a code begins at a byte, that is gone.
+  constexpr Line kFirst = Code::line(0);
+  Bits lines = places;
+  for (int j = 1; j < Code::kLines; ++j) {
+    const int times = kFirst.shift - Code::line(j).shift;
+    const uint32_t offset = (kFirst.offset << 16) - (Code::line(j).offset << (16 + times));
+    lines = larger(lines, (places << times) + offset);
+  }
+  return Code::finished(values, (lines << (8 - kFirst.shift)) + fractions);
 }
 
 }  // namespace fusedopt

@@ -27,7 +27,7 @@ FUSEDOPT_HD void read_codes(const void* from, float scale, Vec<float, kLanes> (&
   using Halves = Vec<uint16_t, 2 * kLanes>;
   const Halves codes = read_bytes_as_halves<2 * kLanes>(from);
   Halves places =
-      upper_halves_of_places(Code::kHasSign ? codes & Halves(Code::kMagnitudes) : codes);
+      upper_halves_of_places<Code>(Code::kHasSign ? codes & Halves(Code::kMagnitudes) : codes);
   if constexpr (Code::kHasSign) places = places | ((codes << 8) & Halves(0x8000));
   Vec<uint32_t, kLanes> words[2];
   as_upper_halves(places, words);

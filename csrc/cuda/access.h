@@ -260,6 +260,7 @@ FUSEDOPT_HD uint32_t word_of_uppers(uint32_t low, uint32_t high) {
 
 // The places (core/codes.h) of two codes, the first or the second two of four bytes: two bfloat16
 // numbers in a word, so one instruction does for both.
+template <class Code>
 FUSEDOPT_HD uint32_t places_of_two(uint32_t codes, int which) {
 #if defined(__CUDA_ARCH__)
   const auto smaller_two = [](uint32_t a, uint32_t b) {
@@ -268,11 +269,17 @@ FUSEDOPT_HD uint32_t places_of_two(uint32_t codes, int which) {
     return y;
   };
   const uint32_t two = __byte_perm(codes, 0, which == 0 ? 0x4140u : 0x4342u);
-  return smaller_two(two * 16 + 0x50005000u,
-                     smaller_two(two * 8 + 0x51005100u, two * 4 + 0x52005200u));
+  const auto on_line = [=](int j) {
+    return (two << Code::line(j).shift) + Code::line(j).offset * 0x00010001u;
+  };
+  uint32_t found = on_line(0);
+#pragma unroll
+  for (int j = 1; j < Code::kLines; ++j) found = smaller_two(found, on_line(j));
+  return found;
 #else
   codes >>= 16 * which;
-  return upper_halves_of_places(codes & 0xffu) | upper_halves_of_places(codes >> 8 & 0xffu) << 16;
+  return upper_halves_of_places<Code>(codes & 0xffu) |
+         upper_halves_of_places<Code>(codes >> 8 & 0xffu) << 16;
 #endif
 }
 

@@ -133,7 +133,7 @@ class Staged {
       Half<float> places;
       Half<uint32_t> signs;
       for (int j = 0; j < kCount / 2; ++j) {
-        places[j] = float_from_pair(places_of_two(magnitudes, j / 2), j % 2 != 0);
+        places[j] = float_from_pair(places_of_two<Code>(magnitudes, j / 2), j % 2 != 0);
         signs[j] = bytes[half] << (24 - 8 * j);
       }
       const auto values = values_at<Code>(places, signs, as_float(scale));

@@ -24,7 +24,10 @@ constexpr bool kIsSigned = std::is_same_v<Code, SignedCode>;
 struct Binade {
   int codes, below;
 };
+template <class Code>
 Binade binade_of(int binade) {
+  if (kIsSigned<Code>)
+    return binade < 4 ? Binade{16, 16 * binade} : Binade{32, 64 + 32 * (binade - 4)};
   if (binade < 4) return {8, 8 * binade};
   if (binade < 6) return {16, 32 + 16 * (binade - 4)};
   return {32, 64 + 32 * (binade - 6)};
@@ -35,8 +38,8 @@ template <class Code>
 double level(uint32_t code) {
   const int number = static_cast<int>(kIsSigned<Code> ? code & 0x7f : code);
   int binade = 0;
-  while (binade_of(binade + 1).below <= number) ++binade;
-  const auto [codes, below] = binade_of(binade);
+  while (binade_of<Code>(binade + 1).below <= number) ++binade;
+  const auto [codes, below] = binade_of<Code>(binade);
   const double place = std::ldexp(1 + static_cast<double>(number - below) / codes, 33 + binade);
   const double magnitude = (place - 0x1p33) / static_cast<double>(Code::kRange);
   return kIsSigned<Code> && (code & 0x80) != 0 ? -magnitude : magnitude;
@@ -49,7 +52,7 @@ uint32_t code_by_definition(float value, float scale, uint32_t fraction) {
       kIsSigned<Code> ? magnitude * units + 0x1p33f : std::fma(magnitude, units, 0x1p33f);
   int exponent;
   const double part = std::frexp(static_cast<double>(place), &exponent);
-  const auto [codes, below] = binade_of(exponent - 34);
+  const auto [codes, below] = binade_of<Code>(exponent - 34);
   const double position = below + codes * (2 * part - 1);
   auto code = static_cast<uint32_t>(position + std::ldexp(fraction, -24));
   CHECK(code <= (kIsSigned<Code> ? 127 : 255));

@@ -63,17 +63,19 @@ def have_codes(states: dict[Any, Any]) -> bool:
     return any(coded_names(entries) for entries in states.values())
 
 
-def _magnitudes() -> Any:
-    """How far the places of codes are from the first one, which is 2: 8 codes in each of the first
-    four binades, 16 in the next two, 32 in all others."""
-    places = [2.0]
-    for binade, codes in enumerate([8] * 4 + [16] * 2 + [32] * 6):
-        places += [2.0 ** (binade + 1) * (1 + j / codes) for j in range(1, codes + 1)]
-    return np.array(places[:256]) - 2
+def _levels(*codes_in_binades: int) -> Any:
+    """How far the places of codes are from the first one, over how far the last one is."""
+    places = [1.0]
+    for binade, codes in enumerate(codes_in_binades):
+        places += [2.0**binade * (1 + j / codes) for j in range(1, codes + 1)]
+    distances = np.array(places[:-1]) - 1
+    return distances / distances[-1]
 
 
-MAGNITUDES = _magnitudes()
-RANGE = {torch.int8: 502.0, torch.uint8: 8062.0}  # of the last places
+LEVELS = {
+    torch.int8: _levels(*[16] * 4, *[32] * 2),
+    torch.uint8: _levels(*[8] * 4, *[16] * 2, *[32] * 6),
+}
 
 
 def levels(codes: Tensor) -> Any:
@@ -82,7 +84,7 @@ def levels(codes: Tensor) -> Any:
     is_signed = codes.dtype == torch.int8
     number = byte & 0x7F if is_signed else byte
     sign = np.where(is_signed & (byte >= 0x80), -1.0, 1.0)
-    return sign * MAGNITUDES[number] / RANGE[codes.dtype]
+    return sign * LEVELS[codes.dtype][number]
 
 
 def spread(scales: Tensor, like: Tensor) -> Any:
@@ -121,7 +123,7 @@ def assert_codes_of(entries: Any, name: str, values: Any, units: float) -> None:
         share = np.nan_to_num(np.abs(values) / spread(scales, codes))
     is_signed = codes.dtype == torch.int8
     # Between two codes it counts how near to their values one is.
-    table = MAGNITUDES[: 128 if is_signed else 256] / RANGE[codes.dtype]
+    table = LEVELS[codes.dtype]
     ideal = np.interp(share, table, np.arange(len(table)))
     byte = codes.cpu().numpy().astype(np.int64) & 0xFF
     number = byte & 0x7F if is_signed else byte

@@ -45,7 +45,7 @@ FMA = r"\bFFMA\b"
 MUL = r"\bFMUL\b"
 DRAW = r"\b0x846ca68b\b|-0x7b935975\b"  # a factor of the hash
 ENCODED = r"\b0xae000000\b|-0x52000000\b"  # in a line from places to codes
-DECODED = r"\b0x52005200\b"  # and in one from codes to places
+DECODED = r"\b0x51005100\b"  # and in one from codes to places
 SHUFFLE = r"\bSHFL\b"
 SIGNED_BYTE = r"\bPRMT\b.*\b0x(?:9914|aa24|bb34)\b"  # with copies of its upper bit
 # Halves, views at odd places, elements that are done again: nothing of the settings below.

@@ -25,6 +25,7 @@ REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
 
 
+@torch.inference_mode(False)  # which state outlives
 def load_state_dict(optimizer: "FusedOptimizer", state_dict: dict[str, Any]) -> None:
     """What ``FusedOptimizer.load_state_dict`` documents."""
     _check_mapping(state_dict)

@@ -23,7 +23,7 @@ from ._norms import (
 )
 from ._options import OWN_OPTIONS, name_state_dtype
 from ._ranks import compare_ranks
-from ._state import Specs, create_state, drop_unused, new_entry, place_of
+from ._state import CreatedState, Specs, drop_unused, new_entry, place_of
 from ._state_dict import export_all_states
 from ._steps import step_device, to_step
 from ._tensors import bytes_of, memory_of
@@ -263,8 +263,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _create_and_run(self, step: _C.PendingStep) -> list[tuple[int, int]] | None:
         """The rest of a step that has found state missing; without it, none is created."""
         new_averages = without_average(self, step.missing) if trains_nothing(self) else []
-        discard = create_state(self, step.missing, step.maybe_written, step.counts_on_gpu)
+        created = CreatedState(self)
         try:
+            created.fill(step.missing, step.maybe_written, step.counts_on_gpu)
             changed = step.run()
             if step.has_run and new_averages:
                 InitialAverages.note(self, new_averages)
@@ -272,9 +273,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             if not step.has_run:
                 try:
-                    discard()
+                    created.discard()
                 except BaseException:  # Ctrl-C, before it has begun
-                    discard()
+                    created.discard()
                     raise
 
     @property
@@ -358,6 +359,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for param in group["params"]
         ]
 
+    @torch.inference_mode(False)  # which new masters outlive, as other state does
     @torch.no_grad()
     def load_fp32_params(self, weights: Iterable[Tensor]) -> None:
         """Set all weights, as ``fp32_params()`` gives them: parameters and their master weights.

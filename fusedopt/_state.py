@@ -1,6 +1,5 @@
 """The state of parameters: what it holds is the extension's to say; made and dropped here."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,64 +88,71 @@ def new_entries(
     return dict(zip((code_name, scale_name), codes, strict=True))
 
 
-# State outlives an inference_mode() around the step, beyond which nobody could write to it.
-@torch.inference_mode(False)
-def create_state(
-    optimizer: "FusedOptimizer",
-    missing: list[tuple[int, int]],
-    maybe_written: list[tuple[int, int]],
-    steps_on_gpu: bool,
-) -> Callable[[], None]:
-    """Fill in what the state of the parameters at these (group, index) lacks.
+class CreatedState:
+    """What is created for a step, and taken away again if that is not made."""
 
-    Those of ``maybe_written`` have a float32 master: where the parameter is not what it rounds to,
-    somebody has written to the parameter, and the master follows, in its memory. A ``step`` that is
-    not where it belongs, on the GPU of its parameter or on the CPU, is moved there. Returns a
-    function that undoes it all; undoes it if it raises.
-    """
-    groups = {at: optimizer.param_groups[at] for at in {at for at, _ in missing + maybe_written}}
-    params = {at: tuple(group["params"]) for at, group in groups.items()}
-    specs = Specs(optimizer)
-    created: list[tuple[Tensor, State | None, State, _C.StateSpec]] = []
-    for group_index, index in missing:
-        param = params[group_index][index]
-        before = _entries(optimizer.state[param]) if param in optimizer.state else None
-        created.append((param, before, {}, specs.of(param, groups[group_index])))
-    place_steps(
-        [(param, before or {}, new) for param, before, new, spec in created if spec.counts_steps],
-        steps_on_gpu,
-    )
-    with torch.no_grad():
-        written = _written_masters(
-            [(params[at][index], groups[at]) for at, index in maybe_written], optimizer.state, specs
-        )
-        # On a GPU, a CUDA graph may hold the memory of the masters: it stays theirs.
-        masters = [(param, master, master.clone()) for param, master in written]
-        for param, before, new, spec in created:
-            present = before or {}
-            for name, kind, dtype in spec.entries:
-                if not has_state(name, present, spec):
-                    new |= new_entries(name, kind, dtype, param, present, spec)
+    def __init__(self, optimizer: "FusedOptimizer") -> None:
+        self._optimizer = optimizer
+        # Params with their states before and what is new in them; masters with their values before.
+        self._entries: list[tuple[Tensor, State | None, State]] = []
+        self._masters: list[tuple[Tensor, Tensor]] = []
 
-    def discard() -> None:
-        for param, before, _, _ in created:
-            if before is None:
-                optimizer.state.pop(param, None)
-            elif param in optimizer.state:
-                optimizer.state[param].clear()
-                optimizer.state[param].update(before)
-        for _, master, old in masters:
-            overwrite(master, old)
+    # State outlives an inference_mode() around the step, beyond which nobody could write to it.
+    @torch.inference_mode(False)
+    def fill(
+        self, missing: list[tuple[int, int]], maybe_written: list[tuple[int, int]], on_gpu: bool
+    ) -> None:
+        """Fill in what the state of the parameters at these (group, index) lacks.
 
-    try:
-        for param, master, _ in masters:
+        Those of ``maybe_written`` have a float32 master: where the parameter is not what it rounds
+        to, somebody has written to the parameter, and the master follows, in its memory. A ``step``
+        that is not where it belongs, on the GPU of its parameter or on the CPU, is moved there.
+        """
+        optimizer = self._optimizer
+        groups = {at: optimizer.param_groups[at] for at, _ in missing + maybe_written}
+        params = {at: tuple(group["params"]) for at, group in groups.items()}
+        specs = Specs(optimizer)
+        created: list[tuple[Tensor, State | None, State, _C.StateSpec]] = []
+        for group_index, index in missing:
+            param = params[group_index][index]
+            before = _entries(optimizer.state[param]) if param in optimizer.state else None
+            created.append((param, before, {}, specs.of(param, groups[group_index])))
+        place_steps(
+            [(param, before or {}, new) for param, before, new, spec in created
+             if spec.counts_steps],
+            on_gpu,
+        )  # fmt: skip
+        with torch.no_grad():
+            written = _written_masters(
+                [(params[at][index], groups[at]) for at, index in maybe_written],
+                optimizer.state,
+                specs,
+            )
+            # On a GPU, a CUDA graph may hold the memory of the masters: it stays theirs.
+            masters = [(master, master.clone()) for _, master in written]
+            for param, before, new, spec in created:
+                present = before or {}
+                for name, kind, dtype in spec.entries:
+                    if not has_state(name, present, spec):
+                        new |= new_entries(name, kind, dtype, param, present, spec)
+        # From here on, it is seen.
+        self._masters, self._entries = masters, [entry[:3] for entry in created]
+        for param, master in written:
             overwrite(master, weight_of(param, master))
-        for param, _, new, _ in created:
+        for param, _, new in self._entries:
             optimizer.state.setdefault(param, {}).update(new)
-    except BaseException:
-        discard()
-        raise
-    return discard
+
+    def discard(self) -> None:
+        """Let the state be what it was. Can be done again, if it was interrupted."""
+        states = self._optimizer.state
+        for param, before, _ in self._entries:
+            if before is None:
+                states.pop(param, None)
+            elif param in states:
+                states[param].clear()
+                states[param].update(before)
+        for master, old in self._masters:
+            overwrite(master, old)
 
 
 def _written_masters(

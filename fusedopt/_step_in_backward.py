@@ -132,8 +132,8 @@ class StepInBackward:
         self._refuse_parts(params)
         self._limit()
         if previous_norm is not None:
-            norm = torch.as_tensor(previous_norm, dtype=torch.float64)
-            self._norm = norm.to(local(params[0]).device)
+            device = local(params[0]).device
+            self._norm = torch.as_tensor(previous_norm, dtype=torch.float64, device=device)
         # The last ones get their grads first.
         self._buckets = [_Part(optimizer, part) for part in _cut(reversed(params), bucket_bytes)]
         self._rest = _Part(optimizer, [])
@@ -258,13 +258,22 @@ class StepInBackward:
             scale = scale.float() if _C.is_on_gpu(scale) else float(scale)
         shared.found_inf, shared.grad_status, shared.counts_nonfinite = None, None, True
         stepping = part.prepared(params, {} if limit is None else {"max_grad_norm": math.inf})
-        stepping._step_with(scale, None, None)
-        if limit is not None:
-            norm = stepping.grad_norm
-            assert norm is not None
-            self._squares.append((norm * scale).square())
-        for param in params:
-            param.grad = None
+        stepped = stepping._params()  # others have left the optimizer, and keep their grads
+        if not stepped:
+            return
+        plan = stepping._plan()
+        before = plan.num_runs
+        try:
+            stepping._step_with(scale, None, None)
+            if limit is not None:
+                norm = stepping.grad_norm
+                assert norm is not None
+                self._squares.append((norm * scale).square())
+            _free_grads(stepped)
+        except BaseException:
+            if plan.num_runs != before:  # Ctrl-C, after it: nobody may step these grads again
+                _free_grads(stepped)
+            raise
 
     def _whole_norm(self) -> Tensor:
         """Of the squares; what is not finite was skipped, and the norm before stays if all were."""
@@ -345,6 +354,11 @@ class _Part:
         self._optimizer.state = self._whole.state
         self._optimizer._shared_ = self._whole._shared
         return self._optimizer
+
+
+def _free_grads(params: list[Tensor]) -> None:
+    for param in params:
+        param.grad = None
 
 
 def _cut(params: Iterable[Tensor], most: int) -> Iterator[list[Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ._docs import described_as
 from ._optimizer import FusedOptimizer
 from ._options import given_options, notes_given, option_defaults
-from ._state import create_state
+from ._state import CreatedState
 from ._types import NormGroup, Params
 from .adam import AdamW
 
@@ -97,6 +97,11 @@ class Adagrad(FusedOptimizer):
             for index, param in enumerate(group["params"])
             if not self.state.get(param)
         ]
-        create_state(self, missing, [], steps_on_gpu=False)
+        created = CreatedState(self)
+        try:
+            created.fill(missing, [], on_gpu=False)
+        except BaseException:
+            created.discard()
+            raise
         for state in self.state.values():
             state["sum"].share_memory_()

@@ -38,7 +38,8 @@ class ASGD(FusedOptimizer):
 
     Args:
         lambd (float, default 1e-4): :math:`\lambda`, at least 0, a decay.
-        alpha (float, default 0.75): :math:`\alpha`, the power of the learning rate's decay.
+        alpha (float, default 0.75): :math:`\alpha`, at least 0, the power of the learning rate's
+            decay.
         t0 (float, default 1e6): :math:`t_0`, the step from which on params are averaged.
         weight_decay (float | Tensor, default 0): at least 0, an L2 penalty, added to the grad
             :math:`g`. A tensor is read as that of ``lr``.

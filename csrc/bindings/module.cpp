@@ -88,6 +88,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
            py::arg("grad_scale"), py::arg("found_inf"), py::arg("num_threads"),
            py::arg("checks_grads"), py::arg("norm_groups"), py::arg("grad_norm"))
       .def_property_readonly("grad_status", &fusedopt::Plan::status)
+      .def_property_readonly("num_runs", &fusedopt::Plan::num_runs)
       .def("bookkeeping_bytes", &fusedopt::Plan::bookkeeping_bytes)
       .def("overlap_checks", &fusedopt::Plan::overlap_checks);
   py::class_<fusedopt::PendingStep>(m, "PendingStep")

@@ -144,8 +144,12 @@ void read_asgd(GroupReader& group, cuda::HyperParamsRef& source) {
   hyper.lambd = group.number(kLambd);
   hyper.alpha = group.number(kAlpha);
   hyper.t0 = group.number(kT0);
-  group.require_finite("Invalid lambd value", hyper.lambd);
-  group.require_finite("Invalid alpha value", hyper.alpha);
+  const auto check_decay = [&](const char* what, double decay) {
+    group.require_at_first(decay >= 0, what, decay);  // as torch 2.15 has it
+    group.require_finite(what, decay);
+  };
+  check_decay("Invalid lambd value", hyper.lambd);
+  check_decay("Invalid alpha value", hyper.alpha);
   group.require_finite("Invalid t0 value", hyper.t0);
 }
 

@@ -148,6 +148,7 @@ py::object Plan::run(StepCall& call, StepContext& context) {
   if (context.clips && context.has_cpu) rescale(call.grads, context);
 
   call.has_run = true;  // from here on, nothing fails but CUDA
+  ++num_runs_;
   if (!on_gpus.devices.empty()) {
     try {
       gpus_.launch(on_gpus);

@@ -43,6 +43,7 @@ class Plan {
                         const pybind11::object& grad_norm);
 
   pybind11::object status() const { return norm_.status(); }  // see GradNorm
+  int64_t num_runs() const { return num_runs_; }  // steps that may have written something
   int64_t overlap_checks() const { return aliases_.num_checks(); }
   int64_t bookkeeping_bytes();  // that the plan keeps between steps
 
@@ -80,6 +81,7 @@ class Plan {
   const cpu::Isa isa_;
   const int64_t chunk_elements_;
   std::atomic_flag running_ = ATOMIC_FLAG_INIT;
+  std::atomic<int64_t> num_runs_ = 0;
   size_t num_held_ = 0;  // in the step before
   References held_;      // all that the step touches, until it ends
   ParamTable table_;

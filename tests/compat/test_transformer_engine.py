@@ -363,7 +363,7 @@ def test_masters_have_their_name_whatever_they_are() -> None:
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("name", ["create_state", "_name_masters"])
+@pytest.mark.parametrize("name", ["fill", "_name_masters"])
 def test_masters_have_their_name_after_an_interrupt(name: str) -> None:
     """Of a first step, which is made as a whole with it, or not at all."""
     optimizer = FusedAdam(bfloat16_params(5, 6), **SPLIT)

@@ -39,16 +39,16 @@ MOST_INSTRUCTIONS = {
     "split8, bf16 states, stochastic": 91,
     "fp32 masters": 68,
     "fp32, bf16 states": 67,
-    "split8, q8 states": 121,
-    "split8, q8 states, stochastic": 127,
+    "split8, q8 states": 119,
+    "split8, q8 states, stochastic": 125,
     # Kernels that know all formats; those with codes are named here.
     "usual": 61,
     "usual bf16, average, stochastic": 64,
     "usual split, bf16 states, average, stochastic": 67,
-    "usual split8, q8 states": 93,
-    "usual split8, q8 states, stochastic": 98,
-    "usual bf16, q8 states, stochastic": 88,
-    "usual fp32, q8 states, stochastic": 94,
+    "usual split8, q8 states": 91,
+    "usual split8, q8 states, stochastic": 96,
+    "usual bf16, q8 states, stochastic": 86,
+    "usual fp32, q8 states, stochastic": 92,
 }
 MOST_BRANCHES = {
     "fp32": 4,

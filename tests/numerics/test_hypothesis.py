@@ -67,7 +67,7 @@ OTHERS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     },
     "RAdam": {"betas": betas, "eps": small, "decoupled_weight_decay": st.booleans()},
     "ASGD": {
-        **{"lambd": decays, "alpha": st.floats(-1.0, 2.0), "t0": st.sampled_from([0, 1, 1e6])},
+        **{"lambd": decays, "alpha": st.floats(0.0, 2.0), "t0": st.sampled_from([0, 1, 1e6])},
     },
     "Rprop": {
         "etas": st.tuples(st.floats(0.01, 0.99), st.floats(1.01, 10.0)),

@@ -427,3 +427,22 @@ def test_masters_of_a_step_in_inference_mode(kind: str, dtype: torch.dtype) -> N
     assert not any(entry.is_inference() for entry in optimizer.state[param].values())
     optimizer.load_fp32_params([torch.full((3,), 1.5)])
     assert torch.equal(optimizer.fp32_params()[0], torch.full((3,), 1.5))
+
+
+@each_kind
+def test_masters_that_are_loaded_in_inference_mode(kind: str, dtype: torch.dtype) -> None:
+    param = Parameter(torch.ones(3, dtype=dtype))
+    optimizer = fusedopt.AdamW([param], master_weights=kind)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    saved = deepcopy(optimizer.state_dict())
+    saved["state"][0]["step"] = 1
+    with torch.inference_mode():
+        optimizer.load_state_dict(saved)
+    assert not any(entry.is_inference() for entry in optimizer.state[param].values())
+    resumed = fusedopt.AdamW([param], master_weights=kind)
+    with torch.inference_mode():
+        resumed.load_fp32_params(optimizer.fp32_params())
+    assert not any(entry.is_inference() for entry in resumed.state[param].values())
+    resumed.load_fp32_params([torch.full((3,), 1.5)])
+    assert torch.equal(resumed.fp32_params()[0], torch.full((3,), 1.5))

@@ -163,6 +163,7 @@ def test_threads() -> None:
 
 IMPORTS = """
 import sys, torch
+torch.zeros((), requires_grad=True).backward()  # the first one imports some of torch
 found, torch.__version__ = torch.__version__, "2.9.1"
 try:
     import fusedopt

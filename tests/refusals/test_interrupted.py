@@ -8,7 +8,8 @@ import torch
 from torch.nn import Parameter
 
 import fusedopt
-from fusedopt._state import create_state
+from fusedopt._state import CreatedState
+from support.interrupts import interrupted_at
 from support.processes import run_fork
 
 INTERRUPTED = """
@@ -64,18 +65,35 @@ def test_failed_first_step_stays_the_first(monkeypatch: pytest.MonkeyPatch) -> N
     param.grad = torch.ones(2)
     optimizer = fusedopt.SGD([param], lr=1.0, momentum=0.9, dampening=0.5)
 
-    def create_too_little(optimizer: Any, *args: Any) -> object:
-        discard = create_state(optimizer, *args)
+    def fill_too_little(self: CreatedState, *args: Any) -> None:
+        fill(self, *args)
         del optimizer.state[param]["momentum_buffer"]
-        return discard
 
-    monkeypatch.setattr(fusedopt._optimizer, "create_state", create_too_little)
+    fill = CreatedState.fill
+    monkeypatch.setattr(CreatedState, "fill", fill_too_little)
     with pytest.raises(RuntimeError, match="not there"):
         optimizer.step()
     assert not optimizer.state
     monkeypatch.undo()
     optimizer.step()
     assert param.tolist() == [-1.0, -1.0]
+
+
+@pytest.mark.cpu_only
+def test_first_step_that_is_interrupted_anywhere() -> None:
+    number = 1
+    came = True
+    while came:
+        param = Parameter(torch.zeros(2))
+        param.grad = torch.ones(2)
+        optimizer = fusedopt.SGD([param], lr=1.0, momentum=0.9, dampening=0.5)
+        came = interrupted_at(number, optimizer.step)
+        if not param.any():
+            assert not optimizer.state, number
+            optimizer.step()
+        assert param.tolist() == [-1.0, -1.0], number
+        number += 1
+    assert number > 60
 
 
 def test_layouts_that_move_between_params() -> None:
@@ -139,7 +157,7 @@ def test_a_step_that_was_interrupted_leaves_no_lock() -> None:
             wanted.clear()
             raise KeyboardInterrupt
 
-    for name in ("_create_and_run", "create_state", "place_steps", "new_entry"):
+    for name in ("_create_and_run", "fill", "place_steps", "new_entry"):
         wanted = {name}
         sys.settrace(interrupt)
         try:

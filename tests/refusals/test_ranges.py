@@ -37,7 +37,7 @@ OTHERS: dict[str, dict[str, str]] = {
     "Adamax": {**DECAY, **EPS},
     "NAdam": {**DECAY, **EPS},
     "RAdam": {**DECAY, **EPS},
-    "ASGD": DECAY,
+    "ASGD": {**DECAY, "lambd": "Invalid lambd value", "alpha": "Invalid alpha value"},
     "Rprop": {},
 }
 FIRST_BETAS = (((-0.125, 0.99), 0), ((0.9, -0.125), 1))
@@ -120,6 +120,9 @@ def step(optimizer: Any, seed: int) -> None:
 @each_row
 @pytest.mark.parametrize("library", **by_id(LIBRARIES))
 def test_refused_at_construction(library: Any, name: str, options: Options, words: str) -> None:
+    is_new = name == "ASGD" and options.keys() & {"lambd", "alpha"}
+    if is_new and library is torch.optim and torch.__version__ < "2.15":
+        pytest.skip("torch refuses it from 2.15 on")
     with pytest.raises(ValueError, match=words):
         make(library, name, two_params(), **options)
 
@@ -238,8 +241,8 @@ CHANGES: dict[str, tuple[str, Options, list[Options]]] = {
     "Adamax without decay of the norm": ("Adamax", {}, [{}, {"betas": (0.9, 1.0)}, {}, {}]),
     "ascent of RAdam": ("RAdam", {}, [{}, {"lr": -0.1}, {}, {"weight_decay": -0.1}, {}, {}, {}]),
     "ASGD's decay put to 0": ("ASGD", {"lambd": 0.5}, [{}, {"lambd": 0.0}, {"alpha": 0.0}, {}]),
-    "ASGD's lambd below 0": ("ASGD", {"lambd": -0.5}, [{}, {"lambd": -0.25}, {}, {}]),
-    "ASGD's growing rate": ("ASGD", {"lambd": 0.5, "alpha": -1.0, "t0": -3.5}, [{}, {}, {}]),
+    "ASGD's lambd below 0": ("ASGD", {}, [{"lambd": -0.5}, {"lambd": -0.25}, {}, {}]),
+    "ASGD's growing rate": ("ASGD", {"lambd": 0.5, "t0": -3.5}, [{"alpha": -1.0}, {}, {}]),
     "Rprop's lr": ("Rprop", {}, [{}, {"lr": -1.0}, {}, {"step_sizes": (0.0, 0.05)}, {}]),
     "parameter": ("Adam", {}, [{"lr": Parameter(on_host(0.05, dtype=torch.float64))}, {"lr": 0.0}]),
 }

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-import fusedopt
-from fusedopt._state import create_state
+from fusedopt._state import CreatedState
 from support.equality import assert_equal, assert_same_math
 from support.optimizers import (
     CASES,
@@ -208,12 +207,14 @@ def test_step_from_inside_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     optimizer = CASES["adamw"].ours(make_params())
     set_grads(optimizer, 0)
 
-    def nested(optimizer: Any, *args: Any) -> None:
-        create_state(optimizer, *args)
+    def nested(self: CreatedState, *args: Any) -> None:
+        fill(self, *args)
         optimizer.step()
 
+    fill = CreatedState.fill
+
     with monkeypatch.context() as patch:
-        patch.setattr(fusedopt._optimizer, "create_state", nested)
+        patch.setattr(CreatedState, "fill", nested)
         with pytest.raises(RuntimeError, match="already running"):
             optimizer.step()
     train(optimizer)

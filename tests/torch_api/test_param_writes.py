@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import fusedopt
+from fusedopt._state import CreatedState
 from support.device import DEVICE
 from support.equality import bits
 from support.optimizers import step_with
@@ -161,7 +162,7 @@ def test_nothing_is_created_in_ordinary_steps(monkeypatch: pytest.MonkeyPatch) -
     def fail(*args: Any) -> None:
         raise AssertionError(args)
 
-    monkeypatch.setattr(fusedopt._optimizer, "create_state", fail)
+    monkeypatch.setattr(CreatedState, "fill", fail)
     step_with(optimizer, [values(SIZE, dtype=BFLOAT16)])
 
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fusedopt
 from support.device import DEVICE
 from support.equality import bits, same_bits
+from support.interrupts import interrupted_at
 from support.optimizers import ALL_NAMES
 from support.tensors import by_id, values
 
@@ -595,3 +596,49 @@ def test_refused(make: Callable[[Any], Any], error: type[Exception], words: str)
     with pytest.raises(error, match=words):
         make(model)
     assert not any(param._post_accumulate_grad_hooks for param in model.parameters())
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("clips", [False, True], ids=["", "clips"])
+def test_nothing_is_stepped_twice_after_an_interrupt(clips: bool) -> None:
+    options = {"max_grad_norm": 1.0} if clips else {}
+    number, came, seen = 1, True, 0
+    while came:
+        model = Net()
+        optimizer = fusedopt.AdamW(model.parameters(), **options)
+        with fusedopt.step_in_backward(
+            model, optimizer, bucket_bytes=600, clip_by_previous_norm=clips
+        ):
+            for seed in range(2):
+                model(batch(model, seed)).backward()
+                optimizer.step()
+            before = {p: state["step"].item() for p, state in optimizer.state.items()}
+            loss = model(batch(model, 2))
+            came = interrupted_at(number, loss.backward)
+            optimizer.step()
+        steps = [state["step"].item() - before[p] for p, state in optimizer.state.items()]
+        assert set(steps) <= {0, 1}, number
+        seen += len(set(steps)) == 2
+        number += 1
+    assert set(steps) == {1}
+    assert seen > 10
+
+
+def test_params_that_have_left_the_optimizer_keep_their_grads() -> None:
+    model = Net()
+    optimizer = fusedopt.AdamW(model.parameters())
+    with fusedopt.step_in_backward(model, optimizer, bucket_bytes=1):
+        model(batch(model, 0)).backward()
+        optimizer.step()
+        left = list(model.first.parameters())
+        (group,) = optimizer.param_groups
+        group["params"] = [p for p in group["params"] if all(p is not q for q in left)]
+        model(batch(model, 1)).backward()
+        assert all(p.grad is not None for p in left)
+        assert all(p.grad is None for p in group["params"])
+        optimizer.step()
+        assert all(p.grad is not None for p in left)
+        group["params"] = []
+        optimizer.zero_grad()
+        model(batch(model, 2)).backward()
+        assert all(p.grad is not None for p in model.again.parameters())

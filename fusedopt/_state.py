@@ -100,7 +100,10 @@ class CreatedState:
     # State outlives an inference_mode() around the step, beyond which nobody could write to it.
     @torch.inference_mode(False)
     def fill(
-        self, missing: list[tuple[int, int]], maybe_written: list[tuple[int, int]], on_gpu: bool
+        self,
+        missing: list[tuple[int, int]],
+        maybe_written: list[tuple[int, int]],
+        steps_on_gpu: bool,
     ) -> None:
         """Fill in what the state of the parameters at these (group, index) lacks.
 
@@ -120,7 +123,7 @@ class CreatedState:
         place_steps(
             [(param, before or {}, new) for param, before, new, spec in created
              if spec.counts_steps],
-            on_gpu,
+            steps_on_gpu,
         )  # fmt: skip
         with torch.no_grad():
             written = _written_masters(

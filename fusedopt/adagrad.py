@@ -99,7 +99,7 @@ class Adagrad(FusedOptimizer):
         ]
         created = CreatedState(self)
         try:
-            created.fill(missing, [], on_gpu=False)
+            created.fill(missing, [], steps_on_gpu=False)
         except BaseException:
             created.discard()
             raise

@@ -158,15 +158,15 @@ inline constexpr uint32_t kHalf = 1u << 23;
 template <class Code, class Float, class Bits>
 FUSEDOPT_HD Bits encoded(const Float& values, float units, const Bits& fractions) {
   const Bits places = as_bits(Code::places(values, units));
-  // The lines turned round, times as much as the first one asks for, so that it is the place
-  // itself. All are higher by the bits of the first place, 5 * 2^28, so that none is below 0; where
-  // a code begins at a byte, that is gone.
+  // Each line solved for the code, and multiplied by what makes the first of them the place itself:
+  // 2^(16 + kFirst.shift) of these are one code. All are higher by the bits of the first place,
+  // 5 * 2^28, so that none is below 0; the shift that takes codes to the upper byte drops that.
   constexpr Line kFirst = Code::line(0);
   Bits lines = places;
   for (int j = 1; j < Code::kLines; ++j) {
-    const int times = kFirst.shift - Code::line(j).shift;
-    const uint32_t offset = (kFirst.offset << 16) - (Code::line(j).offset << (16 + times));
-    lines = larger(lines, (places << times) + offset);
+    const int shift = kFirst.shift - Code::line(j).shift;
+    const uint32_t offset = (kFirst.offset << 16) - (Code::line(j).offset << (16 + shift));
+    lines = larger(lines, (places << shift) + offset);
   }
   return Code::finished(values, (lines << (8 - kFirst.shift)) + fractions);
 }

@@ -642,3 +642,11 @@ def test_params_that_have_left_the_optimizer_keep_their_grads() -> None:
         optimizer.zero_grad()
         model(batch(model, 2)).backward()
         assert all(p.grad is not None for p in model.again.parameters())
+
+
+def test_previous_norm_whatever_the_default_device() -> None:
+    model = Net()
+    optimizer = fusedopt.AdamW(model.parameters(), max_grad_norm=1.0)
+    options = {"clip_by_previous_norm": True, "previous_norm": 2.0}
+    with torch.device("meta"), fusedopt.step_in_backward(model, optimizer, **options) as stepping:
+        assert float(stepping.grad_norm) == 2.0
